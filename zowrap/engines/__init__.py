@@ -1,0 +1,25 @@
+"""The two engines: compiled (the product) and eager (the oracle)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from zowrap.engines.base import DirectionStream, Engine, Job
+from zowrap.engines.eager import EagerEngine
+
+__all__ = ["ENGINES", "DirectionStream", "Engine", "Job", "build_engine"]
+
+ENGINES = ("compiled", "eager")
+
+
+def build_engine(name: str | None, job: Job, project: Callable[[Tensor, Tensor], Tensor]) -> Engine:
+    """The engine of that name; ``None`` is the compiled one with the eager one behind it."""
+    if name == "eager":
+        return EagerEngine(job, project)
+    try:
+        from zowrap.engines.compiled import CompiledEngine
+    except ImportError:
+        return EagerEngine(job, project)
+    return CompiledEngine(job, project, fall_back=name is None)

@@ -1,0 +1,32 @@
+"""Two kinds of failure: the user's input, or our bug.
+
+``ZOError`` is raised for everything a user can mend (a wrong option, a missing file, a model that cannot be
+used as asked). Its message is one sentence in the user's own words; the command line prints it and exits with
+code 2. ``ZOInternalError`` is raised when one of our own invariants is broken; the command line exits with 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ZOError(ValueError):
+    """Something the user can mend: the message says what, in one sentence."""
+
+
+class ZOCaptureError(ZOError):
+    """The model's loss could not be captured or compiled; the eager engine can still run it."""
+
+
+class ZOInternalError(RuntimeError):
+    """One of our invariants is broken: please report it."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A clause naming the closest valid choice, e.g. ``"; did you mean 'meazo'?"`` (or the list of choices)."""
+    choices = list(choices)
+    close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; choose one of {', '.join(sorted(choices))}"

@@ -1,0 +1,87 @@
+"""Estimators: at which points a step evaluates the loss, and what projected gradients follow.
+
+A point is θ + coefficient · ε · z_direction. With f the loss on one minibatch, the same for every point of a step:
+
+=========  ===================================  =============================  ==========
+name       points                               projected gradient             forwards
+=========  ===================================  =============================  ==========
+central    θ + εz_i, θ − εz_i                   [f(θ+εz_i) − f(θ−εz_i)] / 2ε   2q
+forward    θ, θ + εz_i                          [f(θ+εz_i) − f(θ)] / ε         q + 1
+=========  ===================================  =============================  ==========
+
+and ĝ = mean over i of g_i z_i (n-SPSA; Spall 1992, Malladi et al. 2305.17333).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zowrap.errors import ZOError, nearest
+
+
+class Point(NamedTuple):
+    """One evaluation: θ + ``coefficient`` · ε · z of ``direction``. Coefficient 0 is θ itself."""
+
+    direction: int
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How projected gradients come from losses.
+
+    Attributes:
+        name: as the user writes it.
+        points: ``points(queries)`` lists the evaluations of one step, in order.
+        project: ``project(losses, eps) -> [queries]`` projected gradients; ``losses`` float32 ``[points]``.
+    """
+
+    name: str
+    points: Callable[[int], list[Point]]
+    project: Callable[[Tensor, Tensor], Tensor]
+
+
+def _central_points(queries: int) -> list[Point]:
+    return [Point(i, sign) for i in range(queries) for sign in (1.0, -1.0)]
+
+
+def _central_project(losses: Tensor, eps: Tensor) -> Tensor:
+    return (losses[0::2] - losses[1::2]) / (2 * eps)
+
+
+def _forward_points(queries: int) -> list[Point]:
+    return [Point(0, 0.0)] + [Point(i, 1.0) for i in range(queries)]
+
+
+def _forward_project(losses: Tensor, eps: Tensor) -> Tensor:
+    return (losses[1:] - losses[0]) / eps
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    estimator.name: estimator
+    for estimator in (
+        Estimator("central", _central_points, _central_project),
+        Estimator("forward", _forward_points, _forward_project),
+    )
+}
+
+
+def get(name: str) -> Estimator:
+    """The estimator of that name.
+
+    Raises:
+        ZOError: unknown name (the message names the nearest one).
+    """
+    if name not in ESTIMATORS:
+        raise ZOError(f"unknown estimator {name!r}{nearest(name, ESTIMATORS)}")
+    return ESTIMATORS[name]
+
+
+def mean_loss(losses: Tensor) -> Tensor:
+    """What a step reports: the mean over its evaluations (f(θ+εz) alone would be biased). 0-d float32."""
+    return losses.to(torch.float32).mean()

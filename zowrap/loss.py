@@ -1,0 +1,167 @@
+"""The loss of a batch as per-row sums and weights.
+
+Everything downstream needs the loss in two parts: ``sums`` and ``weights``, one entry per example, with
+f = Σ sums / Σ weights. Micro-batches then combine exactly (a mean of means is wrong when lengths differ) and a
+population reads each example's own loss. For the known heads we compute them from the logits in float32; a model whose
+own loss is something else keeps its own, as one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zowrap.errors import ZOError
+
+Batch = dict[str, Any]
+LossFn = Callable[[nn.Module, Batch], Tensor]
+IGNORED = -100  # torch's and transformers' ignore_index
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy per row, in float32.
+
+    Args:
+        logits: ``[rows, positions, classes]`` of any float dtype.
+        labels: int64 ``[rows, positions]``; ``-100`` is ignored.
+
+    Returns:
+        float32 ``[rows]`` sums over the positions, float32 ``[rows]`` numbers of counted positions.
+    """
+    logits = logits.float()
+    counted = labels != IGNORED
+    picked = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    losses = torch.where(counted, logits.logsumexp(-1) - picked, 0.0)
+    return losses.sum(-1), counted.sum(-1).float()
+
+
+def _causal(output: Any, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
+    return token_losses(output.logits[:, :-1], batch["labels"][:, 1:])
+
+
+def _aligned(output: Any, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
+    return token_losses(output.logits, batch["labels"])
+
+
+def _classes(output: Any, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
+    logits, labels = output.logits.float(), batch["labels"]
+    if not labels.is_floating_point() and logits.shape[-1] > 1:
+        return token_losses(logits.unsqueeze(1), labels.reshape(-1, 1))
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem == "multi_label_classification":
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(-1)
+    else:
+        losses = (logits.reshape(labels.shape) - labels.float()).square().reshape(labels.shape[0], -1).mean(-1)
+    return losses, torch.ones_like(losses)
+
+
+# Which head a class name announces, in the vocabulary of transformers; anything else keeps its own loss.
+_HEADS: tuple[tuple[str, Callable[..., tuple[Tensor, Tensor]]], ...] = (
+    ("ForConditionalGeneration", _aligned),
+    ("ForMaskedLM", _aligned),
+    ("ForTokenClassification", _aligned),
+    ("ForSequenceClassification", _classes),
+    ("ForCausalLM", _causal),
+    ("LMHeadModel", _causal),
+)
+
+
+def _head_of(model: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    inner = model
+    while type(inner).__name__.startswith("PeftModel") and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not hasattr(inner, "config"):
+        return None
+    names = [base.__name__ for base in type(inner).__mro__]
+    return next((head for name in names for ending, head in _HEADS if name.endswith(ending)), None)
+
+
+class LossModule(nn.Module):
+    """``forward(batch) -> (sums, weights)`` around a model and its loss: what is captured, and what the oracle runs.
+
+    Args:
+        model: evaluated as it is; the caller puts it in evaluation mode.
+        loss_fn: ``loss_fn(model, batch)`` returning a 0-d loss, or ``[batch]`` per-example losses.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+        self.head = None if loss_fn is not None else _head_of(model)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.loss_fn is not None:
+            return _as_rows(self.loss_fn(self.model, batch), batch)
+        if self.head is not None and "labels" in batch:
+            return self.head(self._logits(batch), batch, self.model)
+        output = self.model(**batch)
+        loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", None)
+        if loss is None:
+            raise ZOError(
+                "the model returned no loss: put 'labels' in the batch or give loss_fn=(lambda model, batch: ...)"
+            )
+        return _as_rows(loss, batch)
+
+    def _logits(self, batch: Batch) -> Any:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        config = getattr(self.model, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            if "decoder_input_ids" not in inputs:
+                inputs["decoder_input_ids"] = shift_right(batch["labels"], config)
+            return self.model(**inputs, use_cache=False)
+        if hasattr(config, "use_cache"):
+            inputs["use_cache"] = False
+        return self.model(**inputs)
+
+    @torch.no_grad()
+    def prefer_own_loss_if_different(self, batch: Batch) -> None:
+        """Keep the model's own loss where ours from the logits is not the same number on ``batch``.
+
+        A head may add a regulariser, weigh classes or shift labels in its own way. Where its own loss cannot be had
+        (it needs values the batch lacks), ours stands.
+        """
+        if self.head is None or "labels" not in batch:
+            return
+        sums, weights = self(batch)
+        try:
+            extra = {"use_cache": False} if hasattr(getattr(self.model, "config", None), "use_cache") else {}
+            own = self.model(**batch, **extra).loss
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+            return
+        if own is None or own.ndim:
+            return
+        ours = sums.sum() / weights.sum()
+        # 2 % admits a loss that the model computes in 16 bit; a shift or a regulariser differs by more.
+        if not torch.allclose(ours, own.float(), rtol=2e-2, atol=1e-4, equal_nan=True):
+            self.head = None
+
+
+def shift_right(labels: Tensor, config: Any) -> Tensor:
+    """Decoder inputs of an encoder–decoder from its labels: start token first, ``-100`` replaced by padding."""
+    start = getattr(config, "decoder_start_token_id", None)
+    pad = getattr(config, "pad_token_id", None)
+    pad = 0 if pad is None else pad
+    start = pad if start is None else start
+    first = torch.full_like(labels[:, :1], start)
+    return torch.cat((first, torch.where(labels == IGNORED, pad, labels)[:, :-1]), dim=1)
+
+
+def _as_rows(loss: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """A loss function's result as (sums, weights): ``[batch]`` counts each example once; 0-d weighs as its batch."""
+    if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.ndim > 1:
+        kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ZOError(f"the loss must be a floating-point tensor, 0-d or one value per example, not {kind}")
+    loss = loss.float()
+    if loss.ndim == 1:
+        return loss, torch.ones_like(loss)
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
+        weight = (labels != IGNORED).sum().float().reshape(1)  # a mean over label tokens
+    else:
+        rows = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
+        weight = torch.ones(1, device=loss.device) * rows  # a mean over examples
+    return loss.reshape(1) * weight, weight

@@ -1,0 +1,61 @@
+"""MEAZO: Adam's scale freedom from one scalar of state.
+
+    v ← β v + (1 − β) s,   v̂ = v / (1 − βⁿ),   θ ← θ − η / (√v̂ + ζ) · ĝ
+
+with n the number of values v has received and s = (mean_i g_i²) / q. Source: 2605.03869, the algorithm box. It prints
+v̂ = v/(1 − β^(t−1)), undefined at t = 1; ``literal=True`` reads that as max(n − 1, 1). It prints s = (mean_i g_i)²,
+which for q > 1 can be near 0 while the g_i are not (first steps a thousand times too long were measured);
+``moment="printed"`` gives that form. For q = 1 both agree and the first step is η·sign(g)·z.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from zowrap.errors import ZOError, nearest
+from zowrap.rules.base import Probe, Rule, Scalars, check_fraction, check_positive, mean_gradient
+
+MOMENTS = ("mean", "printed")
+
+
+def meazo(
+    *, lr: float = 1e-4, beta: float = 0.99, zeta: float = 1e-8, moment: str = "mean", literal: bool = False
+) -> Rule:
+    """Zeroth-order descent normalised by a running second moment of the projected gradient.
+
+    Args:
+        lr: η, about how far each weight moves in one step whatever the loss's scale. 1e-4 is 1/200 of the standard
+            deviation (0.02) that transformer weights are initialised with.
+        beta: β in [0, 1), the memory of v: 0.99 averages about 100 steps.
+        zeta: ζ > 0 keeps the quotient finite on a flat loss.
+        moment: ``"mean"`` or ``"printed"``, see above.
+        literal: the printed bias correction.
+
+    Raises:
+        ZOError: a value outside its range.
+    """
+    check_positive("meazo", lr=lr, zeta=zeta)
+    check_fraction("meazo", beta=beta)
+    if moment not in MOMENTS:
+        raise ZOError(f"meazo: unknown moment {moment!r}{nearest(moment, MOMENTS)}")
+
+    def scalars(state: Scalars, probe: Probe, hyper: Scalars) -> tuple[Scalars, Scalars]:
+        g = probe.projected_grad
+        square = g.mean().square() if moment == "printed" else g.square().mean() / g.shape[0]
+        v = beta * state["v"] + (1 - beta) * square
+        n = state["n"] + 1
+        received = (n - 1).clamp(min=1) if literal else n
+        corrected = v / (1 - torch.pow(torch.full_like(n, beta), received))
+        return {"v": v, "n": n}, {"g": mean_gradient(probe) / (corrected.sqrt() + zeta)}
+
+    def leaf(w, g, slots: Scalars, c: Scalars, hyper: Scalars):
+        return w - hyper["lr"] * g, slots
+
+    return Rule(
+        name="meazo",
+        lr=lr,
+        hyper={"beta": beta, "zeta": zeta, "moment": moment, "literal": literal},
+        scalars=scalars,
+        leaf=leaf,
+        state={"v": 0.0, "n": 0.0},
+    )

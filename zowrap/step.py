@@ -1,0 +1,101 @@
+"""The arithmetic of one step around a rule: pure functions that both engines run.
+
+The eager engine calls them on whole tensors; the compiled engine traces them, with the noise, into fused kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zowrap import rounding
+from zowrap.estimators import mean_loss
+from zowrap.rules.base import Probe, Rule, Scalars
+
+
+class Conclusion(NamedTuple):
+    """What a step concludes from its losses.
+
+    Attributes:
+        state: new scalar state of the rule (the old one if the step is skipped).
+        coefficients: what ``leaf`` needs; ``coefficients["g"]`` is float32 ``[queries]``.
+        apply: 0-d bool: False skips the step (a loss or a projected gradient is not finite).
+        projected_grad: float32 ``[queries]``.
+        loss: 0-d float32.
+    """
+
+    state: Scalars
+    coefficients: Scalars
+    apply: Tensor
+    projected_grad: Tensor
+    loss: Tensor
+
+
+def conclude(
+    rule: Rule,
+    project: Callable[[Tensor, Tensor], Tensor],
+    state: Scalars,
+    losses: Tensor,
+    hyper: Scalars,
+    step: Tensor,
+    projected_grad: Tensor | None = None,
+) -> Conclusion:
+    """Losses → projected gradients → the rule's coefficients, or a skip.
+
+    Args:
+        losses: float32 ``[points]``.
+        hyper: 0-d float32 ``lr``, ``eps``, ``weight_decay``.
+        step: 0-d float32, steps done before this one.
+        projected_grad: overrides the estimate (replaying known projected gradients).
+    """
+    g = project(losses, hyper["eps"]) if projected_grad is None else projected_grad
+    new_state, coefficients = rule.scalars(state, Probe(losses, g, step), hyper)
+    apply = torch.isfinite(losses).all() & torch.isfinite(g).all()
+    for value in (*new_state.values(), *coefficients.values()):
+        apply = apply & torch.isfinite(value).all()
+    kept = {name: torch.where(apply, new_state[name], state[name]) for name in state}
+    return Conclusion(kept, coefficients, apply, g, mean_loss(losses))
+
+
+def update_leaf(
+    rule: Rule,
+    w: Tensor,
+    directions: Sequence[Tensor],
+    slots: Scalars,
+    coefficients: Scalars,
+    hyper: Scalars,
+    apply: Tensor,
+    bits: Tensor | None,
+    decay: bool,
+) -> tuple[Tensor, Scalars]:
+    """One parameter's update, elementwise.
+
+    Args:
+        w: the weights, any float dtype.
+        directions: z_i, float32, ``w``'s shape each.
+        slots: the rule's element state, float32.
+        apply: 0-d bool: False leaves ``w`` and the slots bitwise as they were.
+        bits: int32 random bits for stochastic rounding of 16-bit weights, else ``None``.
+        decay: whether decoupled weight decay applies to this parameter.
+
+    Returns:
+        New weights in ``w``'s dtype, and new slots.
+    """
+    g = coefficients["g"][0] * directions[0]
+    for i in range(1, len(directions)):
+        g = g + coefficients["g"][i] * directions[i]
+    value = w.float()
+    if decay:
+        value = value * (1 - hyper["lr"] * hyper["weight_decay"])
+    value, new_slots = rule.leaf(value, g, slots, coefficients, hyper)
+    rounded = value.to(w.dtype) if bits is None else rounding.stochastic(value, bits, w.dtype)
+    kept = {name: torch.where(apply, new_slots[name], slots[name]) for name in slots}
+    return torch.where(apply, rounded, w), kept
+
+
+def perturbed(w: Tensor, z: Tensor, coefficient: Tensor) -> Tensor:
+    """w + coefficient · z in float32, returned in ``w``'s dtype; ``coefficient`` is ±ε as a 0-d float32 tensor."""
+    return (w.float() + coefficient * z).to(w.dtype)
