@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zowrap.errors import ZOError
+from zowrap.modes import evaluation_mode
 
 Batch = dict[str, Any]
 LossFn = Callable[[nn.Module, Batch], Tensor]
@@ -91,6 +92,7 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
+        self.settled = False
         self.head = None if loss_fn is not None else _head_of(model)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -118,20 +120,23 @@ class LossModule(nn.Module):
         return self.model(**inputs)
 
     @torch.no_grad()
-    def prefer_own_loss_if_different(self, batch: Batch) -> None:
-        """Keep the model's own loss where ours from the logits is not the same number on ``batch``.
+    def settle(self, batch: Batch) -> None:
+        """Keep the model's own loss where ours from the logits is not the same number on (two rows of) ``batch``.
 
         A head may add a regulariser, weigh classes or shift labels in its own way. Where its own loss cannot be had
-        (it needs values the batch lacks), ours stands.
+        (it needs values the batch lacks), ours stands. Done once, before the first step.
         """
-        if self.head is None or "labels" not in batch:
+        settled, self.settled = self.settled, True
+        if settled or self.head is None or "labels" not in batch:
             return
-        sums, weights = self(batch)
-        try:
-            extra = {"use_cache": False} if hasattr(getattr(self.model, "config", None), "use_cache") else {}
-            own = self.model(**batch, **extra).loss
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
-            return
+        few = {name: v[:2] if isinstance(v, Tensor) and v.ndim else v for name, v in batch.items()}
+        with evaluation_mode(self):
+            sums, weights = self(few)
+            try:
+                extra = {"use_cache": False} if hasattr(getattr(self.model, "config", None), "use_cache") else {}
+                own = self.model(**few, **extra).loss
+            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+                return
         if own is None or own.ndim:
             return
         ours = sums.sum() / weights.sum()

@@ -153,7 +153,7 @@ class ZOModel:
         self._values = values
         self._ids = torch.tensor([p.id for p in job.parameters], dtype=torch.int64, device=job.device)
         self._points = (job.rule.points or estimator.points)(job.queries)
-        self._engine = build_engine(engine, job, job.rule.project or estimator.project)
+        self._engine = build_engine(engine, job, job.rule.project or estimator.project, len(self._points))
         self._sums: Tensor | None = None
         self._weight: Tensor | None = None
         self._streams: list[DirectionStream] | None = None
@@ -318,6 +318,7 @@ class ZOModel:
             raise ZOError("a step needs a batch of tensors, for example step(input_ids=..., labels=...)")
         if any(t.ndim and t.shape[0] == 0 for t in tensors):
             raise ZOError("this batch has no rows")
+        self._job.loss.settle(inputs)
         return inputs
 
     # --- what can be read and set -----------------------------------------------------------------------------

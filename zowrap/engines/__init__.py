@@ -14,12 +14,10 @@ __all__ = ["ENGINES", "DirectionStream", "Engine", "Job", "build_engine"]
 ENGINES = ("compiled", "eager")
 
 
-def build_engine(name: str | None, job: Job, project: Callable[[Tensor, Tensor], Tensor]) -> Engine:
+def build_engine(name: str | None, job: Job, project: Callable[[Tensor, Tensor], Tensor], points: int) -> Engine:
     """The engine of that name; ``None`` is the compiled one with the eager one behind it."""
     if name == "eager":
         return EagerEngine(job, project)
-    try:
-        from zowrap.engines.compiled import CompiledEngine
-    except ImportError:
-        return EagerEngine(job, project)
-    return CompiledEngine(job, project, fall_back=name is None)
+    from zowrap.engines.compiled import CompiledEngine  # the passes and Inductor are imported only where used
+
+    return CompiledEngine(job, project, points, fall_back=name is None)

@@ -1,0 +1,30 @@
+"""All passes in order."""
+
+from __future__ import annotations
+
+from zowrap.engines.base import Job
+from zowrap.passes.epilogue import AppendEpilogue, Epilogue
+from zowrap.passes.manager import Pass, run
+from zowrap.passes.perturb import Perturb
+from zowrap.passes.select_tunable import SelectTunable
+from zowrap.passes.split_streams import SplitStreams
+from zowrap.passes.strip_training import StripTraining
+from zowrap.program import Program
+
+
+def build(
+    program: Program, job: Job, block: int, spec: str, points: int, scalar_names: list[str], epilogue: Epilogue
+) -> Program:
+    """Turn a captured program into the ``points`` evaluations along one direction of one block.
+
+    ``points`` 0 leaves the plain loss at θ.
+    """
+    passes: list[Pass] = [StripTraining()]
+    if points:
+        passes += [
+            SelectTunable(job, block, spec, points, scalar_names),
+            SplitStreams(points),
+            Perturb(),
+            AppendEpilogue(epilogue),
+        ]
+    return run(program, passes)

@@ -1,0 +1,110 @@
+"""The update rule, the only place that writes weights.
+
+    losses, keys, state, hyper →
+        g = (losses[0] − losses[1]) / 2ε;  v' = …;  coefficients = …;  apply = isfinite(…)
+        zowrap.update_(w_0, slots_0, keys[:, 0], …, apply)
+        zowrap.update_(w_1, slots_1, keys[:, 1], …, apply)
+        return v', coefficients, apply, g, loss
+
+The scalar part is the rule's own function, recorded; each ``update_`` is one fused kernel per parameter: noise
+regenerated from its key, rule, rounding and write in one loop. Weights no loss depends on are updated too, exactly as
+the eager engine does, so that what moves does not depend on the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
+from zowrap.engines.base import Job
+from zowrap.errors import ZOInternalError
+from zowrap.passes.manager import Pass
+from zowrap.program import Program
+from zowrap.step import conclude
+
+
+@dataclass
+class Epilogue:
+    """The second program of a step.
+
+    Attributes:
+        graph_module: inputs ``keys…, scales…, scalars…, rounding_keys, coefficients…, lr, eps, weight_decay, apply``,
+            then each active parameter followed by its slots.
+        coefficient_names: order of the rule's coefficients.
+    """
+
+    graph_module: fx.GraphModule
+    coefficient_names: list[str]
+
+
+def coefficient_names(job: Job, project: Callable[[Tensor, Tensor], Tensor], points: int) -> list[str]:
+    """The rule's coefficients, learnt by recording its scalar function once."""
+    names: list[str] = []
+
+    def record(losses: Tensor) -> Tensor:
+        conclusion = conclude(job.rule, project, job.states[0], losses, job.hyper, torch.zeros(()))
+        names[:] = list(conclusion.coefficients)
+        return conclusion.loss
+
+    make_fx(record, tracing_mode="fake", _allow_non_fake_inputs=True)(torch.zeros(points, device=job.device))
+    return names
+
+
+def build_epilogue(job: Job, block: int, spec: str, names: list[str], scalar_names: list[str]) -> Epilogue:
+    """The updates of one block as a program of ``update_`` operators."""
+    graph = fx.Graph()
+    keys = [graph.placeholder(f"keys_{q}") for q in range(job.queries)]
+    scales = [graph.placeholder(f"scale_{q}") for q in range(job.queries)]
+    scalars = [graph.placeholder(f"scalar_{n}") for n in scalar_names]
+    rounding_keys = graph.placeholder("rounding_keys")
+    coefficients = [graph.placeholder(f"coefficient_{n}") for n in names]
+    hyper = [graph.placeholder(n) for n in ("lr", "eps", "weight_decay")]
+    apply = graph.placeholder("apply")
+    for i in job.blocks[block].indices:
+        w = graph.placeholder(f"w_{i}")
+        slots = [graph.placeholder(f"slot_{name}_{i}") for name in job.slots]
+        select = torch.ops.aten.select.int
+        own = [graph.call_function(select, (k, 0, i)) for k in keys]
+        rounding_key = graph.call_function(select, (rounding_keys, 0, i))
+        decay = job.decays and job.parameters[i].decays
+        graph.call_function(
+            torch.ops.zowrap.update_.default,
+            (w, slots, own, scales, scalars, rounding_key, coefficients, hyper, apply, decay, spec),
+        )
+    graph.output(())
+    # Placeholders were created where they are needed; a function's arguments come first.
+    first = next(iter(graph.nodes))
+    for node in list(graph.find_nodes(op="placeholder")):
+        if node is not first:
+            first.append(node)
+            first = node
+    graph_module = fx.GraphModule(torch.nn.Module(), graph, class_name="Epilogue")
+    _check(job, block, graph)
+    return Epilogue(graph_module, names)
+
+
+def _check(job: Job, block: int, graph: fx.Graph) -> None:
+    """Every active parameter is written exactly once, and nothing else is."""
+    graph.lint()
+    written = [node.args[0] for node in graph.find_nodes(op="call_function", target=torch.ops.zowrap.update_.default)]
+    if [w.name for w in written] != [f"w_{i}" for i in job.blocks[block].indices]:  # type: ignore[union-attr]
+        raise ZOInternalError("the epilogue does not write every active parameter exactly once")
+
+
+class AppendEpilogue(Pass):
+    """Attach the epilogue's text to the program, so that ``inspect`` prints the whole step."""
+
+    name = "epilogue"
+
+    def __init__(self, epilogue: Epilogue) -> None:
+        self.epilogue = epilogue
+
+    def call(self, program: Program) -> str:
+        program.epilogue = self.epilogue.graph_module
+        updates = sum(n.op == "call_function" and "update_" in str(n.target) for n in self.epilogue.graph_module.graph.nodes)
+        return f"{updates} fused updates"

@@ -1,0 +1,107 @@
+"""Matrices and embeddings: the perturbed weight is never formed.
+
+    before                                            after
+    y_0 = linear(x_0, theta[0], b_0)                  p = zowrap.perturb_linear([x_0, x_1], w, key, …)
+    y_1 = linear(x_1, theta[1], b_1)                  y_0 = p[0] + b_0;  y_1 = p[1] + b_1
+    e_0 = embedding(theta[0], ids)                    e = zowrap.perturb_rows(w, ids, key, …)
+    e_1 = embedding(theta[1], ids)                    e_0 = e[0];  e_1 = e[1]
+
+Vectors keep ``zowrap.perturb``: they are small. So does any use without a cheaper form (convolutions, stacked expert
+weights): it costs one weight-sized temporary per point, and the note counts such uses.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from zowrap.passes.manager import Pass
+from zowrap.program import Program
+
+aten = torch.ops.aten
+Rewrite = Callable[["Perturb", fx.Graph, fx.Node, list[fx.Node]], list[fx.Node]]
+
+
+class Perturb(Pass):
+    """See the module."""
+
+    name = "perturb"
+
+    def call(self, program: Program) -> str:
+        graph = program.graph
+        streams: dict[tuple[str, int], fx.Node] = {
+            n.meta["stream"]: n for n in graph.nodes if "stream" in n.meta
+        }
+        counts = {"matrix products": 0, "embeddings": 0, "whole vectors": 0, "whole tensors": 0}
+        for theta in graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb.default):
+            values = sorted((u for u in theta.users if u.target is operator.getitem), key=lambda n: n.args[1])  # type: ignore[arg-type]
+            for use in list(values[0].users):
+                twins = [streams.get((use.meta["stream"][0], p)) for p in range(program.points)]
+                kind = _rewrite(graph, theta, values, [t for t in twins if t is not None], program.points)
+                if kind is not None:
+                    counts[kind] += 1
+            if any(v.users for v in values):
+                weight = theta.args[0].meta["val"]  # type: ignore[union-attr]
+                counts["whole vectors" if weight.ndim < 2 else "whole tensors"] += 1
+        return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+
+
+def _rewrite(
+    graph: fx.Graph, theta: fx.Node, values: list[fx.Node], uses: list[fx.Node], points: int
+) -> str | None:
+    """Replace one use (its twins at every point) by a fused operator; None where it has no cheaper form."""
+    weight = theta.args[0]
+    if len(uses) != points or weight.meta["val"].ndim != 2:  # type: ignore[union-attr]
+        return None
+    first = uses[0]
+    if first.target is aten.linear.default and first.args[1] is values[0] and first.args[0] is not values[0]:
+        inputs = [u.args[0] for u in uses]
+        biases = [u.args[2] if len(u.args) > 2 else None for u in uses]
+        _linear(graph, theta, uses, inputs, biases, transposed=False)
+        return "matrix products"
+    if first.target is aten.addmm.default and first.args[2] is values[0] and not first.kwargs:
+        _linear(graph, theta, uses, [u.args[1] for u in uses], [u.args[0] for u in uses], transposed=True)
+        return "matrix products"
+    if first.target is aten.mm.default and first.args[1] is values[0]:
+        _linear(graph, theta, uses, [u.args[0] for u in uses], [None] * points, transposed=True)
+        return "matrix products"
+    if first.target is aten.embedding.default and first.args[0] is values[0]:
+        ids = first.args[1]
+        if any(u.args[1] is not ids for u in uses):
+            return None
+        _, slots, *rest = theta.args
+        with graph.inserting_before(uses[0]):
+            rows = graph.call_function(torch.ops.zowrap.perturb_rows.default, (weight, slots, ids, *rest))
+        _replace(graph, uses, rows, [None] * points)
+        return "embeddings"
+    return None
+
+
+def _linear(
+    graph: fx.Graph, theta: fx.Node, uses: list[fx.Node], inputs: list[Any], biases: list[Any], transposed: bool
+) -> None:
+    weight, *rest, spec = theta.args
+    shared = all(x is inputs[0] for x in inputs)
+    with graph.inserting_before(uses[-1]):
+        product = graph.call_function(
+            torch.ops.zowrap.perturb_linear.default, (inputs[:1] if shared else inputs, weight, *rest, transposed, spec)
+        )
+    _replace(graph, uses, product, biases)
+
+
+def _replace(graph: fx.Graph, uses: list[fx.Node], fused: fx.Node, biases: list[Any]) -> None:
+    after = fused
+    for p, use in enumerate(uses):
+        with graph.inserting_after(after):
+            value = after = graph.call_function(operator.getitem, (fused, p))
+        if biases[p] is not None:
+            with graph.inserting_after(value):
+                value = after = graph.call_function(aten.add.Tensor, (value, biases[p]))
+        value.meta = {"stream": use.meta["stream"], "val": use.meta["val"]}
+        use.replace_all_uses_with(value)
+    for use in uses:
+        graph.erase_node(use)

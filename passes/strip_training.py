@@ -1,0 +1,72 @@
+"""Dropout, run-time assertions, aliases and full slices → nothing.
+
+    before                                              after
+    d = dropout(x, 0.1, False)                          y = linear(x, w)
+    _assert_tensor_metadata(d, None, None, int64)
+    y = linear(alias(d), w)
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import fx
+
+from zowrap.errors import ZOCaptureError, ZOInternalError
+from zowrap.passes.manager import Pass
+from zowrap.program import Program
+
+aten = torch.ops.aten
+_CHECKS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+_ALIASES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
+_DROPOUT = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+_RANDOM = ("bernoulli", "rand", "randn", "randint", "randperm", "multinomial", "normal", "native_dropout", "rand_like")
+
+
+class StripTraining(Pass):
+    """See the module."""
+
+    name = "strip_training"
+
+    def call(self, program: Program) -> str:
+        checks = aliases = 0
+        for node in list(program.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if node.target in _CHECKS or node.target is torch._check:
+                program.graph.erase_node(node)
+                checks += 1
+            elif node.target in _ALIASES or _keeps_everything(node):
+                node.replace_all_uses_with(node.args[0])
+                program.graph.erase_node(node)
+                aliases += 1
+        return f"removed {checks} assertions and {aliases} aliases or inactive dropouts"
+
+    def ensures(self, program: Program) -> None:
+        """The two evaluations of a step must differ in the weights alone."""
+        for node in program.graph.nodes:
+            if isinstance(node, fx.Node) and _draws(node):
+                raise ZOCaptureError(f"the model draws random numbers in evaluation mode ({node.target})")
+            if node.op == "call_function" and node.target in _CHECKS:
+                raise ZOInternalError(f"{node.name} is an assertion")
+
+
+def _keeps_everything(node: fx.Node) -> bool:
+    """An inactive dropout, or a slice from the start to the end."""
+    if node.target in _DROPOUT:
+        return not node.args[2]
+    return node.target is aten.slice.Tensor and node.args[2:] in ((0, sys.maxsize), (0, sys.maxsize, 1))
+
+
+def _draws(node: fx.Node) -> bool:
+    packet = getattr(node.target, "_opname", "")
+    if node.op != "call_function" or getattr(node.target, "namespace", "") != "aten":
+        return False
+    return packet in _RANDOM or (node.target in _DROPOUT and bool(node.args[2]))

@@ -1,0 +1,100 @@
+"""From an fx graph to machine code, once: a thin layer over torch's Inductor.
+
+Dynamo is not involved, so there are no guards and nothing can recompile behind our back: a graph with symbolic sizes
+becomes one callable for every size, 0 and 1 included (``backed_size_oblivious``), and :data:`compile_count` counts.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx.experimental._config as symbolic_config
+from torch import Tensor, fx
+from torch._inductor import standalone_compile
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from zowrap.errors import ZOCaptureError
+
+compile_count = 0  # graphs and kernels compiled by this process
+
+
+@dataclass
+class Compiled:
+    """A compiled graph. Call it with the graph's inputs in order; it returns a sequence of tensors.
+
+    Attributes:
+        seconds: how long compilation took.
+    """
+
+    call: Callable[..., Sequence[Any]]
+    seconds: float
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        return self.call(*inputs)
+
+
+def size_oblivious(**options: Any) -> Any:
+    """Context in which a symbolic size may turn out to be 0 or 1 at run time."""
+    return symbolic_config.patch(backed_size_oblivious=True, **options)
+
+
+def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Compile a functional graph for all sizes.
+
+    Args:
+        graph_module: placeholders in the order of ``inputs``; output a tuple.
+        inputs: fake tensors (symbolic where sizes vary).
+
+    Raises:
+        ZOCaptureError: the compiler refused; the message says what is missing where that can be told.
+    """
+    global compile_count
+    start = time.perf_counter()
+    try:
+        with torch.no_grad(), size_oblivious(use_duck_shape=False):
+            call = standalone_compile(graph_module, list(inputs), dynamic_shapes="from_graph")
+    except Exception as error:
+        raise ZOCaptureError(_why_not_compiled(error)) from error
+    compile_count += 1
+    return Compiled(call, time.perf_counter() - start)
+
+
+def trace(function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]) -> tuple[fx.GraphModule, list]:
+    """Record ``function`` as an fx graph; every size of the inputs listed in ``dynamic`` is symbolic."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with torch.no_grad(), size_oblivious():
+        fakes = []
+        for i, example in enumerate(examples):
+            kind = DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC  # equal example sizes, one symbol
+            context = StatelessSymbolicContext(dynamic_sizes=[kind] * example.dim())
+            source = torch._dynamo.source.ConstantSource(f"input{i}")
+            fakes.append(mode.from_tensor(example, symbolic_context=context, source=source))
+        with mode:
+            return make_fx(function)(*fakes), fakes
+
+
+def compile_function(function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]) -> Compiled:
+    """:func:`trace`, then :func:`compile_graph`. ``function`` may write into its inputs and returns a tuple."""
+    return compile_graph(*trace(function, examples, dynamic))
+
+
+def _why_not_compiled(error: Exception) -> str:
+    name = type(error).__name__
+    cause: BaseException | None = error
+    text = ""
+    while cause is not None:
+        name, text = type(cause).__name__, f"{text} {cause}"
+        cause = cause.__cause__
+    if "InvalidCxxCompiler" in text + name or "No working C++ compiler" in text or isinstance(error, FileNotFoundError):
+        return "no working C++ compiler was found (install g++, or set CXX to one)"
+    if "CppCompileError" in text + name or isinstance(error, subprocess.CalledProcessError):
+        return "the C++ compiler failed on generated code (set CXX to a recent g++ or clang)"
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), name)
+    return f"the compiler refused the captured program ({name}: {first[:200]})"

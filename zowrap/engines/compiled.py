@@ -1,0 +1,210 @@
+"""The compiled engine: capture, passes, Inductor; falls back to the eager engine where that is impossible.
+
+A program is compiled once per (kind of batch, block, number of points) and serves every batch size and length, step,
+η and ε. The step calls nothing of the original modules.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zowrap import kernels
+from zowrap.capture import canonical_batch, capture, signature
+from zowrap.compiler import Compiled, compile_graph
+from zowrap.directions import squared_norm
+from zowrap.engines.base import DirectionStream, Job
+from zowrap.engines.eager import EagerEngine
+from zowrap.errors import ZOCaptureError
+from zowrap.loss import Batch
+from zowrap.passes.build import build
+from zowrap.passes.epilogue import Epilogue, build_epilogue, coefficient_names
+from zowrap.program import Program
+from zowrap.step import Conclusion, conclude
+
+
+MAX_FIXED_SIZES = 8  # programs per kind of batch where export cannot make a size dynamic; each costs a compilation
+
+
+@dataclass
+class Executable:
+    """A program and its machine code."""
+
+    program: Program
+    compiled: Compiled
+
+
+class CompiledEngine:
+    """See the module.
+
+    Args:
+        project: losses and ε → projected gradients.
+        points: evaluations of one step.
+        fall_back: what cannot be captured or compiled runs eagerly, with one warning; otherwise it is an error.
+    """
+
+    name = "compiled"
+
+    def __init__(
+        self, job: Job, project: Callable[[Tensor, Tensor], Tensor], points: int, fall_back: bool = True
+    ) -> None:
+        self.job, self.project, self.fall_back = job, project, fall_back
+        self.eager = EagerEngine(job, project)
+        self.compile_count = 0
+        self.executables: dict[tuple, Executable] = {}
+        self.fallen_back: str | None = None
+        self._captured: dict[tuple, list[Program]] = {}
+        self._scalar_names = _direction_scalar_names(job)
+        names = coefficient_names(job, project, points)
+        self.spec = f"{job.rule.describe()} direction={job.direction.name} queries={job.queries} decay={job.decays}"
+        self.kernels = kernels.register(
+            self.spec, kernels.Kernels(job.rule, job.direction, names, self._scalar_names)
+        )
+        self._epilogues = [
+            build_epilogue(job, b, self.spec, names, self._scalar_names) for b in range(len(job.blocks))
+        ]
+
+    # --- evaluations ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def losses(self, batch: Batch, stream: DirectionStream | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        if self.fallen_back is not None:
+            return self.eager.losses(batch, stream, coefficients)
+        points = 0 if stream is None else coefficients.shape[0]
+        try:
+            executable = self._executable(batch, 0 if stream is None else stream.block, points)
+        except ZOCaptureError as error:
+            self._fall_back(error)
+            return self.eager.losses(batch, stream, coefficients)
+        out = executable.compiled(*self._arguments(executable.program, batch, stream, coefficients))
+        *sums, weights = out
+        return torch.stack(list(sums)), weights
+
+    def _executable(self, batch: Batch, block: int, points: int) -> Executable:
+        captured = self._captured_for(batch)
+        key = (id(captured), block if points else -1, points)
+        if key not in self.executables:
+            epilogue = self._epilogues[block]
+            program = build(captured.clone(), self.job, block, self.spec, points, self._scalar_names, epilogue)
+            compiled = compile_graph(program.clone().graph_module, program.fakes())
+            self.compile_count += 1
+            self.executables[key] = Executable(program, compiled)
+        return self.executables[key]
+
+    def _captured_for(self, batch: Batch) -> Program:
+        """The captured loss for this kind of batch; captured on first need."""
+        programs = self._captured.setdefault(signature(batch), [])
+        for program in programs:
+            if program.accepts(batch):
+                return program
+        if len(programs) == MAX_FIXED_SIZES:
+            raise ZOCaptureError(
+                f"this model fixes the sizes of its inputs when captured, and {MAX_FIXED_SIZES} sizes were captured "
+                f"already (pad every batch to one size)"
+            )
+        programs.append(capture(self.job.loss, batch if programs else canonical_batch(batch, self.job.loss.model)))
+        if not programs[-1].accepts(batch):  # the canonical sizes got fixed: take the batch's own
+            programs[-1] = capture(self.job.loss, batch)
+        return programs[-1]
+
+    def _arguments(
+        self, program: Program, batch: Batch, stream: DirectionStream | None, coefficients: Tensor
+    ) -> list[Any]:
+        named = dict(self.job.loss.named_parameters(remove_duplicate=False))
+        named.update(self.job.loss.named_buffers(remove_duplicate=False))
+        values: list[Any] = []
+        for given in program.inputs:
+            if given.kind == "batch":
+                values.append(batch[given.target])
+            elif given.kind == "stream":
+                assert stream is not None
+                values.append(self._stream_value(given.target, stream, coefficients))
+            else:
+                values.append(named[given.target] if given.target in named else program.constants[given.target])
+        return values
+
+    def _stream_value(self, target: str, stream: DirectionStream, coefficients: Tensor) -> Tensor:
+        if target in ("keys", "scale"):
+            return getattr(stream, target)
+        if target == "coefficients":
+            return coefficients
+        kind, *rest = target.split("/")
+        return stream.scalars[rest[0]] if kind == "scalar" else self.job.slots[rest[0]][int(rest[1])]
+
+    # --- falling back -----------------------------------------------------------------------------------------
+
+    def _fall_back(self, error: ZOCaptureError) -> None:
+        if not self.fall_back:
+            raise ZOCaptureError(f"engine='compiled' was asked for, but {error}") from error
+        self.fallen_back = str(error)
+        warnings.warn(
+            f"running eagerly, because {error}. Steps are several times slower and need one more copy of the tunable "
+            f"parameters; engine='eager' silences this, engine='compiled' makes it an error.",
+            stacklevel=4,
+        )
+
+    # --- the update -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def squared_norm(self, block: int, keys: Tensor) -> Tensor:
+        if self.fallen_back is not None:
+            return self.eager.squared_norm(block, keys)
+        total = torch.zeros((), dtype=torch.int64, device=keys.device)
+        for i in self.job.blocks[block].indices:
+            total = total + self.kernels.squared_norm(self.job.parameters[i].tensor.view(-1), keys[i])
+        return squared_norm(total)
+
+    @torch.no_grad()
+    def conclude(self, block: int, losses: Tensor, step: int, projected_grad: Tensor | None) -> Conclusion:
+        job = self.job
+        done = torch.tensor(float(step), device=losses.device)
+        return conclude(job.rule, self.project, job.states[block], losses, job.hyper, done, projected_grad)
+
+    @torch.no_grad()
+    def update(self, streams: Sequence[DirectionStream], rounding_keys: Tensor, conclusion: Conclusion) -> None:
+        if self.fallen_back is not None:
+            return self.eager.update(streams, rounding_keys, conclusion)
+        job, block = self.job, streams[0].block
+        epilogue = self._epilogues[block]
+        inputs: list[Tensor] = [s.keys for s in streams] + [s.scale for s in streams]
+        inputs += [streams[0].scalars[name] for name in self._scalar_names]
+        inputs += [rounding_keys, *[conclusion.coefficients[name] for name in epilogue.coefficient_names]]
+        inputs += [job.hyper["lr"], job.hyper["eps"], job.hyper["weight_decay"], conclusion.apply]
+        for i in job.blocks[block].indices:
+            inputs += [job.parameters[i].tensor, *job.slots_of(i).values()]
+        try:
+            epilogue.graph_module(*[t.detach() for t in inputs])
+        except ZOCaptureError as error:  # a kernel could not be compiled: nothing of it has run
+            self._fall_back(error)
+            return self.eager.update(streams, rounding_keys, conclusion)
+        for name, value in conclusion.state.items():
+            job.states[block][name].copy_(value)
+
+    # --- facts ------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        if self.fallen_back is not None:
+            return {**self.eager.describe(), "fallen_back": self.fallen_back}
+        hashes = sorted(e.program.fingerprint() for e in self.executables.values())
+        return {
+            "engine": self.name,
+            "program_hash": "-".join(hashes) or None,
+            "compile_count": self.compile_count,
+            "compile_seconds": sum(e.compiled.seconds for e in self.executables.values()),
+        }
+
+
+def _direction_scalar_names(job: Job) -> list[str]:
+    if job.rule.direction_scalars is None:
+        return []
+    count = sum(job.parameters[i].tensor.numel() for i in job.blocks[0].indices)
+    sums = {"count": torch.tensor(float(count), dtype=torch.float64, device=job.device)}
+    if job.rule.reduce is not None:
+        one = {name: torch.zeros(1, device=job.device) for name in job.slots}
+        sums.update({name: value.double().sum() for name, value in job.rule.reduce(one).items()})
+    return list(job.rule.direction_scalars(job.states[0], sums, job.hyper))

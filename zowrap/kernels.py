@@ -1,0 +1,215 @@
+"""Fused kernels: noise, direction, perturbation or update in one loop over a parameter.
+
+Each kernel is an ordinary function over flat tensors, traced together with the noise reference and the rule's own
+functions and compiled once for all sizes. No noise, gradient or perturbed weight exists outside a small scratch.
+
+Kernels are named by a *spec*, a string that determines their arithmetic (rule with its hyper-parameters, direction,
+number of queries, weight decay), so that programs can refer to them and caches can be shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from zowrap import noise
+from zowrap.compiler import Compiled, compile_function
+from zowrap.directions import Direction, integer_squares
+from zowrap.rules.base import Rule
+from zowrap.step import perturbed, update_leaf
+
+# Largest run of elements handled by one call. It divides 2³², so the high half of the element index is constant within
+# a call, and it fits an int32 counter.
+SEGMENT = 1 << 30
+_EXAMPLE = 4096  # elements of the tensors that kernels are traced with; a size hint, nothing else depends on it
+
+
+class Kernels:
+    """The kernels of one spec. Compiled on first use, per dtype and number of points.
+
+    Args:
+        coefficient_names: the rule's coefficients, in the order they are passed.
+        scalar_names: what the rule's direction reads, in the order it is passed.
+    """
+
+    def __init__(
+        self, rule: Rule, direction: Direction, coefficient_names: Sequence[str], scalar_names: Sequence[str]
+    ) -> None:
+        self.rule = rule
+        self.direction_law = direction
+        self.coefficient_names = list(coefficient_names)
+        self.scalar_names = list(scalar_names)
+        self.slot_names = list(rule.slots)
+        self._compiled: dict[tuple, Compiled] = {}
+
+    # --- what is traced ---------------------------------------------------------------------------------------
+
+    def _direction(self, low, high, key, scale, slots, scalars, table) -> Tensor:
+        u = noise.LAWS[self.direction_law.law](noise.hash_bits(low, high, key), table)
+        if self.direction_law.needs_norm:
+            u = u * scale
+        return self.rule.direction(
+            u, dict(zip(self.rule.direction_slots, slots, strict=True)), dict(zip(self.scalar_names, scalars, strict=True))
+        )
+
+    def _flat_index(self, like: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.arange(like.shape[0], dtype=torch.int32, device=like.device) + offset[0], offset[1]
+
+    # --- perturbation -----------------------------------------------------------------------------------------
+
+    def perturb(
+        self, w: Tensor, slots: Sequence[Tensor], key, scale, scalars, coefficients, out: Sequence[Tensor], start: int = 0
+    ) -> None:
+        """``out[p] = w + coefficients[p] · z`` for the elements ``start …`` of a parameter, all flat."""
+        for first, size in _segments(start, w.numel()):
+            a, b = first - start, first - start + size
+            part = [out_p[a:b] for out_p in out]
+            inputs = [w[a:b], *[s[a:b] for s in slots], *part]
+            offset = _offset(first, w.device)
+            self._perturb_kernel(w.dtype, len(out), inputs, [key, scale, *scalars, coefficients, offset])
+
+    def _perturb_kernel(self, dtype: torch.dtype, points: int, arrays: list[Tensor], small: list[Tensor]) -> None:
+        slots = len(self.rule.direction_slots)
+        table = noise.gaussian_table(arrays[0].device)
+
+        def kernel(*inputs: Tensor) -> tuple:
+            w, slot_values, out = inputs[0], inputs[1 : 1 + slots], inputs[1 + slots : 1 + slots + points]
+            key, scale, *scalars, coefficients, offset, table = inputs[1 + slots + points :]
+            low, high = self._flat_index(w, offset)
+            z = self._direction(low, high, key, scale, slot_values, scalars, table)
+            for p in range(points):
+                out[p].copy_(perturbed(w, z, coefficients[p]))
+            return ()
+
+        self._run(("perturb", dtype, points), kernel, arrays, [*small, table])
+
+    def perturb_rows(
+        self, w: Tensor, slots: Sequence[Tensor], rows: Tensor, key, scale, scalars, coefficients, points: int
+    ) -> list[Tensor]:
+        """Rows of a matrix w + coefficients[p] · z: the noise of the touched rows only.
+
+        Args:
+            w: ``[touched, columns]``, already gathered; ``slots`` likewise.
+            rows: int64 ``[touched]``, their row numbers in the full matrix.
+
+        Returns:
+            ``points`` tensors of ``w``'s shape and dtype.
+        """
+        count = len(self.rule.direction_slots)
+        table = noise.gaussian_table(w.device)
+
+        def kernel(*inputs: Tensor) -> tuple:
+            w, rows, slot_values = inputs[0], inputs[1], inputs[2 : 2 + count]
+            key, scale, *scalars, coefficients, table = inputs[2 + count :]
+            columns = torch.arange(w.shape[1], dtype=torch.int64, device=w.device)
+            low, high = noise.split_index(rows.unsqueeze(1) * w.shape[1] + columns)
+            z = self._direction(low, high, key, scale, slot_values, scalars, table)
+            return tuple(perturbed(w, z, coefficients[p]) for p in range(points))
+
+        small = [key, scale, *scalars, coefficients, table]
+        return list(self._run(("rows", w.dtype, points), kernel, [w, rows, *slots], small))
+
+    def squared_norm(self, like: Tensor, key: Tensor) -> Tensor:
+        """0-d int64 sum of :func:`zowrap.directions.integer_squares` over the raw noise of a parameter (flat)."""
+        table = noise.gaussian_table(like.device)
+
+        def kernel(like: Tensor, key: Tensor, offset: Tensor, table: Tensor) -> tuple:
+            low, high = self._flat_index(like, offset)
+            u = noise.LAWS[self.direction_law.law](noise.hash_bits(low, high, key), table)
+            return (integer_squares(u).sum(),)
+
+        total = torch.zeros((), dtype=torch.int64, device=like.device)
+        for first, size in _segments(0, like.numel()):
+            part = like[first : first + size]
+            total = total + self._run(("norm", like.dtype), kernel, [part], [key, _offset(first, like.device), table])[0]
+        return total
+
+    # --- update -----------------------------------------------------------------------------------------------
+
+    def update(
+        self, w: Tensor, slots: Sequence[Tensor], keys, scales, scalars, rounding_key, coefficients, hyper, apply, decay: bool
+    ) -> None:
+        """Write the rule's update of one parameter: noise, rule, rounding and write in one loop.
+
+        Args:
+            w: flat weights; ``slots`` flat float32, every slot of the rule.
+            keys: int32 ``[2]`` for each query; ``scales``: 0-d float32 for each.
+            coefficients: in the order of ``coefficient_names``.
+            hyper: ``(lr, eps, weight_decay)``, 0-d float32.
+            apply: 0-d bool.
+        """
+        queries, slot_count = len(keys), len(slots)
+        rounds = w.dtype in (torch.bfloat16, torch.float16)
+        reads = [self.slot_names.index(name) for name in self.rule.direction_slots]
+        table = noise.gaussian_table(w.device)
+
+        def kernel(*inputs: Tensor) -> tuple:
+            w, slot_values, rest = inputs[0], inputs[1 : 1 + slot_count], list(inputs[1 + slot_count :])
+            keys, scales = [rest.pop(0) for _ in range(queries)], [rest.pop(0) for _ in range(queries)]
+            scalars = [rest.pop(0) for _ in self.scalar_names]
+            coefficients = {name: rest.pop(0) for name in self.coefficient_names}
+            lr, eps, weight_decay, rounding_key, apply, offset, table = rest
+            low, high = self._flat_index(w, offset)
+            seen = [slot_values[i] for i in reads]
+            z = [self._direction(low, high, k, s, seen, scalars, table) for k, s in zip(keys, scales, strict=True)]
+            bits = noise.hash_bits(low, high, rounding_key) if rounds else None
+            named = dict(zip(self.slot_names, slot_values, strict=True))
+            hyper = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+            new_w, new_slots = update_leaf(self.rule, w, z, named, coefficients, hyper, apply, bits, decay)
+            w.copy_(new_w)
+            for name, value in new_slots.items():
+                named[name].copy_(value)
+            return ()
+
+        for first, size in _segments(0, w.numel()):
+            arrays = [t[first : first + size] for t in (w, *slots)]
+            small = [*keys, *scales, *scalars, *coefficients, *hyper, rounding_key, apply, _offset(first, w.device), table]
+            self._run(("update", w.dtype, queries, decay), kernel, arrays, small)
+
+    # --- compilation ------------------------------------------------------------------------------------------
+
+    def _run(self, name: tuple, kernel, arrays: list[Tensor], small: list[Tensor]) -> Sequence[Tensor]:
+        """Call the kernel, compiled for every length of ``arrays``; ``small`` inputs have fixed shapes."""
+        key = (*name, arrays[0].device)
+        if key not in self._compiled:
+            rows_kernel = arrays[0].ndim == 2
+            sizes = {1: (64,) if rows_kernel else (_EXAMPLE,), 2: (64, 96)}  # equal sizes here become one symbol
+            examples = [a.new_zeros(sizes[a.ndim]) for a in arrays]
+            self._compiled[key] = compile_function(kernel, [*examples, *small], range(len(arrays)))
+        with torch.no_grad():
+            return self._compiled[key](*arrays, *small)
+
+
+_registry: dict[str, Kernels] = {}
+
+
+def register(spec: str, kernels: Kernels) -> Kernels:
+    """Kernels of that spec, shared by every program that names it."""
+    return _registry.setdefault(spec, kernels)
+
+
+def get(spec: str) -> Kernels:
+    return _registry[spec]
+
+
+def _segments(start: int, count: int) -> Iterator[tuple[int, int]]:
+    """(first element, size) of the runs that ``count`` elements from ``start`` fall into, cut at multiples of SEGMENT."""
+    end = start + count
+    while start < end:
+        size = min(end, (start // SEGMENT + 1) * SEGMENT) - start
+        yield start, size
+        start += size
+
+
+_offsets: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _offset(first: int, device: torch.device) -> Tensor:
+    """int32 ``[2]``: low and high half of an element index, kept per device (chunk starts recur every step)."""
+    key = (first, device)
+    if key not in _offsets:
+        low, high = first & 0xFFFFFFFF, first >> 32
+        _offsets[key] = torch.tensor([low - (1 << 32) if low >> 31 else low, high], dtype=torch.int32, device=device)
+    return _offsets[key]

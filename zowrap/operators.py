@@ -1,0 +1,147 @@
+"""The operators that a captured program uses in place of a perturbed weight.
+
+``perturb``         a whole parameter at every point: for vectors, and for uses that have no cheaper form
+``perturb_rows``    an embedding: noise for the touched rows only
+``perturb_linear``  a matrix product: row chunks of w ± εz pass through a small reused scratch, once for all points
+``update_``         the epilogue's write: the only operator that changes a weight
+
+Each is opaque to the compiler (it sees shapes only), so noise never multiplies into the consumers' code, and each
+carries its key, so that noise is a function of the operator's inputs alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zowrap import kernels
+
+# Elements of scratch per point: 4 MB of float32 stays in a core's outer cache while the product reads it; measured
+# best between 2^18 and 2^21 on a [50272 × 768] head.
+SCRATCH_ELEMENTS = 1 << 20
+
+_scratch: dict[tuple[torch.dtype, torch.device, int], list[Tensor]] = {}
+
+
+def _scratch_for(dtype: torch.dtype, device: torch.device, points: int, size: int) -> list[Tensor]:
+    key = (dtype, device, points)
+    if key not in _scratch or _scratch[key][0].numel() < size:
+        _scratch[key] = [torch.empty(size, dtype=dtype, device=device) for _ in range(points)]
+    return _scratch[key]
+
+
+@torch.library.custom_op("zowrap::perturb", mutates_args=())
+def perturb(
+    w: Tensor, slots: list[Tensor], key: Tensor, scale: Tensor, scalars: list[Tensor], coefficients: Tensor, spec: str
+) -> list[Tensor]:
+    """``[w + coefficients[p] · z for p]``, each of ``w``'s shape and dtype."""
+    out = [torch.empty_like(w, memory_format=torch.contiguous_format) for _ in range(coefficients.shape[0])]
+    kernels.get(spec).perturb(
+        w.reshape(-1), [s.reshape(-1) for s in slots], key, scale, scalars, coefficients, [o.view(-1) for o in out]
+    )
+    return out
+
+
+@perturb.register_fake
+def _(w, slots, key, scale, scalars, coefficients, spec):
+    return [torch.empty_like(w, memory_format=torch.contiguous_format) for _ in range(coefficients.shape[0])]
+
+
+@torch.library.custom_op("zowrap::perturb_rows", mutates_args=())
+def perturb_rows(
+    w: Tensor,
+    slots: list[Tensor],
+    ids: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    scalars: list[Tensor],
+    coefficients: Tensor,
+    spec: str,
+) -> list[Tensor]:
+    """``[(w + coefficients[p] · z)[ids] for p]``: ``ids`` int64 of any shape, results ``[*ids.shape, columns]``."""
+    rows = ids.reshape(-1)
+    touched = w.index_select(0, rows)
+    gathered = [s.index_select(0, rows) for s in slots]
+    points = coefficients.shape[0]
+    out = kernels.get(spec).perturb_rows(touched, gathered, rows, key, scale, scalars, coefficients, points)
+    return [o.view(*ids.shape, w.shape[1]) for o in out]
+
+
+@perturb_rows.register_fake
+def _(w, slots, ids, key, scale, scalars, coefficients, spec):
+    return [w.new_empty((*ids.shape, w.shape[1])) for _ in range(coefficients.shape[0])]
+
+
+@torch.library.custom_op("zowrap::perturb_linear", mutates_args=())
+def perturb_linear(
+    x: list[Tensor],
+    w: Tensor,
+    slots: list[Tensor],
+    key: Tensor,
+    scale: Tensor,
+    scalars: list[Tensor],
+    coefficients: Tensor,
+    transposed: bool,
+    spec: str,
+) -> list[Tensor]:
+    """``[x[p] · (w + coefficients[p] · z)ᵀ for p]`` without a perturbed copy of ``w``.
+
+    Args:
+        x: one tensor ``[..., inputs]`` for each point, or a single one that all points share.
+        w: ``[outputs, inputs]``; ``[inputs, outputs]`` with ``transposed``.
+    """
+    kernel, points = kernels.get(spec), coefficients.shape[0]
+    inputs = [t.reshape(-1, t.shape[-1]) for t in x]
+    rows, columns = w.shape
+    outputs = columns if transposed else rows
+    chunk = max(1, min(rows, SCRATCH_ELEMENTS // max(columns, 1)))
+    scratch = _scratch_for(w.dtype, w.device, points, chunk * columns)
+    flat, flat_slots = w.reshape(-1), [s.reshape(-1) for s in slots]
+    # A transposed product adds up over the chunks: in float32, so that 16-bit results are rounded once.
+    sums = torch.float32 if transposed and chunk < rows else w.dtype
+    out = [torch.empty((inputs[0].shape[0], outputs), dtype=sums, device=w.device) for _ in range(points)]
+    for first in range(0, rows, chunk):
+        last = min(first + chunk, rows)
+        span = slice(first * columns, last * columns)
+        parts = [s[: (last - first) * columns] for s in scratch]
+        kernel.perturb(flat[span], [s[span] for s in flat_slots], key, scale, scalars, coefficients, parts, span.start)
+        for p in range(points):
+            weight, source = parts[p].view(last - first, columns), inputs[p % len(inputs)]
+            if not transposed:
+                torch.mm(source, weight.t(), out=out[p][:, first:last])
+            elif first == 0:
+                out[p].copy_(source[:, first:last] @ weight)
+            else:
+                out[p] += source[:, first:last] @ weight
+    return [o.to(w.dtype).view(*x[p % len(x)].shape[:-1], outputs) for p, o in enumerate(out)]
+
+
+@perturb_linear.register_fake
+def _(x, w, slots, key, scale, scalars, coefficients, transposed, spec):
+    outputs = w.shape[1] if transposed else w.shape[0]
+    return [w.new_empty((*x[p % len(x)].shape[:-1], outputs)) for p in range(coefficients.shape[0])]
+
+
+@torch.library.custom_op("zowrap::update_", mutates_args={"w", "slots"})
+def update_(
+    w: Tensor,
+    slots: list[Tensor],
+    keys: list[Tensor],
+    scales: list[Tensor],
+    scalars: list[Tensor],
+    rounding_key: Tensor,
+    coefficients: list[Tensor],
+    hyper: list[Tensor],
+    apply: Tensor,
+    decay: bool,
+    spec: str,
+) -> None:
+    """The rule's update of one parameter, in place; see :meth:`zowrap.kernels.Kernels.update`."""
+    kernels.get(spec).update(
+        w.view(-1), [s.view(-1) for s in slots], keys, scales, scalars, rounding_key, coefficients, hyper, apply, decay
+    )
+
+
+@update_.register_fake
+def _(w, slots, keys, scales, scalars, rounding_key, coefficients, hyper, apply, decay, spec):
+    return None
