@@ -98,9 +98,11 @@ def capture(loss: LossModule, batch: Batch) -> Program:
             with warnings.catch_warnings(), torch.no_grad(), independent_sizes, evaluation_mode(loss):
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(loss, (dict(batch),), dynamic_shapes=shapes, strict=False)
-                return _program(exported.run_decompositions({}))
+                exported = exported.run_decompositions({})
         except Exception as error:
             problem = problem or error
+            continue
+        return _program(exported)
     text = next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
     raise ZOCaptureError(f"torch.export cannot capture this model ({type(problem).__name__}: {text[:200]})") from problem
 

@@ -101,7 +101,7 @@ class LossModule(nn.Module):
         if self.head is not None and "labels" in batch:
             return self.head(self._logits(batch), batch, self.model)
         output = self.model(**batch)
-        loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", None)
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if loss is None:
             raise ZOError(
                 "the model returned no loss: put 'labels' in the batch or give loss_fn=(lambda model, batch: ...)"

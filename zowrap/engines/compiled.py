@@ -196,6 +196,10 @@ class CompiledEngine:
             "program_hash": "-".join(hashes) or None,
             "compile_count": self.compile_count,
             "compile_seconds": sum(e.compiled.seconds for e in self.executables.values()),
+            "programs": {
+                f"{i}: {points} points, block {self.job.blocks[block].name}" if points else f"{i}: loss": e.program
+                for i, ((_, block, points), e) in enumerate(self.executables.items())
+            },
         }
 
 

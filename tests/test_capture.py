@@ -1,0 +1,111 @@
+"""Every family is captured; the passes keep its losses; sizes stay free."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import zowrap
+from tests.families import FAMILIES, batch, make
+from zowrap.capture import canonical_batch, capture
+from zowrap.loss import LossModule
+from zowrap.passes import build
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_captured_and_split_losses_equal_the_oracle(name) -> None:
+    """Uncompiled: the program after all passes, node by node, against perturbed copies of the model."""
+    zm = zowrap.zo_wrap(make(name), "zo_sgd", engine="compiled")
+    engine = zm._engine
+    first = zm._prepare(batch(name, 8, 16))
+    captured = capture(zm._job.loss, canonical_batch(first, zm.model))
+    split = build(captured.clone(), zm._job, 0, engine.spec, 2, [], engine._epilogues[0])
+    (stream,) = zm._current_streams()
+    coefficients = torch.tensor([1e-2, -1e-2])
+    for rows, length in [(8, 16), (3, 7), (1, 6)]:
+        inputs = batch(name, rows, length, seed=rows)
+        *sums, weights = split(engine._arguments(split, inputs, stream, coefficients))
+        expected, expected_weights = engine.eager.losses(inputs, stream, coefficients)
+        assert torch.allclose(torch.stack(sums), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(weights, expected_weights)
+        (plain, _) = captured(engine._arguments(captured, inputs, None, coefficients))
+        assert torch.allclose(plain, engine.eager.losses(inputs, None, coefficients)[0][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_loss_is_the_models_own(name) -> None:
+    model = make(name).eval()
+    zm = zowrap.zo_wrap(model, engine="eager")
+    inputs = batch(name, 4, 9)
+    own = model(**inputs).loss.detach()
+    assert torch.allclose(zm.loss(**inputs), own, rtol=1e-5)
+
+
+def test_a_model_with_its_own_idea_of_a_loss_keeps_it() -> None:
+    class Doubled(type(make("llama"))):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            if output.loss is not None:
+                output.loss = output.loss * 2
+            return output
+
+    model = make("llama")
+    model.__class__ = Doubled
+    inputs = batch("llama", 4, 9)
+    zm = zowrap.zo_wrap(model, engine="eager")
+    assert torch.allclose(zm.loss(**inputs), model.eval()(**inputs).loss.detach(), rtol=1e-5)
+
+
+def test_sixteen_bit_logits_give_a_float32_loss() -> None:
+    zm = zowrap.zo_wrap(make("llama", torch.bfloat16), engine="eager")
+    loss = zm.loss(**batch("llama", 4, 9))
+    assert loss.dtype == torch.float32
+    assert loss != loss.bfloat16().float()  # finer than a bfloat16 step
+
+
+class Counting(nn.Module):
+    """A forward that writes to a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x)
+
+
+def test_writes_to_buffers_are_dropped_and_said() -> None:
+    zm = zowrap.zo_wrap(Counting(), loss_fn=lambda m, b: m(b["x"]).square().mean(-1), engine="compiled")
+    with pytest.warns(UserWarning, match="updates its buffers"):
+        zm.step(x=torch.randn(4, 4))
+    assert zm.model.calls == 0
+
+
+def test_equal_sizes_by_accident_are_not_taken_for_one_size() -> None:
+    """Rows = length = feature count in the first batch; later batches differ."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Embedding(9, 4), nn.Embedding(9, 4)
+
+        def forward(self, x, y):
+            return self.a(x).mean(1) * self.b(y).mean(1)
+
+    def loss(m, b):
+        return m(b["x"], b["y"]).square().mean(-1)
+
+    compiled = zowrap.zo_wrap(Two(), loss_fn=loss, engine="compiled")
+    compiled.step(x=torch.ones(4, 4, dtype=torch.long), y=torch.ones(4, 4, dtype=torch.long))
+    inputs = {"x": torch.randint(0, 9, (3, 5)), "y": torch.randint(0, 9, (3, 2))}
+    assert torch.allclose(compiled.loss(**inputs), loss(compiled.model, inputs).mean().detach(), rtol=1e-5)
+    assert compiled.inspect().compile_count == 2
+
+
+def test_a_loss_module_needs_a_loss() -> None:
+    model = make("llama")
+    with pytest.raises(zowrap.ZOError, match="no loss"):
+        LossModule(model)({"input_ids": torch.ones(2, 3, dtype=torch.long)})

@@ -1,0 +1,294 @@
+"""The compiled engine equals the eager oracle: losses, updates, every law, odd shapes, ties, 16 bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zowrap
+from tests.families import batch, make, snapshot, unchanged
+from zowrap import compiler
+from zowrap.errors import ZOCaptureError
+
+ONE_OF_EACH = ("opt", "llama", "bert", "t5")  # decoder, decoder with tied head, encoder, encoder–decoder
+
+
+@pytest.fixture(scope="module", params=ONE_OF_EACH)
+def pair(request):
+    """The same model under both engines, compiled once for the module's tests."""
+    name = request.param
+    eager = zowrap.zo_wrap(make(name), "zo_sgd", lr=1e-3, engine="eager")
+    compiled = zowrap.zo_wrap(make(name), "zo_sgd", lr=1e-3, engine="compiled")
+    compiled.step(**batch(name, 8, 16))
+    eager.step(**batch(name, 8, 16))
+    return name, eager, compiled
+
+
+def reset(*wrapped) -> None:
+    for zm in wrapped:
+        fresh = snapshot(make_like(zm))
+        zm.model.load_state_dict(fresh)
+        zm.step_count = 0
+
+
+def make_like(zm):
+    kind = type(zm.model).__name__
+    return make({"OPTForCausalLM": "opt", "LlamaForCausalLM": "llama", "T5ForConditionalGeneration": "t5"}.get(kind, "bert"))
+
+
+def test_losses_agree_at_every_batch_size_and_length(pair) -> None:
+    name, eager, compiled = pair
+    reset(eager, compiled)
+    for rows, length in [(8, 16), (3, 7), (1, 16), (1, 3), (5, 33), (2, 2)]:
+        inputs = batch(name, rows, length, seed=rows)
+        for zm in (eager, compiled):
+            zm.discard()
+            zm.accumulate(**inputs)
+        a, b = eager._sums / eager._weight, compiled._sums / compiled._weight
+        assert torch.allclose(a, b, rtol=1e-5, atol=0), (rows, length)
+        assert torch.allclose(eager.loss(**inputs), compiled.loss(**inputs), rtol=1e-5, atol=0)
+
+
+def test_fed_the_same_projected_gradients_the_weights_agree(pair) -> None:
+    """50 steps at an η that moves the weights by at least 1 %: ‖w_c − w_e‖ ≤ 1e-5 · ‖w_e − w_0‖ per tensor."""
+    name, eager, compiled = pair
+    reset(eager, compiled)
+    start = {p.name: p.tensor.clone() for p in eager.parameters}
+    draw = torch.Generator().manual_seed(0)
+    for zm in (eager, compiled):
+        zm.lr = 1e-2
+    for _ in range(50):
+        g = torch.randn((), generator=draw)
+        eager.update(projected_grad=g)
+        compiled.update(projected_grad=g)
+    for p_e, p_c in zip(eager.parameters, compiled.parameters, strict=True):
+        moved = (p_e.tensor - start[p_e.name]).norm()
+        assert moved >= 1e-2 * start[p_e.name].norm()
+        assert (p_c.tensor - p_e.tensor).norm() <= 1e-5 * moved, p_e.name
+    for zm in (eager, compiled):
+        zm.lr = 1e-3
+
+
+def test_nothing_recompiles(pair) -> None:
+    name, _, compiled = pair
+    compiled.step(**batch(name, 8, 16))
+    before, kernels_before = compiled.inspect().compile_count, compiler.compile_count
+    for step, (rows, length) in enumerate([(8, 16), (1, 16), (4, 9), (7, 31)]):
+        compiled.lr, compiled.eps = 1e-3 / (step + 1), 1e-3 * (step + 1)
+        compiled.step(**batch(name, rows, length, seed=step))
+    compiled.lr, compiled.eps = 1e-3, 1e-3
+    assert compiled.inspect().compile_count == before
+    assert compiler.compile_count == kernels_before
+
+
+def test_the_compiled_step_calls_no_original_module(pair, monkeypatch) -> None:
+    name, _, compiled = pair
+    for module in compiled._job.loss.modules():
+        monkeypatch.setattr(module, "forward", lambda *a, **k: pytest.fail("a module was called"))
+    compiled.step(**batch(name, 4, 9))
+
+
+def test_loss_and_failed_steps_leave_weights_bitwise(pair) -> None:
+    name, eager, compiled = pair
+    for zm in (eager, compiled):
+        before = snapshot(zm.model)
+        zm.loss(**batch(name, 4, 9))
+        assert unchanged(zm.model, before)
+        zm.accumulate(**batch(name, 4, 9))
+        assert unchanged(zm.model, before)
+        zm.discard()
+        bad = batch(name, 4, 9)
+        bad["input_ids"] = bad["input_ids"] + 10_000
+        with pytest.raises((IndexError, RuntimeError)):
+            zm.step(**bad)
+        assert unchanged(zm.model, before)
+        result = zm.update(losses=torch.tensor([float("nan"), 1.0]))
+        assert result.skipped and unchanged(zm.model, before)
+
+
+def test_a_skipped_step_keeps_the_rule_state() -> None:
+    zm = zowrap.zo_wrap(make("llama"), "meazo", engine="compiled")
+    zm.update(projected_grad=torch.tensor(1.0))
+    before, state = snapshot(zm.model), {k: v.clone() for k, v in zm._job.states[0].items()}
+    for losses in ([float("inf"), 1.0], [1.0, float("nan")], [float("inf"), float("-inf")]):
+        assert bool(zm.update(losses=torch.tensor(losses)).skipped)
+    assert unchanged(zm.model, before)
+    assert all(torch.equal(v, state[k]) for k, v in zm._job.states[0].items())
+    assert not zm.update(losses=torch.tensor([1.0, 0.5])).skipped
+    assert not unchanged(zm.model, before)
+
+
+class Odd(nn.Module):
+    """Shapes that tile nothing, a tied pair, a convolution (no cheap form), a transposed product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 7)
+        self.head = nn.Linear(7, 13, bias=False)
+        self.head.weight = self.embed.weight
+        self.conv = nn.Conv1d(7, 7, 3, padding=1)
+        self.mix = nn.Parameter(torch.randn(7, 7) / 3)
+        self.gain = nn.Parameter(torch.ones(7))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = self.conv(x.transpose(1, 2)).transpose(1, 2) * self.gain
+        return self.head(torch.tanh(x @ self.mix))
+
+
+def odd_loss(model: nn.Module, inputs: dict) -> Tensor:
+    logits = model(inputs["ids"])
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), inputs["ids"].flatten())
+
+
+def odd_batch(rows: int = 5, length: int = 6) -> dict[str, Tensor]:
+    return {"ids": torch.randint(0, 13, (rows, length), generator=torch.Generator().manual_seed(rows))}
+
+
+@pytest.mark.parametrize("direction", ["gaussian", "rademacher", "sphere", "unit_sphere"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_perturbation_noise_is_update_noise_is_replay_noise(direction, dtype) -> None:
+    """For odd shapes, ties and every law: what the probes added is what the update subtracts."""
+    torch.manual_seed(0)
+    zm = zowrap.zo_wrap(Odd().to(dtype), "zo_sgd", lr=1.0, direction=direction, loss_fn=odd_loss, engine="compiled")
+    assert [p.name for p in zm.parameters] == ["embed.weight", "mix", "gain", "conv.weight", "conv.bias"] or len(
+        zm.parameters
+    ) == 5
+    (stream,) = zm._current_streams()
+    oracle = zm._engine.eager
+    for i, parameter in enumerate(zm.parameters):
+        zeros = torch.zeros_like(parameter.tensor, dtype=torch.float32)
+        one = torch.ones(1)
+        (probe,) = torch.ops.zowrap.perturb(zeros, [], stream.keys[i], stream.scale, [], one, zm._engine.spec)
+        reference = oracle.direction(stream, i)
+        assert torch.equal(probe, reference)
+        if parameter.tensor.ndim == 2:
+            rows = torch.tensor([[0, 3], [2, 3]])
+            args = (zeros, [], rows, stream.keys[i], stream.scale, [], one, zm._engine.spec)
+            assert torch.equal(torch.ops.zowrap.perturb_rows(*args)[0], reference[rows])
+    if dtype == torch.float32:
+        before = {p.name: p.tensor.detach().clone() for p in zm.parameters}
+        for p in zm.parameters:
+            p.tensor.data.zero_()
+        result = zm.update(projected_grad=torch.tensor(-1.0))
+        moved = [p.tensor.detach().clone() for p in zm.parameters]
+        for i in range(len(moved)):
+            assert torch.equal(moved[i], oracle.direction(stream, i))
+        for p in zm.parameters:
+            p.tensor.data.copy_(before[p.name])
+        zm.step_count = 0
+        for p in zm.parameters:
+            p.tensor.data.zero_()
+        zm.replay(result.record())
+        assert all(torch.equal(p.tensor, m) for p, m in zip(zm.parameters, moved, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"direction": "sphere", "queries": 3},
+        {"direction": "rademacher", "estimator": "forward", "queries": 2},
+        {"weight_decay": 0.1, "rule": zowrap.rules.zo_sgd(momentum=0.9)},
+        {"rule": "meazo", "queries": 2, "blocks": ["embed*", "*"]},
+    ],
+    ids=["sphere q3", "forward q2", "momentum decay", "blocks"],
+)
+def test_engines_agree_for_odd_models(options) -> None:
+    runs = []
+    for engine in ("eager", "compiled"):
+        torch.manual_seed(0)
+        zm = zowrap.zo_wrap(Odd(), lr=1e-2, loss_fn=odd_loss, engine=engine, **{"rule": "zo_sgd", **options})
+        start = {p.name: p.tensor.detach().clone() for p in zm.parameters}
+        draw = torch.Generator().manual_seed(1)
+        for _ in range(6):
+            zm.accumulate(**odd_batch())
+            losses = zm._sums / zm._weight
+            zm.update(projected_grad=torch.randn(zm._job.queries, generator=draw))
+        runs.append((zm, losses, start))
+    (eager, losses_e, start), (compiled, losses_c, _) = runs
+    assert torch.allclose(losses_e, losses_c, rtol=1e-5)
+    for a, b in zip(eager.parameters, compiled.parameters, strict=True):
+        moved = (a.tensor - start[a.name]).norm()
+        assert (a.tensor - b.tensor).norm() <= 1e-5 * moved, a.name
+
+
+def test_tied_weights_are_one_parameter_and_stay_tied() -> None:
+    model = make("llama")
+    zm = zowrap.zo_wrap(model, engine="compiled")
+    names = [p.name for p in zm.parameters]
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    zm.step(**batch("llama", 4, 9))
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_training_mode_is_evaluated_without_dropout_and_restored() -> None:
+    model = make("bert").train()
+    model.bert.pooler.eval()
+    flags = [m.training for m in model.modules()]
+    for engine in ("eager", "compiled"):
+        zm = zowrap.zo_wrap(model, engine=engine)
+        assert zm.loss(**batch("bert", 4, 9)) == zm.loss(**batch("bert", 4, 9))
+        assert [m.training for m in model.modules()] == flags
+
+
+class DataDependent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y * 2 if y.sum().item() > 0 else y
+
+
+def data_dependent_loss(model: nn.Module, inputs: dict) -> Tensor:
+    return model(inputs["x"]).square().mean()
+
+
+def test_what_cannot_be_captured_falls_back_with_one_warning() -> None:
+    zm = zowrap.zo_wrap(DataDependent(), loss_fn=data_dependent_loss)
+    with pytest.warns(UserWarning, match="running eagerly, because torch.export cannot capture"):
+        zm.step(x=torch.randn(4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zm.step(x=torch.randn(4, 3))
+    report = zm.inspect()
+    assert report.engine == "eager" and "cannot capture" in report.fallen_back
+    with pytest.raises(ZOCaptureError, match="engine='compiled' was asked for"):
+        zowrap.zo_wrap(DataDependent(), loss_fn=data_dependent_loss, engine="compiled").step(x=torch.randn(4, 3))
+
+
+NO_COMPILER = """
+import warnings, torch, zowrap
+from tests.families import make, batch
+zm = zowrap.zo_wrap(make("llama"), engine={engine!r})
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    try:
+        zm.step(**batch("llama", 2, 5)); zm.step(**batch("llama", 2, 5))
+    except zowrap.ZOError as error:
+        print("ERROR", error)
+print([str(w.message) for w in caught if "eagerly" in str(w.message)], zm.step_count)
+"""
+
+
+@pytest.mark.parametrize("engine", [None, "compiled"])
+def test_without_a_compiler(engine, tmp_path) -> None:
+    """CXX points nowhere and nothing is cached: eager with one warning, or an error if compiled was asked for."""
+    import os
+
+    environment = {**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", NO_COMPILER.format(engine=engine)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    if engine is None:
+        assert done.stdout.count("running eagerly") == 1 and "C++ compiler" in done.stdout
+        assert done.stdout.rstrip().endswith(" 2")
+    else:
+        assert "ERROR engine='compiled' was asked for, but no working C++ compiler" in done.stdout

@@ -1,0 +1,135 @@
+"""``inspect()``: what moves, how, and at what cost; readable by people, as JSON, and attribute by attribute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zowrap.rules import REGISTRY
+
+if TYPE_CHECKING:
+    from zowrap.wrap import ZOModel
+
+
+@dataclass
+class Report:
+    """Facts about a wrapped model.
+
+    Attributes:
+        engine: ``"compiled"`` or ``"eager"``; what runs now. Capture happens at the first step.
+        fallen_back: why the eager engine runs although the compiled one was meant to, or None.
+        program_hash: identifies the compiled programs; None before the first step and for the eager engine.
+        compile_count: programs compiled so far; it does not grow with lr, eps, step, batch size or length.
+        blocks: ``(name, number of elements)``; one block per step is perturbed and updated.
+        moves: ``(canonical name, shape, dtype, how it is rounded)`` of every parameter that moves.
+        frozen: number of elements that stay as they are.
+        state_bytes: memory of the rule's state.
+        forwards: evaluations per step.
+        programs: ``(pass, program as Python)`` after each pass, for each compiled program.
+        notes: what each pass did.
+    """
+
+    engine: str
+    rule: str
+    direction: str
+    forwards: int
+    blocks: list[tuple[str, int]]
+    moves: list[tuple[str, tuple[int, ...], str, str]]
+    frozen: int
+    state_bytes: int
+    hyper: dict[str, float]
+    fallen_back: str | None = None
+    program_hash: str | None = None
+    compile_count: int = 0
+    compile_seconds: float = 0.0
+    paper: str | None = None
+    programs: dict[str, list[tuple[str, str]]] = field(default_factory=dict, repr=False)
+    notes: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
+
+    @property
+    def elements(self) -> int:
+        """Number of tunable elements d."""
+        return sum(count for _, count in self.blocks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the programs' texts, ready for JSON."""
+        return {
+            "engine": self.engine,
+            "fallen_back": self.fallen_back,
+            "program_hash": self.program_hash,
+            "compile_count": self.compile_count,
+            "compile_seconds": round(self.compile_seconds, 3),
+            "rule": self.rule,
+            "paper": self.paper,
+            "direction": self.direction,
+            "forwards_per_step": self.forwards,
+            "hyper": self.hyper,
+            "elements": self.elements,
+            "frozen": self.frozen,
+            "state_bytes": self.state_bytes,
+            "blocks": [{"name": name, "elements": count} for name, count in self.blocks],
+            "moves": [
+                {"name": name, "shape": list(shape), "dtype": dtype, "rounding": rounding}
+                for name, shape, dtype, rounding in self.moves
+            ],
+            "passes": self.notes,
+        }
+
+    def __str__(self) -> str:
+        compiled = f", {self.compile_count} programs in {self.compile_seconds:.1f} s" if self.compile_count else ""
+        lines = [
+            f"engine     {self.engine}{compiled}" + (f" (fell back: {self.fallen_back})" if self.fallen_back else ""),
+            f"rule       {self.rule}, {self.forwards} forwards a step, {self.direction} directions",
+            f"moves      {self.elements:,} elements in {len(self.moves)} tensors; {self.frozen:,} stay as they are",
+            f"state      {self.state_bytes:,} bytes",
+            f"blocks     {len(self.blocks)}: " + ", ".join(f"{name} ({count:,})" for name, count in self.blocks[:8]),
+        ]
+        if len(self.blocks) > 8:
+            lines[-1] += f", … {self.blocks[-1][0]} ({self.blocks[-1][1]:,})"
+        for name, shape, dtype, rounding in self.moves[:12]:
+            lines.append(f"  {name}  {list(shape)}  {dtype}{'  ' + rounding if rounding != 'exact' else ''}")
+        if len(self.moves) > 12:
+            lines.append(f"  … and {len(self.moves) - 12} more")
+        for program, notes in self.notes.items():
+            lines.append(f"program    {program}")
+            lines += [f"  {name:<16} {note}" for name, note in notes.items()]
+        return "\n".join(lines)
+
+
+def report(zm: ZOModel) -> Report:
+    """Collect the facts; runs nothing."""
+    job, facts = zm._job, zm._engine.describe()
+    moving = {id(p.tensor) for p in job.parameters}
+    blocks = [(b.name, sum(job.parameters[i].tensor.numel() for i in b.indices)) for b in job.blocks]
+    sixteen = (torch.bfloat16, torch.float16)
+    state = [t for tensors in job.slots.values() for t in tensors] + [t for s in job.states for t in s.values()]
+    result = Report(
+        engine=facts["engine"],
+        rule=job.rule.describe(),
+        direction=job.direction.name,
+        forwards=len(zm._points),
+        blocks=blocks,
+        moves=[
+            (
+                p.name,
+                tuple(p.tensor.shape),
+                str(p.tensor.dtype).removeprefix("torch."),
+                "stochastic rounding" if p.tensor.dtype in sixteen else "exact",
+            )
+            for p in job.parameters
+        ],
+        frozen=sum(p.numel() for p in zm.model.parameters() if id(p) not in moving),
+        state_bytes=sum(t.numel() * t.element_size() for t in state),
+        hyper={"lr": zm.lr, "eps": zm.eps, "weight_decay": zm._values["weight_decay"]},
+        fallen_back=facts.get("fallen_back"),
+        program_hash=facts["program_hash"],
+        compile_count=facts["compile_count"],
+        compile_seconds=facts.get("compile_seconds", 0.0),
+        paper=REGISTRY[job.rule.name].paper if job.rule.name in REGISTRY else None,
+    )
+    for name, program in facts.get("programs", {}).items():
+        result.programs[name] = program.history
+        result.notes[name] = program.notes
+    return result
