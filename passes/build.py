@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from zowrap.engines.base import Job
 from zowrap.passes.epilogue import AppendEpilogue, Epilogue
 from zowrap.passes.manager import Pass, run
 from zowrap.passes.perturb import Perturb
 from zowrap.passes.select_tunable import SelectTunable
 from zowrap.passes.split_streams import SplitStreams
 from zowrap.passes.strip_training import StripTraining
+
+from zowrap.engines.base import Job
 from zowrap.program import Program
 
 

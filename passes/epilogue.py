@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from zowrap.passes.manager import Pass
 
 from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
 from zowrap.engines.base import Job
 from zowrap.errors import ZOInternalError
-from zowrap.passes.manager import Pass
 from zowrap.program import Program
 from zowrap.step import conclude
 
@@ -106,5 +106,7 @@ class AppendEpilogue(Pass):
 
     def call(self, program: Program) -> str:
         program.epilogue = self.epilogue.graph_module
-        updates = sum(n.op == "call_function" and "update_" in str(n.target) for n in self.epilogue.graph_module.graph.nodes)
+        updates = sum(
+            n.op == "call_function" and "update_" in str(n.target) for n in self.epilogue.graph_module.graph.nodes
+        )
         return f"{updates} fused updates"

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import fx
-
 from zowrap.passes.manager import Pass
+
 from zowrap.program import Program
 
 aten = torch.ops.aten
@@ -33,9 +33,7 @@ class Perturb(Pass):
 
     def call(self, program: Program) -> str:
         graph = program.graph
-        streams: dict[tuple[str, int], fx.Node] = {
-            n.meta["stream"]: n for n in graph.nodes if "stream" in n.meta
-        }
+        streams: dict[tuple[str, int], fx.Node] = {n.meta["stream"]: n for n in graph.nodes if "stream" in n.meta}
         counts = {"matrix products": 0, "embeddings": 0, "whole vectors": 0, "whole tensors": 0}
         for theta in graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb.default):
             values = sorted((u for u in theta.users if u.target is operator.getitem), key=lambda n: n.args[1])  # type: ignore[arg-type]
@@ -50,9 +48,7 @@ class Perturb(Pass):
         return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
-def _rewrite(
-    graph: fx.Graph, theta: fx.Node, values: list[fx.Node], uses: list[fx.Node], points: int
-) -> str | None:
+def _rewrite(graph: fx.Graph, theta: fx.Node, values: list[fx.Node], uses: list[fx.Node], points: int) -> str | None:
     """Replace one use (its twins at every point) by a fused operator; None where it has no cheaper form."""
     weight = theta.args[0]
     if len(uses) != points or weight.meta["val"].ndim != 2:  # type: ignore[union-attr]

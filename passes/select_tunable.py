@@ -15,11 +15,11 @@ import operator
 
 import torch
 from torch import fx
+from zowrap.passes.manager import Pass
 
 from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
 from zowrap.engines.base import Job
 from zowrap.errors import ZOCaptureError
-from zowrap.passes.manager import Pass
 from zowrap.program import Program
 
 
@@ -49,14 +49,14 @@ class SelectTunable(Pass):
         used = 0
         for i in job.blocks[self.block].indices:
             parameter = job.parameters[i]
-            uses = [p for name in parameter.names if (p := program.placeholder("parameter", f"model.{name}")) is not None]
+            uses = [
+                p for name in parameter.names if (p := program.placeholder("parameter", f"model.{name}")) is not None
+            ]
             uses = [p for p in uses if p.users]
             if not uses:
                 continue
             used += 1
-            slots = [
-                program.add_input(f"slot/{name}/{i}", job.slots[name][i]) for name in job.rule.direction_slots
-            ]
+            slots = [program.add_input(f"slot/{name}/{i}", job.slots[name][i]) for name in job.rule.direction_slots]
             after = graph.find_nodes(op="placeholder")[-1]
             with graph.inserting_after(after):
                 key = graph.call_function(torch.ops.aten.select.int, (keys, 0, i))
@@ -69,7 +69,8 @@ class SelectTunable(Pass):
             with graph.inserting_after(theta):
                 value = graph.call_function(operator.getitem, (theta, 0))
             for use in uses:
-                use.replace_all_uses_with(value, delete_user_cb=lambda user, theta=theta: user is not theta)
+                for user in [u for u in use.users if u is not theta]:
+                    user.replace_input_with(use, value)
             theta.meta["parameter"] = i
         if not used:
             raise ZOCaptureError(

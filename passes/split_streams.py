@@ -12,14 +12,16 @@ below the block, and every mask and position embedding, is shared.
 
 from __future__ import annotations
 
+import functools
 import operator
+from typing import Any, cast
 
 import torch
 from torch import fx
-
-from zowrap.errors import ZOInternalError
 from zowrap.passes.manager import Pass
 from zowrap.passes.select_tunable import tunable_values
+
+from zowrap.errors import ZOInternalError
 from zowrap.program import Program
 
 
@@ -41,7 +43,7 @@ class SplitStreams(Pass):
         tainted = _tainted(graph, sources)
         streams: dict[fx.Node, list[fx.Node]] = {}
 
-        def at(node: fx.Node, point: int) -> fx.Node:
+        def at(node: Any, point: int) -> Any:
             return streams[node][point] if node in streams else node
 
         for node in list(graph.nodes):
@@ -53,13 +55,13 @@ class SplitStreams(Pass):
                     if node in sources:
                         copy = graph.call_function(operator.getitem, (node.args[0], point))
                     else:
-                        copy = graph.node_copy(node, lambda n, point=point: at(n, point))
+                        copy = graph.node_copy(node, functools.partial(at, point=point))
                 copies.append(copy)
             for point, copy in enumerate(copies):
                 copy.meta = dict(node.meta)
                 copy.meta["stream"] = (node.name, point)
             streams[node] = copies
-        sums, weights = graph.output_node().args[0]  # type: ignore[misc]
+        sums, weights = cast("tuple[fx.Node, fx.Node]", graph.output_node().args[0])
         graph.output_node().args = ((*[at(sums, p) for p in range(self.points)], at(weights, 0)),)
         program.points = self.points
         total = sum(n.op == "call_function" for n in graph.nodes)

@@ -1,9 +1,9 @@
 """Dropout, run-time assertions, aliases and full slices → nothing.
 
-    before                                              after
-    d = dropout(x, 0.1, False)                          y = linear(x, w)
-    _assert_tensor_metadata(d, None, None, int64)
-    y = linear(alias(d), w)
+before                                              after
+d = dropout(x, 0.1, False)                          y = linear(x, w)
+_assert_tensor_metadata(d, None, None, int64)
+y = linear(alias(d), w)
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import sys
 
 import torch
 from torch import fx
+from zowrap.passes.manager import Pass
 
 from zowrap.errors import ZOCaptureError, ZOInternalError
-from zowrap.passes.manager import Pass
 from zowrap.program import Program
 
 aten = torch.ops.aten

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from zowrap.passes import build
 
 import zowrap
 from tests.families import FAMILIES, batch, make
 from zowrap.capture import canonical_batch, capture
 from zowrap.loss import LossModule
-from zowrap.passes import build
 
 
 @pytest.mark.parametrize("name", FAMILIES)

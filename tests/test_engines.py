@@ -38,7 +38,9 @@ def reset(*wrapped) -> None:
 
 def make_like(zm):
     kind = type(zm.model).__name__
-    return make({"OPTForCausalLM": "opt", "LlamaForCausalLM": "llama", "T5ForConditionalGeneration": "t5"}.get(kind, "bert"))
+    return make(
+        {"OPTForCausalLM": "opt", "LlamaForCausalLM": "llama", "T5ForConditionalGeneration": "t5"}.get(kind, "bert")
+    )
 
 
 def test_losses_agree_at_every_batch_size_and_length(pair) -> None:
@@ -56,7 +58,7 @@ def test_losses_agree_at_every_batch_size_and_length(pair) -> None:
 
 def test_fed_the_same_projected_gradients_the_weights_agree(pair) -> None:
     """50 steps at an η that moves the weights by at least 1 %: ‖w_c − w_e‖ ≤ 1e-5 · ‖w_e − w_0‖ per tensor."""
-    name, eager, compiled = pair
+    _, eager, compiled = pair
     reset(eager, compiled)
     start = {p.name: p.tensor.clone() for p in eager.parameters}
     draw = torch.Generator().manual_seed(0)

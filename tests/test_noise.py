@@ -70,7 +70,9 @@ def test_rademacher_is_plus_or_minus_one_and_fair() -> None:
 def test_streams_are_uncorrelated(law: str) -> None:
     """Parameters, steps, directions, seeds: all pairs, and elements at many lags."""
     keys = [key(parameter=i) for i in range(6)]
-    keys += [key(step=s) for s in (1, 2, 3, 1000)] + [key(direction=d) for d in (1, 2, 3)] + [key(seed=s) for s in (1, 2)]
+    keys += (
+        [key(step=s) for s in (1, 2, 3, 1000)] + [key(direction=d) for d in (1, 2, 3)] + [key(seed=s) for s in (1, 2)]
+    )
     count = 400_000
     z = torch.stack([noise.draw(law, k, (count,)) for k in keys]).double().numpy()
     correlation = np.corrcoef(z)[np.triu_indices(len(keys), 1)] * math.sqrt(count)
@@ -102,7 +104,8 @@ def test_keys_do_not_collide() -> None:
 def test_keys_from_tensors_equal_keys_from_numbers() -> None:
     step = torch.tensor(12345)
     assert torch.equal(
-        noise.derive_keys(7, step, 1, IDS, noise.TAG_DIRECTION), noise.derive_keys(7, 12345, 1, IDS, noise.TAG_DIRECTION)
+        noise.derive_keys(7, step, 1, IDS, noise.TAG_DIRECTION),
+        noise.derive_keys(7, 12345, 1, IDS, noise.TAG_DIRECTION),
     )
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from zowrap.passes.manager import Pass, run
+from zowrap.passes.perturb import Perturb
+from zowrap.passes.select_tunable import SelectTunable
+from zowrap.passes.split_streams import SplitStreams
+from zowrap.passes.strip_training import StripTraining
 
 import zowrap
 from tests.families import batch, make
 from zowrap import program as program_module
 from zowrap.capture import canonical_batch, capture
 from zowrap.errors import ZOCaptureError, ZOInternalError
-from zowrap.passes.manager import Pass, run
-from zowrap.passes.perturb import Perturb
-from zowrap.passes.select_tunable import SelectTunable
-from zowrap.passes.split_streams import SplitStreams
-from zowrap.passes.strip_training import StripTraining
 from zowrap.program import verify
 
 zo = torch.ops.zowrap

@@ -1,4 +1,4 @@
-"""Each rule equals its formula, written again in NumPy; MEAZO's first step is bounded; bad hyper-parameters are named."""
+"""Each rule equals its formula, written again in NumPy; MEAZO's first step is bounded; bad values are named."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_rule_equals_numpy(name, hyper, reference, queries) -> None:
 
 def test_mezo_is_zo_sgd() -> None:
     assert rules.mezo is rules.zo_sgd
-    assert rules.get("mezo") .name == "zo_sgd"
+    assert rules.get("mezo").name == "zo_sgd"
 
 
 def test_meazo_first_step_is_the_signed_direction() -> None:

@@ -1,10 +1,10 @@
 """zowrap: fine-tune any torch model with forward passes alone.
 
-    import zowrap
-    zm = zowrap.zo_wrap(model, rule="meazo")
-    for batch in batches:
-        result = zm.step(**batch)
-    zm.save_pretrained("out")
+import zowrap
+zm = zowrap.zo_wrap(model, rule="meazo")
+for batch in batches:
+    result = zm.step(**batch)
+zm.save_pretrained("out")
 """
 
 from __future__ import annotations
@@ -31,7 +31,17 @@ _HOME = {
     "ZOInternalError": "zowrap.errors",
 }
 
-__all__ = ["StepResult", "ZOConfig", "ZOError", "ZOInternalError", "ZOModel", "ZOTrainer", "__version__", "rules", "zo_wrap"]
+__all__ = [
+    "StepResult",
+    "ZOConfig",
+    "ZOError",
+    "ZOInternalError",
+    "ZOModel",
+    "ZOTrainer",
+    "__version__",
+    "rules",
+    "zo_wrap",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -98,7 +98,11 @@ def _late_norms(
     layers = [name for name in groups if _LAYER.match(name + ".") and _LAYER.match(name + ".")["stack"] in stacks]  # type: ignore[index]
     if first in layers:
         return groups
-    late = [i for i in groups[first] if parameters[i].tensor.ndim < 2 and re.search(r"final|ln_f|\.norm\.", parameters[i].name)]
+    late = [
+        i
+        for i in groups[first]
+        if parameters[i].tensor.ndim < 2 and re.search(r"final|ln_f|\.norm\.", parameters[i].name)
+    ]
     groups[first] = [i for i in groups[first] if i not in late]
     groups[layers[-1]].extend(late)
     return {name: indices for name, indices in groups.items() if indices}

@@ -104,7 +104,9 @@ def capture(loss: LossModule, batch: Batch) -> Program:
             continue
         return _program(exported)
     text = next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
-    raise ZOCaptureError(f"torch.export cannot capture this model ({type(problem).__name__}: {text[:200]})") from problem
+    raise ZOCaptureError(
+        f"torch.export cannot capture this model ({type(problem).__name__}: {text[:200]})"
+    ) from problem
 
 
 def _program(exported: torch.export.ExportedProgram) -> Program:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
 from torch._inductor import standalone_compile
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -42,7 +43,8 @@ class Compiled:
 
 def size_oblivious(**options: Any) -> Any:
     """Context in which a symbolic size may turn out to be 0 or 1 at run time."""
-    return symbolic_config.patch(backed_size_oblivious=True, **options)
+    patch: Any = symbolic_config.patch  # type: ignore[attr-defined]  # installed at import, unknown to checkers
+    return patch(backed_size_oblivious=True, **options)
 
 
 def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
@@ -66,15 +68,17 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compil
     return Compiled(call, time.perf_counter() - start)
 
 
-def trace(function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]) -> tuple[fx.GraphModule, list]:
+def trace(
+    function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]
+) -> tuple[fx.GraphModule, list]:
     """Record ``function`` as an fx graph; every size of the inputs listed in ``dynamic`` is symbolic."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with torch.no_grad(), size_oblivious():
         fakes = []
         for i, example in enumerate(examples):
             kind = DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC  # equal example sizes, one symbol
-            context = StatelessSymbolicContext(dynamic_sizes=[kind] * example.dim())
-            source = torch._dynamo.source.ConstantSource(f"input{i}")
+            context: Any = StatelessSymbolicContext(dynamic_sizes=[kind] * example.dim())
+            source = ConstantSource(f"input{i}")
             fakes.append(mode.from_tensor(example, symbolic_context=context, source=source))
         with mode:
             return make_fx(function)(*fakes), fakes

@@ -51,7 +51,9 @@ class Kernels:
         if self.direction_law.needs_norm:
             u = u * scale
         return self.rule.direction(
-            u, dict(zip(self.rule.direction_slots, slots, strict=True)), dict(zip(self.scalar_names, scalars, strict=True))
+            u,
+            dict(zip(self.rule.direction_slots, slots, strict=True)),
+            dict(zip(self.scalar_names, scalars, strict=True)),
         )
 
     def _flat_index(self, like: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +62,15 @@ class Kernels:
     # --- perturbation -----------------------------------------------------------------------------------------
 
     def perturb(
-        self, w: Tensor, slots: Sequence[Tensor], key, scale, scalars, coefficients, out: Sequence[Tensor], start: int = 0
+        self,
+        w: Tensor,
+        slots: Sequence[Tensor],
+        key,
+        scale,
+        scalars,
+        coefficients,
+        out: Sequence[Tensor],
+        start: int = 0,
     ) -> None:
         """``out[p] = w + coefficients[p] · z`` for the elements ``start …`` of a parameter, all flat."""
         for first, size in _segments(start, w.numel()):
@@ -123,13 +133,25 @@ class Kernels:
         total = torch.zeros((), dtype=torch.int64, device=like.device)
         for first, size in _segments(0, like.numel()):
             part = like[first : first + size]
-            total = total + self._run(("norm", like.dtype), kernel, [part], [key, _offset(first, like.device), table])[0]
+            total = (
+                total + self._run(("norm", like.dtype), kernel, [part], [key, _offset(first, like.device), table])[0]
+            )
         return total
 
     # --- update -----------------------------------------------------------------------------------------------
 
     def update(
-        self, w: Tensor, slots: Sequence[Tensor], keys, scales, scalars, rounding_key, coefficients, hyper, apply, decay: bool
+        self,
+        w: Tensor,
+        slots: Sequence[Tensor],
+        keys,
+        scales,
+        scalars,
+        rounding_key,
+        coefficients,
+        hyper,
+        apply,
+        decay: bool,
     ) -> None:
         """Write the rule's update of one parameter: noise, rule, rounding and write in one loop.
 
@@ -165,7 +187,17 @@ class Kernels:
 
         for first, size in _segments(0, w.numel()):
             arrays = [t[first : first + size] for t in (w, *slots)]
-            small = [*keys, *scales, *scalars, *coefficients, *hyper, rounding_key, apply, _offset(first, w.device), table]
+            small = [
+                *keys,
+                *scales,
+                *scalars,
+                *coefficients,
+                *hyper,
+                rounding_key,
+                apply,
+                _offset(first, w.device),
+                table,
+            ]
             self._run(("update", w.dtype, queries, decay), kernel, arrays, small)
 
     # --- compilation ------------------------------------------------------------------------------------------
@@ -195,7 +227,7 @@ def get(spec: str) -> Kernels:
 
 
 def _segments(start: int, count: int) -> Iterator[tuple[int, int]]:
-    """(first element, size) of the runs that ``count`` elements from ``start`` fall into, cut at multiples of SEGMENT."""
+    """(first element, size) of the runs that make up ``count`` elements from ``start``, cut at multiples of SEGMENT."""
     end = start + count
     while start < end:
         size = min(end, (start // SEGMENT + 1) * SEGMENT) - start

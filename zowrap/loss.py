@@ -71,7 +71,7 @@ _HEADS: tuple[tuple[str, Callable[..., tuple[Tensor, Tensor]]], ...] = (
 
 
 def _head_of(model: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    inner = model
+    inner: Any = model
     while type(inner).__name__.startswith("PeftModel") and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     if not hasattr(inner, "config"):

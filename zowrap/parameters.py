@@ -89,8 +89,11 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
     """
     by_storage: dict[tuple, list[str]] = {}
     tensors: dict[tuple, Tensor] = {}
+    tensor: Tensor
     for name, tensor in model.named_parameters(remove_duplicate=False):
-        key = (tensor.data_ptr(), tensor.device, tensor.shape) if tensor.numel() and not tensor.is_meta else (id(tensor),)
+        key = (
+            (tensor.data_ptr(), tensor.device, tensor.shape) if tensor.numel() and not tensor.is_meta else (id(tensor),)
+        )
         by_storage.setdefault(key, []).append(name)
         tensors.setdefault(key, tensor)
     chosen: list[Parameter] = []
@@ -104,7 +107,9 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
             raise ZOError(f"{name} holds {tensor.dtype} values: only floating-point tensors can be tuned this way")
         chosen.append(Parameter(name, tuple(names), tensor, parameter_id(name)))
     if not chosen:
-        asked = "trainable matches none of the model's parameters" if trainable is not None else "every parameter is frozen"
+        asked = (
+            "trainable matches none of the model's parameters" if trainable is not None else "every parameter is frozen"
+        )
         example = next((canonical_name(n[0]) for n in by_storage.values()), "none at all")
         raise ZOError(f"nothing is left to tune: {asked} (the model has {len(by_storage)}, for example {example})")
     _check_storages(chosen)
@@ -117,7 +122,9 @@ def _check_storages(parameters: Sequence[Parameter]) -> None:
     """One device, and no two parameters that overlap in memory without being the same tensor."""
     devices = {p.tensor.device for p in parameters}
     if len(devices) > 1:
-        raise ZOError(f"the tunable parameters lie on several devices ({', '.join(sorted(map(str, devices)))}): use one")
+        raise ZOError(
+            f"the tunable parameters lie on several devices ({', '.join(sorted(map(str, devices)))}): use one"
+        )
     for parameter in parameters:
         if not parameter.tensor.is_contiguous():
             with torch.no_grad():

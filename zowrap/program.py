@@ -20,8 +20,9 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from zowrap.compiler import size_oblivious
 from zowrap.errors import ZOInternalError
 
-
-CHECK_SHAPES = False  # recompute all shapes after every pass (the tests do): catches a broken pass at once, costs seconds
+CHECK_SHAPES = (
+    False  # recompute all shapes after every pass (the tests do): catches a broken pass at once, costs seconds
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ class Program:
         output = graph.graph_copy(self.graph, mapping)
         graph.output(output)
         module = fx.GraphModule(self.graph_module, graph)
-        return replace(self, graph_module=module, inputs=list(self.inputs), history=list(self.history), notes=dict(self.notes))
+        return replace(
+            self, graph_module=module, inputs=list(self.inputs), history=list(self.history), notes=dict(self.notes)
+        )
 
     def code(self) -> str:
         """The program as Python, with shapes."""

@@ -395,7 +395,9 @@ class ZOModel:
         mine = self.state_dict()
         for name in ("rule", "direction", "estimator", "queries", "blocks", "block_order"):
             if state.get(name) != mine[name]:
-                raise ZOError(f"this state was saved with {name}={state.get(name)!r}, the model is wrapped with {mine[name]!r}")
+                raise ZOError(
+                    f"this state was saved with {name}={state.get(name)!r}, the model is wrapped with {mine[name]!r}"
+                )
         tensors = {name: value for name, value in mine.items() if isinstance(value, Tensor)}
         for name, tensor in tensors.items():
             if not isinstance(state.get(name), Tensor) or state[name].shape != tensor.shape:

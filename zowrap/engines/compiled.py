@@ -23,10 +23,9 @@ from zowrap.engines.eager import EagerEngine
 from zowrap.errors import ZOCaptureError
 from zowrap.loss import Batch
 from zowrap.passes.build import build
-from zowrap.passes.epilogue import Epilogue, build_epilogue, coefficient_names
+from zowrap.passes.epilogue import build_epilogue, coefficient_names
 from zowrap.program import Program
 from zowrap.step import Conclusion, conclude
-
 
 MAX_FIXED_SIZES = 8  # programs per kind of batch where export cannot make a size dynamic; each costs a compilation
 
@@ -62,12 +61,8 @@ class CompiledEngine:
         self._scalar_names = _direction_scalar_names(job)
         names = coefficient_names(job, project, points)
         self.spec = f"{job.rule.describe()} direction={job.direction.name} queries={job.queries} decay={job.decays}"
-        self.kernels = kernels.register(
-            self.spec, kernels.Kernels(job.rule, job.direction, names, self._scalar_names)
-        )
-        self._epilogues = [
-            build_epilogue(job, b, self.spec, names, self._scalar_names) for b in range(len(job.blocks))
-        ]
+        self.kernels = kernels.register(self.spec, kernels.Kernels(job.rule, job.direction, names, self._scalar_names))
+        self._epilogues = [build_epilogue(job, b, self.spec, names, self._scalar_names) for b in range(len(job.blocks))]
 
     # --- evaluations ------------------------------------------------------------------------------------------
 
@@ -115,7 +110,7 @@ class CompiledEngine:
     def _arguments(
         self, program: Program, batch: Batch, stream: DirectionStream | None, coefficients: Tensor
     ) -> list[Any]:
-        named = dict(self.job.loss.named_parameters(remove_duplicate=False))
+        named: dict[str, Tensor] = dict(self.job.loss.named_parameters(remove_duplicate=False))
         named.update(self.job.loss.named_buffers(remove_duplicate=False))
         values: list[Any] = []
         for given in program.inputs:

@@ -1,0 +1,260 @@
+"""``zo_wrap`` as a user meets it: options, accumulation, replay, resume, state."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import zowrap
+from tests.families import batch, make, snapshot, unchanged
+from zowrap import rules
+from zowrap.errors import ZOError
+
+ENGINES = ["eager", "compiled"]
+
+
+def wrap(engine="eager", **options):
+    return zowrap.zo_wrap(make("llama"), engine=engine, **{"rule": "meazo", "lr": 1e-3, **options})
+
+
+def concatenate(batches):
+    """Micro-batches of unequal lengths as one batch, padded."""
+    length = max(b["input_ids"].shape[1] for b in batches)
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        name: torch.cat([nn.functional.pad(b[name], (0, length - b[name].shape[1]), value=value) for b in batches])
+        for name, value in fill.items()
+    }
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_four_micro_batches_of_four_are_one_of_sixteen(engine) -> None:
+    parts = [batch("llama", 4, length, seed=length) for length in (5, 9, 12, 17)]
+    whole, split = wrap(engine), wrap(engine)
+    whole.accumulate(**concatenate(parts))
+    for part in parts:
+        split.accumulate(**part)
+    assert torch.allclose(whole._sums / whole._weight, split._sums / split._weight, rtol=1e-5)
+    means = torch.stack([(p._sums / p._weight) for p in _each(engine, parts)]).mean(0)
+    assert not torch.allclose(means, whole._sums / whole._weight, rtol=1e-5)  # a mean of means is another number
+    g = torch.tensor(0.37)
+    whole.update(projected_grad=g)
+    split.update(projected_grad=g)
+    assert unchanged(split.model, snapshot(whole.model))
+
+
+def _each(engine, parts):
+    for part in parts:
+        zm = wrap(engine)
+        zm.accumulate(**part)
+        yield zm
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "options", [{}, {"rule": rules.zo_sgd(momentum=0.9), "queries": 2, "direction": "sphere"}], ids=["meazo", "momentum"]
+)
+def test_resumed_equals_uninterrupted_bitwise(engine, options) -> None:
+    """State through JSON and tensors, weights through a state dict: the rest of the run is the same bits."""
+    whole = wrap(engine, **options)
+    for step in range(6):
+        if step == 3:
+            weights, state = snapshot(whole.model), copy.deepcopy(whole.state_dict())
+        whole.step(**batch("llama", 4, 9, seed=step))
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    rest = json.loads(json.dumps({k: v for k, v in state.items() if k not in tensors}))
+    resumed = wrap(engine, **options)
+    resumed.model.load_state_dict(weights)
+    resumed.load_state_dict({**tensors, **rest})
+    assert resumed.step_count == 3
+    for step in range(3, 6):
+        resumed.step(**batch("llama", 4, 9, seed=step))
+    assert unchanged(resumed.model, snapshot(whole.model))
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in resumed.state_dict().items() if k in tensors)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_replayed_journal_gives_the_same_bits(engine) -> None:
+    original, records = wrap(engine, weight_decay=0.01), []
+    for step in range(4):
+        original.lr = 1e-3 / (step + 1)
+        records.append(json.loads(json.dumps(original.step(**batch("llama", 4, 9, seed=step)).record())))
+    replayed = wrap(engine, weight_decay=0.01)
+    for record in records:
+        replayed.replay(record)
+    assert unchanged(replayed.model, snapshot(original.model))
+    with pytest.raises(ZOError, match="stands at step 4"):
+        replayed.replay(records[0])
+    with pytest.raises(ZOError, match="cannot be replayed"):
+        replayed.replay({"step": 4, "seed": 0})
+
+
+def test_results_are_tensors_of_the_promised_shapes() -> None:
+    one = wrap().step(**batch("llama", 4, 9))
+    assert one.loss.shape == () and one.projected_grad.shape == () and one.skipped.shape == ()
+    assert one.loss == one.losses.mean() and one.losses.shape == (2,)
+    three = wrap(queries=3).step(**batch("llama", 4, 9))
+    assert three.projected_grad.shape == (3,) and three.losses.shape == (6,)
+    forward = wrap(queries=3, estimator="forward").step(**batch("llama", 4, 9))
+    assert forward.losses.shape == (4,)
+
+
+def test_the_projected_gradient_is_the_directional_derivative() -> None:
+    zm = zowrap.zo_wrap(make("llama").double(), "zo_sgd", eps=1e-4, engine="eager", loss_fn=_own_loss)
+    (stream,) = zm._current_streams()
+    inputs = batch("llama", 4, 9)
+    z = {f"model.{p.names[0]}": zm._engine.direction(stream, i).double() for i, p in enumerate(zm.parameters)}
+    at = {f"model.{p.names[0]}": p.tensor.detach() for p in zm.parameters}
+
+    def loss(parameters):
+        sums, weights = torch.func.functional_call(zm._job.loss.eval(), parameters, (inputs,))
+        return sums.sum() / weights.sum()
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        _, slope = torch.func.jvp(loss, (at,), (z,))
+        assert zm.step(**inputs).projected_grad.item() == pytest.approx(slope.item(), rel=2e-2, abs=2e-3)
+
+
+def _own_loss(model, inputs):
+    return model(**inputs, use_cache=False).loss
+
+
+def test_descends() -> None:
+    zm = wrap(lr=3e-3)
+    inputs = batch("llama", 8, 12)
+    before = zm.loss(**inputs)
+    for _ in range(150):
+        zm.step(**inputs)
+    assert zm.loss(**inputs) < before - 0.1
+
+
+def test_a_population_of_options_is_checked() -> None:
+    model = make("llama")
+    for options, words in [
+        ({"rule": "meaz"}, "did you mean 'meazo'"),
+        ({"rule": 3}, "rule is a name"),
+        ({"direction": "gausian"}, "did you mean 'gaussian'"),
+        ({"estimator": "centre"}, "did you mean 'central'"),
+        ({"engine": "compile"}, "did you mean 'compiled'"),
+        ({"lr": 0.0}, "lr must be a positive"),
+        ({"eps": float("inf")}, "eps must be a positive"),
+        ({"eps": -1e-3}, "eps must be a positive"),
+        ({"queries": 0}, "queries must be a whole number"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"weight_decay": -1.0}, "weight_decay must be"),
+        ({"blocks": "layers"}, "use 'layer'"),
+        ({"trainable": ["nosuchname"]}, "nothing is left to tune"),
+        ({"trainable": [""]}, "name patterns"),
+    ]:
+        before = snapshot(model)
+        with pytest.raises(ZOError, match=words):
+            zowrap.zo_wrap(model, **options)
+        assert unchanged(model, before)
+
+
+def test_a_step_without_a_batch_says_so() -> None:
+    zm = wrap()
+    with pytest.raises(ZOError, match="needs a batch"):
+        zm.step()
+    with pytest.raises(ZOError, match="no rows"):
+        zm.step(input_ids=torch.zeros(0, 4, dtype=torch.long), labels=torch.zeros(0, 4, dtype=torch.long))
+    with pytest.raises(ZOError, match="nothing to apply"):
+        zm.update()
+    with pytest.raises(ZOError, match="2 evaluations"):
+        zm.update(losses=torch.zeros(3))
+    with pytest.raises(ZOError, match="1 queries"):
+        zm.update(projected_grad=torch.zeros(2))
+
+
+def test_state_of_another_rule_or_model_is_refused_and_changes_nothing() -> None:
+    zm = wrap(rule=rules.zo_sgd(momentum=0.5))
+    zm.update(projected_grad=torch.tensor(1.0))
+    before = copy.deepcopy(zm.state_dict())
+    with pytest.raises(ZOError, match="rule="):
+        zm.load_state_dict(wrap().state_dict())
+    other = zowrap.zo_wrap(make("opt"), rules.zo_sgd(momentum=0.5), engine="eager")
+    with pytest.raises(ZOError, match="another model"):
+        zm.load_state_dict(other.state_dict())
+    after = zm.state_dict()
+    assert all(torch.equal(v, after[k]) if isinstance(v, torch.Tensor) else v == after[k] for k, v in before.items())
+
+
+def test_seed_zero_is_a_seed() -> None:
+    g = torch.tensor(1.0)
+    runs = {}
+    for seed in (0, 0, 1):
+        zm = wrap(seed=seed)
+        zm.update(projected_grad=g)
+        runs.setdefault(seed, []).append(snapshot(zm.model))
+    assert all(torch.equal(v, runs[0][1][k]) for k, v in runs[0][0].items())
+    assert any(not torch.equal(v, runs[1][0][k]) for k, v in runs[0][0].items())
+
+
+def test_noise_does_not_depend_on_what_else_is_tunable_or_on_wrappers() -> None:
+    """The same parameter gets the same direction alone, among others, and inside a wrapper module."""
+    g = torch.tensor(1.0)
+    alone, among = wrap(trainable=["layers.0.mlp.*"], rule="zo_sgd"), wrap(rule="zo_sgd")
+    alone.update(projected_grad=g)
+    among.update(projected_grad=g)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(alone.model.state_dict()[name], among.model.state_dict()[name])
+    frozen = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(alone.model.state_dict()[frozen], make("llama").state_dict()[frozen])
+
+
+def test_trainable_takes_a_predicate() -> None:
+    zm = wrap(trainable=lambda name, tensor: tensor.ndim == 1)
+    assert zm.parameters and all(p.tensor.ndim == 1 for p in zm.parameters)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_adapters_move_and_the_base_stays(engine) -> None:
+    peft = pytest.importorskip("peft")
+    base = make("llama")
+    before = snapshot(base)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    zm = zowrap.zo_wrap(model, "zo_sgd", lr=1e-2, engine=engine)
+    assert len(zm.parameters) == 8 and all("lora_" in p.name and "default" not in p.name for p in zm.parameters)
+    first = zm.step(**batch("llama", 4, 9))
+    second = zm.step(**batch("llama", 4, 9, seed=1))
+    assert first.projected_grad != second.projected_grad
+    after = {n.replace(".base_layer", ""): t for n, t in base.state_dict().items() if "lora_" not in n}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_lr_and_eps_are_checked_when_set() -> None:
+    zm = wrap()
+    zm.lr = 0.0  # a schedule may end there
+    with pytest.raises(ZOError, match="lr must be"):
+        zm.lr = -1.0
+    with pytest.raises(ZOError, match="eps must be"):
+        zm.eps = 0.0
+
+
+def test_inspect_says_what_moves() -> None:
+    zm = wrap(trainable=["*mlp*"])
+    report = zm.inspect()
+    assert report.engine == "eager" and report.compile_count == 0 and report.program_hash is None
+    assert report.elements + report.frozen == sum(p.numel() for p in zm.model.parameters())
+    assert json.loads(json.dumps(report.as_dict()))["moves"][0]["name"].startswith("model.layers.0.mlp")
+    assert "mlp" in str(report)
+
+
+def test_compiled_inspect_shows_every_pass() -> None:
+    zm = wrap("compiled")
+    zm.step(**batch("llama", 4, 9))
+    report = zm.inspect()
+    assert report.compile_count == 1 and report.program_hash
+    ((name, history),) = report.programs.items()
+    assert [step for step, _ in history][-1] == "epilogue" and "2 points" in name
+
+
+def test_every_option_has_its_reason_beside_it() -> None:
+    text = inspect.getdoc(zowrap.zo_wrap)
+    for name in inspect.signature(zowrap.zo_wrap).parameters:
+        assert f"{name}:" in text or name == "model", name
