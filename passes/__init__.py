@@ -3,10 +3,11 @@
 The order (``zowrap.passes.build`` runs them):
 
 1. ``strip_training``   drop dropout, run-time assertions and aliases
-2. ``select_tunable``   each tunable weight → ``perturb(weight, key, coefficients)``
-3. ``split_streams``    one evaluation → one stream per point; what no perturbation reaches stays single
-4. ``perturb``          matrices, embeddings: the perturbed weight is never formed
-5. ``epilogue``         the update rule, the only place that writes weights
+2. ``check_lookups``    embeddings report an id out of range instead of ending the process
+3. ``select_tunable``   each tunable weight → ``perturb(weight, key, coefficients)``
+4. ``split_streams``    one evaluation → one stream per point; what no perturbation reaches stays single
+5. ``perturb``          matrices, embeddings: the perturbed weight is never formed
+6. ``epilogue``         the update rule, the only place that writes weights
 
 After each the manager verifies the program and keeps its text, so ``inspect`` can show what every pass did.
 """

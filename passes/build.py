@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zowrap.passes.check_lookups import CheckLookups
 from zowrap.passes.epilogue import AppendEpilogue, Epilogue
 from zowrap.passes.manager import Pass, run
 from zowrap.passes.perturb import Perturb
@@ -20,7 +21,7 @@ def build(
 
     ``points`` 0 leaves the plain loss at θ.
     """
-    passes: list[Pass] = [StripTraining()]
+    passes: list[Pass] = [StripTraining(), CheckLookups()]
     if points:
         passes += [
             SelectTunable(job, block, spec, points, scalar_names),

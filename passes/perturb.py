@@ -3,8 +3,8 @@
     before                                            after
     y_0 = linear(x_0, theta[0], b_0)                  p = zowrap.perturb_linear([x_0, x_1], w, key, …)
     y_1 = linear(x_1, theta[1], b_1)                  y_0 = p[0] + b_0;  y_1 = p[1] + b_1
-    e_0 = embedding(theta[0], ids)                    e = zowrap.perturb_rows(w, ids, key, …)
-    e_1 = embedding(theta[1], ids)                    e_0 = e[0];  e_1 = e[1]
+    e_0 = zowrap.rows(theta[0], ids)                  e = zowrap.perturb_rows(w, ids, key, …)
+    e_1 = zowrap.rows(theta[1], ids)                  e_0 = e[0];  e_1 = e[1]
 
 Vectors keep ``zowrap.perturb``: they are small. So does any use without a cheaper form (convolutions, stacked expert
 weights): it costs one weight-sized temporary per point, and the note counts such uses.
@@ -65,7 +65,7 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, values: list[fx.Node], uses: list[
     if first.target is aten.mm.default and first.args[1] is values[0]:
         _linear(graph, theta, uses, [u.args[0] for u in uses], [None] * points, transposed=True)
         return "matrix products"
-    if first.target is aten.embedding.default and first.args[0] is values[0]:
+    if first.target is torch.ops.zowrap.rows.default and first.args[0] is values[0]:
         ids = first.args[1]
         if any(u.args[1] is not ids for u in uses):
             return None

@@ -62,7 +62,13 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "roberta": lambda: _classifier(T.RobertaConfig(**_BERT, pad_token_id=1)),
     "distilbert": lambda: _classifier(
         T.DistilBertConfig(
-            vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=64, num_labels=3
+            vocab_size=VOCABULARY,
+            dim=32,
+            hidden_dim=48,
+            n_layers=2,
+            n_heads=4,
+            max_position_embeddings=64,
+            num_labels=3,
         )
     ),
     "t5": lambda: T.T5ForConditionalGeneration(

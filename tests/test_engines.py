@@ -109,6 +109,10 @@ def test_loss_and_failed_steps_leave_weights_bitwise(pair) -> None:
         with pytest.raises((IndexError, RuntimeError)):
             zm.step(**bad)
         assert unchanged(zm.model, before)
+        bad = batch(name, 4, 9)
+        bad["labels"] = bad["labels"] + 10_000
+        if name != "t5":  # whose labels are also its decoder's inputs
+            assert zm.step(**bad).skipped and unchanged(zm.model, before)
         result = zm.update(losses=torch.tensor([float("nan"), 1.0]))
         assert result.skipped and unchanged(zm.model, before)
 
@@ -294,3 +298,13 @@ def test_without_a_compiler(engine, tmp_path) -> None:
         assert done.stdout.rstrip().endswith(" 2")
     else:
         assert "ERROR engine='compiled' was asked for, but no working C++ compiler" in done.stdout
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_a_wrong_token_id_is_an_error_also_below_the_active_block(engine) -> None:
+    zm = zowrap.zo_wrap(make("llama"), blocks="layer", block_order="descending", engine=engine)
+    inputs = batch("llama", 2, 5)
+    zm.step(**inputs)
+    inputs["input_ids"][0, 0] = 10_000
+    with pytest.raises(IndexError):
+        zm.step(**inputs)

@@ -98,7 +98,8 @@ def capture(loss: LossModule, batch: Batch) -> Program:
             with warnings.catch_warnings(), torch.no_grad(), independent_sizes, evaluation_mode(loss):
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(loss, (dict(batch),), dynamic_shapes=shapes, strict=False)
-                exported = exported.run_decompositions({})
+                if _needs_functionalising(exported):
+                    exported = exported.run_decompositions({})
         except Exception as error:
             problem = problem or error
             continue
@@ -107,6 +108,17 @@ def capture(loss: LossModule, batch: Batch) -> Program:
     raise ZOCaptureError(
         f"torch.export cannot capture this model ({type(problem).__name__}: {text[:200]})"
     ) from problem
+
+
+def _needs_functionalising(exported: torch.export.ExportedProgram) -> bool:
+    """Whether the graph writes to tensors or holds subgraphs; most models' do not, and tracing again takes seconds."""
+    for node in exported.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "get_attr" or (schema is not None and schema.is_mutable):
+            return True
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return True
+    return False
 
 
 def _program(exported: torch.export.ExportedProgram) -> Program:

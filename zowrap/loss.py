@@ -27,14 +27,17 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: ``[rows, positions, classes]`` of any float dtype.
-        labels: int64 ``[rows, positions]``; ``-100`` is ignored.
+        labels: int64 ``[rows, positions]``; ``-100`` is ignored; a label that names no class makes the loss NaN (an
+            index error would end the process inside compiled code).
 
     Returns:
         float32 ``[rows]`` sums over the positions, float32 ``[rows]`` numbers of counted positions.
     """
     logits = logits.float()
     counted = labels != IGNORED
-    picked = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    classes = logits.shape[-1]
+    picked = logits.gather(-1, labels.clamp(0, classes - 1).unsqueeze(-1)).squeeze(-1)
+    picked = torch.where((labels < 0) | (labels >= classes), torch.nan, picked)
     losses = torch.where(counted, logits.logsumexp(-1) - picked, 0.0)
     return losses.sum(-1), counted.sum(-1).float()
 

@@ -2,6 +2,7 @@
 
 ``perturb``         a whole parameter at every point: for vectors, and for uses that have no cheaper form
 ``perturb_rows``    an embedding: noise for the touched rows only
+``rows``            an embedding that nothing perturbs
 ``perturb_linear``  a matrix product: row chunks of w ± εz pass through a small reused scratch, once for all points
 ``update_``         the epilogue's write: the only operator that changes a weight
 
@@ -59,17 +60,28 @@ def perturb_rows(
     spec: str,
 ) -> list[Tensor]:
     """``[(w + coefficients[p] · z)[ids] for p]``: ``ids`` int64 of any shape, results ``[*ids.shape, columns]``."""
-    rows = ids.reshape(-1)
-    touched = w.index_select(0, rows)
-    gathered = [s.index_select(0, rows) for s in slots]
+    flat = ids.reshape(-1)
+    touched = w.index_select(0, flat)
+    gathered = [s.index_select(0, flat) for s in slots]
     points = coefficients.shape[0]
-    out = kernels.get(spec).perturb_rows(touched, gathered, rows, key, scale, scalars, coefficients, points)
+    out = kernels.get(spec).perturb_rows(touched, gathered, flat, key, scale, scalars, coefficients, points)
     return [o.view(*ids.shape, w.shape[1]) for o in out]
 
 
 @perturb_rows.register_fake
 def _(w, slots, ids, key, scale, scalars, coefficients, spec):
     return [w.new_empty((*ids.shape, w.shape[1])) for _ in range(coefficients.shape[0])]
+
+
+@torch.library.custom_op("zowrap::rows", mutates_args=())
+def rows(w: Tensor, ids: Tensor) -> Tensor:
+    """``w[ids]``; an id out of range raises ``IndexError``."""
+    return w.index_select(0, ids.reshape(-1)).view(*ids.shape, *w.shape[1:])
+
+
+@rows.register_fake
+def _(w, ids):
+    return w.new_empty((*ids.shape, *w.shape[1:]))
 
 
 @torch.library.custom_op("zowrap::perturb_linear", mutates_args=())

@@ -1,0 +1,322 @@
+"""Models on disk: safetensors in the Hugging Face layout, never a pickle.
+
+A model is written into a folder beside its place and then moved there file by file. The header of every weight file
+says how the weights came about (rule, steps, base model, seed); the tensors are bitwise the model's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import zowrap
+from zowrap.errors import ZOError, nearest
+from zowrap.files import TMP, move_into, read_json, remove, write_json, writing
+from zowrap.weights import (
+    ADAPTER,
+    INDEX,
+    WEIGHTS,
+    Path_,
+    add_metadata,
+    pickled_weights,
+    read_metadata,
+    require_safetensors,
+    weight_files,
+    write_tensors,
+)
+
+__all__ = [
+    "convert_pickle",
+    "export_run",
+    "read_metadata",
+    "require_safetensors",
+    "save_model",
+    "saved_part",
+    "weight_files",
+]
+
+# Above this a model is written in parts: what the Hub recommends, and what a small machine can load piece by piece.
+MAX_SHARD_SIZE = "5GB"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def saved_part(model: nn.Module) -> tuple[nn.Module, str]:
+    """What of ``model`` is written, and the prefix of its names within ``model``.
+
+    A module that only wraps one ``transformers`` or PEFT model (a task around an encoder, say) and holds no tensor of
+    its own is written as that model, so that ``from_pretrained`` loads it.
+    """
+    prefix = ""
+    while not hasattr(model, "save_pretrained"):
+        children = [(name, child) for name, child in model.named_children() if any(True for _ in child.parameters())]
+        own = [name for name in model.state_dict() if "." not in name]
+        if own or len(children) != 1 or not _has_pretrained(children[0][1]):
+            return model, prefix
+        prefix += children[0][0] + "."
+        model = children[0][1]
+    return model, prefix
+
+
+def _has_pretrained(model: nn.Module) -> bool:
+    return any(hasattr(child, "save_pretrained") for child in model.modules())
+
+
+def save_model(
+    model: nn.Module,
+    directory: Path_,
+    metadata: Mapping[str, str] | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    tokenizer: Any = None,
+) -> None:
+    """Write ``model`` so that ``from_pretrained`` loads it.
+
+    Args:
+        model: a ``transformers`` model (weights, config, generation settings; tied weights once), a PEFT model (its
+            adapter), a module that wraps one of these, or any module (``model.safetensors`` from its state dict).
+        directory: made if it is not there; files of the same names are replaced, others stay.
+        metadata: strings for the header of the weight files, beside ``zowrap`` (the version) and ``base_model``.
+        max_shard_size: bytes, or a string such as ``"5GB"``.
+        tokenizer: anything with ``save_pretrained``, written beside.
+
+    Raises:
+        ZOError: the disk is full (``directory`` is then as it was), or cannot be written.
+    """
+    directory = Path(directory)
+    part, _ = saved_part(model)
+    facts = {"zowrap": zowrap.__version__, **_base_model(part), **(metadata or {})}
+    with fresh_files(directory) as beside:
+        with _quiet():
+            _write(part, beside, max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(beside)
+        for file in sorted(beside.rglob("*.safetensors")):
+            add_metadata(file, facts)
+
+
+def save_settings(model: nn.Module, directory: Path_, tokenizer: Any = None) -> None:
+    """Write everything but the weights: configuration, generation settings, tokenizer."""
+    directory = Path(directory)
+    part, _ = saved_part(model)
+    holders: list[Any]
+    if isinstance(getattr(part, "peft_config", None), dict) and not _is_a(part, "PreTrainedModel"):
+        holders = [part.peft_config[name] for name in part.peft_config if name == "default"]  # type: ignore[union-attr]
+    else:
+        holders = [getattr(part, "config", None)]
+        if callable(getattr(part, "can_generate", None)) and part.can_generate():  # type: ignore[operator]
+            holders.append(getattr(part, "generation_config", None))
+    with fresh_files(directory) as beside:
+        for holder in (*holders, tokenizer):
+            if hasattr(holder, "save_pretrained"):
+                holder.save_pretrained(str(beside))  # type: ignore[union-attr]
+
+
+@contextmanager
+def fresh_files(directory: Path):
+    """A folder to write into; its files replace those of ``directory`` once all are written."""
+    existed = directory.is_dir()
+    if directory.exists() and not existed:
+        raise ZOError(f"{directory} is a file: give the name of a folder")
+    beside = directory / ("model" + TMP)
+    with writing(directory, beside, *([] if existed else [directory])):
+        remove(beside)
+        beside.mkdir(parents=True)
+        yield beside
+        stale = {p.name for p in directory.iterdir() if _is_part(p.name)} - {p.name for p in beside.iterdir()}
+        if not any(p.suffix == ".safetensors" for p in beside.rglob("*")):
+            stale = set()
+        move_into(beside, directory)
+        for name in stale:  # shards of a model that was split otherwise
+            (directory / name).unlink()
+
+
+def _is_part(name: str) -> bool:
+    return name in (WEIGHTS, INDEX) or (name.startswith("model-") and name.endswith(".safetensors"))
+
+
+def _write(part: nn.Module, directory: Path, max_shard_size: int | str) -> None:
+    if _is_a(part, "PreTrainedModel"):
+        part.save_pretrained(str(directory), max_shard_size=max_shard_size)  # type: ignore[operator]
+    elif hasattr(part, "save_pretrained"):
+        part.save_pretrained(str(directory))  # type: ignore[operator]
+    else:
+        from safetensors.torch import save_model as save_module
+
+        save_module(part, str(directory / WEIGHTS), metadata={"format": "pt"})
+
+
+def _is_a(model: nn.Module, class_name: str) -> bool:
+    return any(base.__name__ == class_name for base in type(model).__mro__)
+
+
+def _base_model(part: nn.Module) -> dict[str, str]:
+    name = model_name(part)
+    return {"base_model": name} if name else {}
+
+
+def model_name(model: nn.Module) -> str | None:
+    """What ``model`` was loaded from, where it knows."""
+    part, _ = saved_part(model)
+    name = getattr(getattr(part, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+@contextmanager
+def _quiet():
+    """Without the progress bar that transformers draws around each file."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+# --- copies ------------------------------------------------------------------------------------------------------
+
+
+def export_run(
+    run: Path_,
+    to: Path_,
+    dtype: str | None = None,
+    max_shard_size: int | str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Copy the model out of a RUN, or of any model folder: weights, config, tokenizer, generation settings.
+
+    Args:
+        run: the folder; of a RUN, what its root holds (the best model by evaluation, else the last).
+        to: a new or empty folder.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, rounded to nearest; by default as it is.
+        max_shard_size: split the weights anew.
+        metadata: strings to add to the header.
+        overwrite: allow ``to`` to hold files already.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ZOError: no weights, an unknown dtype, ``to`` is not empty, or the disk is full.
+    """
+    run, to = Path(run), Path(to)
+    if dtype is not None and dtype not in DTYPES:
+        raise ZOError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}")
+    _check_target(run, to, overwrite)
+    if (run / "zowrap.json").is_file() and not weight_files(run):
+        raise ZOError(f"{run} holds no finished model yet: go on with its training, or export one of its checkpoints")
+    require_safetensors(run)
+    with fresh_files(to) as beside:
+        _copy_settings(run, beside)
+        if dtype is None and max_shard_size is None:
+            for file in _weights_and_index(run):
+                shutil.copyfile(file, beside / file.name)
+        else:
+            _rewrite(run, beside, DTYPES.get(dtype or ""), max_shard_size or MAX_SHARD_SIZE)
+        for file in sorted(beside.glob("*.safetensors")) if metadata else []:
+            add_metadata(file, metadata or {})
+    return sorted(p for p in to.iterdir() if p.is_file())
+
+
+def convert_pickle(model_dir: Path_, to: Path_, overwrite: bool = False) -> list[Path]:
+    """Copy a model folder whose weights are pickled, with the weights as safetensors.
+
+    The pickle is read by ``torch.load(weights_only=True)``, which admits tensors and plain containers and nothing
+    that runs code.
+
+    Raises:
+        ZOError: no pickled weights, one that holds anything else than named tensors, or a full disk.
+    """
+    source, to = Path(model_dir), Path(to)
+    if not source.is_dir():
+        raise ZOError(f"{source} is not a folder with a model")
+    _check_target(source, to, overwrite)
+    pickles = pickled_weights(source)
+    if not pickles:
+        raise ZOError(f"{source} holds no pickled weights to convert")
+    adapter = pickles[0].name.startswith("adapter_model")
+    tensors: dict[str, Tensor] = {}
+    for file in pickles:
+        if file.name.startswith("adapter_model") == adapter:
+            tensors.update(_unpickle(file))
+    with fresh_files(to) as beside:
+        _copy_settings(source, beside)
+        facts = {"format": "pt", "zowrap": zowrap.__version__, "converted_from": pickles[0].name}
+        if adapter:
+            write_tensors(tensors, beside, ADAPTER, None, facts)
+        else:
+            write_tensors(tensors, beside, WEIGHTS, MAX_SHARD_SIZE, facts)
+    return sorted(p for p in to.iterdir() if p.is_file())
+
+
+def _check_target(source: Path, to: Path, overwrite: bool) -> None:
+    if to.exists() and not to.is_dir():
+        raise ZOError(f"{to} is a file: give the name of a folder")
+    if to.is_dir() and source.is_dir() and to.samefile(source):
+        raise ZOError(f"{to} is the folder to copy from: give another one")
+    if to.is_dir() and any(to.iterdir()) and not overwrite:
+        raise ZOError(f"{to} is not empty: give a new folder, or --overwrite")
+
+
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    import pickle
+
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0].rstrip(". ")
+        raise ZOError(f"{file} holds more than tensors, and loading that could run code: refused ({reason})") from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ZOError(f"{file} cannot be read as weights: {str(error).splitlines()[0]}") from None
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ZOError(f"{file} is not a state dict: it holds other things than named tensors")
+    # Copies of tied weights keep every name loadable; a pickle may also hold a small view of a large storage.
+    return {str(name): tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in loaded.items()}
+
+
+# What a RUN's folder holds beside the model.
+_OF_THE_RUN = {"zowrap.json", "journal.jsonl", "metrics.jsonl", "training_args.json", "trainer_state.json"}
+_OF_THE_RUN |= {"zo_state.json", "all_results.json", "train_results.json", "eval_results.json"}
+_SETTINGS = (".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".spm", ".vocab")
+
+
+def _copy_settings(source: Path, to: Path) -> None:
+    for file in sorted(source.iterdir()):
+        kept = file.suffix in _SETTINGS and file.name not in _OF_THE_RUN and not file.name.endswith(".index.json")
+        if file.is_file() and kept:
+            shutil.copyfile(file, to / file.name)
+
+
+def _weights_and_index(run: Path) -> list[Path]:
+    index = [run / INDEX] if (run / INDEX).is_file() else []
+    return weight_files(run) + index
+
+
+def _rewrite(run: Path, to: Path, dtype: torch.dtype | None, max_shard_size: int | str) -> None:
+    tensors: dict[str, Tensor] = {}
+    files = weight_files(run)
+    for file in files:
+        with safe_open(os.fspath(file), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                tensor = opened.get_tensor(name)
+                tensors[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+    adapter = files[0].name == ADAPTER
+    write_tensors(tensors, to, files[0].name if adapter else WEIGHTS, None if adapter else max_shard_size,
+                   {"format": "pt", **read_metadata(files[0])})  # fmt: skip
+    config = to / "config.json"
+    if dtype is not None and config.is_file():
+        settings = read_json(config)
+        settings.pop("torch_dtype", None)
+        write_json(config, {**settings, "dtype": str(dtype).removeprefix("torch.")})

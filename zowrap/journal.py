@@ -1,0 +1,261 @@
+"""The journal of a run: one line of JSON per step, enough to make the trained weights again from the first ones.
+
+The first line says what run it is (seed, rule, options, what moves); every other line is the record of one step: its
+number, losses, projected gradients and hyper-parameters. A step's noise follows from seed and step, so these few
+numbers are the whole update. Lines are only ever appended, each in one write: a kill can tear the last line at most,
+and a torn line is ignored and cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zowrap.errors import ZOError
+from zowrap.files import jsonable, write_text, writing
+
+if TYPE_CHECKING:
+    from zowrap.wrap import ZOModel
+
+VERSION = 1
+
+
+class Lines:
+    """An append-only file of JSON objects, one a line.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file: int | None = None
+
+    def append(self, *values: dict[str, Any]) -> None:
+        """Write lines in one call to the system: after it, a kill of the process cannot lose them.
+
+        Raises:
+            ZOError: the disk is full.
+        """
+        text = "".join(json.dumps(jsonable(value)) + "\n" for value in values)
+        if not text:
+            return
+        data = text.encode()
+        with writing(self.path):
+            if self._file is None:
+                self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            size = os.fstat(self._file).st_size
+            try:
+                written = os.write(self._file, data)
+                while written < len(data):  # a nearly full disk takes a part, then refuses
+                    written += os.write(self._file, data[written:])
+            except OSError:
+                self.cut(size)
+                raise
+
+    def read(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """(first byte, byte after the last, object) of every whole line.
+
+        Raises:
+            ZOError: a line before the last is not a JSON object.
+        """
+        if not self.path.exists():
+            return
+        start = 0
+        damaged: int | None = None
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if damaged is not None:
+                    raise ZOError(f"{self.path}, line {damaged}, is damaged: it is not a JSON object")
+                try:
+                    value = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    value = None
+                if isinstance(value, dict):
+                    yield start, start + len(line), value
+                else:
+                    damaged = number  # torn by a kill if it is the last
+                start += len(line)
+
+    def cut(self, offset: int) -> None:
+        """Drop everything from byte ``offset`` on."""
+        self.close()
+        if self.path.is_file() and self.path.stat().st_size > offset:
+            os.truncate(self.path, offset)
+
+    def sync(self) -> None:
+        """Have the system put the lines on the disk."""
+        if self._file is not None:
+            with writing(self.path):
+                os.fsync(self._file)
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+class Journal(Lines):
+    """The journal of one run; made by :meth:`start` or :meth:`resume`.
+
+    Attributes:
+        header: the first line.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], header: dict[str, Any]) -> None:
+        super().__init__(path)
+        self.header = header
+
+    @classmethod
+    def start(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Journal:
+        """A new journal with no step in it; one of that name is replaced."""
+        header = jsonable(header)
+        write_text(path, json.dumps(header) + "\n")
+        return cls(path, header)
+
+    @classmethod
+    def read_from(cls, path: str | os.PathLike[str]) -> Journal | None:
+        """The journal at ``path``, or ``None`` where there is none (or not even a whole first line).
+
+        Raises:
+            ZOError: the file is something else.
+        """
+        first = next(Lines(path).read(), None)
+        if first is None:
+            return None
+        if first[2].get("journal") != VERSION:
+            raise ZOError(f"{path} is not a journal that this version of zowrap reads")
+        return cls(path, first[2])
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Journal | None:
+        """The journal at ``path`` if there is one, checked to be of the run that ``header`` describes.
+
+        Raises:
+            ZOError: it is of another run; the message names the first difference.
+        """
+        journal = cls.read_from(path)
+        if journal is not None:
+            difference = compare(journal.header, jsonable(header))
+            if difference:
+                raise ZOError(f"{path} is the journal of another run: {difference}")
+        return journal
+
+    def records(self, after: int = 0) -> Iterator[dict[str, Any]]:
+        """The records of the steps from number ``after`` on (a step's number counts those before it).
+
+        Raises:
+            ZOError: a step is missing.
+        """
+        expected = after
+        for record in self.entries():
+            if record["step"] < after:
+                continue
+            if record["step"] != expected:
+                raise ZOError(f"{self.path} has no record of step {expected}: the next one is {record['step']}")
+            expected += 1
+            yield record
+
+    def steps(self) -> int:
+        """Steps that the journal reaches: the last record's number and one."""
+        return max((record["step"] for record in self.entries()), default=-1) + 1
+
+    def keep(self, steps: int) -> None:
+        """Cut off a torn line and the records of every step from number ``steps`` on."""
+        end = 0
+        for start, stop, value in self.read():
+            if value.get("step", -1) >= steps:
+                self.cut(start)
+                return
+            end = stop
+        self.cut(end)
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Every record, whether or not they are consecutive (after a lost journal they are not)."""
+        lines = self.read()
+        next(lines, None)
+        for number, (_, _, record) in enumerate(lines, 2):
+            if not isinstance(record.get("step"), int) or not isinstance(record.get("losses"), list):
+                raise ZOError(f"{self.path}, line {number}, is not the record of a step")
+            # A loss that was not finite is null in JSON; the replayed step is skipped as the first one was.
+            for name in ("losses", "projected_grad"):
+                record[name] = [math.nan if value is None else value for value in record[name]]
+            yield record
+
+
+# --- what run a journal belongs to ------------------------------------------------------------------------------
+
+_SAME = ("seed", "rule", "hyper", "direction", "queries", "estimator", "blocks", "block_order", "parameters_hash")
+
+
+def describe(
+    zm: ZOModel, *, blocks: str | Sequence[str] | None = None, model_name: str | None = None
+) -> dict[str, Any]:
+    """The header of a new run's journal. ``blocks`` as given to ``zo_wrap``."""
+    state = zm.state_dict()
+    return {
+        "journal": VERSION,
+        "model": model_name,
+        "seed": zm.seed,
+        "rule": zm.rule.name,
+        "hyper": dict(zm.rule.hyper),
+        "direction": state["direction"],
+        "queries": state["queries"],
+        "estimator": state["estimator"],
+        "blocks": blocks,
+        "block_order": state["block_order"],
+        "parameters_hash": parameters_hash(zm),
+        "environment": environment(zm),
+        "weights": fingerprint(zm),
+        "parameters": [parameter.name for parameter in zm.parameters],
+    }
+
+
+def environment(zm: ZOModel) -> dict[str, Any]:
+    """What the last bits of a sum depend on besides the run's options."""
+    device = zm.parameters[0].tensor.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"torch": torch.__version__, "device": kind, "threads": torch.get_num_threads()}
+
+
+def parameters_hash(zm: ZOModel) -> str:
+    """Hash of what moves: names, shapes and dtypes."""
+    what = [[p.name, list(p.tensor.shape), str(p.tensor.dtype)] for p in zm.parameters]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def fingerprint(zm: ZOModel, samples: int = 64) -> str:
+    """Hash of at most ``samples`` evenly spaced elements of everything that moves: tells base models apart."""
+    digest = hashlib.sha256()
+    for parameter in zm.parameters:
+        flat = parameter.tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // samples)][:samples]
+        digest.update(picked.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """The first difference between two headers, as a clause; ``None`` when they are of the same run."""
+    for name in _SAME:
+        if theirs.get(name) != ours.get(name):
+            if name == "parameters_hash":
+                return _parameters_difference(theirs.get("parameters", []), ours["parameters"])
+            return f"it was written with {name}={theirs.get(name)!r}, this run has {ours.get(name)!r}"
+    return None
+
+
+def _parameters_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    missing = [name for name in theirs if name not in set(ours)]
+    added = [name for name in ours if name not in set(theirs)]
+    if missing:
+        return f"there {missing[0]} moves, here it does not"
+    if added:
+        return f"here {added[0]} moves, there it does not"
+    return "the parameters that move have other shapes or dtypes"

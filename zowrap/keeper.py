@@ -1,0 +1,309 @@
+"""What a training keeps: journal, metrics, checkpoints and the best model, each at the right moment of the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import ExportableState
+
+from zowrap import export
+from zowrap.errors import ZOError
+from zowrap.journal import Journal
+from zowrap.resume import Start, by_epoch, steps_per_epoch
+from zowrap.run import facts
+from zowrap.signals import StopSignal
+from zowrap.wrap import StepResult
+
+if TYPE_CHECKING:
+    from zowrap.trainer import ZOTrainer
+
+# Reading a result waits for the device. On an accelerator results stay there and are read together, at most this many
+# steps or seconds apart; on a CPU every record is written right after its step, so a kill loses that step at most.
+FLUSH_STEPS, FLUSH_SECONDS = 50, 60.0
+_SPEED = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
+
+
+class Interrupted(Exception):
+    """Raised inside an evaluation when the run was asked to stop."""
+
+
+class Keeper:
+    """Writes a training's files.
+
+    Attributes:
+        base: ``{"base_model": name}`` where the name is known.
+        best_step, best_metric: of the model in the root of the run.
+        signal: whether the run was asked to stop.
+        flush_steps: results that may wait to be written.
+    """
+
+    def __init__(self, trainer: ZOTrainer, base_model: str | None, config: dict[str, Any] | None) -> None:
+        self.trainer = trainer
+        self.config = config
+        self.base = {"base_model": base_model} if base_model else {}
+        self.best_step: int | None = None
+        self.best_metric: float | None = None
+        self.signal = StopSignal()
+        self.flush_steps = 1 if trainer.args.device.type == "cpu" else FLUSH_STEPS
+        self._best_key: str | None = None
+        self._journal: Journal | None = None
+        self._pending: list[tuple[StepResult, float]] = []
+        self._clock = self._flushed = time.monotonic()
+        self._skipped_in_a_row = 0
+        self._total = self._count = 0.0
+        self._window: list[tuple[float, float]] = []  # (loss, |projected gradient|) of the steps since the last log
+
+    # --- begin and end -----------------------------------------------------------------------------------------
+
+    def open(self, start: Start) -> None:
+        """Make the folder ready for the step after ``start``: configuration, journal, metrics."""
+        trainer, run = self.trainer, self.trainer.run
+        run.path.mkdir(parents=True, exist_ok=True)
+        self._pending, self._window, self._total, self._count = [], [], 0.0, 0.0
+        self.best_step = self.best_metric = self._best_key = None
+        self._skipped_in_a_row = 0
+        if not start.finished:
+            if not run.config_file.is_file() or (not start.step and run.status()):
+                options = {k: v for k, v in trainer.args.to_dict().items() if not k.startswith(("hub_", "push_"))}
+                config = self.config or {"options": options}
+                run.write_config(
+                    config.get("model", self.base.get("base_model")), config["options"], config.get("task")
+                )
+            if not start.step:
+                export.save_settings(trainer.zm.model, run.path, trainer.tokenizer())
+        self._journal = start.journal or Journal.start(run.journal_file, start.header)
+        self._cut_metrics(start)
+        for line in start.evaluations:
+            self._is_best(line, line["step"])
+        self._clock = self._flushed = time.monotonic()
+
+    def _cut_metrics(self, start: Start) -> None:
+        """Drop the lines after ``start`` and write those that a kill kept from being written."""
+        metrics, reached, end = self.trainer.run.metrics, 0, 0
+        for begin, stop, line in metrics.read():
+            if line["step"] > start.step:
+                end = begin
+                break
+            end = stop
+            if "projected_grad" in line:
+                reached = line["step"]
+        metrics.cut(end)
+        assert self._journal is not None
+        logged = start.step - start.step % max(1, int(start.state.logging_steps))
+        for record in self._journal.entries():
+            step = record["step"] + 1
+            self._count_in(record, since=logged)
+            if step > reached:
+                metrics.append(self._metrics_line(record, None))
+
+    def close(self, interrupted: bool) -> None:
+        """After the last step: the model in the root where no evaluation chose one, and the status."""
+        self.flush()
+        step = self.trainer.zm.step_count
+        if self.best_step is None:
+            self._write_root()
+        self._set_status(state="interrupted" if interrupted else "finished", step=step)
+        self._close_files(sync=True)
+
+    def abandon(self) -> None:
+        """On the way out with an error: keep what is known, and add no second error."""
+        try:
+            self._write_pending()
+        except Exception:  # the first error is the one to tell
+            self._pending = []
+        self._close_files(sync=False)
+
+    def _close_files(self, sync: bool) -> None:
+        for lines in (self._journal, self.trainer.run.metrics):
+            if lines is not None:
+                if sync:
+                    lines.sync()
+                lines.close()
+
+    # --- steps -------------------------------------------------------------------------------------------------
+
+    def stepped(self, result: StepResult) -> None:
+        """Take a step's result; called right after its update.
+
+        Raises:
+            ZOError: the first loss is not finite, or ``max_skipped`` in a row were not.
+        """
+        now = time.monotonic()
+        self._pending.append((result, now - self._clock))
+        self._clock = now
+        first = self.trainer.zm.step_count == 1
+        if first and bool(result.skipped):
+            self._pending = []
+            losses = ", ".join(f"{value:g}" for value in result.losses.tolist())
+            raise ZOError(
+                f"the loss is not finite from the start (it is {losses}): check the data and the labels, and whether "
+                "the model's own loss is finite; for a 16-bit model try dtype float32 or bfloat16"
+            )
+        if first or len(self._pending) >= self.flush_steps or now - self._flushed >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending to journal and metrics.
+
+        Raises:
+            ZOError: too many skipped steps in a row, or the disk is full.
+        """
+        self._write_pending()
+        most = self.trainer.args.max_skipped
+        if self._skipped_in_a_row >= most:
+            raise ZOError(
+                f"{self._skipped_in_a_row} steps in a row had a loss that is not finite (max_skipped={most}), up to "
+                f"step {self.trainer.zm.step_count}: a smaller lr or eps, or a model in float32, usually helps"
+            )
+
+    def _write_pending(self) -> None:
+        pending, self._pending = self._pending, []
+        self._flushed = time.monotonic()
+        if not pending or self._journal is None:
+            return
+        records = [result.record() for result, _ in pending]
+        self._journal.append(*records)
+        mean_seconds = sum(seconds for _, seconds in pending) / len(pending)
+        self.trainer.run.metrics.append(*(self._metrics_line(record, mean_seconds) for record in records))
+        for record in records:
+            self._count_in(record, since=0)
+
+    def _count_in(self, record: dict[str, Any], since: int) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if record["skipped"] else 0
+        loss, slope = _loss(record), _slope(record)
+        if math.isfinite(loss):
+            self._total, self._count = self._total + loss, self._count + 1
+            if record["step"] >= since:
+                self._window.append((loss, slope))
+
+    def _metrics_line(self, record: dict[str, Any], seconds: float | None) -> dict[str, Any]:
+        slopes = record["projected_grad"]
+        line = {
+            "step": record["step"] + 1,
+            "loss": _loss(record),
+            "projected_grad": slopes[0] if len(slopes) == 1 else slopes,
+            "lr": record["lr"],
+        }
+        if record["skipped"]:
+            line["skipped"] = True
+        return {**line, "seconds": None if seconds is None else round(seconds, 6)}
+
+    def logged(self) -> dict[str, float]:
+        """Mean loss and |projected gradient| of the finite steps since the last log, for the Trainer's log."""
+        self.flush()
+        window, self._window = self._window, []
+        if not window:
+            return {"loss": math.nan}
+        loss, slope = (sum(values) / len(window) for values in zip(*window, strict=True))
+        return {"loss": loss, "projected_grad": slope}
+
+    def mean_loss(self) -> float:
+        """Mean loss of the run's finite steps."""
+        return self._total / self._count if self._count else math.nan
+
+    # --- evaluations and checkpoints ---------------------------------------------------------------------------
+
+    def evaluated(self, metrics: dict[str, Any], step: int) -> None:
+        """Take an evaluation: the best model goes to the root of the run, then the line to metrics.jsonl."""
+        kept = {k: v for k, v in metrics.items() if k.startswith("eval_") and not k.endswith(_SPEED)}
+        line = {"step": step, **{k: v for k, v in kept.items() if isinstance(v, int | float)}}
+        if self._is_best(line, step):
+            self._write_root()
+            self._set_status(best_step=self.best_step, best_metric=self.best_metric, metric=self._best_key)
+        self.trainer.run.metrics.append(line)
+
+    def _is_best(self, metrics: dict[str, Any], step: int) -> bool:
+        args = self.trainer.args
+        if self._best_key is None:
+            self._best_key = _choose_key(metrics, args.metric_for_best_model)
+        value = metrics.get(self._best_key) if self._best_key else None
+        if value is None or not math.isfinite(value):
+            return False
+        greater = args.greater_is_better if args.metric_for_best_model else not str(self._best_key).endswith("loss")
+        if self.best_metric is not None and not (value > self.best_metric if greater else value < self.best_metric):
+            return False
+        self.best_step, self.best_metric = step, float(value)
+        return True
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint of the present step."""
+        trainer = self.trainer
+        self.flush()
+        for lines in (self._journal, trainer.run.metrics):
+            if lines is not None:
+                lines.sync()
+        state = trainer.state
+        for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+            if isinstance(callback, ExportableState):
+                state.stateful_callbacks[type(callback).__name__] = callback.state()  # type: ignore[index,call-overload]
+        trainer.run.save_checkpoint(
+            state.global_step, trainer.zm, dataclasses.asdict(state), keep=trainer.args.save_total_limit or 0
+        )
+        self._set_status(step=state.global_step)
+
+    def _write_root(self) -> None:
+        trainer = self.trainer
+        metadata = {**facts(trainer.zm), **self.base}
+        export.save_model(trainer.zm.model, trainer.run.path, metadata, tokenizer=trainer.tokenizer())
+
+    def _set_status(self, **values: Any) -> None:
+        self.trainer.run.update_status(**values)
+
+
+class KeeperCallback(TrainerCallback):
+    """Calls the keeper from the Trainer's loop."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper = keeper
+        self._steps_per_epoch: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._steps_per_epoch = steps_per_epoch(args, kwargs["train_dataloader"])
+        self.keeper.trainer.run.update_status(state="running", step=state.global_step, max_steps=state.max_steps)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A sampler or collator that draws from the global generators then draws the same in a resumed epoch.
+        epoch = state.global_step // self._steps_per_epoch if self._steps_per_epoch else 0
+        set_seed((args.data_seed + 1_000_003 * epoch) % 2**32)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.keeper.signal.stopped and state.global_step < state.max_steps:
+            control.should_training_stop = True
+            # At the end of an epoch the evaluation and checkpoint of the epoch come first.
+            if not (by_epoch(args) and self._steps_per_epoch and state.global_step % self._steps_per_epoch == 0):
+                control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.keeper.signal.stopped and self._steps_per_epoch and state.global_step % self._steps_per_epoch:
+            control.should_evaluate = control.should_save = False  # the epoch is not at its end
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.keeper.signal.stopped and self.keeper.trainer.is_in_train:
+            raise Interrupted
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if self.keeper.trainer.is_in_train and metrics:
+            self.keeper.evaluated(metrics, state.global_step)
+
+
+def _loss(record: dict[str, Any]) -> float:
+    """Mean over the step's evaluations."""
+    return sum(record["losses"]) / len(record["losses"])
+
+
+def _slope(record: dict[str, Any]) -> float:
+    """Mean |projected gradient| over the step's directions."""
+    return sum(map(abs, record["projected_grad"])) / len(record["projected_grad"])
+
+
+def _choose_key(metrics: dict[str, Any], asked: str | None) -> str | None:
+    """The metric that chooses the best model: the one asked for, else accuracy, else the loss."""
+    if asked:
+        key = f"eval_{asked.removeprefix('eval_')}"
+        return key if key in metrics else None
+    endings = ("eval_accuracy", "eval_loss", "_accuracy", "_loss")
+    return next((key for ending in endings for key in metrics if key.endswith(ending)), None)

@@ -1,0 +1,313 @@
+"""A RUN: the folder that one training writes, and everything needed to go on from it.
+
+    RUN/                  the tuned model (best by evaluation, else last): from_pretrained loads it
+    RUN/zowrap.json       the resolved configuration and how far the run came
+    RUN/journal.jsonl     what run this is, then one record per step (see zowrap.journal)
+    RUN/metrics.jsonl     one line per step and one per evaluation, to plot
+    RUN/checkpoint-N/     the model and the rule's state after N steps
+
+A checkpoint is a rare snapshot: what lies between it and the present is replayed from the journal, without a forward
+pass. Only safetensors, JSON and pictures: nothing in here runs code when it is read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import zowrap
+from zowrap import export, weights
+from zowrap.errors import ZOError
+from zowrap.files import TMP, read_json, remove, sync, write_json, writing
+from zowrap.journal import Journal, Lines, fingerprint
+from zowrap.parameters import canonical_name
+
+if TYPE_CHECKING:
+    from zowrap.wrap import ZOModel
+
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+STATE, TENSORS, TRAINER = "zo_state.json", "zo_state.safetensors", "trainer_state.json"
+
+
+class Run:
+    """The files of one RUN.
+
+    Attributes:
+        path: the folder.
+        metrics: ``metrics.jsonl``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.metrics = Lines(self.path / "metrics.jsonl")
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "zowrap.json"
+
+    @property
+    def journal_file(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    def exists(self) -> bool:
+        """Whether a training has left steps here."""
+        return bool(self.checkpoints()) or self.recorded_steps() > 0
+
+    def recorded_steps(self) -> int:
+        """Steps that the journal holds."""
+        journal = Journal.read_from(self.journal_file)
+        return journal.steps() if journal else 0
+
+    # --- zowrap.json --------------------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration.
+
+        Raises:
+            ZOError: this folder is not a RUN.
+        """
+        if not self.config_file.is_file():
+            raise ZOError(f"{self.path} is not a run: there is no {self.config_file.name} in it")
+        return read_json(self.config_file)
+
+    def write_config(self, model: str | None, options: dict[str, Any], task: dict[str, Any] | None = None) -> None:
+        """Write ``zowrap.json``: what model, with what options, and what the task needs to evaluate the result."""
+        config = {"zowrap": zowrap.__version__, "model": model, "options": options, "task": task or {}, "status": {}}
+        write_json(self.config_file, config)
+
+    def status(self) -> dict[str, Any]:
+        """How far the run came: ``state`` (``running``, ``interrupted`` or ``finished``), ``step``, ``max_steps`` …"""
+        return dict(read_json(self.config_file).get("status") or {}) if self.config_file.is_file() else {}
+
+    def update_status(self, **facts: Any) -> None:
+        """Change the given facts of the status."""
+        config = self.config()
+        config["status"] = {**(config.get("status") or {}), **facts}
+        write_json(self.config_file, config)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    def checkpoints(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending. One that is being written has another name."""
+        if not self.path.is_dir():
+            return []
+        found = (_CHECKPOINT.match(entry.name) for entry in self.path.iterdir())
+        steps = sorted(int(match[1]) for match in found if match)
+        return [step for step in steps if (self.checkpoint(step) / STATE).is_file()]
+
+    def save_checkpoint(self, step: int, zm: ZOModel, trainer_state: dict[str, Any], keep: int = 1) -> Path:
+        """Write ``checkpoint-N``, whole or not at all, then remove the oldest beyond ``keep`` (0 keeps all).
+
+        Raises:
+            ZOError: the disk is full; the earlier checkpoints are then as they were.
+        """
+        place = self.checkpoint(step)
+        beside = place.with_name(place.name + TMP)
+        with writing(place, beside):
+            remove(beside)
+            beside.mkdir(parents=True)
+            export.save_model(zm.model, beside, metadata=facts(zm))
+            state = zm.state_dict()
+            tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            for index in _unsaved(zm, beside):
+                tensors[f"weights/{zm.parameters[index].name}"] = zm.parameters[index].tensor
+            copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+            save_file(copies, beside / TENSORS, metadata={"format": "pt"})
+            sync(beside / TENSORS)
+            write_json(beside / TRAINER, trainer_state)
+            write_json(beside / STATE, {name: value for name, value in state.items() if name not in tensors})
+            remove(place)
+            os.replace(beside, place)
+        if keep > 0:
+            for old in self.checkpoints()[:-keep]:
+                remove(self.checkpoint(old))
+        return place
+
+    def clean(self) -> None:
+        """Remove what a kill in the middle of a write left behind."""
+        for entry in list(self.path.glob(f"*{TMP}")) if self.path.is_dir() else []:
+            remove(entry)
+
+
+def load_checkpoint(directory: str | os.PathLike[str], zm: ZOModel) -> dict[str, Any]:
+    """Put the weights and the rule's state of a checkpoint into ``zm``, in place and bitwise.
+
+    Returns:
+        The trainer's state.
+
+    Raises:
+        ZOError: the checkpoint is of another model, rule or set of options, or damaged.
+    """
+    directory = Path(directory)
+    if not (directory / STATE).is_file():
+        raise ZOError(f"{directory} is not a checkpoint of zowrap: there is no {STATE} in it")
+    tensors = load_file(directory / TENSORS) if (directory / TENSORS).is_file() else {}
+    apart = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
+    state = {name: t for name, t in tensors.items() if not name.startswith("weights/")}
+    stored = list(_stored_weights(directory, zm, apart))  # all checked before anything changes
+    zm.load_state_dict({**read_json(directory / STATE), **state})
+    _put(zm, stored)
+    return read_json(directory / TRAINER)
+
+
+def load_weights(directory: str | os.PathLike[str], zm: ZOModel) -> None:
+    """Put the weights that a model folder holds into ``zm``'s model, in place; the rule's state stays.
+
+    Raises:
+        ZOError: they are another model's.
+    """
+    _put(zm, list(_stored_weights(Path(directory), zm, {})))
+
+
+def _put(zm: ZOModel, tensors: list[tuple[int, Tensor]]) -> None:
+    with torch.no_grad():
+        for index, stored in tensors:
+            zm.parameters[index].tensor.copy_(stored)
+
+
+def _stored_weights(directory: Path, zm: ZOModel, apart: dict[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """(index of the parameter, its stored tensor), each checked to fit."""
+    found = _stored_parameters(zm, directory)
+    for index, parameter in enumerate(zm.parameters):
+        stored = apart.get(parameter.name)
+        if stored is None:
+            if index not in found:
+                raise ZOError(f"{directory} is of another model: it has no {parameter.name}")
+            file, name = found[index]
+            with safe_open(os.fspath(file), framework="pt") as opened:
+                stored = opened.get_tensor(name)
+        if stored.shape != parameter.tensor.shape or stored.dtype != parameter.tensor.dtype:
+            raise ZOError(
+                f"{directory} is of another model: {parameter.name} is {stored.dtype} of shape "
+                f"{tuple(stored.shape)} there, {parameter.tensor.dtype} of shape {tuple(parameter.tensor.shape)} here"
+            )
+        yield index, stored
+
+
+def _stored_parameters(zm: ZOModel, directory: Path) -> dict[int, tuple[Path, str]]:
+    """Where the weight files in ``directory`` hold what moves: index in ``zm.parameters`` → (file, name in it)."""
+    _, prefix = export.saved_part(zm.model)
+    where: dict[str, tuple[Path, str]] = {}
+    for file in weights.weight_files(directory):
+        with safe_open(os.fspath(file), framework="pt") as opened:
+            where.update({canonical_name(prefix + name): (file, name) for name in opened.keys()})  # noqa: SIM118
+    found = {}
+    for index, parameter in enumerate(zm.parameters):
+        name = next((n for n in map(canonical_name, parameter.names) if n in where), None)
+        if name is not None:
+            found[index] = where[name]
+    return found
+
+
+def _unsaved(zm: ZOModel, directory: Path) -> list[int]:
+    """Which of ``zm.parameters`` the weight files in ``directory`` do not hold bit for bit.
+
+    An adapter's base, a format that fuses or transposes weights: a checkpoint keeps those tensors apart.
+    """
+    found = _stored_parameters(zm, directory)
+    return [i for i, p in enumerate(zm.parameters) if i not in found or not _same_start(*found[i], p.tensor)]
+
+
+def _same_start(file: Path, name: str, tensor: Tensor) -> bool:
+    """Same shape, dtype and first row: a stored transpose of a square matrix is told apart."""
+    with safe_open(os.fspath(file), framework="pt") as opened:
+        stored = opened.get_slice(name)
+        if tuple(stored.get_shape()) != tuple(tensor.shape):
+            return False
+        first, present = (opened.get_tensor(name), tensor) if tensor.ndim == 0 else (stored[:1], tensor[:1])
+        return first.dtype == tensor.dtype and bool(first.equal(present.detach().cpu()))
+
+
+def facts(zm: ZOModel) -> dict[str, str]:
+    """What the header of a weight file says about how the weights came about."""
+    return {"rule": zm.rule.describe(), "steps": str(zm.step_count), "seed": str(zm.seed)}
+
+
+def replay(zm: ZOModel, journal: Journal, until: int | None = None) -> int:
+    """Apply the journal's records from where ``zm`` stands to step ``until`` (default: all), without a forward pass.
+
+    Returns:
+        The step reached.
+    """
+    for record in journal.records(after=zm.step_count):
+        if until is not None and record["step"] >= until:
+            break
+        zm.replay(record)
+    return zm.step_count
+
+
+def replay_run(
+    model: nn.Module, run: str | os.PathLike[str], to: str | os.PathLike[str] | None = None, tokenizer: Any = None
+) -> ZOModel:
+    """The last weights of a RUN from the base model and the journal alone, bitwise; written to ``to`` if given.
+
+    Args:
+        model: as the run started from it: same weights, same dtype. It is changed in place.
+        run: the RUN, or a journal file of one.
+        to: where to write the model, as :func:`zowrap.export.save_model` does.
+        tokenizer: written beside it.
+
+    Raises:
+        ZOError: the journal is not there, damaged, or was written for other weights.
+    """
+    from zowrap import rules
+    from zowrap.wrap import zo_wrap
+
+    file = Path(run) / "journal.jsonl" if Path(run).is_dir() else Path(run)
+    journal = Journal.read_from(file)
+    if journal is None:
+        raise ZOError(f"there is no journal at {file}")
+    head = journal.header
+    moves = set(head["parameters"])
+    zm = zo_wrap(
+        model,
+        rules.get(head["rule"], **head["hyper"]),
+        seed=head["seed"],
+        direction=head["direction"],
+        queries=head["queries"],
+        estimator=head["estimator"],
+        blocks=head["blocks"],
+        block_order=head["block_order"],
+        trainable=lambda name, tensor: name in moves,
+        # A replay evaluates nothing; a weight decay is read from each record, this says that there may be one.
+        weight_decay=_weight_decay(journal),
+        engine="eager",
+    )
+    check_start(zm, journal)
+    replay(zm, journal)
+    if to is not None:
+        base = head.get("model")
+        export.save_model(model, to, {**facts(zm), **({"base_model": base} if base else {})}, tokenizer=tokenizer)
+    return zm
+
+
+def _weight_decay(journal: Journal) -> float:
+    return max((record.get("weight_decay", 0.0) for record in journal.records()), default=0.0)
+
+
+def check_start(zm: ZOModel, journal: Journal) -> None:
+    """Check that ``zm`` holds the weights that the journal's run started from.
+
+    Raises:
+        ZOError: it does not.
+    """
+    names = [parameter.name for parameter in zm.parameters]
+    missing = set(journal.header["parameters"]) - set(names)
+    if missing:
+        raise ZOError(f"{journal.path} is the journal of another model: this one has no {sorted(missing)[0]} to move")
+    if journal.header["weights"] != fingerprint(zm):
+        raise ZOError(
+            f"{journal.path} starts from other weights than this model's: load the base model that the run started "
+            f"from ({journal.header.get('model') or 'its name was not recorded'}), in the same dtype"
+        )

@@ -1,0 +1,315 @@
+"""``ZOTrainer``: ``transformers.Trainer`` with the zeroth-order step in place of backward and optimiser.
+
+The loop is the Trainer's own: its data order, schedules, logging, evaluation, callbacks and trackers work as they do
+there. A micro-batch is :meth:`zowrap.ZOModel.accumulate`, the optimiser's step is :meth:`zowrap.ZOModel.update`.
+What differs is what lies on the disk, see :mod:`zowrap.run`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from zowrap import evaluation, export
+from zowrap.config import ZOConfig
+from zowrap.errors import ZOError
+from zowrap.keeper import Interrupted, Keeper, KeeperCallback
+from zowrap.resume import Start, find_start, say
+from zowrap.run import Run, facts, load_weights
+from zowrap.signals import stop_signals
+from zowrap.wrap import StepResult, ZOModel, zo_wrap
+
+if TYPE_CHECKING:
+    from zowrap.loss import LossFn
+
+__all__ = ["ZOConfig", "ZOTrainer"]
+
+
+class ZOStep(torch.optim.Optimizer):
+    """What the Trainer takes for an optimiser: ``step`` applies the rule, at the schedule's learning rate.
+
+    Args:
+        zm: the wrapped model.
+        done: called with each step's result.
+    """
+
+    def __init__(self, zm: ZOModel, done: Callable[[StepResult], None]) -> None:
+        super().__init__([parameter.tensor for parameter in zm.parameters], {"lr": zm.lr})
+        self.zm = zm
+        self.done = done
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.zm.lr = float(self.param_groups[0]["lr"])
+        self.done(self.zm.update())
+
+
+class ZOTrainer(Trainer):
+    """Train with forward passes alone. Takes what ``transformers.Trainer`` takes, less the optimiser.
+
+    Args:
+        model: a ``transformers`` model, a PEFT model, or any module with ``loss_fn``. Its tensors move in place.
+        args: a :class:`ZOConfig`. Plain ``TrainingArguments`` are refused: their defaults are for backpropagation.
+        loss_fn: ``loss_fn(model, batch)``, 0-d or one loss per example; by default the model's own loss.
+        batch_metrics: ``batch_metrics(model_output, batch) -> {name: (sum, count)}``, reduced batch by batch.
+        compute_metrics: as in the Trainer. It is given all predictions at once, so all logits of the evaluation set
+            are held in memory; ``batch_metrics`` is not.
+        base_model: the base model's name for the journal and the headers of the weight files.
+        config: what ``zowrap.json`` holds, ``{"model": …, "options": {…}, "task": {…}}``; by default ``args``.
+
+    Attributes:
+        zm: the wrapped model.
+        run: the folder of the run.
+        resumed_from: the step that the last :meth:`train` went on from, 0 for a start.
+        interrupted: the last :meth:`train` was stopped by a signal.
+        best_step, best_metric: of the model in ``output_dir``; ``None`` when nothing was evaluated.
+
+    Raises:
+        ZOError: an argument that has no meaning here.
+    """
+
+    args: ZOConfig  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: ZOConfig | None = None,
+        *positional: Any,
+        loss_fn: LossFn | None = None,
+        batch_metrics: evaluation.BatchMetrics | None = None,
+        base_model: str | None = None,
+        config: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_arguments(model, args, kwargs)
+        assert model is not None
+        args = args or ZOConfig(output_dir="tmp_trainer")
+        if loss_fn is not None and "remove_unused_columns" in args.unset:
+            args.remove_unused_columns = False  # what the loss reads need not be what the model's forward takes
+        # eval_dataset is the fifth argument of the Trainer, the third after (model, args).
+        eval_dataset = kwargs.get("eval_dataset", positional[2] if len(positional) > 2 else None)
+        args.evaluates(eval_dataset is not None)
+        super().__init__(model, args, *positional, **kwargs)
+        self.batch_metrics = batch_metrics
+        self.run = Run(str(args.output_dir))
+        self.zm = zo_wrap(
+            model,
+            args.rule_object(),
+            lr=args.learning_rate,
+            eps=args.eps,
+            seed=args.seed,
+            direction=args.direction,
+            queries=args.queries,
+            estimator=args.estimator,
+            blocks=args.blocks,
+            block_order=args.block_order,
+            trainable=args.trainable,
+            loss_fn=loss_fn,
+            engine=args.engine,
+            weight_decay=args.weight_decay,
+        )
+        self._loss = evaluation.LossModule(model, loss_fn)
+        self._keeper = Keeper(self, base_model or export.model_name(model), config)
+        self.add_callback(KeeperCallback(self._keeper))
+        self.resumed_from = 0
+        self.interrupted = False
+        self._resuming: Start | None = None
+        self._sums = evaluation.Evaluation()
+
+    # --- what a step is ----------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Evaluate one micro-batch at both sides of the step's direction; the weights stay.
+
+        Returns:
+            0-d loss for the Trainer's running mean: finite, and divided by the micro-batches of the step.
+        """
+        loss = self.zm.accumulate(**self._prepare_inputs(inputs))
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0) / self.current_gradient_accumulation_steps
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = ZOStep(self.zm, self._keeper.stepped)
+        return self.optimizer
+
+    # --- the run -----------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs: Any,
+    ) -> TrainOutput:
+        """Train to ``max_steps``.
+
+        A SIGINT or SIGTERM ends the run after the current step with a checkpoint: ``interrupted`` is then True. A
+        second one stops at once, and loses at most that step.
+
+        A resumed run is bitwise the uninterrupted one if the batches are: a collator or data set that draws random
+        numbers draws others after the batches that are skipped.
+
+        Args:
+            resume_from_checkpoint: True goes on from the newest checkpoint in ``output_dir`` and replays the journal
+                after it, bitwise as if the run had not stopped; a path goes on from that checkpoint.
+
+        Raises:
+            ZOError: ``output_dir`` holds another run, the loss is not finite from the start or for ``max_skipped``
+                steps in a row, or the disk is full.
+        """
+        self.interrupted = False
+        start = find_start(self, resume_from_checkpoint)
+        self.resumed_from = start.step
+        self._keeper.open(start)
+        for name in ("logging_steps", "eval_steps", "save_steps"):  # fractions of the run, now that its length is known
+            setattr(self.args, name, getattr(start.state, name))
+        began = time.time()
+        if start.step >= start.state.max_steps:
+            return self._nothing_left(start)
+        evaluates_first = self.args.eval_on_start
+        try:
+            with stop_signals() as self._keeper.signal, tempfile.TemporaryDirectory() as folder:
+                if start.step:
+                    start.state.save_to_json(str(Path(folder) / "trainer_state.json"))
+                    self.args.eval_on_start = False
+                    self._resuming = start
+                    kwargs["resume_from_checkpoint"] = folder
+                try:
+                    output = super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs)
+                except Interrupted:
+                    self.is_in_train = False
+                    output = TrainOutput(self.state.global_step, 0.0, {"train_runtime": time.time() - began})
+                self.interrupted = self._keeper.signal.stopped and self.state.global_step < self.state.max_steps
+                self._keeper.close(self.interrupted)
+        except BaseException:
+            self.is_in_train = False
+            self.zm.discard()
+            self._keeper.abandon()
+            raise
+        finally:
+            self.args.eval_on_start = evaluates_first
+            self._resuming = None
+        if self.args.load_best_model_at_end and self.best_step is not None:
+            self._load_best_model()
+        return output._replace(training_loss=self._keeper.mean_loss())
+
+    def _nothing_left(self, start: Start) -> TrainOutput:
+        """Every step is done; of a run that was killed after its last one, the end is still to be written."""
+        say(f"{self.run.path} is finished: {start.step} steps are done")
+        self.state = start.state
+        if not start.finished:
+            self._keeper.close(interrupted=False)
+        return TrainOutput(start.step, self._keeper.mean_loss(), {"train_runtime": 0.0})
+
+    @property
+    def best_step(self) -> int | None:
+        return self._keeper.best_step
+
+    @property
+    def best_metric(self) -> float | None:
+        return self._keeper.best_metric
+
+    # --- saving and loading: safetensors and JSON in place of pickles ------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model as it stands, and the tokenizer, for ``from_pretrained``."""
+        self._save(output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        metadata = {**facts(self.zm), **self._keeper.base}
+        export.save_model(self.zm.model, output_dir or str(self.args.output_dir), metadata, tokenizer=self.tokenizer())
+
+    def tokenizer(self) -> Any:
+        """The tokenizer or processor that is written beside the model, if there is one."""
+        found = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        return found if hasattr(found, "save_pretrained") else None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        self._keeper.checkpoint()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing: the weights already stand where the run goes on."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Bring the schedule to the step that the run goes on from: it is a function of the steps (and metrics)."""
+        scheduler: Any = self.lr_scheduler
+        if self._resuming is None:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "lr_scheduler.step() before optimizer.step()"
+            for metric in self._resuming.scheduler_steps(scheduler):
+                scheduler.step(*metric)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: no step draws from the global generators."""
+
+    def _load_best_model(self) -> None:
+        load_weights(self.run.path, self.zm)
+        self.state.best_model_checkpoint = str(self.run.path)
+
+    # --- evaluation and logs -----------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss and metrics reduced batch by batch, unless ``compute_metrics`` asks for all predictions at once."""
+        self._keeper.flush()
+        self._sums = sums = evaluation.Evaluation()
+        if description != "Evaluation" or (self.compute_metrics is not None and self.batch_metrics is None):
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            # The Trainer's loss is a mean of the batches' means; ours weighs every token or example alike.
+            ours = {f"{metric_key_prefix}_loss": loss for loss in sums.means().values()}
+            return output._replace(metrics={**(output.metrics or {}), **ours})
+        self.callback_handler.eval_dataloader = dataloader
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            evaluation.add_batch(sums, self._loss, inputs, self.batch_metrics, self.args.device)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if not sums.examples:
+            raise ZOError("there is nothing to evaluate on: the evaluation set is empty")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in sums.means().items()}
+        return EvalLoopOutput(None, None, metrics, sums.examples)  # type: ignore[arg-type]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of one batch at the weights as they are; only evaluations ask for it."""
+        sums, weights, outputs = evaluation.forward(self._loss, inputs, outputs=True)
+        self._sums.add("loss", sums.double().sum(), weights.double().sum(), self.args.device)
+        loss = (sums.sum() / weights.sum()).float()
+        return (loss, outputs if isinstance(outputs, dict) else (loss, *outputs)) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's log with the steps' own mean loss and ``|projected gradient|`` in it."""
+        if "loss" in logs:
+            logs.pop("grad_norm", None)
+            logs.update(self._keeper.logged())
+        super().log(logs, start_time)
+
+
+def _check_arguments(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    if model is None or kwargs.get("model_init") is not None:
+        raise ZOError("ZOTrainer takes model=..., and no model_init")
+    if args is not None and not isinstance(args, ZOConfig):
+        raise ZOError(f"args must be a ZOConfig, not {type(args).__name__}, whose defaults are for backpropagation")
+    for name in ("optimizer_cls_and_kwargs", "compute_loss_func"):
+        if kwargs.get(name) is not None:
+            instead = "rule=" if name.startswith("optimizer") else "loss_fn=(lambda model, batch: ...)"
+            raise ZOError(f"{name} has no meaning here: give {instead}")
+    if any(each is not None for each in kwargs.get("optimizers") or ()):
+        raise ZOError("optimizers has no meaning here: the update is the rule's, the schedule is lr_scheduler_type")

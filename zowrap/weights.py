@@ -1,0 +1,108 @@
+"""Weight files in a model folder: safetensors, their headers, and how to tell pickles from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from zowrap.errors import ZOError
+from zowrap.files import TMP, read_json, write_json, writing
+
+Path_ = str | os.PathLike[str]
+
+WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
+INDEX = WEIGHTS + ".index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_PICKLED_WEIGHTS = ("pytorch_model", "adapter_model", "model", "consolidated")
+
+# --- the header of a safetensors file ----------------------------------------------------------------------------
+# Eight bytes: the header's length, little endian. The header: JSON, ``__metadata__`` a map of strings. Then the data.
+
+
+def read_metadata(file: Path_) -> dict[str, str]:
+    """``__metadata__`` of a safetensors file."""
+    with safe_open(os.fspath(file), framework="pt") as opened:
+        return dict(opened.metadata() or {})
+
+
+def add_metadata(file: Path, metadata: Mapping[str, str]) -> None:
+    """Add strings to a safetensors file's header; the tensors' bytes are copied as they are."""
+    beside = file.with_name(file.name + TMP)
+    with writing(file, beside), open(file, "rb") as source:
+        (length,) = struct.unpack("<Q", source.read(8))
+        header = json.loads(source.read(length))
+        header["__metadata__"] = {**header.get("__metadata__", {}), **{k: str(v) for k, v in metadata.items()}}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data starts at a multiple of eight bytes
+        with open(beside, "wb") as target:
+            target.write(struct.pack("<Q", len(text)) + text)
+            shutil.copyfileobj(source, target, 16 * 2**20)
+        os.replace(beside, file)
+
+
+# --- what is in a folder -----------------------------------------------------------------------------------------
+
+
+def weight_files(directory: Path_) -> list[Path]:
+    """The safetensors files of a model folder: one, its shards by the index, or an adapter."""
+    directory = Path(directory)
+    if (directory / INDEX).is_file():
+        names = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise ZOError(f"{directory} lacks {missing[0]}, a part of the weights that {INDEX} names")
+        return [directory / name for name in names]
+    return [directory / name for name in (WEIGHTS, ADAPTER) if (directory / name).is_file()][:1]
+
+
+def pickled_weights(directory: Path_) -> list[Path]:
+    """Weight files of a model folder that are pickles."""
+    found = (p for p in Path(directory).iterdir() if p.is_file() and p.suffix in _PICKLES)
+    return sorted(p for p in found if p.name.startswith(_PICKLED_WEIGHTS))
+
+
+def require_safetensors(model_dir: Path_) -> None:
+    """Check that a local folder holds weights that can be loaded without running what they contain.
+
+    Raises:
+        ZOError: there are no weights, or only pickled ones (the message has the command that converts them).
+    """
+    directory = Path(model_dir)
+    if not directory.is_dir():
+        raise ZOError(f"{directory} is not a folder with a model")
+    if weight_files(directory) or any(directory.glob("*.safetensors")):
+        return
+    pickles = pickled_weights(directory)
+    if pickles:
+        raise ZOError(
+            f"{directory} holds its weights only as a pickle ({pickles[0].name}), which can run code when loaded; "
+            f"convert it once with: zowrap export {directory} --to DIR --allow-pickle"
+        )
+    raise ZOError(f"{directory} holds no weights: there is no {WEIGHTS} in it")
+
+
+def write_tensors(
+    tensors: dict[str, Tensor], to: Path, name: str, max_shard_size: int | str | None, metadata: dict[str, str]
+) -> None:
+    """Write tensors as one file, or in shards of at most ``max_shard_size`` with an index."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    if max_shard_size is None:
+        save_file(tensors, to / name, metadata=metadata)
+        return
+    stem, ending = os.path.splitext(name)
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern=stem + "{suffix}" + ending, max_shard_size=max_shard_size
+    )
+    for file, names in split.filename_to_tensors.items():
+        save_file({n: tensors[n].contiguous() for n in names}, to / file, metadata=metadata)
+    if split.is_sharded:
+        write_json(to / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
