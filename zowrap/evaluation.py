@@ -57,6 +57,7 @@ def forward(loss: LossModule, batch: Batch, outputs: bool) -> tuple[Tensor, Tens
         loss: the model and its loss.
         batch: tensors on the model's device.
     """
+    loss.settle(batch)
     seen: list[Any] = []
     hook = loss.model.register_forward_hook(lambda module, inputs, output: seen.append(output)) if outputs else None
     try:

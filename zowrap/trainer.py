@@ -116,7 +116,7 @@ class ZOTrainer(Trainer):
             engine=args.engine,
             weight_decay=args.weight_decay,
         )
-        self._loss = evaluation.LossModule(model, loss_fn)
+        self._loss = self.zm.loss_module
         self._keeper = Keeper(self, base_model or export.model_name(model), config)
         self.add_callback(KeeperCallback(self._keeper))
         self.resumed_from = 0

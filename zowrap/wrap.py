@@ -328,6 +328,11 @@ class ZOModel:
         return self._job.rule
 
     @property
+    def loss_module(self) -> LossModule:
+        """The model and its loss as they are evaluated: ``loss_module(batch) -> (sums, weights)``."""
+        return self._job.loss
+
+    @property
     def parameters(self) -> list[Parameter]:
         """What moves: canonical names and tensors."""
         return self._job.parameters
