@@ -1,0 +1,229 @@
+"""What ``zowrap tune`` checks and resolves before it opens a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from zowrap.errors import ZOError, nearest
+
+from .console import say
+from .inspect import blocks_of
+from .options import PER_CALL, TuneOptions, given
+
+SCHEDULES = ("constant", "linear", "cosine")
+PATHS = ("model", "data", "eval_data")
+
+
+def check_options(options: TuneOptions) -> None:
+    """Raise :class:`ZOError` for the first option that cannot be used; nothing is loaded or written."""
+    from zowrap.tasks import check_kind
+    from zowrap.tasks.classification import FORMS
+    from zowrap.tasks.loading import DTYPES
+
+    if options.model is None:
+        raise ZOError("which model? give its directory or its name on the hub")
+    if options.data is None:
+        raise ZOError("what is it to learn? give --data FILE")
+    if options.out is None:
+        raise ZOError("where is the run to be written? give --out RUN")
+    check_kind(options.task)
+    _one_of("--head", options.head, (*FORMS, "auto"))
+    _one_of("--lr-schedule", options.lr_schedule, SCHEDULES)
+    if options.dtype is not None:
+        _one_of("--dtype", options.dtype, (*DTYPES, "auto"))
+    for name, least in (
+        ("steps", 1),
+        ("batch_size", 1),
+        ("grad_accum", 1),
+        ("warmup_steps", 0),
+        ("eval_every", 1),
+        ("eval_batch_size", 1),
+        ("max_eval_examples", 1),
+        ("save_every", 1),
+        ("save_total_limit", 0),
+        ("seed", 0),
+    ):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ZOError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    _check_zeroth_order(options)
+    _check_trackers(options.report_to)
+    to_config(options)
+    _check_out(options)
+
+
+def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ZOError(f"unknown {option} {value!r}{nearest(value, choices)}")
+
+
+def _check_zeroth_order(options: TuneOptions) -> None:
+    """Let ``zo_wrap`` itself judge its options, on a model of one weight."""
+    from torch import nn
+
+    from zowrap.engines import ENGINES
+    from zowrap.rules import get
+    from zowrap.wrap import zo_wrap
+
+    if options.engine is not None:
+        _one_of("--engine", options.engine, tuple(ENGINES))
+    zo_wrap(
+        nn.Linear(1, 1),
+        get(options.rule, **rule_options(options)),
+        lr=options.lr,
+        eps=options.eps,
+        seed=options.seed,
+        direction=options.direction,
+        queries=options.queries,
+        estimator=options.estimator,
+        block_order=options.block_order,
+        weight_decay=options.weight_decay,
+        engine="eager",
+    )
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Whether each of ``--report-to`` is known to transformers and installed."""
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    for name in names:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ZOError(f"--report-to {name}: {str(error).splitlines()[0]}") from error
+
+
+def rule_options(options: TuneOptions) -> dict[str, Any]:
+    """``["beta=0.9"]`` → ``{"beta": 0.9}``."""
+    values: dict[str, Any] = {}
+    for item in options.rule_option:
+        name, equals, text = item.partition("=")
+        if not equals or not name.strip():
+            raise ZOError(f"--rule-option takes name=value, got {item!r}")
+        if name.strip() == "lr":
+            raise ZOError("the learning rate has an option of its own: --lr")
+        try:
+            values[name.strip().replace("-", "_")] = json.loads(text.lower() if text in ("True", "False") else text)
+        except json.JSONDecodeError:
+            values[name.strip().replace("-", "_")] = text.strip()
+    return values
+
+
+def _check_out(options: TuneOptions) -> None:
+    out = Path(str(options.out))
+    if out.exists() and not out.is_dir():
+        raise ZOError(f"--out {out} is a file: give the name of a directory")
+    if Path(str(options.model)).is_dir() and out.is_dir() and out.samefile(str(options.model)):
+        raise ZOError(f"--out {out} is the model's own directory: the run would replace the model it starts from")
+    if out.is_dir() and any(out.iterdir()) and not (options.overwrite or options.resume):
+        raise ZOError(f"--out {out} exists and is not empty: give another, or --resume or --overwrite")
+    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ZOError(f"--out {out} cannot be written: {parent} is not a directory you may write to")
+
+
+def to_config(options: TuneOptions) -> Any:
+    """The trainer's arguments; building them checks the rest."""
+    from zowrap.config import ZOConfig
+
+    schedule = options.lr_schedule
+    if schedule == "constant" and options.warmup_steps:
+        schedule = "constant_with_warmup"
+    chosen: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("learning_rate", options.lr),
+            ("eval_steps", options.eval_every if options.eval_data else None),
+            ("save_steps", options.save_every),
+        )
+        if value is not None
+    }
+    try:
+        return ZOConfig(
+            output_dir=str(options.out),
+            rule=options.rule,
+            rule_options=rule_options(options) or None,
+            eps=options.eps,
+            direction=options.direction,
+            queries=options.queries,
+            estimator=options.estimator,
+            blocks=blocks_of(options.blocks),
+            block_order=options.block_order,
+            trainable=options.trainable or None,
+            engine=options.engine,
+            weight_decay=options.weight_decay,
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=options.eval_batch_size or max(32, options.batch_size),
+            gradient_accumulation_steps=options.grad_accum,
+            lr_scheduler_type=schedule,
+            warmup_steps=options.warmup_steps,
+            seed=options.seed,
+            save_total_limit=options.save_total_limit,
+            report_to=options.report_to or "none",
+            # Of a language model the loss is what matters; a class is right or wrong.
+            metric_for_best_model="accuracy" if options.task == "classification" else "loss",
+            greater_is_better=options.task == "classification",
+            overwrite=options.overwrite,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            **chosen,
+        )
+    except ZOError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # transformers' own checks
+        raise ZOError(str(error).splitlines()[0]) from error
+
+
+# --- what a run keeps of its options ------------------------------------------------------------------------------
+
+
+def saved_options(options: TuneOptions) -> dict[str, Any]:
+    """The options as ``zowrap.json`` keeps them: files by absolute path, so that a run goes on from anywhere."""
+    values = {k: v for k, v in dataclasses.asdict(options).items() if k not in PER_CALL}
+    for name in PATHS:
+        if values[name] is not None and Path(values[name]).exists():
+            values[name] = str(Path(values[name]).absolute())
+    return values
+
+
+def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions, dict[str, Any] | None]:
+    """With ``--resume``, the run's own options; and its result, where it is finished already.
+
+    Raises:
+        ZOError: ``--out`` is not a run.
+    """
+    if not options.resume:
+        return options, None
+    if options.overwrite:
+        raise ZOError("--resume goes on with what --overwrite would remove: give one of them")
+    if options.out is None:
+        raise ZOError("which run is to go on? give --out RUN")
+    from zowrap.run import Run
+
+    run = Run(options.out)
+    if not run.config_file.is_file() and run.path.is_dir() and any(run.path.iterdir()):
+        raise ZOError(f"{options.out} is not a run: there is no {run.config_file.name} in it")
+    config = run.config() if run.config_file.is_file() else {}
+    if not config.get("task"):
+        say(f"{options.out} holds nothing to go on from: starting over")
+        return options, None
+    saved = config["options"]
+    asked = saved_options(options)
+    for name, value in asked.items():
+        if name != "out" and name in saved and given(context, name) and value != saved[name]:
+            say(f"--{name.replace('_', '-')} {value} differs from the run's own {saved[name]}: the run's is used")
+    fields = {field.name for field in dataclasses.fields(TuneOptions)} - {*PER_CALL, "out"}
+    kept = {name: value for name, value in saved.items() if name in fields}
+    status = run.status()
+    finished = status.get("result") if status.get("state") == "finished" else None
+    if finished is not None:
+        finished = {**finished, "out": options.out, "resumed_from": finished["steps"], "steps_run": 0}
+    return dataclasses.replace(options, **kept), finished

@@ -1,0 +1,177 @@
+"""``zowrap eval``: loss and accuracy of a run or a model on a data file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_lib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zowrap.errors import ZOError
+
+from .console import quiet_libraries, result, say
+from .options import (
+    Dtype,
+    EndOfText,
+    Head,
+    Json,
+    LabelColumn,
+    Labels,
+    MaxLength,
+    TaskKind,
+    Template,
+    TextColumn,
+    Trust,
+    given,
+    option,
+    takes,
+)
+
+
+@dataclasses.dataclass
+class EvalOptions:
+    model: Annotated[str, typer.Argument(help="A run of zowrap tune, a model directory, or a hub name.")]
+    task: TaskKind = "classification"
+    data: Annotated[str | None, option("--data", "What to evaluate: a file, or name[:split] of the hub.", "Data")] = (
+        None
+    )
+    predictions: Annotated[str | None, option("--predictions", "Write one line per row to this .jsonl file.")] = None
+    # 32 rows of ordinary text fit beside any model that can be tuned with 16.
+    batch_size: Annotated[int, option("--batch-size", "Examples per forward pass.")] = 32
+    max_eval_examples: Annotated[int | None, option("--max-eval-examples", "A fixed random part of the data.")] = None
+    head: Head = "auto"
+    labels: Labels = None
+    template: Template = None
+    text_column: TextColumn = "text"
+    label_column: LabelColumn = "label"
+    max_length: MaxLength = None
+    end_of_text: EndOfText = False
+    dtype: Dtype = None
+    trust_remote_code: Trust = False
+    json: Json = False
+
+
+@takes(EvalOptions)
+def evaluate(context: typer.Context, options: EvalOptions) -> None:
+    """Measure loss and accuracy. A run of zowrap tune needs no option but --data."""
+    if options.data is None:
+        raise ZOError("what is to be evaluated? give --data FILE")
+    if options.batch_size < 1:
+        raise ZOError(f"--batch-size must be at least 1, got {options.batch_size}")
+    quiet_libraries()
+    from zowrap.data import read_rows, sample
+    from zowrap.tasks import choose_dtype, open_source
+
+    rows = sample(read_rows(options.data, default_split="test"), options.max_eval_examples)
+    saved = saved_task(options.model)
+    if saved is not None and not Path(options.model, "model.safetensors").exists():
+        _check_finished(options.model)
+    source = open_source(options.model, options.trust_remote_code)
+    task, why = _task(context, options, saved, rows, source)
+    task.check(rows)
+    say(why)
+    # A run is measured as it was tuned: in its own dtype.
+    dtype, reason = choose_dtype(options.dtype or ("auto" if saved else None), source)
+    examples = task.examples(rows, source)
+    say_counts(examples, task.max_length)
+    if not len(examples):
+        raise ZOError(f"{options.data}: no row has anything to predict")
+    model = task.build(source, dtype)
+    say(f"{dtype}".removeprefix("torch.") + f" ({reason})")
+    record = measure(model, task, examples, source, options.batch_size, options.predictions)
+    lines = [f"loss {record['loss']:.4f}, accuracy {record['accuracy']:.4f}, {record['examples']} examples"]
+    result(record, options.json, lines)
+
+
+def saved_task(model: str) -> dict[str, Any] | None:
+    """The task that a run keeps in ``zowrap.json``, or None where ``model`` is no run."""
+    from zowrap.run import Run
+
+    run = Run(model)
+    return (run.config().get("task") or None) if run.config_file.is_file() else None
+
+
+def _check_finished(model: str) -> None:
+    from zowrap.export import weight_files
+
+    if not weight_files(model):
+        raise ZOError(f"{model} holds no finished model yet: go on with zowrap tune --resume --out {model}")
+
+
+def _task(context: typer.Context, options: EvalOptions, saved: dict[str, Any] | None, rows: Any, source: Any) -> Any:
+    """The run's own task with what the user asks otherwise, or one resolved from the options."""
+    from zowrap.tasks import check_kind, from_record, resolve
+
+    check_kind(options.task)
+    if saved is None:
+        return resolve(
+            options.task,
+            rows,
+            source,
+            head=options.head,
+            labels=split_labels(options.labels),
+            template=options.template,
+            text_column=options.text_column,
+            label_column=options.label_column,
+            max_length=options.max_length,
+            end_of_text=options.end_of_text,
+        )
+    if given(context, "task") and options.task != saved.get("kind"):
+        raise ZOError(f"{options.model} was tuned for {saved.get('kind')}, not for --task {options.task}")
+    for name in ("head", "labels"):
+        if given(context, name):
+            raise ZOError(f"{options.model} is a run and keeps its own --{name}: leave it out")
+    fields = ("text_column", "label_column", "template", "max_length", "end_of_text")
+    asked = {name: getattr(options, name) for name in fields if given(context, name) and name in saved}
+    return from_record({**saved, **asked}), f"{saved.get('kind')} as {options.model} was tuned"
+
+
+def split_labels(labels: str | None) -> list[str] | None:
+    """``"negative, positive"`` → ``["negative", "positive"]``."""
+    if labels is None:
+        return None
+    names = [name.strip() for name in labels.split(",")]
+    if not all(names):
+        raise ZOError(f"--labels {labels!r} has an empty name")
+    return names
+
+
+def say_counts(examples: Any, max_length: int, what: str = "rows") -> None:
+    """Tell once what tokenising did to the data."""
+    if examples.truncated:
+        say(
+            f"{examples.truncated} of {len(examples) + examples.dropped} {what} "
+            f"were longer than {max_length} tokens and cut"
+        )
+    if examples.dropped:
+        say(f"{examples.dropped} {what} had no token to learn from and were left out")
+
+
+def measure(
+    model: Any, task: Any, examples: Any, source: Any, batch_size: int, predictions: str | None = None
+) -> dict[str, Any]:
+    """``{"loss", "accuracy", "examples"}``: loss weighted by examples or label tokens, as in training."""
+    import torch
+
+    from zowrap.evaluation import evaluate as evaluate_batches
+    from zowrap.files import write_text
+    from zowrap.tasks import batches
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines: list[str] = []
+
+    def metrics(output: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        if predictions is not None:
+            lines.extend(json_lib.dumps(record, ensure_ascii=False) for record in task.predictions(output, batch))
+        return task.metrics(output, batch)
+
+    on_device = (
+        {name: value.to(device) for name, value in batch.items()}
+        for batch in batches(examples, task.collator(source), batch_size)
+    )
+    means = evaluate_batches(model.to(device), on_device, task.loss_fn, metrics)
+    if predictions is not None:
+        write_text(predictions, "\n".join(lines) + "\n")
+    return {"loss": means["loss"], "accuracy": means["accuracy"], "examples": means["examples"]}

@@ -1,0 +1,50 @@
+"""``zowrap export``: the tuned model out of a run, or a pickled model turned into safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zowrap.errors import ZOError
+
+from .console import quiet_libraries, result
+from .options import Json, option, takes
+
+
+@dataclasses.dataclass
+class ExportOptions:
+    source: Annotated[str, typer.Argument(help="A run of zowrap tune, or a model directory.", show_default=False)]
+    to: Annotated[str | None, option("--to", "Directory to write: new or empty.")] = None
+    dtype: Annotated[str | None, option("--dtype", "float32, bfloat16 or float16; by default as it is.")] = None
+    max_shard_size: Annotated[str | None, option("--max-shard-size", "Split above this size, e.g. 2GB.")] = None
+    allow_pickle: Annotated[
+        bool, option("--allow-pickle", "Convert pickled weights (tensors only; nothing in them is run).")
+    ] = False
+    overwrite: Annotated[bool, option("--overwrite", "Write into a directory that is not empty.")] = False
+    json: Json = False
+
+
+@takes(ExportOptions)
+def export(context: typer.Context, options: ExportOptions) -> None:
+    """Write the tuned model of a run as safetensors that load with from_pretrained."""
+    if options.to is None:
+        raise ZOError("where to? give --to DIR")
+    if not Path(options.source).is_dir():
+        raise ZOError(f"no such run or model directory: {options.source}")
+    quiet_libraries()
+    from zowrap.export import convert_pickle, export_run, pickled_weights, weight_files
+
+    if options.allow_pickle and pickled_weights(options.source) and not weight_files(options.source):
+        if options.dtype or options.max_shard_size:
+            raise ZOError("--allow-pickle converts as it is: give --dtype or --max-shard-size to a second export")
+        files = convert_pickle(options.source, options.to, overwrite=options.overwrite)
+    else:
+        files = export_run(
+            options.source, options.to, options.dtype, options.max_shard_size, overwrite=options.overwrite
+        )
+    size = sum(file.stat().st_size for file in files)
+    record = {"to": options.to, "files": [file.name for file in files], "bytes": size}
+    result(record, options.json, [f"wrote {options.to}: {len(files)} files, {size / 2**20:.1f} MiB"])

@@ -1,0 +1,194 @@
+"""The options of the commands: each a line of a dataclass, from which typer's signature is made.
+
+One table then serves the command line, ``--config`` files, ``--resume`` and the configuration that a run saves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+from .config import apply
+
+# The Trainer's spellings, accepted but not advertised.
+ALIASES = {
+    "--learning-rate": "--lr",
+    "--max-steps": "--steps",
+    "--output-dir": "--out",
+    "--per-device-train-batch-size": "--batch-size",
+    "--gradient-accumulation-steps": "--grad-accum",
+    "--lr-scheduler-type": "--lr-schedule",
+    "--save-steps": "--save-every",
+    "--eval-steps": "--eval-every",
+}
+
+
+class AliasCommand(TyperCommand):
+    """A command that also takes :data:`ALIASES`, with dashes or underscores."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [unalias(arg) for arg in args])
+
+
+def unalias(arg: str) -> str:
+    """``--learning_rate=1e-3`` → ``--lr=1e-3``."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    name = name.replace("_", "-")
+    return f"{ALIASES.get(name, name)}{equals}{value}"
+
+
+def takes(options: type) -> Callable[[Callable[[typer.Context, Any], Any]], Callable[..., Any]]:
+    """Make a command of ``function(context, options)``: its parameters are the fields of the dataclass."""
+
+    def decorate(function: Callable[[typer.Context, Any], Any]) -> Callable[..., Any]:
+        def command(context: typer.Context, **values: Any) -> Any:
+            return function(context, options(**values))
+
+        hints = get_type_hints(options, include_extras=True)
+        parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
+        for field in dataclasses.fields(options):
+            default = field.default
+            if default is dataclasses.MISSING:
+                default = inspect.Parameter.empty if field.default_factory is dataclasses.MISSING else []
+            parameters.append(
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
+                )
+            )
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {"context": typer.Context, **hints}
+        command.__doc__ = function.__doc__
+        command.__name__ = function.__name__
+        return command
+
+    return decorate
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether the user set this option, on the command line or in a ``--config`` file."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def option(names: str, text: str, panel: str | None = None, **more: Any) -> Any:
+    return typer.Option(*names.split(), help=text, rich_help_panel=panel, **more)
+
+
+# Options that several commands have.
+Json = Annotated[bool, option("--json", "Print one JSON object on stdout; everything else goes to stderr.")]
+TaskKind = Annotated[str, option("--task", "classification or lm.", "Data")]
+Head = Annotated[
+    str, option("--head", "Form of classification: auto, sequence, words (causal LMs), sentence (encoders).", "Data")
+]
+Labels = Annotated[
+    str | None, option("--labels", "Label names, comma-separated, in the order that numbers them.", "Data")
+]
+Template = Annotated[str | None, option("--template", "How a row becomes text, e.g. '{text} It was {label}'.", "Data")]
+TextColumn = Annotated[str, option("--text-column", "Column of the text.", "Data")]
+LabelColumn = Annotated[str, option("--label-column", "Column of the label.", "Data")]
+MaxLength = Annotated[
+    int | None, option("--max-length", "Most tokens of a row; by default what the model reads.", "Data")
+]
+EndOfText = Annotated[
+    bool, option("--end-of-text", "lm: close plain text with the end-of-text token, as completions are.", "Data")
+]
+Dtype = Annotated[
+    str | None,
+    option(
+        "--dtype", "float32, bfloat16, float16 or auto (the checkpoint's). Default: float32 where it fits.", "Model"
+    ),
+]
+Trust = Annotated[bool, option("--trust-remote-code", "Run code that the model's repository brings.", "Model")]
+
+
+@dataclasses.dataclass
+class TuneOptions:
+    """Everything ``zowrap tune`` takes. Defaults that are None are resolved from the model or the rule."""
+
+    model: Annotated[str | None, typer.Argument(help="Model directory or hub name.", show_default=False)] = None
+    task: TaskKind = "classification"
+    data: Annotated[
+        str | None, option("--data", "Training data: .jsonl, .csv, .parquet, or name[:split] of the hub.", "Data")
+    ] = None
+    eval_data: Annotated[
+        str | None, option("--eval-data", "Data that measures progress and picks the best model.", "Data")
+    ] = None
+    out: Annotated[str | None, option("--out", "Directory of the run; it loads with from_pretrained.")] = None
+    rule: Annotated[str, option("--rule", "Update rule (zowrap rules lists them).", "Zeroth order")] = "meazo"
+    rule_option: Annotated[
+        list[str], option("--rule-option", "Hyper-parameter of the rule, name=value. Repeatable.", "Zeroth order")
+    ] = dataclasses.field(default_factory=list)
+    lr: Annotated[float | None, option("--lr", "Learning rate; by default the rule's own.", "Zeroth order")] = None
+    # 1e-3: the field's choice for full tuning in float32; far above rounding, far below the weights.
+    eps: Annotated[float, option("--eps", "Size of the perturbation.", "Zeroth order")] = 1e-3
+    direction: Annotated[
+        str, option("--direction", "Law of the directions: gaussian, sphere, unit_sphere, rademacher.", "Zeroth order")
+    ] = "gaussian"
+    queries: Annotated[int, option("--queries", "Directions per step, averaged.", "Zeroth order")] = 1
+    estimator: Annotated[str, option("--estimator", "central or forward.", "Zeroth order")] = "central"
+    blocks: Annotated[
+        list[str],
+        option("--blocks", "'layer', or name patterns: one block moves per step. Repeatable.", "Zeroth order"),
+    ] = dataclasses.field(default_factory=list)
+    block_order: Annotated[str, option("--block-order", "Order of the blocks.", "Zeroth order")] = "ascending"
+    trainable: Annotated[
+        list[str], option("--trainable", "Name pattern of weights that move. Repeatable.", "Zeroth order")
+    ] = dataclasses.field(default_factory=list)
+    # 0: zeroth-order runs are short and start from trained weights.
+    weight_decay: Annotated[float, option("--weight-decay", "Decoupled, on matrices only.", "Zeroth order")] = 0.0
+    engine: Annotated[
+        str | None, option("--engine", "compiled or eager. Default: compiled where possible.", "Zeroth order")
+    ] = None
+    # 600 steps of 16: the smallest run that moved a pretrained encoder by ten points in our measurements.
+    steps: Annotated[int, option("--steps", "Number of steps.", "Training")] = 600
+    batch_size: Annotated[int, option("--batch-size", "Examples per forward pass.", "Training")] = 16
+    grad_accum: Annotated[int, option("--grad-accum", "Micro-batches per step, under one direction.", "Training")] = 1
+    lr_schedule: Annotated[str, option("--lr-schedule", "constant, linear, cosine.", "Training")] = "constant"
+    warmup_steps: Annotated[int, option("--warmup-steps", "Steps over which the rate rises from 0.", "Training")] = 0
+    seed: Annotated[int, option("--seed", "Of the noise, the data order and a fresh head.", "Training")] = 0
+    eval_every: Annotated[
+        int | None, option("--eval-every", "Steps between evaluations; by default a tenth of the run.", "Training")
+    ] = None
+    eval_batch_size: Annotated[
+        int | None, option("--eval-batch-size", "Examples per batch of an evaluation.", "Training")
+    ] = None
+    max_eval_examples: Annotated[
+        int | None, option("--max-eval-examples", "Evaluate on a fixed random part of the data.", "Training")
+    ] = None
+    save_every: Annotated[
+        int | None, option("--save-every", "Steps between checkpoints; the journal fills the gaps.", "Training")
+    ] = None
+    save_total_limit: Annotated[int, option("--save-total-limit", "Checkpoints kept, and the best.", "Training")] = 1
+    report_to: Annotated[
+        list[str], option("--report-to", "tensorboard, wandb, … as in transformers. Repeatable.", "Training")
+    ] = dataclasses.field(default_factory=list)
+    head: Head = "auto"
+    labels: Labels = None
+    template: Template = None
+    text_column: TextColumn = "text"
+    label_column: LabelColumn = "label"
+    max_length: MaxLength = None
+    end_of_text: EndOfText = False
+    show_examples: Annotated[
+        int, option("--show-examples", "Print this many tokenised rows with their mask.", "Data")
+    ] = 0
+    dtype: Dtype = None
+    trust_remote_code: Trust = False
+    resume: Annotated[bool, option("--resume", "Go on from --out with its own options.")] = False
+    overwrite: Annotated[bool, option("--overwrite", "Replace what is in --out.")] = False
+    config: Annotated[
+        str | None,
+        option("--config", "A .toml or .yaml file with the same names; flags win.", is_eager=True, callback=apply),
+    ] = None
+    json: Json = False
+
+
+# Not part of what a run is: they say how this one command is to behave.
+PER_CALL = ("resume", "overwrite", "config", "json", "show_examples")

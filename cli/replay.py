@@ -1,0 +1,55 @@
+"""``zowrap replay``: the last weights of a run from its base model and journal, without a forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zowrap.errors import ZOError
+
+from .console import quiet_libraries, result
+from .options import Json, Trust, option, takes
+
+
+@dataclasses.dataclass
+class ReplayOptions:
+    model: Annotated[str, typer.Argument(help="The model the run started from.", show_default=False)]
+    run: Annotated[str, typer.Argument(help="The run, with its journal.", show_default=False)]
+    to: Annotated[str | None, option("--to", "Directory to write: new or empty.")] = None
+    overwrite: Annotated[bool, option("--overwrite", "Write into a directory that is not empty.")] = False
+    trust_remote_code: Trust = False
+    json: Json = False
+
+
+@takes(ReplayOptions)
+def replay(context: typer.Context, options: ReplayOptions) -> None:
+    """Make the last weights of a run again, bitwise, from the base model and the journal."""
+    if options.to is None:
+        raise ZOError("where to? give --to DIR")
+    check_target(options.to, options.overwrite, "--to")
+    quiet_libraries()
+    from zowrap.run import Run, replay_run
+    from zowrap.tasks import choose_dtype, from_record, open_source
+
+    if not Path(options.run).is_dir():
+        raise ZOError(f"no such run: {options.run}")
+    config = Run(options.run).config()
+    task = from_record(config["task"])
+    source = open_source(options.model, options.trust_remote_code)
+    dtype, _ = choose_dtype(config["options"].get("dtype"), source)
+    model = task.build(source, dtype, int(config["options"].get("seed") or 0))
+    zm = replay_run(model, options.run, options.to, tokenizer=source.tokenizer)
+    record = {"to": options.to, "steps": zm.step_count, "rule": zm.rule.name}
+    result(record, options.json, [f"wrote {options.to}: {zm.step_count} steps of {zm.rule.name} replayed"])
+
+
+def check_target(to: str, overwrite: bool, option_name: str) -> None:
+    """Raise :class:`ZOError` unless ``to`` is a directory that may be written: new, empty, or to be replaced."""
+    path = Path(to)
+    if path.exists() and not path.is_dir():
+        raise ZOError(f"{option_name} {to} is a file: give the name of a directory")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise ZOError(f"{option_name} {to} is not empty: give a new directory, or --overwrite")

@@ -1,0 +1,217 @@
+"""``zowrap tune``: from a model and a data file to a run that loads with ``from_pretrained``.
+
+    check the options ─► read the data ─► open the model ─► tokenise ─► load the weights ─► train ─► report
+
+Whatever can be wrong is found before the first write; the loop itself is :class:`zowrap.ZOTrainer`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from zowrap.errors import ZOError
+
+from .console import Interrupted, quiet_libraries, result, say
+from .eval import say_counts, split_labels
+from .options import TuneOptions, takes
+
+
+@takes(TuneOptions)
+def tune(context: typer.Context, options: TuneOptions) -> None:
+    """Fine-tune MODEL on labelled or plain text, with forward passes alone."""
+    began = time.time()
+    quiet_libraries()
+    from .checks import check_options, restored
+    from .progress import Progress
+
+    options, finished = restored(context, options)
+    if finished is not None:
+        say(f"{options.out} is finished: nothing is left to do")
+        result(finished, options.json, [summary(finished)])
+        return
+    check_options(options)
+    plan = prepare(options)
+    model, options = load(plan, options)
+    trainer = build_trainer(plan, model, options)
+    say(f"{len(plan.train)} examples, {trainer.zm.rule.describe()}, lr {trainer.zm.lr:g}, eps {options.eps:g}")
+    try:
+        trainer.train(resume_from_checkpoint=options.resume)
+    finally:
+        trainer.pop_callback(Progress).stop()
+    record = report(trainer, options, time.time() - began)
+    if trainer.interrupted:
+        steps = trainer.zm.step_count
+        raise Interrupted(
+            f"stopped after step {steps} of {options.steps}, everything is saved; go on with: "
+            f"zowrap tune --resume --out {options.out}",
+            record,
+        )
+    trainer.run.update_status(result=record)
+    result(record, options.json, [summary(record)])
+
+
+@dataclass
+class Plan:
+    """What is known before any weight is loaded.
+
+    Attributes:
+        source: the model's configuration and tokenizer.
+        task: every choice about the data made.
+        train, evaluation: tokenised; evaluation is None without ``--eval-data``.
+    """
+
+    source: Any
+    task: Any
+    train: Any
+    evaluation: Any
+
+
+def prepare(options: TuneOptions) -> Plan:
+    """Read and check the data, open the model, tokenise."""
+    from zowrap.data import read_rows, sample
+    from zowrap.tasks import open_source, resolve
+
+    assert options.data is not None and options.model is not None  # check_options asked for them
+    rows = read_rows(options.data, default_split="train")
+    eval_rows = None
+    if options.eval_data is not None:
+        eval_rows = sample(read_rows(options.eval_data, default_split="test"), options.max_eval_examples)
+    source = open_source(options.model, options.trust_remote_code)
+    task, why = resolve(
+        options.task,
+        rows,
+        source,
+        head=options.head,
+        labels=split_labels(options.labels),
+        template=options.template,
+        text_column=options.text_column,
+        label_column=options.label_column,
+        max_length=options.max_length,
+        end_of_text=options.end_of_text,
+    )
+    task.check(rows)
+    if eval_rows is not None:
+        task.check(eval_rows)
+    say(why)
+    train = _tokenised(task, rows, source, "training rows")
+    evaluation = None if eval_rows is None else _tokenised(task, eval_rows, source, "evaluation rows")
+    show(train, source, options.show_examples)
+    return Plan(source, task, train, evaluation)
+
+
+def _tokenised(task: Any, rows: Any, source: Any, what: str) -> Any:
+    examples = task.examples(rows, source)
+    say_counts(examples, task.max_length, what)
+    if not len(examples):
+        raise ZOError(f"none of the {len(rows)} {what} has anything to learn from")
+    return examples
+
+
+def show(examples: Any, source: Any, count: int) -> None:
+    """Print the first ``count`` examples as tokens, what is learned apart from what is masked."""
+    for number, item in enumerate(examples.items[:count], start=1):
+        tokens = source.tokenizer.convert_ids_to_tokens(item["input_ids"])
+        labels = item["labels"]
+        if isinstance(labels, int):
+            say(f"example {number}, class {labels}: {' '.join(tokens)}")
+            continue
+        say(f"example {number}:")
+        start = 0
+        for i in range(1, len(tokens) + 1):
+            if i == len(tokens) or (labels[i] == -100) != (labels[start] == -100):
+                say(f"  {'masked ' if labels[start] == -100 else 'learned'} | {' '.join(tokens[start:i])}")
+                start = i
+
+
+def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
+    """Load the weights. Returns the model, and the options with dtype and learning rate resolved."""
+    from zowrap.rules import get
+    from zowrap.tasks import choose_dtype
+
+    dtype, why = choose_dtype(options.dtype, plan.source)
+    name = str(dtype).removeprefix("torch.")
+    model = plan.task.build(plan.source, dtype, options.seed)
+    say(f"{plan.source.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights in {name} ({why})")
+    rule = get(options.rule)
+    lr = options.lr or plan.task.default_lr(rule.name) or rule.lr
+    return model, replace(options, dtype=name, lr=lr)
+
+
+def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
+    """The trainer with this command's callbacks in place of the Trainer's printing ones."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    from zowrap.trainer import ZOTrainer
+
+    from .checks import saved_options, to_config
+    from .progress import KeepTask, Progress
+
+    config = to_config(options)
+    if not options.trainable:
+        config.trainable = plan.task.default_trainable(model)
+    trainer = ZOTrainer(
+        model=model,
+        args=config,
+        train_dataset=plan.train,
+        eval_dataset=plan.evaluation,
+        data_collator=plan.task.collator(plan.source),
+        processing_class=plan.source.tokenizer,
+        loss_fn=plan.task.loss_fn,
+        batch_metrics=plan.task.metrics,
+        base_model=options.model,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress())
+    content = (options.model, saved_options(options), plan.task.record())
+    if not (options.resume and trainer.run.config_file.is_file()):
+        trainer.run.write_config(*content)
+    trainer.add_callback(KeepTask(trainer.run, content))
+    return trainer
+
+
+def report(trainer: Any, options: TuneOptions, seconds: float) -> dict[str, Any]:
+    """What ``--json`` prints. ``loss`` and ``accuracy`` are those of the model in ``out``, where there is data."""
+    from .picture import draw, read_metrics
+
+    out = Path(str(options.out))
+    steps, evaluations = read_metrics(out / "metrics.jsonl")
+    draw(out / "loss.png", steps, evaluations)
+    done = trainer.zm.step_count
+    facts = trainer.zm.inspect()
+    best = trainer.best_step
+    final = next((e for e in reversed(evaluations) if best is None or e["step"] == best), {})
+    first = next((e for e in evaluations if e["step"] == 0), {})
+    recent = [s["loss"] for s in steps[-50:] if s.get("loss") is not None]
+    return {
+        "out": str(options.out),
+        "rule": trainer.zm.rule.name,
+        "steps": done,
+        "steps_run": done - trainer.resumed_from,
+        "resumed_from": trainer.resumed_from,
+        "loss": final.get("eval_loss", sum(recent) / len(recent) if recent else None),
+        "accuracy": final.get("eval_accuracy"),
+        "loss_before": first.get("eval_loss"),
+        "accuracy_before": first.get("eval_accuracy"),
+        "best_step": best,
+        "forwards": done * facts.forwards * options.grad_accum,
+        "engine": facts.engine,
+        "seconds": round(seconds, 2),
+    }
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The outcome in one line for people."""
+    parts = [f"{record['out']}: {record['steps']} steps"]
+    for name in ("loss", "accuracy"):
+        before, after = record.get(f"{name}_before"), record.get(name)
+        if after is not None:
+            parts.append(f"{name} {after:.4f}" if before is None else f"{name} {before:.4f} → {after:.4f}")
+    if record.get("best_step") is not None:
+        parts.append(f"best at step {record['best_step']}")
+    return ", ".join(parts)

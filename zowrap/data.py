@@ -1,0 +1,279 @@
+"""Reading labelled or plain text: JSON lines, JSON, CSV, Parquet, or a data set of the Hugging Face hub.
+
+A file becomes a list of :class:`Row`, each knowing where it stood, so that every complaint about its contents names
+the file and the line. Nothing here needs a tokenizer or a model: a command reads and checks its data before it
+loads anything large.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zowrap.errors import ZOError
+
+_HUB_NAME = re.compile(r"^(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w\[\]%:+.-]+))?$")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a data file.
+
+    Attributes:
+        values: column name → value, as read.
+        where: the place to name in a message, such as ``"train.jsonl line 3"``.
+    """
+
+    values: dict[str, Any]
+    where: str
+
+
+def read_rows(source: str, default_split: str = "train") -> list[Row]:
+    """All rows of a file, or of ``name[:split]`` on the hub.
+
+    Args:
+        source: path of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, or a hub name.
+        default_split: the split of a hub data set when ``source`` names none.
+
+    Raises:
+        ZOError: missing, empty or unreadable, with the line where there is one.
+    """
+    path = Path(source)
+    reader = _READERS.get(path.suffix.lower())
+    if path.is_file():
+        try:
+            rows = list((reader or _read_by_content)(path))
+        except OSError as error:
+            raise ZOError(f"{source} cannot be read: {error.strerror or error}") from error
+    elif path.is_dir():
+        raise ZOError(f"{source} is a directory; give a .jsonl, .csv or .parquet file")
+    elif reader is not None or source.startswith((".", "/", "~")) or not _HUB_NAME.match(source):
+        raise ZOError(f"no such file: {source}")
+    else:
+        rows = _read_hub(source, default_split)
+    if not rows:
+        raise ZOError(f"{source} is empty: it has no rows")
+    return rows
+
+
+def text_of(row: Row, column: str, option: str = "--text-column") -> str:
+    """The text in ``column``.
+
+    Raises:
+        ZOError: the column is missing, null, or not a string.
+    """
+    value = _value_of(row, column, option)
+    if not isinstance(value, str):
+        raise ZOError(f"{row.where}: column {column!r} is {_kind(value)}, not text")
+    return value
+
+
+def label_of(row: Row, column: str) -> str:
+    """The label in ``column`` as a string: ``3`` → ``"3"``, ``True`` → ``"true"``.
+
+    Raises:
+        ZOError: the column is missing, null, empty, or neither a string, an integer nor a boolean.
+    """
+    value = _value_of(row, column, "--label-column")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if not isinstance(value, str):
+        raise ZOError(f"{row.where}: label {column!r} is {_kind(value)}; a label is a string, an integer or a boolean")
+    if not value.strip():
+        raise ZOError(f"{row.where}: label {column!r} is empty")
+    return value.strip()
+
+
+def label_names(rows: Sequence[Row], column: str) -> list[str]:
+    """The distinct labels, in the order that numbers them: numerically if all are integers, else alphabetically."""
+    names = {label_of(row, column) for row in rows}
+    if all(re.fullmatch(r"-?\d+", name) for name in names):
+        return sorted(names, key=int)
+    return sorted(names)
+
+
+def label_index(row: Row, column: str, labels: Sequence[str]) -> int:
+    """The number of this row's label among ``labels``.
+
+    A row may name its label or, when the names were given apart, number it from 0 (``false`` is 0, ``true`` is 1).
+
+    Raises:
+        ZOError: the label is not one of ``labels``.
+    """
+    name = label_of(row, column)
+    if name in labels:
+        return list(labels).index(name)
+    number = {"false": "0", "true": "1"}.get(name, name)
+    if number.isdecimal() and int(number) < len(labels) and not any(label.isdecimal() for label in labels):
+        return int(number)
+    known = ", ".join(repr(label) for label in labels[:8]) + (", …" if len(labels) > 8 else "")
+    raise ZOError(f"{row.where}: label {name!r} is not one of the labels of training ({known})")
+
+
+def sample(rows: Sequence[Row], limit: int | None, seed: int = 0) -> list[Row]:
+    """At most ``limit`` rows, drawn once by ``seed`` and kept in file order (a file may be sorted by label)."""
+    if limit is None or len(rows) <= limit:
+        return list(rows)
+    kept = sorted(random.Random(seed).sample(range(len(rows)), limit))
+    return [rows[i] for i in kept]
+
+
+def _value_of(row: Row, column: str, option: str) -> Any:
+    if column not in row.values:
+        has = ", ".join(sorted(map(str, row.values))) or "none"
+        raise ZOError(f"{row.where} has no column {column!r} (columns: {has}); name another with {option}")
+    value = row.values[column]
+    if value is None:
+        raise ZOError(f"{row.where}: column {column!r} is null")
+    return value
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    return {list: "a list", dict: "an object"}.get(type(value), f"a {type(value).__name__}")
+
+
+# --- formats ------------------------------------------------------------------------------------------------------
+
+
+def _decoded(path: Path) -> str:
+    """The file as text; a byte-order mark is dropped."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ZOError(f"{path.name} line {line} is not valid UTF-8 (byte 0x{data[error.start]:02x})") from error
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise ZOError(f"{where} is {_kind(value)}, not an object with columns")
+    return Row(value, where)
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    # Not str.splitlines: it also breaks at U+2028 and its kin, which stand unescaped in valid JSON strings.
+    for number, line in enumerate(_decoded(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path.name} line {number}"
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+            raise ZOError(f"{where} is not valid JSON: {reason}") from error
+        yield _object(value, where)
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    text = _decoded(path)
+    if not text.lstrip().startswith("["):
+        yield from _read_jsonl(path)
+        return
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ZOError(f"{path.name} line {error.lineno} is not valid JSON: {error.msg}") from error
+    for number, value in enumerate(values, start=1):
+        yield _object(value, f"{path.name} row {number}")
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    # newline="" keeps line breaks inside quoted cells; without it the reader miscounts lines.
+    reader = csv.reader(
+        io.StringIO(_decoded(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True
+    )
+    header: list[str] | None = None
+    try:
+        for cells in reader:
+            where = f"{path.name} line {reader.line_num}"
+            if not cells:
+                continue
+            if header is None:
+                header = [name.strip() for name in cells]
+                continue
+            if len(cells) != len(header):
+                raise ZOError(f"{where} has {len(cells)} cells where the header has {len(header)}")
+            yield Row(dict(zip(header, cells, strict=True)), where)
+    except csv.Error as error:
+        raise ZOError(f"{path.name} line {reader.line_num} is not valid CSV: {error}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ZOError("reading Parquet needs pyarrow: pip install 'zowrap[data]'") from error
+    try:
+        records = parquet.read_table(path).to_pylist()
+    except Exception as error:  # pyarrow raises a dozen kinds; all mean the file is not readable Parquet
+        raise ZOError(f"{path.name} is not readable as Parquet: {str(error).splitlines()[0]}") from error
+    for number, record in enumerate(records, start=1):
+        yield Row(record, f"{path.name} row {number}")
+
+
+def _read_by_content(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        start = file.read(256).lstrip()
+    if not start:
+        return iter(())
+    if start[:1] in (b"{", b"["):
+        return _read_json(path)
+    if start[:4] == b"PAR1":
+        return _read_parquet(path)
+    raise ZOError(f"{path.name}: the format is not known by its name; use .jsonl, .csv, .tsv or .parquet")
+
+
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _read_hub(source: str, default_split: str) -> list[Row]:
+    match = _HUB_NAME.match(source)
+    assert match is not None  # read_rows checked it
+    name, split = match["name"], match["split"] or default_split
+    try:
+        import datasets
+    except ImportError as error:
+        raise ZOError(
+            f"{source} is not a file, and data sets of the hub need the datasets package: pip install 'zowrap[data]'"
+        ) from error
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the hub raises many kinds; each becomes one sentence
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ZOError(
+            f"{source} is not a file here, and as a data set of the hub it could not be loaded ({reason}); "
+            "a private or gated one needs HF_TOKEN"
+        ) from error
+    names = {column: f.names for column, f in (table.features or {}).items() if hasattr(f, "int2str")}
+    rows = []
+    for number, record in enumerate(table, start=1):
+        values = dict(record)
+        for column, known in names.items():  # a ClassLabel: its name says more than its number
+            if isinstance(values[column], int) and 0 <= values[column] < len(known):
+                values[column] = known[values[column]]
+        rows.append(Row(values, f"{name}:{split} row {number}"))
+    return rows

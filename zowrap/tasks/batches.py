@@ -1,0 +1,105 @@
+"""From token lists to batches: truncation, padding, and a data set small enough to read.
+
+Padding is decided by length, never by token id: where the padding token is also the end-of-text token (GPT-2, many
+Llamas), an end-of-text label must stay a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from zowrap.loss import IGNORED
+
+Example = dict[str, Any]
+
+
+@dataclass
+class Examples(Dataset):
+    """Tokenised rows: ``{"input_ids": [int], "labels": int or [int]}`` each.
+
+    Attributes:
+        items: the examples, in file order less the dropped ones.
+        truncated: how many were longer than allowed.
+        dropped: how many had nothing to learn from (no label token) and are not in ``items``.
+    """
+
+    items: list[Example]
+    truncated: int = 0
+    dropped: int = 0
+    lengths: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lengths = [len(item["input_ids"]) for item in self.items]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.items[index]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Examples → one batch, padded to the longest.
+
+    Returns ``input_ids`` and ``attention_mask``, int64 ``[batch, length]``, and ``labels``, int64 ``[batch]`` for
+    classes or ``[batch, length]`` with -100 where nothing is to be predicted.
+
+    Attributes:
+        pad_id: token id that fills ``input_ids``; nothing reads it, the mask hides it.
+        side: ``"right"``, or ``"left"`` so that every row ends at the same position.
+    """
+
+    pad_id: int
+    side: str = "right"
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        ids = [example["input_ids"] for example in examples]
+        batch = {
+            "input_ids": self._pad(ids, self.pad_id),
+            "attention_mask": self._pad([[1] * len(row) for row in ids], 0),
+        }
+        if examples and "labels" in examples[0]:
+            labels = [example["labels"] for example in examples]
+            batch["labels"] = torch.tensor(labels) if isinstance(labels[0], int) else self._pad(labels, IGNORED)
+        return batch
+
+    def _pad(self, rows: Sequence[list[int]], fill: int) -> Tensor:
+        length = max(map(len, rows))
+        if self.side == "left":
+            return torch.tensor([[fill] * (length - len(row)) + row for row in rows])
+        return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+
+
+def fit(ids: list[int], labels: list[int], limit: int, start_id: int | None = None) -> tuple[list[int], list[int]]:
+    """Cut a sequence to ``limit`` tokens: first the prompt from its left, then the end.
+
+    The prompt is the leading run of ``-100`` labels. A beginning-of-text token in front of it is kept, for a model
+    that always saw one.
+
+    Args:
+        ids: token ids ``[n]``.
+        labels: ``[n]``, -100 where nothing is to be predicted.
+        limit: the most tokens to keep, at least 1.
+        start_id: the tokenizer's beginning-of-text token, if it has one.
+    """
+    excess = len(ids) - limit
+    if excess <= 0:
+        return ids, labels
+    prompt = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
+    kept = 1 if start_id is not None and ids[0] == start_id and prompt > 0 else 0
+    cut = min(excess, max(prompt - kept, 0))
+    ids, labels = ids[:kept] + ids[kept + cut :], labels[:kept] + labels[kept + cut :]
+    return ids[:limit], labels[:limit]
+
+
+def batches(examples: Examples, collator: Collator, size: int) -> Iterator[dict[str, Tensor]]:
+    """Consecutive batches of ``size``, the last one possibly smaller."""
+    for start in range(0, len(examples), size):
+        yield collator(examples.items[start : start + size])

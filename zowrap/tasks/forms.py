@@ -1,0 +1,172 @@
+"""Three ways to read a class off a model, each a module that gives ``loss`` and ``logits`` ``[batch, labels]``.
+
+=========  =====================================  ==========================================================
+form       for                                    score of label c
+=========  =====================================  ==========================================================
+sequence   a classification head                  the head's logit
+words      causal language models                 log-likelihood of the label's words after the text
+sentence   sentence encoders                      20 · cosine(embedding of the text, embedding of c's name)
+=========  =====================================  ==========================================================
+
+The modules are plain enough for ``torch.export`` with dynamic batch and length: what depends on the labels alone (their
+token ids) is a buffer, and every shape comes from a tensor. The model inside is the attribute ``module``, a wrapper
+name that parameter names leave out, so noise and journal are those of the bare model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+# Cosines lie in [-1, 1]: 20 is the inverse temperature sentence encoders are trained with.
+COSINE_SCALE = 20.0
+
+
+class Form(nn.Module):
+    """Base of the forms. ``forward(input_ids, attention_mask, labels=None)``, int64 ``[batch, length]`` twice and
+    ``[batch]``, returns mean cross-entropy in float32 and logits float32 ``[batch, labels]``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    @property
+    def config(self) -> Any:
+        return self.module.config
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Float32 ``[batch, labels]``."""
+        raise NotImplementedError
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> SequenceClassifierOutput:
+        logits = self.scores(input_ids, attention_mask)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _call(self, **inputs: Any) -> Any:
+        """The model inside, without a cache where it would keep one."""
+        if hasattr(self.module.config, "use_cache"):
+            inputs["use_cache"] = False
+        return self.module(**inputs)
+
+
+class LabelTokens(nn.Module):
+    """The labels' token ids and their mask, int64 ``[labels, tokens]``: constants that follow the model's device.
+
+    A module of their own, so that a form holds nothing but the model and is saved as the model.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def __init__(self, ids: Tensor, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("ids", ids, persistent=False)
+        self.register_buffer("mask", mask, persistent=False)
+
+
+class SequenceForm(Form):
+    """A model with a classification head: its own logits."""
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self._call(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+
+
+class WordsForm(Form):
+    """A causal language model: log-likelihood of each label's words after the text.
+
+    Batches are padded on the left, so every text ends at the last position. Where each label is one token, one forward
+    of the batch gives all scores; otherwise every text is continued with every label (batch · labels rows).
+
+    Args:
+        module: the language model.
+        label_ids: int64 ``[labels, words]``, padded on the right.
+        label_mask: int64 ``[labels, words]``, 0 at padding.
+    """
+
+    def __init__(self, module: nn.Module, label_ids: Tensor, label_mask: Tensor) -> None:
+        super().__init__(module)
+        self.names = LabelTokens(label_ids, label_mask)
+        accepted = inspect.signature(module.forward).parameters
+        self._positions = "position_ids" in accepted
+        self._keeps = "logits_to_keep" in accepted
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.names.ids.shape[1] == 1:
+            last = self._logits(input_ids, attention_mask, keep=1)[:, -1]
+            return last.log_softmax(-1).index_select(1, self.names.ids[:, 0])
+        return self._continued(input_ids, attention_mask)
+
+    def _continued(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        rows, length = input_ids.shape
+        labels, words = self.names.ids.shape
+        ids = _paired(input_ids, self.names.ids).reshape(rows * labels, length + words)
+        mask = _paired(attention_mask, self.names.mask).reshape(rows * labels, length + words)
+        logits = self._logits(ids, mask, keep=words + 1)[:, -words - 1 : -1]
+        wanted = ids[:, length:].unsqueeze(-1)
+        likelihood = logits.log_softmax(-1).gather(-1, wanted).squeeze(-1)  # [rows · labels, words]
+        return (likelihood * mask[:, length:]).sum(-1).reshape(rows, labels)
+
+    def _logits(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
+        extra: dict[str, Any] = {}
+        if self._positions:  # counted from the first real token, whatever the padding
+            extra["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+        if self._keeps:  # the head over a large vocabulary is needed at the last positions only
+            extra["logits_to_keep"] = keep
+        return self._call(input_ids=ids, attention_mask=mask, **extra).logits[:, -keep:].float()
+
+
+def _paired(left: Tensor, right: Tensor) -> Tensor:
+    """``[rows, n]`` and ``[labels, m]`` → ``[rows, labels, n + m]``: each row followed by each label."""
+    rows, labels = left.shape[0], right.shape[0]
+    return torch.cat(
+        (
+            left.unsqueeze(1).expand(rows, labels, left.shape[1]),
+            right.unsqueeze(0).expand(rows, labels, right.shape[1]).to(left.dtype),
+        ),
+        dim=2,
+    )
+
+
+class SentenceForm(Form):
+    """A sentence encoder: 20 · cosine between the text's embedding and the embedding of each label's name.
+
+    The names go through the same weights as the text, so both move when the weights do. Embedding: last hidden state,
+    averaged over the real tokens (or its first token where the encoder was trained so), normalised.
+
+    Args:
+        module: the encoder.
+        label_ids: int64 ``[labels, tokens]``, the names' token ids.
+        label_mask: int64 ``[labels, tokens]``.
+        pooling: ``"mean"`` or ``"cls"``.
+    """
+
+    def __init__(self, module: nn.Module, label_ids: Tensor, label_mask: Tensor, pooling: str = "mean") -> None:
+        super().__init__(module)
+        self.names = LabelTokens(label_ids, label_mask)
+        self.pooling = pooling
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        names = self.embed(self.names.ids, self.names.mask)
+        return COSINE_SCALE * self.embed(input_ids, attention_mask) @ names.T
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Unit vectors, float32 ``[rows, width]``."""
+        hidden = self._call(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+        if self.pooling == "cls":
+            return F.normalize(hidden[:, 0], dim=-1)
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return F.normalize((hidden * mask).sum(1) / mask.sum(1).clamp_min(1), dim=-1)
+
+
+def per_example_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Cross-entropy of each example, float32 ``[batch]``: the ``loss_fn`` of a classification run."""
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return F.cross_entropy(output.logits, batch["labels"], reduction="none")

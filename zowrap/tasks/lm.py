@@ -1,0 +1,187 @@
+"""Language modelling: plain text, prompt and completion, or chat messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zowrap.data import Row, text_of
+from zowrap.errors import ZOError
+from zowrap.loss import IGNORED, token_losses
+from zowrap.tasks.batches import Collator, Example, Examples, fit
+from zowrap.tasks.loading import Source, load
+
+
+@dataclass
+class LanguageModelling:
+    """A language-modelling task, resolved.
+
+    Attributes:
+        layout: ``"text"`` (every token is a label), ``"prompt"`` (columns prompt and completion; the completion is),
+            or ``"messages"`` (a list of ``{"role", "content"}`` through the chat template; the assistant's turns are).
+        text_column: the column of plain text or of messages.
+        max_length: tokens a row may take.
+        end_of_text: append the end-of-text token to plain text too. A completion always has it: the model must learn
+            where to stop. A row of plain text may be any passage, and a model that was trained on a stream without
+            the token would spend its steps on that one label (24 nats a row for one of our test models).
+    """
+
+    layout: str
+    text_column: str
+    max_length: int
+    end_of_text: bool = False
+    kind: str = "lm"
+
+    loss_fn = None  # the model's own head is understood by zo_wrap: token-weighted cross-entropy
+
+    def record(self) -> dict[str, Any]:
+        """Ready for JSON; ``LanguageModelling(**record)`` restores it."""
+        return asdict(self)
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Raise :class:`ZOError` for the first row whose text cannot be used."""
+        for row in rows:
+            if self.layout == "messages":
+                _messages(row, self.text_column)
+            elif self.layout == "prompt":
+                text_of(row, "prompt")
+                text_of(row, "completion")
+            else:
+                text_of(row, self.text_column)
+
+    def examples(self, rows: Sequence[Row], source: Source) -> Examples:
+        """Tokenise: ``{"input_ids": [int], "labels": [int]}``, -100 where nothing is to be predicted.
+
+        A row with no label token after its first position is dropped and counted: its loss would be 0/0.
+        """
+        encode = {"messages": self._chat, "prompt": self._prompt, "text": self._text}[self.layout]
+        items: list[Example] = []
+        truncated = dropped = 0
+        for row in rows:
+            ids, labels = encode(row, source.tokenizer)
+            if len(ids) > self.max_length:
+                truncated += 1
+                ids, labels = fit(ids, labels, self.max_length, source.tokenizer.bos_token_id)
+            if all(label == IGNORED for label in labels[1:]):
+                dropped += 1
+                continue
+            items.append({"input_ids": ids, "labels": labels})
+        return Examples(items, truncated, dropped)
+
+    def _text(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
+        ids = _encode(tokenizer, text_of(row, self.text_column))
+        ids = _ended(ids, tokenizer) if self.end_of_text else ids
+        return ids, list(ids)
+
+    def _prompt(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
+        prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
+        ids = _ended(_encode(tokenizer, prompt + completion), tokenizer)
+        # Tokenised together, as the model will see them; a token that spans the boundary belongs to the completion.
+        start = _common(_encode(tokenizer, prompt), ids)
+        if not completion:
+            return ids, [IGNORED] * len(ids)
+        return ids, [IGNORED] * start + ids[start:]
+
+    def _chat(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
+        messages = _messages(row, self.text_column)
+        ids = _template(tokenizer, messages, row)
+        labels = [IGNORED] * len(ids)
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant" or i == 0:
+                continue
+            before = _template(tokenizer, messages[:i], row, add_generation_prompt=True)
+            until = _template(tokenizer, messages[: i + 1], row)
+            # Some templates rewrite earlier turns (dropping their reasoning): such a turn has no place of its own.
+            if _common(before, ids) == len(before) and (end := _common(until, ids)) > len(before):
+                labels[len(before) : end] = ids[len(before) : end]
+        return ids, labels
+
+    def collator(self, source: Source) -> Collator:
+        return Collator(source.tokenizer.pad_token_id)
+
+    def build(self, source: Source, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+        """Load the checkpoint as a causal language model."""
+        from transformers import AutoModelForCausalLM
+
+        if getattr(source.config, "is_encoder_decoder", False):
+            raise ZOError(f"{source.name} is an encoder-decoder; --task lm tunes causal language models")
+        return load(source, AutoModelForCausalLM, dtype, seed)
+
+    def default_trainable(self, model: nn.Module) -> list[str] | None:
+        """None: everything moves."""
+        return None
+
+    def default_lr(self, rule: str) -> float | None:
+        """None: the rule's own."""
+        return None
+
+    def metrics(self, output: Any, batch: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+        """``{"accuracy": (right, counted)}`` over the label tokens of one batch."""
+        wanted = batch["labels"][:, 1:]
+        counted = wanted != IGNORED
+        right = (output.logits[:, :-1].argmax(-1) == wanted) & counted
+        return {"accuracy": (float(right.sum()), float(counted.sum()))}
+
+    def predictions(self, output: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """One JSON-able record per row: mean loss per label token, and their number."""
+        sums, counts = token_losses(output.logits[:, :-1], batch["labels"][:, 1:])
+        return [
+            {"loss": total / max(count, 1.0), "tokens": int(count)}
+            for total, count in zip(sums.tolist(), counts.tolist(), strict=True)
+        ]
+
+
+def choose_layout(row: Row, text_column: str) -> tuple[str, str]:
+    """The layout of the data and the column of its text, from the first row."""
+    if "messages" in row.values and text_column in ("text", "messages"):
+        return "messages", "messages"
+    if isinstance(row.values.get(text_column), list):
+        return "messages", text_column
+    if "prompt" in row.values and "completion" in row.values and text_column == "text":
+        return "prompt", text_column
+    return "text", text_column
+
+
+def _messages(row: Row, column: str) -> list[dict[str, Any]]:
+    value = row.values.get(column)
+    if not isinstance(value, list) or not value:
+        raise ZOError(f"{row.where}: column {column!r} is not a list of messages")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ZOError(f"{row.where}: a message needs a role and a content")
+        if not isinstance(message.get("content"), str):
+            raise ZOError(f"{row.where}: the content of a message is not text")
+    return value
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """With the end-of-text token that tells the model where to stop."""
+    end = tokenizer.eos_token_id
+    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def _common(prefix: list[int], ids: list[int]) -> int:
+    """How many leading tokens agree."""
+    for i, (a, b) in enumerate(zip(prefix, ids, strict=False)):
+        if a != b:
+            return i
+    return min(len(prefix), len(ids))
+
+
+def _template(tokenizer: Any, messages: list[dict[str, Any]], row: Row, **options: Any) -> list[int]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ZOError("the model's tokenizer has no chat template, which a messages column needs")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template raises what it likes: wrong order of roles, an unknown role
+        raise ZOError(f"{row.where}: the chat template refuses these messages ({error})") from error
+    # The template writes the special tokens itself.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,0 +1,210 @@
+"""Opening a model by directory or hub name: every failure becomes one sentence before anything large is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zowrap.errors import ZOError, nearest
+
+log = logging.getLogger("zowrap")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Source:
+    """A model that was found but not loaded: its configuration and its tokenizer.
+
+    Attributes:
+        name: directory or hub name, as the user gave it.
+        config: the transformers configuration.
+        tokenizer: the tokenizer; it always has a padding token.
+        trust_remote_code: run code that the model's repository brings.
+    """
+
+    name: str
+    config: Any
+    tokenizer: Any
+    trust_remote_code: bool = False
+
+    @property
+    def architectures(self) -> list[str]:
+        return list(getattr(self.config, "architectures", None) or [])
+
+    @property
+    def window(self) -> int | None:
+        """The most tokens the model reads, or None where nothing says."""
+        said = [
+            getattr(self.config, name, None)
+            for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
+        ]
+        limits = [int(value) for value in said if isinstance(value, int) and value > 0]
+        # The RoBERTa family counts positions from the padding index + 1: 514 rows in the table are 512 tokens.
+        if limits and getattr(self.config, "model_type", "") in _OFFSET_POSITIONS:
+            limits = [value - (self.config.pad_token_id or 0) - 1 for value in limits]
+        declared = getattr(self.tokenizer, "model_max_length", None)
+        if isinstance(declared, int) and 0 < declared < 10**9:  # larger means "not set" in transformers
+            limits.append(declared)
+        return min(limits, default=None)
+
+
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "xmod", "data2vec-text"}
+
+
+def open_source(name: str, trust_remote_code: bool = False) -> Source:
+    """Find a model: read its configuration and tokenizer, and check that its weights are loadable.
+
+    Raises:
+        ZOError: no such directory or hub model, no weights, weights only as pickle, no tokenizer.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    check_directory(name)
+    with _sentences(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with _sentences(name, "the tokenizer of "):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if len(tokenizer) == 0:
+        raise ZOError(f"{name} has no tokenizer files beside its weights")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return Source(name, config, tokenizer, trust_remote_code)
+
+
+def check_directory(name: str) -> None:
+    """Raise :class:`ZOError` for a path that cannot be a model; a hub name passes."""
+    from zowrap.export import require_safetensors
+
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ZOError(f"{name} is not a model directory: it has no config.json")
+        require_safetensors(path)
+    elif path.exists():
+        raise ZOError(f"{name} is a file; give the model's directory or its name on the hub")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ZOError(f"no such model directory: {name}")
+
+
+@contextmanager
+def _sentences(name: str, what: str = "") -> Iterator[None]:
+    """Turn what from_pretrained raises into one sentence that says what to do."""
+    try:
+        yield
+    except ZOError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        text = str(error).strip()
+        first = text.splitlines()[0] if text else type(error).__name__
+        kind = " ".join(f"{c.__name__} {c}" for c in (error, error.__cause__) if c is not None for c in [type(c)])
+        if "trust_remote_code" in text:
+            problem = "needs code of its own repository; if you trust it, add --trust-remote-code"
+        elif "pytorch_model.bin" in text or ("safetensors" in text.lower() and not Path(name).is_dir()):
+            problem = f"has no safetensors weights: zowrap export {name} --to DIR --allow-pickle converts pickled ones"
+        elif Path(name).is_dir():
+            problem = f"cannot be loaded: {first}"
+        elif "gated" in text.lower() or "Gated" in kind or "401" in text or "403" in text:
+            problem = "is gated or private: accept its terms on its page and set HF_TOKEN"
+        else:
+            problem = (
+                "is not a directory here, and the hub did not give it "
+                f"({first.rstrip('.')}); check the name and the connection, and set HF_TOKEN if it is private or gated"
+            )
+        raise ZOError(f"{what}{name} {problem}") from error
+
+
+def choose_dtype(asked: str | None, source: Source) -> tuple[torch.dtype, str]:
+    """The dtype to load weights in, and why, in words.
+
+    Without a wish: float32 where the weights take at most two thirds of the free memory (a third is left for
+    activations and the rule's state), else the checkpoint's own. 16-bit weights are updated with stochastic rounding.
+
+    Raises:
+        ZOError: ``asked`` is not a dtype's name.
+    """
+    own = _own_dtype(source.config)
+    if asked == "auto":
+        return own, "the checkpoint's"
+    if asked is not None:
+        if asked not in DTYPES:
+            raise ZOError(f"unknown --dtype {asked!r}{nearest(asked, [*DTYPES, 'auto'])}")
+        return DTYPES[asked], "as asked"
+    needed, free = 4 * parameter_count(source), free_memory()
+    if own is torch.float32 or needed <= free * 2 / 3:
+        return torch.float32, "it fits in memory"
+    return own, f"the checkpoint's: float32 would need {needed / 2**30:.1f} of {free / 2**30:.1f} GiB free"
+
+
+def _own_dtype(config: Any) -> torch.dtype:
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    if isinstance(dtype, str):
+        dtype = DTYPES.get(dtype.removeprefix("torch."))
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def parameter_count(source: Source) -> int:
+    """Number of weights, from the safetensors headers of a directory; else from an empty model of that shape."""
+    path = Path(source.name).expanduser()
+    if path.is_dir():
+        from safetensors import safe_open
+
+        count = 0
+        for file in sorted(path.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    size = 1
+                    for n in tensors.get_slice(name).get_shape():
+                        size *= n
+                    count += size
+        return count
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(source.config, trust_remote_code=source.trust_remote_code)
+    return sum(p.numel() for p in model.parameters())
+
+
+def free_memory() -> int:
+    """Bytes free where the model will live: the first GPU, else main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    import psutil  # a requirement of accelerate
+
+    return psutil.virtual_memory().available
+
+
+def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **changes: Any) -> nn.Module:
+    """Load the weights through ``auto_class`` in ``dtype``, in evaluation mode.
+
+    Warns, naming them, of weights that the checkpoint does not have: they start random (drawn by ``seed``), as a
+    fresh classification head does.
+
+    Args:
+        changes: attributes of the configuration to set first (``num_labels`` …).
+    """
+    torch.manual_seed(seed)
+    with _sentences(source.name):
+        model, report = auto_class.from_pretrained(
+            source.name,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=source.trust_remote_code,
+            **changes,
+        )
+    # mismatched_keys holds (name, old shape, new shape) or names, depending on the version.
+    fresh = [*report["missing_keys"], *(k if isinstance(k, str) else k[0] for k in report.get("mismatched_keys", ()))]
+    if fresh:
+        names = ", ".join(sorted(fresh)[:4]) + (", …" if len(fresh) > 4 else "")
+        log.warning("freshly initialised, because %s does not have them: %s", source.name, names)
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = source.tokenizer.pad_token_id
+    return model.eval()
