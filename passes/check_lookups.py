@@ -10,10 +10,10 @@ would lose the run. ``zowrap.rows`` raises an ``IndexError`` before anything is 
 from __future__ import annotations
 
 import torch
+from zowrap.passes.manager import Pass
 
 from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
 from zowrap.errors import ZOInternalError
-from zowrap.passes.manager import Pass
 from zowrap.program import Program
 
 

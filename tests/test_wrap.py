@@ -57,7 +57,9 @@ def _each(engine, parts):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
-    "options", [{}, {"rule": rules.zo_sgd(momentum=0.9), "queries": 2, "direction": "sphere"}], ids=["meazo", "momentum"]
+    "options",
+    [{}, {"rule": rules.zo_sgd(momentum=0.9), "queries": 2, "direction": "sphere"}],
+    ids=["meazo", "momentum"],
 )
 def test_resumed_equals_uninterrupted_bitwise(engine, options) -> None:
     """State through JSON and tensors, weights through a state dict: the rest of the run is the same bits."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zowrap import rounding
 from zowrap.estimators import mean_loss
-from zowrap.rules.base import Probe, Rule, Scalars
+from zowrap.rules.base import Probe, Rule, Scalars, combine
 
 
 class Conclusion(NamedTuple):
@@ -84,9 +84,7 @@ def update_leaf(
     Returns:
         New weights in ``w``'s dtype, and new slots.
     """
-    g = coefficients["g"][0] * directions[0]
-    for i in range(1, len(directions)):
-        g = g + coefficients["g"][i] * directions[i]
+    g = directions if rule.leaf_takes_directions else combine(coefficients["g"], directions)
     value = w.float()
     if decay:
         value = value * (1 - hyper["lr"] * hyper["weight_decay"])

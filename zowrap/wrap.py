@@ -59,9 +59,9 @@ def zo_wrap(
     lr: float | None = None,
     eps: float = 1e-3,
     seed: int = 0,
-    direction: str | directions.Direction = "gaussian",
-    queries: int = 1,
-    estimator: str = "central",
+    direction: str | directions.Direction | None = None,
+    queries: int | None = None,
+    estimator: str | None = None,
     blocks: str | Sequence[str] | None = None,
     block_order: str = "ascending",
     trainable: TrainableSpec = None,
@@ -79,9 +79,10 @@ def zo_wrap(
         lr: learning rate η; by default the rule's own.
         eps: perturbation size ε in units of the weights. 1e-3 is the field's choice for full tuning in float32.
         seed: of all noise; 0 is a seed like any other.
-        direction: law of the directions, see :mod:`zowrap.directions`.
-        queries: directions per step, averaged (n-SPSA). 1: most steps per forward.
-        estimator: ``"central"`` (two forwards per direction) or ``"forward"`` (one, and one shared).
+        direction: law of the directions, see :mod:`zowrap.directions`; by default the rule's own, mostly gaussian.
+        queries: directions per step, averaged (n-SPSA); by default the rule's own, mostly 1: most steps per forward.
+        estimator: ``"central"`` (two forwards per direction) or ``"forward"`` (one, and one shared); by default the
+            rule's own, mostly central.
         blocks: ``None``, ``"layer"`` or name patterns: one block is perturbed and updated per step.
         block_order: see :data:`zowrap.blocks.ORDERS`.
         trainable: name patterns or a predicate; by default what has ``requires_grad``.
@@ -94,6 +95,7 @@ def zo_wrap(
     """
     rule = rules.get(rule, **({"lr": lr} if lr is not None and not isinstance(rule, Rule) else {}))
     check_positive("zo_wrap", lr=rule.lr if lr is None else lr, eps=eps)
+    queries = rule.defaults.queries if queries is None else queries
     if not isinstance(queries, int) or isinstance(queries, bool) or queries < 1:
         raise ZOError(f"queries must be a whole number from 1, got {queries!r}")
     if not isinstance(seed, int) or isinstance(seed, bool):
@@ -102,6 +104,9 @@ def zo_wrap(
         raise ZOError(f"weight_decay must be a finite number from 0, got {weight_decay!r}")
     if engine is not None and engine not in ENGINES:
         raise ZOError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
+    law = directions.get(rule.defaults.direction if direction is None else direction)
+    probing = estimators.get(rule.defaults.estimator if estimator is None else estimator)
+    rule.check(rules.Choice(law.name, probing.name, queries))
     parameters = select(model, trainable)
     device = parameters[0].tensor.device
     partition = block_lib.partition(parameters, blocks)
@@ -110,7 +115,7 @@ def zo_wrap(
         loss=LossModule(model, loss_fn),
         parameters=parameters,
         rule=rule,
-        direction=directions.get(direction),
+        direction=law,
         queries=queries,
         blocks=partition,
         states=[{name: torch.tensor(v, device=device) for name, v in rule.state.items()} for _ in partition],
@@ -119,7 +124,7 @@ def zo_wrap(
         decays=weight_decay > 0,
         device=device,
     )
-    return ZOModel(model, job, hyper, seed, estimators.get(estimator), block_lib.check_order(block_order), engine)
+    return ZOModel(model, job, hyper, seed, probing, block_lib.check_order(block_order), engine)
 
 
 def _new_slot(slot: rules.Slot, parameter: Parameter) -> Tensor:
@@ -301,7 +306,7 @@ class ZOModel:
         if job.rule.reduce is not None:
             for i in job.blocks[block].indices:
                 for name, summand in job.rule.reduce(job.slots_of(i)).items():
-                    sums[name] = sums.get(name, 0.0) + summand.double().sum()  # type: ignore[operator]
+                    sums[name] = sums.get(name, 0.0) + summand.sum(dtype=torch.float64)  # type: ignore[operator]
         count = sum(job.parameters[i].tensor.numel() for i in job.blocks[block].indices)
         sums["count"] = torch.tensor(float(count), dtype=torch.float64, device=job.device)
         return job.rule.direction_scalars(job.states[block], sums, job.hyper)

@@ -9,11 +9,38 @@ from dataclasses import dataclass
 from typing import Any
 
 from zowrap.errors import ZOError, nearest
-from zowrap.rules.base import Probe, Rule, Scalars, Slot
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot
+from zowrap.rules.conmezo import conmezo
+from zowrap.rules.fzoo import fzoo
+from zowrap.rules.hizoo import hizoo
 from zowrap.rules.meazo import meazo
+from zowrap.rules.radazo import radazo
+from zowrap.rules.zo_adam import zo_adam
+from zowrap.rules.zo_adamm import zo_adamm
+from zowrap.rules.zo_rmsprop import zo_rmsprop
 from zowrap.rules.zo_sgd import zo_sgd
 
-__all__ = ["ALIASES", "REGISTRY", "Entry", "Probe", "Rule", "Scalars", "Slot", "get", "meazo", "mezo", "zo_sgd"]
+__all__ = [
+    "ALIASES",
+    "REGISTRY",
+    "Choice",
+    "Entry",
+    "Probe",
+    "Rule",
+    "Scalars",
+    "Slot",
+    "conmezo",
+    "fzoo",
+    "get",
+    "hizoo",
+    "meazo",
+    "mezo",
+    "radazo",
+    "zo_adam",
+    "zo_adamm",
+    "zo_rmsprop",
+    "zo_sgd",
+]
 
 mezo = zo_sgd
 
@@ -47,7 +74,14 @@ class Entry:
 
 REGISTRY: dict[str, Entry] = {
     "zo_sgd": Entry(zo_sgd, "2305.17333", "0 (momentum: 1)", "2q", False),
+    "zo_rmsprop": Entry(zo_rmsprop, "1910.06513", "1", "2q", True),
+    "zo_adam": Entry(zo_adam, "1910.06513", "2", "2q", True),
+    "zo_adamm": Entry(zo_adamm, "1910.06513", "3 (amsgrad=False: 2)", "2q", True),
+    "radazo": Entry(radazo, "2502.01014", "2", "2q", True),
     "meazo": Entry(meazo, "2605.03869", "0", "2q", True),
+    "conmezo": Entry(conmezo, "2511.02757", "1", "2q", False),
+    "fzoo": Entry(fzoo, "2506.09034", "0", "q + 1", True),
+    "hizoo": Entry(hizoo, "2402.15173", "1", "2q + 1", False),
 }
 ALIASES = {"mezo": "zo_sgd"}
 

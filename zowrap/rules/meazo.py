@@ -10,10 +10,8 @@ which for q > 1 can be near 0 while the g_i are not (first steps a thousand time
 
 from __future__ import annotations
 
-import torch
-
 from zowrap.errors import ZOError, nearest
-from zowrap.rules.base import Probe, Rule, Scalars, check_fraction, check_positive, mean_gradient
+from zowrap.rules.base import Probe, Rule, Scalars, check_fraction, check_positive, mean_gradient, received_share
 
 MOMENTS = ("mean", "printed")
 
@@ -44,8 +42,7 @@ def meazo(
         square = g.mean().square() if moment == "printed" else g.square().mean() / g.shape[0]
         v = beta * state["v"] + (1 - beta) * square
         n = state["n"] + 1
-        received = (n - 1).clamp(min=1) if literal else n
-        corrected = v / (1 - torch.pow(torch.full_like(n, beta), received))
+        corrected = v / received_share(beta, (n - 1).clamp(min=1) if literal else n)
         return {"v": v, "n": n}, {"g": mean_gradient(probe) / (corrected.sqrt() + zeta)}
 
     def leaf(w, g, slots: Scalars, c: Scalars, hyper: Scalars):
