@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 _result_stream: Any = None  # the real stdout while a command runs with --json
 
@@ -41,7 +41,7 @@ def stdout_for_result(as_json: bool) -> Iterator[None]:
     if not as_json:
         yield
         return
-    before, real = _result_stream, sys.stdout
+    before, real = _result_stream, cast(IO[str], sys.stdout)
     descriptor = None
     with contextlib.ExitStack() as stack:
         if real is sys.__stdout__:

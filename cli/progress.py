@@ -91,24 +91,6 @@ class Progress(TrainerCallback):
         return "  ".join(parts)
 
 
-class KeepTask(TrainerCallback):
-    """Puts the command's options and the task back into ``zowrap.json`` where a start from the first step renewed it.
-
-    Args:
-        run: the run.
-        content: model, options and task, as ``Run.write_config`` takes them.
-    """
-
-    def __init__(self, run: Any, content: tuple[str | None, dict[str, Any], dict[str, Any]]) -> None:
-        self.run, self.content = run, content
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        config = self.run.config()
-        if config.get("task") != self.content[2]:
-            self.run.write_config(*self.content)
-            self.run.update_status(**config.get("status", {}))
-
-
 def _time(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

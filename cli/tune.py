@@ -149,7 +149,7 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
     from zowrap.trainer import ZOTrainer
 
     from .checks import saved_options, to_config
-    from .progress import KeepTask, Progress
+    from .progress import Progress
 
     config = to_config(options)
     if not options.trainable:
@@ -164,14 +164,11 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
         loss_fn=plan.task.loss_fn,
         batch_metrics=plan.task.metrics,
         base_model=options.model,
+        config={"model": options.model, "options": saved_options(options), "task": plan.task.record()},
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Progress())
-    content = (options.model, saved_options(options), plan.task.record())
-    if not (options.resume and trainer.run.config_file.is_file()):
-        trainer.run.write_config(*content)
-    trainer.add_callback(KeepTask(trainer.run, content))
     return trainer
 
 
@@ -185,8 +182,8 @@ def report(trainer: Any, options: TuneOptions, seconds: float) -> dict[str, Any]
     done = trainer.zm.step_count
     facts = trainer.zm.inspect()
     best = trainer.best_step
-    final = next((e for e in reversed(evaluations) if best is None or e["step"] == best), {})
-    first = next((e for e in evaluations if e["step"] == 0), {})
+    final: dict[str, Any] = next((e for e in reversed(evaluations) if best is None or e["step"] == best), {})
+    first: dict[str, Any] = next((e for e in evaluations if e["step"] == 0), {})
     recent = [s["loss"] for s in steps[-50:] if s.get("loss") is not None]
     return {
         "out": str(options.out),

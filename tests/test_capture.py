@@ -109,3 +109,29 @@ def test_a_loss_module_needs_a_loss() -> None:
     model = make("llama")
     with pytest.raises(zowrap.ZOError, match="no loss"):
         LossModule(model)({"input_ids": torch.ones(2, 3, dtype=torch.long)})
+
+
+@pytest.mark.parametrize("window", [8, 47, 48, 49])
+def test_a_window_as_short_as_the_canonical_length(window) -> None:
+    """The captured sizes stay free whatever the model's window."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=160, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=window,
+    )  # fmt: skip
+    zm = zowrap.zo_wrap(transformers.BertForSequenceClassification(config), "zo_sgd", engine="compiled")
+    captured = capture(zm._job.loss, canonical_batch(zm._prepare(batch("bert", 4, 6)), zm.model))
+    for rows, length in [(4, window), (3, 5), (1, 2)]:
+        inputs = batch("bert", rows, length)
+        inputs["labels"] = inputs["labels"] % 2
+        (sums, _) = captured(zm._engine._arguments(captured, inputs, None, torch.zeros(1)))
+        assert torch.allclose(sums, zm._engine.eager.losses(inputs, None, torch.zeros(1))[0][0], rtol=1e-5, atol=1e-6)
+        assert captured.accepts(inputs)
+    assert all(
+        isinstance(size, torch.SymInt)
+        for node, given in zip(captured.graph.find_nodes(op="placeholder"), captured.inputs, strict=True)
+        if given.kind == "batch"
+        for size in node.meta["val"].shape
+    )

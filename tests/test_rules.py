@@ -11,8 +11,9 @@ from torch import nn
 
 import zowrap
 from tests.rule_cases import CASES, EPS, KINDS, LR, draw_losses, feed, flat, name_of, noise_of, wrap
-from zowrap import rules
+from zowrap import rules, step
 from zowrap.errors import ZOError
+from zowrap.step import reduced
 
 
 def queries_of(name: str, queries: int) -> int:
@@ -97,9 +98,9 @@ def test_meazo_first_step_is_the_signed_direction() -> None:
         zm = wrap("meazo")
         before = flat(zm)
         zm.update(projected_grad=torch.tensor(g))
-        step = flat(zm) - before
+        moved = flat(zm) - before
         expected = -LR * np.sign(g) * noise_of(zm, 0)[0]
-        assert np.allclose(step, expected, rtol=2e-2 if g == 1e-6 else 1e-5, atol=1e-6)
+        assert np.allclose(moved, expected, rtol=2e-2 if g == 1e-6 else 1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -169,6 +170,19 @@ def test_hizoo_evaluates_three_points_with_the_direction_it_updates_along() -> N
     zm.update(projected_grad=torch.tensor(-1.0))
     for z, w, p in zip(probed, before, zm.parameters, strict=True):
         assert torch.equal(p.tensor, w + z)
+
+
+def test_sums_over_slots_do_not_depend_on_the_runs_they_are_taken_in(monkeypatch) -> None:
+    slots = {"m": torch.linspace(-1, 1, 35).reshape(5, 7), "v": torch.linspace(0, 3, 35).reshape(5, 7)}
+
+    def reduce(part):
+        return {"mv": part["m"] * part["v"], "square": part["m"].square()}
+
+    whole = reduced(reduce, slots)
+    monkeypatch.setattr(step, "REDUCE_ELEMENTS", 8)
+    pieces = reduced(reduce, slots)
+    assert whole["square"].dtype == torch.float64
+    assert all(torch.allclose(whole[name], pieces[name], rtol=1e-12) for name in ("mv", "square"))
 
 
 def test_conmezo_warm_up_survives_in_the_state() -> None:

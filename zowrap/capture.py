@@ -45,7 +45,9 @@ def canonical_batch(batch: Batch, model: torch.nn.Module) -> Batch:
     tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.ndim]
     same_rows = len({v.shape[0] for v in tensors}) == 1
     window = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    length = min(CANONICAL_LENGTH, window) if isinstance(window, int) and window > 1 else CANONICAL_LENGTH
+    length = CANONICAL_LENGTH
+    if isinstance(window, int) and window > 2:
+        length = min(length, window - 1)  # at the window itself a slice of the positions is the whole: a fixed size
     result: Batch = {}
     for name, value in batch.items():
         if isinstance(value, Tensor):

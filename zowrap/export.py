@@ -107,7 +107,8 @@ def save_settings(model: nn.Module, directory: Path_, tokenizer: Any = None) -> 
     part, _ = saved_part(model)
     holders: list[Any]
     if isinstance(getattr(part, "peft_config", None), dict) and not _is_a(part, "PreTrainedModel"):
-        holders = [part.peft_config[name] for name in part.peft_config if name == "default"]  # type: ignore[union-attr]
+        adapters: Any = part.peft_config
+        holders = [adapters[name] for name in adapters if name == "default"]
     else:
         holders = [getattr(part, "config", None)]
         if callable(getattr(part, "can_generate", None)) and part.can_generate():  # type: ignore[operator]

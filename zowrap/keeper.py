@@ -67,7 +67,7 @@ class Keeper:
         self.best_step = self.best_metric = self._best_key = None
         self._skipped_in_a_row = 0
         if not start.finished:
-            if not run.config_file.is_file() or (not start.step and run.status()):
+            if not start.step or not run.config_file.is_file():
                 options = {k: v for k, v in trainer.args.to_dict().items() if not k.startswith(("hub_", "push_"))}
                 config = self.config or {"options": options}
                 run.write_config(

@@ -94,6 +94,17 @@ def update_leaf(
     return torch.where(apply, rounded, w), kept
 
 
+# Elements summed at once: the summands are a temporary of this size, not of the parameter's.
+REDUCE_ELEMENTS = 1 << 20
+
+
+def reduced(reduce: Callable[[Scalars], Scalars], slots: Scalars) -> Scalars:
+    """Sums over one parameter of the summands that a rule's ``reduce`` makes of its slots: 0-d float64 each."""
+    parts = zip(*(slot.reshape(-1).split(REDUCE_ELEMENTS) for slot in slots.values()), strict=True)
+    runs = [reduce(dict(zip(slots, part, strict=True))) for part in parts]
+    return {name: torch.stack([run[name].sum(dtype=torch.float64) for run in runs]).sum() for name in runs[0]}
+
+
 def perturbed(w: Tensor, z: Tensor, coefficient: Tensor) -> Tensor:
     """w + coefficient · z in float32, returned in ``w``'s dtype; ``coefficient`` is ±ε as a 0-d float32 tensor."""
     return (w.float() + coefficient * z).to(w.dtype)

@@ -23,6 +23,7 @@ from zowrap.loss import LossFn, LossModule
 from zowrap.parameters import Parameter, TrainableSpec, select
 from zowrap.rules import Rule
 from zowrap.rules.base import check_positive
+from zowrap.step import reduced
 
 
 @dataclass
@@ -305,8 +306,8 @@ class ZOModel:
         sums: dict[str, Tensor] = {}
         if job.rule.reduce is not None:
             for i in job.blocks[block].indices:
-                for name, summand in job.rule.reduce(job.slots_of(i)).items():
-                    sums[name] = sums.get(name, 0.0) + summand.sum(dtype=torch.float64)  # type: ignore[operator]
+                for name, total in reduced(job.rule.reduce, job.slots_of(i)).items():
+                    sums[name] = sums[name] + total if name in sums else total
         count = sum(job.parameters[i].tensor.numel() for i in job.blocks[block].indices)
         sums["count"] = torch.tensor(float(count), dtype=torch.float64, device=job.device)
         return job.rule.direction_scalars(job.states[block], sums, job.hyper)

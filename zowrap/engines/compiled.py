@@ -73,11 +73,14 @@ class CompiledEngine:
         points = 0 if stream is None else coefficients.shape[0]
         try:
             executable = self._executable(batch, 0 if stream is None else stream.block, points)
+            inputs = self._arguments(executable.program, batch, stream, coefficients)
+            try:
+                *sums, weights = executable.compiled(*inputs)
+            except AssertionError as error:  # Inductor checks the sizes that it relies on
+                raise ZOCaptureError(f"the compiled program does not fit this batch ({error})") from error
         except ZOCaptureError as error:
             self._fall_back(error)
             return self.eager.losses(batch, stream, coefficients)
-        out = executable.compiled(*self._arguments(executable.program, batch, stream, coefficients))
-        *sums, weights = out
         return torch.stack(list(sums)), weights
 
     def _executable(self, batch: Batch, block: int, points: int) -> Executable:

@@ -104,7 +104,8 @@ def _sentences(name: str, what: str = "") -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         text = str(error).strip()
         first = text.splitlines()[0] if text else type(error).__name__
-        kind = " ".join(f"{c.__name__} {c}" for c in (error, error.__cause__) if c is not None for c in [type(c)])
+        kinds = [type(each) for each in (error, error.__cause__) if each is not None]
+        kind = " ".join(f"{each.__name__} {each}" for each in kinds)
         if "trust_remote_code" in text:
             problem = "needs code of its own repository; if you trust it, add --trust-remote-code"
         elif "pytorch_model.bin" in text or ("safetensors" in text.lower() and not Path(name).is_dir()):

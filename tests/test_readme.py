@@ -1,0 +1,50 @@
+"""What the README shows runs: the Python example and every command, on small models."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from zowrap import rules
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_example_runs(models, tmp_path, monkeypatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(code.strip().splitlines()) <= 11
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("facebook/opt-125m", str(models["causal"])).replace("] * 50", "] * 2")
+    code = code.replace('rule="meazo"', 'rule="meazo", engine="eager"')
+    exec(compile(code, "README.md", "exec"), {})
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_every_command_runs(models, data, tmp_path, zowrap_cli) -> None:
+    commands = re.findall(r"^\$ zowrap (.*?)(?:\s+#.*)?$", README, re.M)
+    assert len(commands) >= 8
+    names = {
+        "MODEL": models["sequence"],
+        "RUN": tmp_path / "run",
+        "train.jsonl": data["train"],
+        "dev.jsonl": data["test"],
+        "test.jsonl": data["test"],
+    }
+    for number, command in enumerate(commands):
+        words = [str(names.get(word, word)) for word in shlex.split(command)]
+        words = [str(tmp_path / f"to{number}") if word == "DIR" else word for word in words]
+        if "--steps" in words:
+            words[words.index("--steps") + 1] = "2"
+            words += ["--engine", "eager", "--batch-size", "4"]
+        outcome = zowrap_cli(*words)
+        assert outcome.code == 0, (command, outcome.err[-2000:])
+
+
+def test_the_table_of_rules_is_the_registry() -> None:
+    for name, entry in rules.REGISTRY.items():
+        (row,) = re.findall(rf"^\| `{name}`.*$", README, re.M)
+        assert entry.paper in row, name
+        assert entry.forwards in row, name

@@ -1,0 +1,100 @@
+"""ConMeZO: directions drawn from a cone around the momentum.
+
+    z = √d cosθ · m / ‖m‖ + sinθ · u,   θ ← θ − η ĝ,   m ← β m + (1 − β) ĝ,   ĝ = g z
+
+with u ~ N(0, I), not projected orthogonal to m, and d, m and ‖m‖ over all tunable parameters together (those of the
+active block). While ‖m‖ < 1e-8, as at the first step, z = u. Source: 2511.02757, Algorithm 1 and the official code.
+
+β warm-up over T steps: with t = 1, 2, … the step, β_t = 0.1 while t ≤ T/100; then β − (β − 0.1)/(1 + 8p)³ with
+p = ((t − T/100)/(0.09 T))^1.8 until T/10; then β. T is kept in the rule's state.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from zowrap.errors import ZOError
+from zowrap.rules.base import (
+    Choice,
+    Probe,
+    Rule,
+    Scalars,
+    Slot,
+    check_fraction,
+    check_positive,
+    mean_gradient,
+)
+
+NO_MOMENTUM = 1e-8  # ‖m‖ below which there is no cone yet: the official code's
+BETA_START = 0.1
+
+
+def conmezo(*, lr: float = 1e-6, theta: float = 1.35, beta: float = 0.99, warmup: bool | int = False) -> Rule:
+    """MeZO that looks within an angle of its own momentum.
+
+    Args:
+        lr: η. 1e-6 as for ``zo_sgd``: the directions have the same length.
+        theta: θ in (0, π/2], the half-angle of the cone in radians; π/2 is MeZO exactly. 1.35 is the paper's.
+        beta: β in [0, 1), the memory of m. 0.99 is the paper's for OPT; it uses 0.95 for RoBERTa-large.
+        warmup: T, the number of steps planned, over which β warms up; False keeps β constant.
+
+    Raises:
+        ZOError: a value outside its range.
+    """
+    check_positive("conmezo", lr=lr, theta=theta)
+    check_fraction("conmezo", beta=beta)
+    if theta > math.pi / 2:
+        raise ZOError(f"conmezo: theta must lie in (0, π/2], got {theta!r}")
+    if warmup is not False and (not isinstance(warmup, int) or warmup is True or warmup < 1):
+        raise ZOError(f"conmezo: warmup must be False or a whole number of steps from 1, got {warmup!r}")
+    along, across = math.sin(math.pi / 2 - theta), math.sin(theta)  # cosθ, exactly 0 at π/2
+
+    def check(choice: Choice) -> None:
+        if choice.direction == "unit_sphere":
+            raise ZOError("conmezo mixes its momentum with directions of length √d: use direction='sphere'")
+
+    def reduce(slots: Scalars) -> Scalars:
+        return {"square": slots["m"].square()}
+
+    def direction_scalars(state: Scalars, sums: Scalars, hyper: Scalars) -> Scalars:
+        norm = sums["square"].sqrt()
+        ready = norm >= NO_MOMENTUM
+        momentum = along * sums["count"].sqrt() / norm.clamp(min=NO_MOMENTUM)
+        noise = torch.full_like(norm, across)
+        return {
+            "momentum": torch.where(ready, momentum, torch.zeros_like(norm)).float(),
+            "noise": torch.where(ready, noise, torch.ones_like(norm)).float(),
+        }
+
+    def direction(u: Tensor, slots: Scalars, s: Scalars) -> Tensor:
+        return s["momentum"] * slots["m"] + s["noise"] * u
+
+    def scalars(state: Scalars, probe: Probe, hyper: Scalars) -> tuple[Scalars, Scalars]:
+        planned, t = state["warmup"], probe.step + 1
+        length = planned.clamp(min=1)
+        p = ((t - length / 100) / (0.09 * length)).clamp(min=0) ** 1.8
+        missing = (beta - BETA_START) / (1 + 8 * p) ** 3
+        missing = torch.where((planned == 0) | (t > length / 10), torch.zeros_like(t), missing)
+        # 1 − β_t is formed without the cancellation of 1 − (β − missing).
+        return state, {"g": mean_gradient(probe), "keep": beta - missing, "take": (1 - beta) + missing}
+
+    def leaf(w, g, slots: Scalars, c: Scalars, hyper: Scalars):
+        return w - hyper["lr"] * g, {"m": c["keep"] * slots["m"] + c["take"] * g}
+
+    return Rule(
+        name="conmezo",
+        lr=lr,
+        hyper={"theta": theta, "beta": beta, "warmup": warmup},
+        scalars=scalars,
+        leaf=leaf,
+        state={"warmup": float(warmup)},
+        slots={"m": Slot()},
+        check=check,
+        direction=direction,
+        direction_slots=("m",),
+        direction_scalars=direction_scalars,
+        reduce=reduce,
+    )
