@@ -13,7 +13,6 @@ import typer
 from zowrap.errors import ZOError, nearest
 
 from .console import say
-from .inspect import blocks_of
 from .options import PER_CALL, TuneOptions, given
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -154,7 +153,7 @@ def to_config(options: TuneOptions) -> Any:
             direction=options.direction,
             queries=options.queries,
             estimator=options.estimator,
-            blocks=blocks_of(options.blocks),
+            blocks=options.blocks or None,
             block_order=options.block_order,
             trainable=options.trainable or None,
             engine=options.engine,

@@ -82,7 +82,7 @@ def _yaml(path: str, text: str) -> Any:
     try:
         import yaml
     except ImportError as error:
-        raise ZOError(f"reading {path} needs PyYAML: pip install 'zowrap[yaml]' (or write it as .toml)") from error
+        raise ZOError(f"reading {path} needs PyYAML: pip install pyyaml (or write it as .toml)") from error
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, cast
 
+from zowrap.errors import ZOWarning
+
 _result_stream: Any = None  # the real stdout while a command runs with --json
 
 
@@ -142,8 +144,7 @@ def _one_line_warnings(handler: _OneLine) -> None:
     """Our warnings as lines; those of libraries are for their developers and stay out."""
 
     def show(message: Any, category: Any, filename: str, *rest: Any, **more: Any) -> None:
-        ours = os.sep + "zowrap" + os.sep in filename or os.path.basename(filename) == "zowrap"
-        if ours or "zowrap" in str(message) or getattr(category, "__module__", "").startswith("zowrap"):
+        if issubclass(category, ZOWarning):
             handler.handle(logging.LogRecord("zowrap", logging.WARNING, filename, 0, str(message), None, None))
 
     warnings.showwarning = show

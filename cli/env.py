@@ -38,7 +38,6 @@ def env(context: typer.Context, options: EnvOptions) -> None:
     compiler = _compiler()
     works = {
         "compiled engine": "yes" if compiler else "no: no C++ compiler found; the eager engine is used (CXX names one)",
-        "8-bit models": _needs(versions, "bitsandbytes"),
         "adapters (PEFT)": _needs(versions, "peft"),
         "Parquet": _needs(versions, "pyarrow"),
         "data sets of the hub": _needs(versions, "datasets"),

@@ -164,7 +164,8 @@ def measure(
 
     def metrics(output: Any, batch: dict[str, Any]) -> dict[str, Any]:
         if predictions is not None:
-            lines.extend(json_lib.dumps(record, ensure_ascii=False) for record in task.predictions(output, batch))
+            for record in task.predictions(output, batch):
+                lines.append(json_lib.dumps({"row": examples.rows[len(lines)], **record}, ensure_ascii=False))
         return task.metrics(output, batch)
 
     on_device = (

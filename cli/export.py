@@ -12,11 +12,14 @@ from zowrap.errors import ZOError
 
 from .console import quiet_libraries, result
 from .options import Json, option, takes
+from .replay import check_target
 
 
 @dataclasses.dataclass
 class ExportOptions:
-    source: Annotated[str, typer.Argument(help="A run of zowrap tune, or a model directory.", show_default=False)]
+    source: Annotated[
+        str, typer.Argument(help="A run of zowrap tune, a model directory, or a hub name.", show_default=False)
+    ]
     to: Annotated[str | None, option("--to", "Directory to write: new or empty.")] = None
     dtype: Annotated[str | None, option("--dtype", "float32, bfloat16 or float16; by default as it is.")] = None
     max_shard_size: Annotated[str | None, option("--max-shard-size", "Split above this size, e.g. 2GB.")] = None
@@ -32,19 +35,30 @@ def export(context: typer.Context, options: ExportOptions) -> None:
     """Write the tuned model of a run as safetensors that load with from_pretrained."""
     if options.to is None:
         raise ZOError("where to? give --to DIR")
-    if not Path(options.source).is_dir():
-        raise ZOError(f"no such run or model directory: {options.source}")
     quiet_libraries()
     from zowrap.export import convert_pickle, export_run, pickled_weights, weight_files
 
-    if options.allow_pickle and pickled_weights(options.source) and not weight_files(options.source):
+    source = _directory(options)
+    if options.allow_pickle and pickled_weights(source) and not weight_files(source):
         if options.dtype or options.max_shard_size:
             raise ZOError("--allow-pickle converts as it is: give --dtype or --max-shard-size to a second export")
-        files = convert_pickle(options.source, options.to, overwrite=options.overwrite)
+        files = convert_pickle(source, options.to, overwrite=options.overwrite)
     else:
-        files = export_run(
-            options.source, options.to, options.dtype, options.max_shard_size, overwrite=options.overwrite
-        )
+        files = export_run(source, options.to, options.dtype, options.max_shard_size, overwrite=options.overwrite)
     size = sum(file.stat().st_size for file in files)
     record = {"to": options.to, "files": [file.name for file in files], "bytes": size}
     result(record, options.json, [f"wrote {options.to}: {len(files)} files, {size / 2**20:.1f} MiB"])
+
+
+def _directory(options: ExportOptions) -> Path:
+    """Where the model's files lie; one of the hub is fetched."""
+    from zowrap.tasks.loading import fetch, may_be_of_the_hub
+
+    path = Path(options.source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not may_be_of_the_hub(options.source):
+        raise ZOError(f"no such run or model directory: {options.source}")
+    assert options.to is not None
+    check_target(options.to, options.overwrite, "--to")  # before a download, not after it
+    return fetch(options.source, options.allow_pickle)

@@ -17,8 +17,8 @@ from .options import Dtype, Json, Trust, option, takes
 class InspectOptions:
     model: Annotated[str, typer.Argument(help="A model directory, a run, or a hub name.", show_default=False)]
     rule: Annotated[str, option("--rule", "Update rule.")] = "meazo"
-    direction: Annotated[str, option("--direction", "Law of the directions.")] = "gaussian"
-    queries: Annotated[int, option("--queries", "Directions per step.")] = 1
+    direction: Annotated[str | None, option("--direction", "Law of the directions; by default the rule's own.")] = None
+    queries: Annotated[int | None, option("--queries", "Directions per step; by default the rule's own.")] = None
     blocks: Annotated[list[str], option("--blocks", "'layer', or name patterns. Repeatable.")] = dataclasses.field(
         default_factory=list
     )

@@ -128,11 +128,17 @@ class TuneOptions:
     lr: Annotated[float | None, option("--lr", "Learning rate; by default the rule's own.", "Zeroth order")] = None
     # 1e-3: the field's choice for full tuning in float32; far above rounding, far below the weights.
     eps: Annotated[float, option("--eps", "Size of the perturbation.", "Zeroth order")] = 1e-3
+    # None of these three: the rule's own. All but FZOO want gaussian directions, one a step, central differences.
     direction: Annotated[
-        str, option("--direction", "Law of the directions: gaussian, sphere, unit_sphere, rademacher.", "Zeroth order")
-    ] = "gaussian"
-    queries: Annotated[int, option("--queries", "Directions per step, averaged.", "Zeroth order")] = 1
-    estimator: Annotated[str, option("--estimator", "central or forward.", "Zeroth order")] = "central"
+        str | None,
+        option("--direction", "gaussian, sphere, unit_sphere, rademacher; by default the rule's own.", "Zeroth order"),
+    ] = None
+    queries: Annotated[
+        int | None, option("--queries", "Directions per step, averaged; by default the rule's own.", "Zeroth order")
+    ] = None
+    estimator: Annotated[
+        str | None, option("--estimator", "central or forward; by default the rule's own.", "Zeroth order")
+    ] = None
     blocks: Annotated[
         list[str],
         option("--blocks", "'layer', or name patterns: one block moves per step. Repeatable.", "Zeroth order"),

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from zowrap.files import writing
+
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The lines of steps and those of evaluations; a torn last line is left out."""
@@ -24,7 +26,11 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 
 
 def draw(path: Path, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> bool:
-    """Draw the losses and the accuracy; False where matplotlib is missing or there is nothing to draw."""
+    """Draw the losses and the accuracy; False where matplotlib is missing or there is nothing to draw.
+
+    Raises:
+        ZOError: the disk is full.
+    """
     known = [(s["step"], s["loss"]) for s in steps if s.get("loss") is not None]
     if not known:
         return False
@@ -54,8 +60,9 @@ def draw(path: Path, steps: list[dict[str, Any]], evaluations: list[dict[str, An
         right.set_ylabel("accuracy", color="C2")
     axes.legend(loc="upper right")
     beside = path.with_name("loss.tmp.png")
-    figure.savefig(beside, dpi=120)
-    os.replace(beside, path)
+    with writing(path, beside):
+        figure.savefig(beside, dpi=120)
+        os.replace(beside, path)
     return True
 
 

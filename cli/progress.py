@@ -81,9 +81,9 @@ class Progress(TrainerCallback):
         done = state.global_step - self.first
         each = (time.time() - self.began) / max(done, 1)
         parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
-        gradient = self.facts.get("projected_grad", self.facts.get("grad_norm"))
-        if gradient is not None:
-            parts.append(f"|g| {abs(gradient):.3g}")
+        projected_grad = self.facts.get("projected_grad")
+        if projected_grad is not None:
+            parts.append(f"|g| {abs(projected_grad):.3g}")
         if "eval_accuracy" in self.facts:
             parts.append(f"accuracy {self.facts['eval_accuracy']:.3f}")
         if done:

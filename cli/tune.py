@@ -178,7 +178,10 @@ def report(trainer: Any, options: TuneOptions, seconds: float) -> dict[str, Any]
 
     out = Path(str(options.out))
     steps, evaluations = read_metrics(out / "metrics.jsonl")
-    draw(out / "loss.png", steps, evaluations)
+    try:
+        draw(out / "loss.png", steps, evaluations)
+    except (ZOError, OSError) as error:
+        say(f"loss.png is left out: {error}")
     done = trainer.zm.step_count
     facts = trainer.zm.inspect()
     best = trainer.best_step

@@ -27,7 +27,6 @@ _CHECKS = {
 }
 _ALIASES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
 _DROPOUT = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
-_RANDOM = ("bernoulli", "rand", "randn", "randint", "randperm", "multinomial", "normal", "native_dropout", "rand_like")
 
 
 class StripTraining(Pass):
@@ -66,7 +65,12 @@ def _keeps_everything(node: fx.Node) -> bool:
 
 
 def _draws(node: fx.Node) -> bool:
-    packet = getattr(node.target, "_opname", "")
-    if node.op != "call_function" or getattr(node.target, "namespace", "") != "aten":
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _fused_attention(node)
+
+
+def _fused_attention(node: fx.Node) -> bool:
+    """Attention has a dropout inside, which is what tags it; probability 0 draws nothing."""
+    if node.target is not aten.scaled_dot_product_attention.default:
         return False
-    return packet in _RANDOM or (node.target in _DROPOUT and bool(node.args[2]))
+    probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    return not probability

@@ -10,7 +10,7 @@ import transformers as T
 from torch import Tensor, nn
 
 VOCABULARY = 160
-_LLAMA = {
+LLAMA = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -50,13 +50,13 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
             word_embed_proj_dim=32,
         )
     ),
-    "llama": lambda: _causal(T.LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
-    "qwen2": lambda: _causal(T.Qwen2Config(**_LLAMA)),
-    "qwen3": lambda: _causal(T.Qwen3Config(**_LLAMA, head_dim=8)),
-    "mistral": lambda: _causal(T.MistralConfig(**_LLAMA)),
-    "gemma": lambda: _causal(T.GemmaConfig(**_LLAMA, head_dim=8)),
-    "phi": lambda: _causal(T.PhiConfig(**_LLAMA)),
-    "mixtral": lambda: _causal(T.MixtralConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2)),
+    "llama": lambda: _causal(T.LlamaConfig(**LLAMA, tie_word_embeddings=True)),
+    "qwen2": lambda: _causal(T.Qwen2Config(**LLAMA)),
+    "qwen3": lambda: _causal(T.Qwen3Config(**LLAMA, head_dim=8)),
+    "mistral": lambda: _causal(T.MistralConfig(**LLAMA)),
+    "gemma": lambda: _causal(T.GemmaConfig(**LLAMA, head_dim=8)),
+    "phi": lambda: _causal(T.PhiConfig(**LLAMA)),
+    "mixtral": lambda: _causal(T.MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2)),
     "gpt2": lambda: _causal(T.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
     "bert": lambda: _classifier(T.BertConfig(**_BERT)),
     "roberta": lambda: _classifier(T.RobertaConfig(**_BERT, pad_token_id=1)),

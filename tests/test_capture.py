@@ -8,7 +8,7 @@ from torch import nn
 from zowrap.passes import build
 
 import zowrap
-from tests.families import FAMILIES, batch, make
+from tests.families import FAMILIES, LLAMA, batch, make
 from zowrap.capture import canonical_batch, capture
 from zowrap.loss import LossModule
 
@@ -55,6 +55,19 @@ def test_a_model_with_its_own_idea_of_a_loss_keeps_it() -> None:
     inputs = batch("llama", 4, 9)
     zm = zowrap.zo_wrap(model, engine="eager")
     assert torch.allclose(zm.loss(**inputs), model.eval()(**inputs).loss.detach(), rtol=1e-5)
+
+
+def test_a_small_difference_keeps_the_models_own_loss() -> None:
+    """An untrained mixture's router loss changes the total by less than a thousandth."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(0)
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**LLAMA, **options)).eval()
+    inputs = batch("mixtral", 4, 9)
+    zm = zowrap.zo_wrap(model, engine="eager")
+    assert torch.allclose(zm.loss(**inputs), model(**inputs).loss.detach(), rtol=1e-6)
+    assert zm.state_dict()["loss"] == "own"
 
 
 def test_sixteen_bit_logits_give_a_float32_loss() -> None:

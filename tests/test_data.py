@@ -82,13 +82,32 @@ def test_labels_may_be_strings_integers_or_booleans() -> None:
     rows = [Row({"label": value}, "here") for value in (10, 9, 10)]
     assert label_names(rows, "label") == ["9", "10"]
     assert [label_of(Row({"label": v}, "here"), "label") for v in (True, 3, " x ")] == ["true", "3", "x"]
-    assert label_index(Row({"label": True}, "here"), "label", ["no", "yes"]) == 1
-    assert label_index(Row({"label": "1"}, "here"), "label", ["no", "yes"]) == 1
+    for value in (True, "1", 1):
+        assert label_index(Row({"label": value}, "here"), "label", ["no", "yes"], numbered=True) == 1
+        with pytest.raises(ZOError, match=r"here: label '(true|1)' is not one of the labels of training \('no', 'yes'"):
+            label_index(Row({"label": value}, "here"), "label", ["no", "yes"])
     for value, message in ((None, "null"), (1.5, r"number 1\.5"), ("", "empty"), ([1], "a list")):
         with pytest.raises(ZOError, match=message):
             label_of(Row({"label": value}, "here"), "label")
     with pytest.raises(ZOError, match="here: label 'z' is not one of the labels of training"):
         label_index(Row({"label": "z"}, "here"), "label", ["x", "y"])
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine \\ud83d\\ude00", "label": "x"}\n{"text": "a\\ud83d", "label": "\\ude00"}\n')
+    whole, half = read_rows(str(path))
+    assert text_of(whole, "text") == "fine \U0001f600" and label_of(whole, "label") == "x"
+    with pytest.raises(ZOError, match=r"a\.jsonl line 2: column 'text' holds \\ud83d, half of a surrogate pair"):
+        text_of(half, "text")
+    with pytest.raises(ZOError, match=r"a\.jsonl line 2: label 'label' holds \\ude00"):
+        label_of(half, "label")
+
+
+def test_rows_know_their_number(tmp_path: Path) -> None:
+    rows = read_rows(str(write(tmp_path / "data.csv", ROWS * 10)))
+    assert [row.index for row in rows] == list(range(20))
+    assert [row.values["label"] for row in sample(rows, 5)] == [ROWS[row.index % 2]["label"] for row in sample(rows, 5)]
 
 
 def test_text_must_be_there_and_be_text() -> None:

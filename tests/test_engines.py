@@ -308,3 +308,74 @@ def test_a_wrong_token_id_is_an_error_also_below_the_active_block(engine) -> Non
     inputs["input_ids"][0, 0] = 10_000
     with pytest.raises(IndexError):
         zm.step(**inputs)
+
+
+class Broken(nn.Module):
+    """Draws random numbers in evaluation mode, and counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + self.w * 1e-6 + torch.randn_like(x)
+
+
+def test_random_models_draw_alike_at_both_points_and_are_not_compiled() -> None:
+    zm = zowrap.zo_wrap(Broken(), loss_fn=lambda m, b: m(b["x"]).square().mean(-1))
+    with pytest.warns(UserWarning, match="random numbers in evaluation mode"):
+        result = zm.step(x=torch.zeros(64, 3))
+    assert abs(result.projected_grad) < 1e-4  # independent draws would give about a hundred
+    assert zm.model.calls == 0
+
+
+def test_a_wrong_first_batch_does_not_disable_the_compiled_engine() -> None:
+    zm = zowrap.zo_wrap(Odd(), loss_fn=odd_loss)
+    with pytest.raises(KeyError):
+        zm.step(wrong=torch.ones(2, 3))
+    zm.step(**odd_batch())
+    assert zm.inspect().engine == "compiled"
+
+
+@pytest.mark.parametrize("direction", ["gaussian", "sphere"])
+def test_a_kernel_that_cannot_be_compiled_leaves_no_half_written_step(direction, monkeypatch) -> None:
+    from zowrap import kernels
+
+    real, calls = kernels.compile_function, []
+
+    def second_fails(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ZOCaptureError("the C++ compiler failed")
+        return real(*args)
+
+    monkeypatch.setattr(kernels, "compile_function", second_fails)
+    models = []
+    for engine in ("eager", None):
+        torch.manual_seed(0)
+        rule = zowrap.rules.zo_sgd(momentum=0.123)  # a rule whose kernels no other test has compiled
+        options = {"weight_decay": 0.1, "direction": direction, "loss_fn": odd_loss, "engine": engine}
+        zm = zowrap.zo_wrap(Odd(), rule, lr=1e-2, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            zm.update(projected_grad=torch.tensor(1.0))
+        models.append(zm.model)
+    assert zm.inspect().engine == "eager"
+    assert unchanged(models[1], snapshot(models[0]))
+
+
+def test_directions_of_the_same_name_do_not_share_kernels() -> None:
+    from zowrap.directions import Direction
+
+    moved = []
+    for law in ("gaussian", "rademacher"):
+        torch.manual_seed(0)
+        zm = zowrap.zo_wrap(
+            Odd(), "zo_sgd", lr=1.0, direction=Direction("mine", law), loss_fn=odd_loss, engine="compiled"
+        )
+        before = zm.model.mix.detach().clone()
+        zm.update(projected_grad=torch.tensor(1.0))
+        moved.append((zm.model.mix.detach() - before).abs())
+    assert torch.allclose(moved[1], torch.ones(7, 7), atol=1e-5) and not torch.allclose(moved[0], moved[1], atol=1e-2)

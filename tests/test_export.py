@@ -233,16 +233,19 @@ def test_a_converted_pickle_loads_as_the_same_model(tmp_path, tied):
 
 
 class Evil:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
     def __reduce__(self):
-        return (open, ("/tmp/zowrap-should-never-exist", "w"))
+        return (open, (str(self.file), "w"))
 
 
 def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path):
     folder = pickled(tmp_path / "old", tiny_llama())
-    torch.save({"a": Evil()}, folder / "pytorch_model.bin")
+    torch.save({"a": Evil(tmp_path / "never")}, folder / "pytorch_model.bin")
     with pytest.raises(ZOError, match="could run code"):
         convert_pickle(folder, tmp_path / "new")
-    assert not (tmp_path / "new").exists() and not Path("/tmp/zowrap-should-never-exist").exists()
+    assert not (tmp_path / "new").exists() and not (tmp_path / "never").exists()
 
 
 def test_a_pickle_that_is_no_state_dict_or_broken_is_told(tmp_path):
@@ -253,6 +256,17 @@ def test_a_pickle_that_is_no_state_dict_or_broken_is_told(tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02garbage")
     with pytest.raises(ZOError, match=r"pytorch_model\.bin"):
         convert_pickle(folder, tmp_path / "new")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, -10])
+def test_weights_that_are_cut_off_are_told(tmp_path, kept):
+    save_model(tiny_llama(), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    for use in (require_safetensors, read_metadata, lambda _: export_run(tmp_path / "model", tmp_path / "out")):
+        with pytest.raises(ZOError, match=r"model\.safetensors is not a whole safetensors file \("):
+            use(file if use is read_metadata else file.parent)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_shard_is_told(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from tests.tiny_run import same_weights, tiny_llama, trainer_in, weights_of
 from zowrap.errors import ZOError
@@ -72,45 +73,50 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-def kill_and_resume(folder: Path, moments: list[float], **options) -> list[int]:
-    """Start, kill after each moment (seconds of training), resume, and at last let it finish."""
-    reached = []
-    for number, moment in enumerate([*moments, None]):
-        child = in_child(lambda resume=number > 0: train(folder, resume, **options))
-        if moment is not None:
-            time.sleep(moment)
+def kill_and_resume(folder: Path, moments: list[int]) -> None:
+    """Start, kill when the journal has reached each of these numbers of steps, resume, and at last let it finish."""
+    for number, steps in enumerate([*moments, None]):
+        before = recorded(folder)
+        callbacks = [] if steps is None else [WaitsForItsEnd()]
+        child = in_child(lambda resume=number > 0, given=callbacks: train(folder, resume, callbacks=given))
+        if steps is not None:
+            # A line more than there were: the resumed run has then come as far as its loop.
+            while recorded(folder) < max(steps, before + 1):
+                assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended before it was killed"
+                time.sleep(0.0005)
             os.kill(child, signal.SIGKILL)
-            assert finish(child) in (-signal.SIGKILL, 0)
+            assert finish(child) == -signal.SIGKILL
         else:
             assert finish(child) == 0
-        reached.append(Run(folder).recorded_steps())
-    return reached
 
 
-@pytest.fixture(scope="module")
-def seconds(whole, tmp_path_factory) -> float:
-    """How long one run takes in a child."""
-    folder = tmp_path_factory.mktemp("timed")
-    start = time.monotonic()
-    assert finish(in_child(lambda: train(folder))) == 0
-    return time.monotonic() - start
+def recorded(folder: Path) -> int:
+    """Whole lines of the journal after the first; a torn one does not count."""
+    journal = folder / "journal.jsonl"
+    return max(journal.read_bytes().count(b"\n") - 1, 0) if journal.is_file() else 0
 
 
-def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run(whole, seconds, tmp_path):
-    moments = [random.Random(0).uniform(0.3, 0.7) * seconds for _ in range(3)]
-    kill_and_resume(tmp_path, moments)
+def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run(whole, tmp_path):
+    kill_and_resume(tmp_path, sorted(random.Random(0).sample(range(1, 16), 3)))
     assert json.loads((tmp_path / "result.txt").read_text())["resumed_from"] > 0
     assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(whole, seconds, tmp_path):
+def test_killed_at_twenty_random_moments(whole, tmp_path):
     generator = random.Random(1)
     for repeat in range(20):
         folder = tmp_path / str(repeat)
         folder.mkdir()
-        kill_and_resume(folder, [generator.uniform(0.1, 1.0) * seconds])
+        kill_and_resume(folder, [generator.randint(1, 16)])
         assert_same_run(folder, whole)
+
+
+class WaitsForItsEnd(TrainerCallback):
+    """However late the process that kills a run comes to it, the run is not at its end."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        time.sleep(60 if state.global_step >= 20 else 0.005)
 
 
 def die_at(operation: int) -> None:
@@ -198,8 +204,6 @@ def test_a_signal_ends_the_step_saves_and_the_rest_is_the_same_run(whole, tmp_pa
 
 
 def test_a_signal_during_an_evaluation_loses_nothing(whole, tmp_path):
-    from transformers import TrainerCallback
-
     class Stop(TrainerCallback):
         def on_prediction_step(self, args, state, control, **kwargs):
             if state.global_step == 12:
@@ -305,6 +309,52 @@ def test_a_resumed_run_takes_the_thread_count_it_began_with(tmp_path, capfd):
         assert torch.get_num_threads() == threads and f"{threads} threads" in capfd.readouterr().err
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_resume_from_one_checkpoint_takes_the_thread_count_too(tmp_path, capfd):
+    threads = torch.get_num_threads()
+    train(tmp_path / "one", max_steps=8, save_total_limit=0)
+    checkpoint = Run(tmp_path / "one").checkpoint(4)
+    for folder in ("one", "other"):
+        try:
+            torch.set_num_threads(threads + 1)
+            trainer = trainer_in(tmp_path / folder, max_steps=8, save_total_limit=0)
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+            assert torch.get_num_threads() == threads and f"{threads} threads" in capfd.readouterr().err
+        finally:
+            torch.set_num_threads(threads)
+        header = json.loads((tmp_path / folder / "journal.jsonl").read_text().splitlines()[0])
+        assert header["environment"]["threads"] == threads and header["environment"]["engine"] == "eager"
+
+
+@pytest.mark.parametrize("of_one_checkpoint", [False, True])
+def test_a_run_that_fell_back_to_eager_stays_eager(whole, tmp_path, monkeypatch, capfd, of_one_checkpoint):
+    from zowrap.engines import compiled
+    from zowrap.errors import ZOCaptureError
+
+    def no_compiler(*args, **kwargs):
+        raise ZOCaptureError("there is no C++ compiler")
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="running eagerly"):
+        patch.setattr(compiled, "capture", no_compiler)
+        trainer = trainer_in(tmp_path, engine=None)
+        stop_after(trainer, 10)
+        trainer.train()
+    assert json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])["environment"]["engine"] == "eager"
+    again = trainer_in(tmp_path, engine=None)
+    again.train(resume_from_checkpoint=str(Run(tmp_path).checkpoint(10)) if of_one_checkpoint else True)
+    assert again.zm.inspect().engine == "eager" and "the eager engine, as the run began" in capfd.readouterr().err
+    assert_same_run(tmp_path, whole)
+
+
+def test_another_engine_than_the_runs_is_told(tmp_path, capfd):
+    trainer = trainer_in(tmp_path, max_steps=8)
+    stop_after(trainer, 4)
+    trainer.train()
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text(journal.read_text().replace('"engine": "eager"', '"engine": "compiled"'))
+    trainer_in(tmp_path, max_steps=8).train(resume_from_checkpoint=True)
+    assert "began with engine compiled, now it is eager" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -425,6 +475,44 @@ def test_a_full_disk_is_one_sentence_and_the_earlier_checkpoint_stays(tmp_path, 
     trainer = trainer_in(tmp_path)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.resumed_from == 8
+
+
+def test_a_checkpoint_keeps_apart_whatever_its_weight_file_does_not_hold_bit_for_bit(tmp_path, monkeypatch):
+    from zowrap import run as module
+
+    trainer = trainer_in(tmp_path / "run", rule="zo_sgd", rule_options={"momentum": 0.9}, learning_rate=1e-4)
+    save, given = module.save_file, {}
+
+    def seen(tensors, *args, **kwargs):
+        given.update(tensors)
+        save(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(module, "save_file", seen)
+    state = trainer.zm.state_dict()
+    monkeypatch.setattr(trainer.zm, "state_dict", lambda: state)
+    slots = {name: value for name, value in state.items() if name.startswith("slots/")}
+    Run(tmp_path).save_checkpoint(0, trainer.zm, {})
+    assert slots and not any(name.startswith("weights/") for name in given)
+    assert all(given[name].data_ptr() == value.data_ptr() for name, value in slots.items()), "copied for nothing"
+
+    parameter = next(p for p in trainer.zm.parameters if p.tensor.ndim == 2)
+    assert module._unsaved(trainer.zm, Run(tmp_path).checkpoint(0)) == []
+    with torch.no_grad():
+        parameter.tensor[-1, -1] = -parameter.tensor[-1, -1]
+    unsaved = module._unsaved(trainer.zm, Run(tmp_path).checkpoint(0))
+    assert [trainer.zm.parameters[i] for i in unsaved] == [parameter]
+
+
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
+    train(tmp_path, max_steps=4)
+    for name in ("zo_state.safetensors", "model.safetensors"):
+        file = Run(tmp_path).checkpoint(4) / name
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        trainer = trainer_in(tmp_path, max_steps=8)
+        with pytest.raises(ZOError, match=f"{name} is not a whole safetensors file"):
+            trainer.train(resume_from_checkpoint=True)
+        file.write_bytes(content)
 
 
 def test_going_back_to_an_older_checkpoint_drops_what_came_after(tmp_path, whole):

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from tests.tiny_run import collate, rows, tiny_llama, trainer_in, weights_of
-from zowrap.errors import ZOError
+from zowrap.errors import ZOError, ZOWarning
 from zowrap.evaluation import evaluate
 from zowrap.run import Run
 from zowrap.trainer import ZOConfig, ZOTrainer
@@ -344,6 +344,30 @@ def test_a_loss_that_is_nan_from_the_start_is_told_at_once(tmp_path):
     assert Run(tmp_path).recorded_steps() == 0
 
 
+def test_a_start_that_comes_to_nothing_leaves_nothing_behind(tmp_path):
+    for folder in (tmp_path / "new", tmp_path / "kept"):
+        if folder.name == "kept":
+            (folder / "notes").mkdir(parents=True)
+            (folder / "notes" / "mine.txt").write_text("mine")
+        trainer = trainer_in(folder)  # evaluates first: the untuned model is then the best one
+        not_finite_from(trainer, {1})
+        with pytest.raises(ZOError, match="not finite from the start"):
+            trainer.train()
+        left = [path.name for path in folder.rglob("*")]
+        assert sorted(left) == ([] if folder.name == "new" else ["mine.txt", "notes"])
+        assert folder.exists() == (folder.name == "kept")
+        trainer_in(folder, max_steps=1).train()
+
+
+def test_an_evaluation_whose_loss_is_not_finite_is_never_the_best(tmp_path):
+    trainer = trainer_in(tmp_path, metric_for_best_model="accuracy", greater_is_better=True)
+    keeper = trainer._keeper
+    assert not keeper._is_best({"step": 0, "eval_accuracy": 0.9, "eval_loss": math.nan}, 0)
+    assert not keeper._is_best({"step": 0, "eval_accuracy": 0.9, "eval_loss": None}, 0)  # as it is read back
+    assert keeper._is_best({"step": 3, "eval_accuracy": 0.5, "eval_loss": 1.0}, 3)
+    assert (trainer.best_step, trainer.best_metric) == (3, 0.5)
+
+
 def test_skipped_steps_are_counted_left_out_of_the_log_and_change_nothing(tmp_path):
     trainer = trainer_in(tmp_path, logging_steps=8, eval_dataset=None)
     not_finite_from(trainer, {3, 4, 10})
@@ -375,6 +399,38 @@ def test_what_is_unset_follows_the_rule():
     assert config.lr_scheduler_type == "constant" and config.max_grad_norm == 0 and config.save_total_limit == 1
     assert config.eval_strategy == "no"
     assert ZOConfig(output_dir="x", seed=0).data_seed == 0
+
+
+def parsed(*arguments: str) -> ZOConfig:
+    from transformers import HfArgumentParser
+
+    always = ("--output_dir", "x", "--report_to", "none")
+    (config,) = HfArgumentParser(ZOConfig).parse_args_into_dataclasses([*always, *arguments])
+    return config
+
+
+def test_the_options_can_be_parsed_from_a_command_line():
+    config = parsed()
+    for name in ("blocks", "trainable", "rule_options", "direction", "queries", "estimator", "engine"):
+        assert getattr(config, name) is None
+    config = parsed("--blocks", "layer", "--rule_options", '{"beta": 0.5}', "--trainable", "*q_proj*", "*v_proj*")
+    assert config.blocks == "layer" and config.trainable == ["*q_proj*", "*v_proj*"]
+    assert config.rule_options == {"beta": 0.5} and config.rule_object().hyper["beta"] == 0.5
+    config = parsed("--blocks", "layers.0", "layers.1", "--queries", "3", "--save_steps", "5", "--overwrite")
+    assert config.blocks == ["layers.0", "layers.1"] and config.queries == 3
+    assert config.save_steps == 5 and config.overwrite
+    for wrong in ("beta=0.5", "[1]"):
+        with pytest.raises(ZOError, match="rule_options must be a dictionary"):
+            parsed("--rule_options", wrong)
+
+
+def test_a_rule_without_further_options_probes_as_it_wants_to(tmp_path):
+    trainer = trainer_in(tmp_path, rule="fzoo", max_steps=2, eval_dataset=None)
+    trainer.train()
+    header = json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])
+    default = trainer.args.rule_object().defaults
+    assert (header["direction"], header["estimator"]) == (default.direction, default.estimator)
+    assert header["queries"] == default.queries and default.estimator == "forward"
 
 
 def test_what_is_set_stays_even_if_it_is_the_trainers_default():
@@ -451,7 +507,7 @@ def test_several_visible_gpus_one_is_used_and_said(monkeypatch):
     patched = functools.cached_property(four)
     patched.__set_name__(TrainingArguments, "_setup_devices")
     monkeypatch.setattr(TrainingArguments, "_setup_devices", patched)
-    with pytest.warns(UserWarning, match="4 GPUs are visible, one is used"):
+    with pytest.warns(ZOWarning, match="4 GPUs are visible, one is used"):
         config = ZOConfig(output_dir="x", report_to="none")
     assert config.n_gpu == 1 and config.train_batch_size == config.per_device_train_batch_size
 

@@ -151,7 +151,9 @@ def test_a_population_of_options_is_checked() -> None:
         ({"weight_decay": -1.0}, "weight_decay must be"),
         ({"blocks": "layers"}, "use 'layer'"),
         ({"trainable": ["nosuchname"]}, "nothing is left to tune"),
-        ({"trainable": [""]}, "name patterns"),
+        ({"trainable": [""]}, "chosen by patterns"),
+        ({"trainable": ["*mlp*", "nosuchname"]}, "nosuchname"),
+        ({"blocks": []}, "blocks is empty"),
     ]:
         before = snapshot(model)
         with pytest.raises(ZOError, match=words):
@@ -260,3 +262,92 @@ def test_every_option_has_its_reason_beside_it() -> None:
     text = inspect.getdoc(zowrap.zo_wrap)
     for name in inspect.signature(zowrap.zo_wrap).parameters:
         assert f"{name}:" in text or name == "model", name
+
+
+class Tied(torch.nn.Module):
+    """Two parameters on one storage: ``kind`` says how."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.arange(9.0).reshape(3, 3) / 9)
+        views = {"same": self.a.data, "transposed": self.a.data.t(), "part": self.a.data[1:]}
+        self.b = torch.nn.Parameter(views[kind])
+
+
+def tied_loss(model, inputs):
+    return (inputs["x"] @ model.a).square().mean(-1) + (inputs["x"] @ model.b.t()).sum(-1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_parameters_on_one_storage_are_one(engine) -> None:
+    zm = zowrap.zo_wrap(Tied("same"), "zo_sgd", lr=1e-2, loss_fn=tied_loss, engine=engine)
+    assert len(zm.parameters) == 1 and zm.parameters[0].names == ("a", "b")
+    (stream,) = zm._current_streams()
+    x = torch.ones(2, 3)
+    z = zowrap.engines.eager.EagerEngine.direction(getattr(zm._engine, "eager", zm._engine), stream, 0)
+    expected = []
+    for sign in (1e-3, -1e-3):
+        other = Tied("same")
+        other.a.data += sign * z
+        expected.append(tied_loss(other, {"x": x}).mean().item())
+    assert torch.allclose(zm.step(x=x).losses, torch.tensor(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "part"])
+def test_overlapping_views_are_refused(kind) -> None:
+    model = Tied(kind)
+    with pytest.raises(ZOError, match="a and b share memory"):
+        zowrap.zo_wrap(model, loss_fn=tied_loss)
+    assert model.a.data_ptr() <= model.b.data_ptr() < model.a.data_ptr() + 36  # still tied
+
+
+def test_layer_one_is_not_layer_ten() -> None:
+    from zowrap.parameters import matches
+
+    assert matches("layers.1", "model.layers.1.fc.weight") and not matches("layers.1", "model.layers.10.fc.weight")
+    assert not matches("layers.1.*", "model.layers.10.fc1.weight")
+    assert matches(r"layers\.\d+\.fc", "model.layers.10.fc1.weight") and matches("bias", "a.bias")
+
+
+def test_a_state_is_a_snapshot() -> None:
+    zm = wrap(rule=rules.zo_sgd(momentum=0.9))
+    zm.update(projected_grad=torch.tensor(1.0))
+    state = zm.state_dict()
+    before = {k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    zm.update(projected_grad=torch.tensor(1.0))
+    assert all(torch.equal(state[k], v) for k, v in before.items())
+
+
+def test_another_weight_decay_is_refused_not_ignored() -> None:
+    record = wrap(weight_decay=0.5).update(projected_grad=torch.tensor(1.0)).record()
+    with pytest.raises(ZOError, match=r"weight_decay=0\.5"):
+        wrap().replay(record)
+    with pytest.raises(ZOError, match=r"weight_decay=0\.5"):
+        wrap().load_state_dict(wrap(weight_decay=0.5).state_dict())
+
+
+def test_what_no_block_holds_is_not_said_to_move() -> None:
+    zm = wrap(blocks=["*mlp*"])
+    assert all("mlp" in name for name, *_ in zm.inspect().moves)
+    assert zm.inspect().frozen > 0
+
+
+def test_float64_weights_keep_their_precision() -> None:
+    model = torch.nn.Linear(3, 1).double()
+    before = snapshot(model)
+    zm = zowrap.zo_wrap(model, loss_fn=lambda m, b: m(b["x"]).square().mean(-1), engine="eager")
+    zm.lr = 0.0
+    zm.step(x=torch.ones(2, 3, dtype=torch.float64))
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_means_over_label_tokens_accumulate_exactly(engine) -> None:
+    """A loss function that returns the model's own mean: micro-batches still weigh by their label tokens."""
+    parts = [batch("llama", 4, length, seed=length) for length in (5, 17)]
+    options = {"loss_fn": _own_loss, "engine": engine}
+    whole, split = (zowrap.zo_wrap(make("llama"), **options) for _ in range(2))
+    whole.accumulate(**concatenate(parts))
+    for part in parts:
+        split.accumulate(**part)
+    assert torch.allclose(whole._sums / whole._weight, split._sums / split._weight, rtol=1e-5)

@@ -8,7 +8,6 @@ of (step, seed), so a resumed run visits the same blocks.
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 
 from zowrap import noise
 from zowrap.errors import ZOError, nearest
-from zowrap.parameters import Parameter
+from zowrap.parameters import Parameter, matches
 
 ORDERS = ("ascending", "descending", "flip_flop", "random_permutation", "random")
 
@@ -46,14 +45,12 @@ def partition(parameters: Sequence[Parameter], blocks: str | Sequence[str] | Non
         if blocks != "layer":
             raise ZOError(f"unknown blocks {blocks!r}: use 'layer' or a list of name patterns")
         return _by_layer(parameters)
+    if not blocks:
+        raise ZOError("blocks is empty: give 'layer', a list of name patterns, or None for all at once")
     taken: set[int] = set()
     result = []
     for pattern in blocks:
-        found = [
-            i
-            for i, p in enumerate(parameters)
-            if i not in taken and (fnmatch.fnmatchcase(p.name, pattern) or fnmatch.fnmatchcase(p.name, f"*{pattern}*"))
-        ]
+        found = [i for i, p in enumerate(parameters) if i not in taken and matches(pattern, p.name)]
         if not found:
             raise ZOError(f"the block pattern {pattern!r} matches no tunable parameter that is still free")
         taken.update(found)

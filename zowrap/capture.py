@@ -15,7 +15,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
 from zowrap.compiler import size_oblivious
-from zowrap.errors import ZOCaptureError
+from zowrap.errors import ZOCaptureError, ZOError, ZOWarning
 from zowrap.loss import Batch, LossModule
 from zowrap.modes import evaluation_mode
 from zowrap.program import Input, Program
@@ -91,8 +91,8 @@ def capture(loss: LossModule, batch: Batch) -> Program:
         ZOCaptureError: export cannot express the model; the message names the first obstacle.
     """
     problem: Exception | None = None
-    # Rows and lengths dynamic where export can do it, else rows alone, else the sizes at hand.
-    for lengths, floats in ((True, False), (False, False)):
+    # Every size dynamic where export can do it, else those of integer inputs, else the number of rows alone.
+    for lengths, floats in ((True, True), (True, False), (False, False)):
         shapes = (_dynamic(batch, floats, lengths),)
         # Two sizes that happen to be equal here (source and target length) are different symbols.
         independent_sizes = size_oblivious(use_duck_shape=False)
@@ -102,6 +102,8 @@ def capture(loss: LossModule, batch: Batch) -> Program:
                 exported = torch.export.export(loss, (dict(batch),), dynamic_shapes=shapes, strict=False)
                 if _needs_functionalising(exported):
                     exported = exported.run_decompositions({})
+        except ZOError:
+            raise
         except Exception as error:
             problem = problem or error
             continue
@@ -148,7 +150,7 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
 def _batch_names(exported: torch.export.ExportedProgram) -> list[str]:
     """Batch keys in placeholder order: the pytree of the one positional argument, a dict."""
     (example,), _ = exported.example_inputs
-    return [name for name in example if not name.startswith("__")]
+    return list(example)
 
 
 def _fake_mode(exported: torch.export.ExportedProgram) -> Any:
@@ -174,6 +176,7 @@ def _drop_mutations(program: Program, exported: torch.export.ExportedProgram) ->
         program.notes["capture"] = f"writes to buffers dropped: {', '.join(dropped)}"
         warnings.warn(
             f"the model's forward updates its buffers ({', '.join(dropped)}); they stay as they are during tuning",
+            ZOWarning,
             stacklevel=2,
         )
     program.finish("capture")

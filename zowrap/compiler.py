@@ -79,6 +79,7 @@ def trace(
             kind = DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC  # equal example sizes, one symbol
             context: Any = StatelessSymbolicContext(dynamic_sizes=[kind] * example.dim())
             source = ConstantSource(f"input{i}")
+            example = torch.empty_like(example)  # one tensor given twice would become one input
             fakes.append(mode.from_tensor(example, symbolic_context=context, source=source))
         with mode:
             return make_fx(function)(*fakes), fakes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -12,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
 from zowrap import rules
-from zowrap.errors import ZOError, nearest
+from zowrap.errors import ZOError, ZOWarning, nearest
 
 # Evaluate and save ten times in a run, log a hundred times (the Trainer takes a fraction of max_steps).
 TENTH, HUNDREDTH = 0.1, 0.01
@@ -46,7 +47,7 @@ class ZOConfig(TrainingArguments):
 
     Args:
         rule: an update rule by name, see :mod:`zowrap.rules`.
-        rule_options: its hyper-parameters, ``{"beta": 0.99}``.
+        rule_options: its hyper-parameters, ``{"beta": 0.99}``, or the same as JSON.
         eps: perturbation size ε, in units of the weights.
         direction, queries, estimator, blocks, block_order, trainable, engine: as in :func:`zowrap.zo_wrap`.
         save_every: another name for ``save_steps``.
@@ -59,17 +60,19 @@ class ZOConfig(TrainingArguments):
 
     rule: str = field(default="meazo", metadata={"help": "Update rule."})
     rule_options: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Hyper-parameters of the rule, by name."}
+        default=None, metadata={"help": "Hyper-parameters of the rule, by name; as JSON on a command line."}
     )
     eps: float = field(default=1e-3, metadata={"help": "Perturbation size, in units of the weights."})
-    direction: str = field(default="gaussian", metadata={"help": "Law of the directions."})
-    queries: int = field(default=1, metadata={"help": "Directions per step."})
-    estimator: str = field(default="central", metadata={"help": "central or forward."})
-    blocks: Any = field(
-        default=None, metadata={"help": "None, 'layer' or a list of name patterns: one block moves per step."}
+    direction: str | None = field(default=None, metadata={"help": "Law of the directions; by default the rule's."})
+    queries: int | None = field(default=None, metadata={"help": "Directions per step; by default the rule's."})
+    estimator: str | None = field(default=None, metadata={"help": "central or forward; by default the rule's."})
+    # A list for the sake of HfArgumentParser, which knows no union; "layer" itself is as good as ["layer"].
+    blocks: list[str] | None = field(
+        default=None, metadata={"help": "'layer', or name patterns: one block moves per step."}
     )
     block_order: str = field(default="ascending", metadata={"help": "Order in which blocks are visited."})
-    trainable: Any = field(
+    # A predicate (name, tensor) -> bool is as good, from Python.
+    trainable: list[str] | None = field(
         default=None, metadata={"help": "Name patterns of what moves; by default what requires a gradient."}
     )
     engine: str | None = field(
@@ -119,6 +122,10 @@ class ZOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.rule_options, str):
+            self.rule_options = _from_json(self.rule_options)
+        if self.blocks == ["layer"]:
+            self.blocks = "layer"  # type: ignore[assignment]
         _ignore_and_refuse(self)
         self.unset = {name for name in _FILLED if getattr(self, name) is None}
         _check_numbers(self)
@@ -147,6 +154,7 @@ class ZOConfig(TrainingArguments):
         if self.n_gpu > 1:
             warnings.warn(
                 f"{self.n_gpu} GPUs are visible, one is used ({self.device}): set CUDA_VISIBLE_DEVICES to choose which",
+                ZOWarning,
                 stacklevel=3,
             )
             self._n_gpu = 1
@@ -227,12 +235,23 @@ def _ignore_and_refuse(config: ZOConfig) -> None:
             setattr(config, name, defaults[name])
 
 
+def _from_json(text: str) -> dict[str, Any]:
+    """``'{"beta": 0.9}'``, as it comes from a command line."""
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise ZOError(f"rule_options must be a dictionary, or one in JSON such as '{{\"beta\": 0.9}}', got {text!r}")
+    return options
+
+
 def _warn(name: str, why: str) -> None:
-    warnings.warn(f"{name} is ignored: it {why}", stacklevel=5)
+    warnings.warn(f"{name} is ignored: it {why}", ZOWarning, stacklevel=5)
 
 
 def _check_numbers(config: ZOConfig) -> None:
-    if isinstance(config.rule_options, str):
+    if not isinstance(config.rule_options, dict | None):
         raise ZOError(f"rule_options must be a dictionary, got {config.rule_options!r}")
     if not isinstance(config.max_skipped, int) or config.max_skipped < 1:
         raise ZOError(f"max_skipped must be a whole number from 1, got {config.max_skipped!r}")

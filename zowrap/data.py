@@ -13,7 +13,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,12 @@ class Row:
     Attributes:
         values: column name → value, as read.
         where: the place to name in a message, such as ``"train.jsonl line 3"``.
+        index: its number in the file, from 0.
     """
 
     values: dict[str, Any]
     where: str
+    index: int = 0
 
 
 def read_rows(source: str, default_split: str = "train") -> list[Row]:
@@ -61,7 +63,7 @@ def read_rows(source: str, default_split: str = "train") -> list[Row]:
         rows = _read_hub(source, default_split)
     if not rows:
         raise ZOError(f"{source} is empty: it has no rows")
-    return rows
+    return [Row(row.values, row.where, index) for index, row in enumerate(rows)]
 
 
 def text_of(row: Row, column: str, option: str = "--text-column") -> str:
@@ -73,7 +75,21 @@ def text_of(row: Row, column: str, option: str = "--text-column") -> str:
     value = _value_of(row, column, option)
     if not isinstance(value, str):
         raise ZOError(f"{row.where}: column {column!r} is {_kind(value)}, not text")
-    return value
+    return whole(value, row, f"column {column!r}")
+
+
+def whole(text: str, row: Row, what: str) -> str:
+    """``text`` if it can be written down: JSON's escapes can name half of a surrogate pair, which is no character.
+
+    Raises:
+        ZOError: it holds such a half.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        raise ZOError(f"{row.where}: {what} holds \\u{half:04x}, half of a surrogate pair without the other") from error
+    return text
 
 
 def label_of(row: Row, column: str) -> str:
@@ -91,21 +107,24 @@ def label_of(row: Row, column: str) -> str:
         raise ZOError(f"{row.where}: label {column!r} is {_kind(value)}; a label is a string, an integer or a boolean")
     if not value.strip():
         raise ZOError(f"{row.where}: label {column!r} is empty")
-    return value.strip()
+    return whole(value.strip(), row, f"label {column!r}")
 
 
 def label_names(rows: Sequence[Row], column: str) -> list[str]:
     """The distinct labels, in the order that numbers them: numerically if all are integers, else alphabetically."""
     names = {label_of(row, column) for row in rows}
-    if all(re.fullmatch(r"-?\d+", name) for name in names):
-        return sorted(names, key=int)
-    return sorted(names)
+    return sorted(names, key=int) if are_numbers(names) else sorted(names)
 
 
-def label_index(row: Row, column: str, labels: Sequence[str]) -> int:
+def are_numbers(names: Iterable[str]) -> bool:
+    """Whether every label is a whole number."""
+    return all(re.fullmatch(r"-?\d+", name) for name in names)
+
+
+def label_index(row: Row, column: str, labels: Sequence[str], numbered: bool = False) -> int:
     """The number of this row's label among ``labels``.
 
-    A row may name its label or, when the names were given apart, number it from 0 (``false`` is 0, ``true`` is 1).
+    A row names its label or, where ``numbered``, may give its number from 0 (``false`` is 0, ``true`` is 1).
 
     Raises:
         ZOError: the label is not one of ``labels``.
@@ -114,7 +133,7 @@ def label_index(row: Row, column: str, labels: Sequence[str]) -> int:
     if name in labels:
         return list(labels).index(name)
     number = {"false": "0", "true": "1"}.get(name, name)
-    if number.isdecimal() and int(number) < len(labels) and not any(label.isdecimal() for label in labels):
+    if numbered and number.isdecimal() and int(number) < len(labels) and not any(label.isdecimal() for label in labels):
         return int(number)
     known = ", ".join(repr(label) for label in labels[:8]) + (", …" if len(labels) > 8 else "")
     raise ZOError(f"{row.where}: label {name!r} is not one of the labels of training ({known})")

@@ -79,6 +79,11 @@ def get(direction: str | Direction) -> Direction:
     return DIRECTIONS[direction]
 
 
+def is_ours(direction: Direction) -> bool:
+    """Whether this is one of :data:`DIRECTIONS`, which their names determine."""
+    return DIRECTIONS.get(direction.name) is direction
+
+
 # ‖u‖² is summed in integers: u is a multiple of 2⁻¹⁴, so u² · 2²⁸ is an integer and any order of summation, any
 # chunking and any sharding give the same value. int64 holds it for 3·10¹⁰ elements.
 _SQUARE_UNIT = round(1 / noise.GAUSSIAN_QUANTUM)

@@ -23,6 +23,10 @@ class ZOInternalError(RuntimeError):
     """One of our invariants is broken: please report it."""
 
 
+class ZOWarning(UserWarning):
+    """Something the user should know: what was ignored, or what runs more slowly and why."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A clause naming the closest valid choice, e.g. ``"; did you mean 'meazo'?"`` (or the list of choices)."""
     choices = list(choices)

@@ -6,7 +6,6 @@ says how the weights came about (rule, steps, base model, seed); the tensors are
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 import zowrap
@@ -23,9 +21,11 @@ from zowrap.files import TMP, move_into, read_json, remove, write_json, writing
 from zowrap.weights import (
     ADAPTER,
     INDEX,
+    SETTINGS,
     WEIGHTS,
     Path_,
     add_metadata,
+    opened,
     pickled_weights,
     read_metadata,
     require_safetensors,
@@ -290,12 +290,11 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
 # What a RUN's folder holds beside the model.
 _OF_THE_RUN = {"zowrap.json", "journal.jsonl", "metrics.jsonl", "training_args.json", "trainer_state.json"}
 _OF_THE_RUN |= {"zo_state.json", "all_results.json", "train_results.json", "eval_results.json"}
-_SETTINGS = (".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".spm", ".vocab")
 
 
 def _copy_settings(source: Path, to: Path) -> None:
     for file in sorted(source.iterdir()):
-        kept = file.suffix in _SETTINGS and file.name not in _OF_THE_RUN and not file.name.endswith(".index.json")
+        kept = file.suffix in SETTINGS and file.name not in _OF_THE_RUN and not file.name.endswith(".index.json")
         if file.is_file() and kept:
             shutil.copyfile(file, to / file.name)
 
@@ -309,9 +308,9 @@ def _rewrite(run: Path, to: Path, dtype: torch.dtype | None, max_shard_size: int
     tensors: dict[str, Tensor] = {}
     files = weight_files(run)
     for file in files:
-        with safe_open(os.fspath(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                tensor = opened.get_tensor(name)
+        with opened(file) as stored:
+            for name in stored.keys():  # noqa: SIM118 (not a dict)
+                tensor = stored.get_tensor(name)
                 tensors[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
     adapter = files[0].name == ADAPTER
     write_tensors(tensors, to, files[0].name if adapter else WEIGHTS, None if adapter else max_shard_size,

@@ -2,7 +2,7 @@
 
 The first line says what run it is (seed, rule, options, what moves); every other line is the record of one step: its
 number, losses, projected gradients and hyper-parameters. A step's noise follows from seed and step, so these few
-numbers are the whole update. Lines are only ever appended, each in one write: a kill can tear the last line at most,
+numbers are the whole update. Steps are only ever appended, each in one write: a kill can tear the last line at most,
 and a torn line is ignored and cut off.
 """
 
@@ -120,6 +120,12 @@ class Journal(Lines):
         write_text(path, json.dumps(header) + "\n")
         return cls(path, header)
 
+    def settle(self, environment: dict[str, Any]) -> None:
+        """Write the environment into the header of a journal that holds no step yet."""
+        self.close()
+        self.header = jsonable({**self.header, "environment": environment})
+        write_text(self.path, json.dumps(self.header) + "\n")
+
     @classmethod
     def read_from(cls, path: str | os.PathLike[str]) -> Journal | None:
         """The journal at ``path``, or ``None`` where there is none (or not even a whole first line).
@@ -222,7 +228,9 @@ def environment(zm: ZOModel) -> dict[str, Any]:
     """What the last bits of a sum depend on besides the run's options."""
     device = zm.parameters[0].tensor.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"torch": torch.__version__, "device": kind, "threads": torch.get_num_threads()}
+    found = {"torch": torch.__version__, "device": kind, "threads": torch.get_num_threads()}
+    # Before the first step nothing is compiled yet: a run that was to be compiled may still turn out to be eager.
+    return {**found, "engine": zm.inspect().engine} if zm.step_count else found
 
 
 def parameters_hash(zm: ZOModel) -> str:

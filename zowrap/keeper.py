@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, set_seed
@@ -12,8 +13,9 @@ from transformers.trainer_callback import ExportableState
 
 from zowrap import export
 from zowrap.errors import ZOError
-from zowrap.journal import Journal
-from zowrap.resume import Start, by_epoch, steps_per_epoch
+from zowrap.files import remove
+from zowrap.journal import Journal, environment
+from zowrap.resume import Start, by_epoch, say_differences, steps_per_epoch
 from zowrap.run import facts
 from zowrap.signals import StopSignal
 from zowrap.wrap import StepResult
@@ -41,8 +43,11 @@ class Keeper:
         flush_steps: results that may wait to be written.
     """
 
-    def __init__(self, trainer: ZOTrainer, base_model: str | None, config: dict[str, Any] | None) -> None:
+    def __init__(
+        self, trainer: ZOTrainer, base_model: str | None, config: dict[str, Any] | None, made_folder: bool
+    ) -> None:
         self.trainer = trainer
+        self._made_folder = made_folder
         self.config = config
         self.base = {"base_model": base_model} if base_model else {}
         self.best_step: int | None = None
@@ -53,6 +58,10 @@ class Keeper:
         self._journal: Journal | None = None
         self._pending: list[tuple[StepResult, float]] = []
         self._clock = self._flushed = time.monotonic()
+        self._there_before: set[Path] = set()
+        self._failed_at_once = False
+        self._settled = False
+        self._began_with: dict[str, Any] = {}
         self._skipped_in_a_row = 0
         self._total = self._count = 0.0
         self._window: list[tuple[float, float]] = []  # (loss, |projected gradient|) of the steps since the last log
@@ -63,6 +72,7 @@ class Keeper:
         """Make the folder ready for the step after ``start``: configuration, journal, metrics."""
         trainer, run = self.trainer, self.trainer.run
         run.path.mkdir(parents=True, exist_ok=True)
+        self._there_before, self._failed_at_once = set(run.path.rglob("*")), False
         self._pending, self._window, self._total, self._count = [], [], 0.0, 0.0
         self.best_step = self.best_metric = self._best_key = None
         self._skipped_in_a_row = 0
@@ -75,6 +85,7 @@ class Keeper:
                 )
             if not start.step:
                 export.save_settings(trainer.zm.model, run.path, trainer.tokenizer())
+        self._settled, self._began_with = False, start.environment
         self._journal = start.journal or Journal.start(run.journal_file, start.header)
         self._cut_metrics(start)
         for line in start.evaluations:
@@ -110,12 +121,26 @@ class Keeper:
         self._close_files(sync=True)
 
     def abandon(self) -> None:
-        """On the way out with an error: keep what is known, and add no second error."""
+        """On the way out with an error: keep what is known, and add no second error.
+
+        Of a start whose first loss was not finite, nothing is kept: there may even be an untuned "best" model.
+        """
         try:
             self._write_pending()
         except Exception:  # the first error is the one to tell
             self._pending = []
         self._close_files(sync=False)
+        if self._failed_at_once:
+            self._remove_what_is_new()
+
+    def _remove_what_is_new(self) -> None:
+        """After a start that came to nothing: the folder as it was before, so that the same call works again."""
+        run = self.trainer.run
+        for path in sorted(run.path.rglob("*"), reverse=True):
+            if path not in self._there_before:
+                remove(path)
+        if self._made_folder and not any(run.path.iterdir()):
+            run.path.rmdir()
 
     def _close_files(self, sync: bool) -> None:
         for lines in (self._journal, self.trainer.run.metrics):
@@ -137,14 +162,26 @@ class Keeper:
         self._clock = now
         first = self.trainer.zm.step_count == 1
         if first and bool(result.skipped):
-            self._pending = []
+            self._pending, self._failed_at_once = [], True
             losses = ", ".join(f"{value:g}" for value in result.losses.tolist())
             raise ZOError(
                 f"the loss is not finite from the start (it is {losses}): check the data and the labels, and whether "
                 "the model's own loss is finite; for a 16-bit model try dtype float32 or bfloat16"
             )
+        self._settle_environment()
         if first or len(self._pending) >= self.flush_steps or now - self._flushed >= FLUSH_SECONDS:
             self.flush()
+
+    def _settle_environment(self) -> None:
+        """After the first step of this process: which engine ran is now known."""
+        if self._settled or self._journal is None:
+            return
+        self._settled = True
+        ours = environment(self.trainer.zm)
+        if self.trainer.zm.step_count == 1:
+            self._journal.settle(ours)
+        elif self._began_with:
+            say_differences(self._began_with, ours, ("engine",))
 
     def flush(self) -> None:
         """Write what is pending to journal and metrics.
@@ -174,18 +211,18 @@ class Keeper:
 
     def _count_in(self, record: dict[str, Any], since: int) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if record["skipped"] else 0
-        loss, slope = _loss(record), _slope(record)
+        loss, projected_grad = _loss(record), _projected_grad(record)
         if math.isfinite(loss):
             self._total, self._count = self._total + loss, self._count + 1
             if record["step"] >= since:
-                self._window.append((loss, slope))
+                self._window.append((loss, projected_grad))
 
     def _metrics_line(self, record: dict[str, Any], seconds: float | None) -> dict[str, Any]:
-        slopes = record["projected_grad"]
+        estimates = record["projected_grad"]
         line = {
             "step": record["step"] + 1,
             "loss": _loss(record),
-            "projected_grad": slopes[0] if len(slopes) == 1 else slopes,
+            "projected_grad": estimates[0] if len(estimates) == 1 else estimates,
             "lr": record["lr"],
         }
         if record["skipped"]:
@@ -198,8 +235,8 @@ class Keeper:
         window, self._window = self._window, []
         if not window:
             return {"loss": math.nan}
-        loss, slope = (sum(values) / len(window) for values in zip(*window, strict=True))
-        return {"loss": loss, "projected_grad": slope}
+        loss, projected_grad = (sum(values) / len(window) for values in zip(*window, strict=True))
+        return {"loss": loss, "projected_grad": projected_grad}
 
     def mean_loss(self) -> float:
         """Mean loss of the run's finite steps."""
@@ -221,7 +258,8 @@ class Keeper:
         if self._best_key is None:
             self._best_key = _choose_key(metrics, args.metric_for_best_model)
         value = metrics.get(self._best_key) if self._best_key else None
-        if value is None or not math.isfinite(value):
+        losses = [v for k, v in metrics.items() if k.endswith("loss")]
+        if value is None or any(v is None or not math.isfinite(v) for v in (value, *losses)):
             return False
         greater = args.greater_is_better if args.metric_for_best_model else not str(self._best_key).endswith("loss")
         if self.best_metric is not None and not (value > self.best_metric if greater else value < self.best_metric):
@@ -295,7 +333,7 @@ def _loss(record: dict[str, Any]) -> float:
     return sum(record["losses"]) / len(record["losses"])
 
 
-def _slope(record: dict[str, Any]) -> float:
+def _projected_grad(record: dict[str, Any]) -> float:
     """Mean |projected gradient| over the step's directions."""
     return sum(map(abs, record["projected_grad"])) / len(record["projected_grad"])
 

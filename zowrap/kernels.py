@@ -200,6 +200,33 @@ class Kernels:
             ]
             self._run(("update", w.dtype, queries, decay), kernel, arrays, small)
 
+    def warm(
+        self, dtype: torch.dtype, device: torch.device, queries: int, points: int, decay: bool, rows: bool
+    ) -> None:
+        """Compile what parameters of ``dtype`` need, by running it on a dummy, so that no step stops half-way.
+
+        Args:
+            points: of the evaluations; 0 compiles the update alone.
+            rows: whether an embedding is perturbed.
+        """
+        w, one = torch.zeros(2, dtype=dtype, device=device), torch.ones((), device=device)
+        key = torch.zeros(2, dtype=torch.int32, device=device)
+        scalars = [one] * len(self.scalar_names)
+        seen = [torch.ones(2, device=device) for _ in self.rule.direction_slots]
+        coefficients = torch.zeros(points, device=device)
+        if self.direction_law.needs_norm:
+            self.squared_norm(w, key)
+        if points:
+            self.perturb(w, seen, key, one, scalars, coefficients, [w.clone() for _ in range(points)])
+        if points and rows:
+            ids = torch.zeros(1, dtype=torch.int64, device=device)
+            pairs = [slot.view(1, 2) for slot in seen]
+            self.perturb_rows(w.view(1, 2), pairs, ids, key, one, scalars, coefficients, points)
+        named = [torch.ones(queries, device=device) if n == "g" else one for n in self.coefficient_names]
+        slots = [torch.ones(2, device=device) for _ in self.slot_names]
+        keys, scales = [key] * queries, [one] * queries
+        self.update(w, slots, keys, scales, scalars, key, named, [one] * 3, one > 0, decay)
+
     # --- compilation ------------------------------------------------------------------------------------------
 
     def _run(self, name: tuple, kernel, arrays: list[Tensor], small: list[Tensor]) -> Sequence[Tensor]:

@@ -109,7 +109,7 @@ def perturb_linear(
     chunk = max(1, min(rows, SCRATCH_ELEMENTS // max(columns, 1)))
     scratch = _scratch_for(w.dtype, w.device, points, chunk * columns)
     flat, flat_slots = w.reshape(-1), [s.reshape(-1) for s in slots]
-    # A transposed product adds up over the chunks: in float32, so that 16-bit results are rounded once.
+    # A transposed product adds up over the chunks: in float32, so that 16-bit sums do not lose the later chunks.
     sums = torch.float32 if transposed and chunk < rows else w.dtype
     out = [torch.empty((inputs[0].shape[0], outputs), dtype=sums, device=w.device) for _ in range(points)]
     for first in range(0, rows, chunk):

@@ -8,11 +8,12 @@ storage with wrapper and adapter prefixes removed, so the noise does not depend 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from zowrap.errors import ZOError
@@ -61,18 +62,26 @@ def _matches(spec: TrainableSpec, name: str, tensor: Tensor) -> bool:
         return tensor.requires_grad
     if callable(spec):
         return bool(spec(name, tensor))
-    patterns = [spec] if isinstance(spec, str) else spec
-    return any(fnmatch.fnmatchcase(name, p) or re.search(p, name) is not None for p in map(_as_pattern, patterns))
+    return any(matches(pattern, name) for pattern in ([spec] if isinstance(spec, str) else spec))
 
 
-def _as_pattern(pattern: str) -> str:
+def matches(pattern: str, name: str) -> bool:
+    """Whether a name pattern names a parameter, or a module that holds it.
+
+    ``layers.1`` is layer 1 and not layer 10; ``*``, ``?`` and ``[…]`` are the shell's; a pattern with any of
+    ``^ $ ( ) | \\ + {`` is a regular expression, searched.
+
+    Raises:
+        ZOError: not a pattern.
+    """
     if not isinstance(pattern, str) or not pattern:
-        raise ZOError(f"trainable takes name patterns such as 'layers.*.mlp.*' (got {pattern!r})")
-    try:
-        re.compile(pattern)
-    except re.error:
-        return fnmatch.translate(pattern)
-    return pattern
+        raise ZOError(f"names are chosen by patterns such as 'layers.*.mlp.*' (got {pattern!r})")
+    if any(c in pattern for c in "^$()|\\+{"):
+        try:
+            return re.search(pattern, name) is not None
+        except re.error as error:
+            raise ZOError(f"{pattern!r} is not a regular expression: {error}") from None
+    return any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*"))
 
 
 def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]:
@@ -81,8 +90,8 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
     Args:
         model: any module. Without ``trainable``, what moves is what has ``requires_grad`` (so a PEFT model moves its
             adapters and keeps its base).
-        trainable: name patterns (shell style or regular expressions, matched against the canonical name) or a
-            predicate ``(name, tensor) -> bool``.
+        trainable: name patterns (see :func:`matches`), each of which must match something, or a predicate
+            ``(name, tensor) -> bool``.
 
     Raises:
         ZOError: nothing is left to tune, a pattern matches nothing, or a selected tensor is not floating point.
@@ -91,11 +100,19 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
     tensors: dict[tuple, Tensor] = {}
     tensor: Tensor
     for name, tensor in model.named_parameters(remove_duplicate=False):
-        key = (
-            (tensor.data_ptr(), tensor.device, tensor.shape) if tensor.numel() and not tensor.is_meta else (id(tensor),)
-        )
+        if ".original_module." in name:  # PEFT keeps what modules_to_save replaced; it takes no part in the loss
+            continue
+        key = _place(tensor)
         by_storage.setdefault(key, []).append(name)
         tensors.setdefault(key, tensor)
+    if trainable is not None and not callable(trainable):
+        known = [canonical_name(n) for names in by_storage.values() for n in names]
+        for pattern in [trainable] if isinstance(trainable, str) else trainable:
+            if not any(matches(pattern, name) for name in known):
+                raise ZOError(
+                    f"nothing is left to tune by trainable={pattern!r}: it matches none of the model's {len(known)} "
+                    f"parameters (for example {known[0] if known else 'none at all'})"
+                )
     chosen: list[Parameter] = []
     for key, names in by_storage.items():
         tensor, name = tensors[key], canonical_name(names[0])
@@ -112,23 +129,50 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
         )
         example = next((canonical_name(n[0]) for n in by_storage.values()), "none at all")
         raise ZOError(f"nothing is left to tune: {asked} (the model has {len(by_storage)}, for example {example})")
-    _check_storages(chosen)
+    _check_devices(chosen)
+    _check_overlaps(chosen)
     if len({p.id for p in chosen}) != len(chosen):
         raise ZOError("two tunable parameters share one canonical name: give the adapters distinct names")
+    for parameter in chosen:
+        if not parameter.tensor.is_contiguous():
+            parameter.tensor.data = parameter.tensor.data.contiguous()
     return chosen
 
 
-def _check_storages(parameters: Sequence[Parameter]) -> None:
-    """One device, and no two parameters that overlap in memory without being the same tensor."""
-    devices = {p.tensor.device for p in parameters}
+def _place(tensor: Tensor) -> tuple:
+    """Equal for two names of one tensor: where its elements lie."""
+    if not tensor.numel() or tensor.is_meta:
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _check_devices(parameters: Sequence[Parameter]) -> None:
+    devices = sorted({str(p.tensor.device) for p in parameters})
     if len(devices) > 1:
-        raise ZOError(
-            f"the tunable parameters lie on several devices ({', '.join(sorted(map(str, devices)))}): use one"
-        )
-    for parameter in parameters:
-        if not parameter.tensor.is_contiguous():
-            with torch.no_grad():
-                parameter.tensor.data = parameter.tensor.data.contiguous()
+        raise ZOError(f"the tunable parameters lie on several devices ({', '.join(devices)}): use one")
+
+
+def _check_overlaps(parameters: Sequence[Parameter]) -> None:
+    """Two parameters that share memory without being the same tensor would get two directions and two updates."""
+    spans = []
+    for p in parameters:
+        if p.tensor.numel() and not p.tensor.is_meta:
+            last = sum((size - 1) * stride for size, stride in zip(p.tensor.shape, p.tensor.stride(), strict=True))
+            start = p.tensor.data_ptr()
+            spans.append((start, start + (last + 1) * p.tensor.element_size(), p.name))
+    spans.sort()
+    for (_, end, first), (start, _, second) in itertools.pairwise(spans):
+        if start < end:
+            raise ZOError(
+                f"{first} and {second} share memory without being the same tensor (a view or a transpose): untie them, "
+                f"or leave one out of trainable"
+            )
+
+
+def parameters_hash(parameters: Sequence[Parameter]) -> str:
+    """Names and shapes of what moves, as 16 hexadecimal digits."""
+    text = "\n".join(f"{p.name} {tuple(p.tensor.shape)}" for p in parameters)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def count(parameters: Sequence[Parameter]) -> int:

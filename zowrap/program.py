@@ -137,9 +137,12 @@ class Program:
         """Hash of what the program computes: its operations, shapes and constants' names."""
         digest = hashlib.blake2b(digest_size=8)
         for node in self.graph.nodes:
-            digest.update(f"{node.op} {node.target} {node.args} {node.kwargs}".encode())
-        for given in self.inputs:
-            digest.update(f"{given.kind}:{given.target}".encode())
+            target = getattr(node.target, "__qualname__", str(node.target)) if callable(node.target) else node.target
+            name = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else target
+            digest.update(f"{node.op} {name} {node.args} {node.kwargs}".encode())
+        for given, value in zip(self.inputs, self.fakes(), strict=True):
+            size = [str(s) for s in value.shape] if isinstance(value, torch.Tensor) else ""
+            digest.update(f"{given.kind}:{given.target} {size} {getattr(value, 'dtype', '')}".encode())
         return digest.hexdigest()
 
     def __call__(self, inputs: Sequence[Any]) -> Sequence[Any]:

@@ -21,11 +21,12 @@ from transformers import TrainerState
 from zowrap.errors import ZOError
 from zowrap.files import remove
 from zowrap.journal import Journal, describe
-from zowrap.run import check_start, load_checkpoint, replay
+from zowrap.run import check_start, checkpoint_environment, load_checkpoint, replay
 
 if TYPE_CHECKING:
     from zowrap.config import ZOConfig
     from zowrap.trainer import ZOTrainer
+    from zowrap.wrap import ZOModel
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Start:
         finished: nothing is left to do.
         evaluations: the lines of metrics.jsonl that are evaluations, up to ``step``.
         metric: the metric that a plateau schedule follows.
+        environment: what the run began with, see :func:`zowrap.journal.environment`.
     """
 
     step: int
@@ -49,6 +51,7 @@ class Start:
     finished: bool = False
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     metric: str | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
 
     def scheduler_steps(self, scheduler: Any) -> Iterable[tuple[float, ...]]:
         """The arguments of the calls of ``scheduler.step`` that were made so far."""
@@ -73,8 +76,8 @@ def find_start(trainer: ZOTrainer, resume: str | bool | None) -> Start:
     Raises:
         ZOError: the folder holds another run, or a run although it is to start from the first step.
     """
-    run, zm = trainer.run, trainer.zm
-    header = describe(zm, blocks=trainer.args.blocks, model_name=trainer._keeper.base.get("base_model"))
+    run = trainer.run
+    header = describe(trainer.zm, blocks=trainer.args.blocks, model_name=trainer._keeper.base.get("base_model"))
     fresh = Start(0, _first_state(trainer), None, header)
     if not resume:
         return _from_the_first_step(trainer, fresh)
@@ -92,12 +95,15 @@ def find_start(trainer: ZOTrainer, resume: str | bool | None) -> Start:
     if step == 0:
         say(f"{run.path} has nothing to go on from: starting from the first step")
         return _from_the_first_step(trainer, fresh, clear=True)
+    began_with = (journal.header.get("environment") if journal else None) or {}
+    if saved and not began_with:
+        began_with = checkpoint_environment(run.checkpoint(saved))
+    zm = _use_environment(trainer, began_with, header["environment"])
     if saved:
         state = _state_of(load_checkpoint(run.checkpoint(saved), zm))
     elif journal is not None and zm.step_count == 0:
         check_start(zm, journal)
     if journal is not None:
-        _use_environment(journal.header.get("environment") or {}, header["environment"])
         if zm.step_count > step:
             raise ZOError(f"the model has moved past step {step}, where this run goes on: load the base model anew")
         replay(zm, journal, until=step)
@@ -105,7 +111,7 @@ def find_start(trainer: ZOTrainer, resume: str | bool | None) -> Start:
     state.global_step = step
     evaluations = [line for _, _, line in run.metrics.read() if line["step"] <= step and "projected_grad" not in line]
     done = step >= fresh.state.max_steps and status == "finished"
-    return Start(step, state, journal, header, done, evaluations, trainer.args.metric_for_best_model)
+    return Start(step, state, journal, header, done, evaluations, trainer.args.metric_for_best_model, began_with)
 
 
 def _from_the_first_step(trainer: ZOTrainer, fresh: Start, clear: bool = False) -> Start:
@@ -127,12 +133,15 @@ def _from_the_first_step(trainer: ZOTrainer, fresh: Start, clear: bool = False) 
 
 def _from_checkpoint(trainer: ZOTrainer, checkpoint: Path, header: dict[str, Any]) -> Start:
     """Go on from one checkpoint, whatever came after it."""
-    run, zm = trainer.run, trainer.zm
+    run = trainer.run
     inside = _same(checkpoint.parent, run.path)
     if not inside and run.exists():
         raise ZOError(f"{run.path} already holds a run: {checkpoint} of another one cannot go on there")
-    state = _state_of(load_checkpoint(checkpoint, zm))
     journal = Journal.resume(run.journal_file, header) if inside else None
+    began_with = (journal.header.get("environment") if journal else None) or checkpoint_environment(checkpoint)
+    zm = _use_environment(trainer, began_with, header["environment"])
+    header = {**header, "environment": began_with or header["environment"]}  # of a journal that begins in the middle
+    state = _state_of(load_checkpoint(checkpoint, zm))
     step = state.global_step = zm.step_count
     if journal is not None:
         later = [s for s in run.checkpoints() if s > step]
@@ -142,16 +151,29 @@ def _from_checkpoint(trainer: ZOTrainer, checkpoint: Path, header: dict[str, Any
             remove(run.checkpoint(each))
         journal.keep(step)
     evaluations = [line for _, _, line in run.metrics.read() if line["step"] <= step and "projected_grad" not in line]
-    return Start(step, state, journal, header, False, evaluations, trainer.args.metric_for_best_model)
+    return Start(step, state, journal, header, False, evaluations, trainer.args.metric_for_best_model, began_with)
 
 
-def _use_environment(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Take the run's thread count, and say what else differs: then the last bits of later steps may too."""
+def _use_environment(trainer: ZOTrainer, theirs: dict[str, Any], ours: dict[str, Any]) -> ZOModel:
+    """Take the run's thread count and engine, and say what else differs. Returns the wrapped model to go on with.
+
+    A run that was to be compiled and turned out to be eager stays eager. One that was compiled and no longer can be
+    is told of after its next step: going on matters more than the last bits.
+    """
     threads = theirs.get("threads")
     if threads and threads != ours["threads"]:
         torch.set_num_threads(threads)
         say(f"going on with {threads} threads, as the run began")
-    for name in ("torch", "device"):
+    say_differences(theirs, ours, ("torch", "device"))
+    if theirs.get("engine") == "eager" and trainer.args.engine is None and not trainer.zm.step_count:
+        say("going on with the eager engine, as the run began")
+        trainer.wrap("eager")
+    return trainer.zm
+
+
+def say_differences(theirs: dict[str, Any], ours: dict[str, Any], names: Iterable[str]) -> None:
+    """Say what of the environment is not as the run began: the last bits of later steps may then differ."""
+    for name in names:
         if theirs.get(name, ours[name]) != ours[name]:
             say(
                 f"the run began with {name} {theirs[name]}, now it is {ours[name]}: later steps may differ in last bits"

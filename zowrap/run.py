@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import zowrap
 from zowrap import export, weights
 from zowrap.errors import ZOError
 from zowrap.files import TMP, read_json, remove, sync, write_json, writing
-from zowrap.journal import Journal, Lines, fingerprint
+from zowrap.journal import Journal, Lines, environment, fingerprint
 from zowrap.parameters import canonical_name
 
 if TYPE_CHECKING:
@@ -122,11 +121,12 @@ class Run:
             tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
             for index in _unsaved(zm, beside):
                 tensors[f"weights/{zm.parameters[index].name}"] = zm.parameters[index].tensor
-            copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-            save_file(copies, beside / TENSORS, metadata={"format": "pt"})
+            there = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            save_file(there, beside / TENSORS, metadata={"format": "pt"})
             sync(beside / TENSORS)
             write_json(beside / TRAINER, trainer_state)
-            write_json(beside / STATE, {name: value for name, value in state.items() if name not in tensors})
+            rest = {name: value for name, value in state.items() if name not in tensors}
+            write_json(beside / STATE, {**rest, "environment": environment(zm)})
             remove(place)
             os.replace(beside, place)
         if keep > 0:
@@ -138,6 +138,11 @@ class Run:
         """Remove what a kill in the middle of a write left behind."""
         for entry in list(self.path.glob(f"*{TMP}")) if self.path.is_dir() else []:
             remove(entry)
+
+
+def checkpoint_environment(directory: Path) -> dict[str, Any]:
+    """The environment that a checkpoint was written in; empty where it does not say."""
+    return read_json(directory / STATE).get("environment") or {} if (directory / STATE).is_file() else {}
 
 
 def load_checkpoint(directory: str | os.PathLike[str], zm: ZOModel) -> dict[str, Any]:
@@ -152,7 +157,10 @@ def load_checkpoint(directory: str | os.PathLike[str], zm: ZOModel) -> dict[str,
     directory = Path(directory)
     if not (directory / STATE).is_file():
         raise ZOError(f"{directory} is not a checkpoint of zowrap: there is no {STATE} in it")
-    tensors = load_file(directory / TENSORS) if (directory / TENSORS).is_file() else {}
+    tensors: dict[str, Tensor] = {}
+    if (directory / TENSORS).is_file():
+        with weights.opened(directory / TENSORS) as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     apart = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
     state = {name: t for name, t in tensors.items() if not name.startswith("weights/")}
     stored = list(_stored_weights(directory, zm, apart))  # all checked before anything changes
@@ -185,7 +193,7 @@ def _stored_weights(directory: Path, zm: ZOModel, apart: dict[str, Tensor]) -> I
             if index not in found:
                 raise ZOError(f"{directory} is of another model: it has no {parameter.name}")
             file, name = found[index]
-            with safe_open(os.fspath(file), framework="pt") as opened:
+            with weights.opened(file) as opened:
                 stored = opened.get_tensor(name)
         if stored.shape != parameter.tensor.shape or stored.dtype != parameter.tensor.dtype:
             raise ZOError(
@@ -200,7 +208,7 @@ def _stored_parameters(zm: ZOModel, directory: Path) -> dict[int, tuple[Path, st
     _, prefix = export.saved_part(zm.model)
     where: dict[str, tuple[Path, str]] = {}
     for file in weights.weight_files(directory):
-        with safe_open(os.fspath(file), framework="pt") as opened:
+        with weights.opened(file) as opened:
             where.update({canonical_name(prefix + name): (file, name) for name in opened.keys()})  # noqa: SIM118
     found = {}
     for index, parameter in enumerate(zm.parameters):
@@ -216,17 +224,20 @@ def _unsaved(zm: ZOModel, directory: Path) -> list[int]:
     An adapter's base, a format that fuses or transposes weights: a checkpoint keeps those tensors apart.
     """
     found = _stored_parameters(zm, directory)
-    return [i for i, p in enumerate(zm.parameters) if i not in found or not _same_start(*found[i], p.tensor)]
+    return [i for i, p in enumerate(zm.parameters) if i not in found or not _holds(*found[i], p.tensor)]
 
 
-def _same_start(file: Path, name: str, tensor: Tensor) -> bool:
-    """Same shape, dtype and first row: a stored transpose of a square matrix is told apart."""
-    with safe_open(os.fspath(file), framework="pt") as opened:
-        stored = opened.get_slice(name)
-        if tuple(stored.get_shape()) != tuple(tensor.shape):
+def _holds(file: Path, name: str, tensor: Tensor) -> bool:
+    """Whether the file holds exactly this tensor under that name: shape, dtype and every bit."""
+    with weights.opened(file) as opened:
+        if tuple(opened.get_slice(name).get_shape()) != tuple(tensor.shape):
             return False
-        first, present = (opened.get_tensor(name), tensor) if tensor.ndim == 0 else (stored[:1], tensor[:1])
-        return first.dtype == tensor.dtype and bool(first.equal(present.detach().cpu()))
+        stored = opened.get_tensor(name)
+    return stored.dtype == tensor.dtype and _bits(stored).equal(_bits(tensor.detach().cpu()))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def facts(zm: ZOModel) -> dict[str, str]:

@@ -85,12 +85,12 @@ def update_leaf(
         New weights in ``w``'s dtype, and new slots.
     """
     g = directions if rule.leaf_takes_directions else combine(coefficients["g"], directions)
-    value = w.float()
+    value = at_least_float32(w)
     if decay:
         value = value * (1 - hyper["lr"] * hyper["weight_decay"])
     value, new_slots = rule.leaf(value, g, slots, coefficients, hyper)
     rounded = value.to(w.dtype) if bits is None else rounding.stochastic(value, bits, w.dtype)
-    kept = {name: torch.where(apply, new_slots[name], slots[name]) for name in slots}
+    kept = {name: torch.where(apply, new_slots[name].to(slots[name].dtype), slots[name]) for name in slots}
     return torch.where(apply, rounded, w), kept
 
 
@@ -106,5 +106,10 @@ def reduced(reduce: Callable[[Scalars], Scalars], slots: Scalars) -> Scalars:
 
 
 def perturbed(w: Tensor, z: Tensor, coefficient: Tensor) -> Tensor:
-    """w + coefficient · z in float32, returned in ``w``'s dtype; ``coefficient`` is ±ε as a 0-d float32 tensor."""
-    return (w.float() + coefficient * z).to(w.dtype)
+    """w + coefficient · z, at least in float32, in ``w``'s dtype; ``coefficient`` is ±ε as a 0-d float32 tensor."""
+    return (at_least_float32(w) + coefficient * z).to(w.dtype)
+
+
+def at_least_float32(w: Tensor) -> Tensor:
+    """16-bit weights are computed with in float32, float64 weights in float64."""
+    return w if w.dtype == torch.float64 else w.float()

@@ -97,11 +97,24 @@ class ZOTrainer(Trainer):
         # eval_dataset is the fifth argument of the Trainer, the third after (model, args).
         eval_dataset = kwargs.get("eval_dataset", positional[2] if len(positional) > 2 else None)
         args.evaluates(eval_dataset is not None)
+        made_folder = not Path(str(args.output_dir)).exists()  # the Trainer makes it
         super().__init__(model, args, *positional, **kwargs)
         self.batch_metrics = batch_metrics
         self.run = Run(str(args.output_dir))
-        self.zm = zo_wrap(
-            model,
+        self._bare, self._loss_fn = model, loss_fn
+        self.wrap(args.engine)
+        self._keeper = Keeper(self, base_model or export.model_name(model), config, made_folder)
+        self.add_callback(KeeperCallback(self._keeper))
+        self.resumed_from = 0
+        self.interrupted = False
+        self._resuming: Start | None = None
+        self._sums = evaluation.Evaluation()
+
+    def wrap(self, engine: str | None) -> None:
+        """Wrap the model, with the rule at its first step: ``zm`` is then another."""
+        args = self.args
+        self.zm: ZOModel = zo_wrap(
+            self._bare,
             args.rule_object(),
             lr=args.learning_rate,
             eps=args.eps,
@@ -112,17 +125,11 @@ class ZOTrainer(Trainer):
             blocks=args.blocks,
             block_order=args.block_order,
             trainable=args.trainable,
-            loss_fn=loss_fn,
-            engine=args.engine,
+            loss_fn=self._loss_fn,
+            engine=engine,
             weight_decay=args.weight_decay,
         )
         self._loss = self.zm.loss_module
-        self._keeper = Keeper(self, base_model or export.model_name(model), config)
-        self.add_callback(KeeperCallback(self._keeper))
-        self.resumed_from = 0
-        self.interrupted = False
-        self._resuming: Start | None = None
-        self._sums = evaluation.Evaluation()
 
     # --- what a step is ----------------------------------------------------------------------------------------
 

@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from zowrap.errors import ZOError
@@ -19,17 +21,34 @@ Path_ = str | os.PathLike[str]
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_PICKLED_WEIGHTS = ("pytorch_model", "adapter_model", "model", "consolidated")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLED_WEIGHTS = ("pytorch_model", "adapter_model", "model", "consolidated")
+# What a model folder holds beside its weights: configuration, tokenizer, code, notes.
+SETTINGS = (".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".spm", ".vocab")
 
 # --- the header of a safetensors file ----------------------------------------------------------------------------
 # Eight bytes: the header's length, little endian. The header: JSON, ``__metadata__`` a map of strings. Then the data.
 
 
+@contextmanager
+def opened(file: Path_) -> Iterator[Any]:
+    """A safetensors file, open for reading.
+
+    Raises:
+        ZOError: it is empty, cut off, or something else.
+    """
+    try:
+        with safe_open(os.fspath(file), framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise ZOError(f"{os.fspath(file)} is not a whole safetensors file ({reason}): get it anew") from error
+
+
 def read_metadata(file: Path_) -> dict[str, str]:
     """``__metadata__`` of a safetensors file."""
-    with safe_open(os.fspath(file), framework="pt") as opened:
-        return dict(opened.metadata() or {})
+    with opened(file) as tensors:
+        return dict(tensors.metadata() or {})
 
 
 def add_metadata(file: Path, metadata: Mapping[str, str]) -> None:
@@ -64,20 +83,25 @@ def weight_files(directory: Path_) -> list[Path]:
 
 def pickled_weights(directory: Path_) -> list[Path]:
     """Weight files of a model folder that are pickles."""
-    found = (p for p in Path(directory).iterdir() if p.is_file() and p.suffix in _PICKLES)
-    return sorted(p for p in found if p.name.startswith(_PICKLED_WEIGHTS))
+    found = (p for p in Path(directory).iterdir() if p.is_file() and p.suffix in PICKLES)
+    return sorted(p for p in found if p.name.startswith(PICKLED_WEIGHTS))
 
 
 def require_safetensors(model_dir: Path_) -> None:
     """Check that a local folder holds weights that can be loaded without running what they contain.
 
     Raises:
-        ZOError: there are no weights, or only pickled ones (the message has the command that converts them).
+        ZOError: there are no weights, damaged ones, or only pickled ones (the message has the command that converts
+            them).
     """
     directory = Path(model_dir)
     if not directory.is_dir():
         raise ZOError(f"{directory} is not a folder with a model")
-    if weight_files(directory) or any(directory.glob("*.safetensors")):
+    files = weight_files(directory) or list(directory.glob("*.safetensors"))
+    for file in files:
+        with opened(file):
+            pass
+    if files:
         return
     pickles = pickled_weights(directory)
     if pickles:

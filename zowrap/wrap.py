@@ -7,6 +7,7 @@ The story is in :func:`zo_wrap` and :meth:`ZOModel.step`; everything they call i
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from zowrap import directions, estimators, noise, rules
 from zowrap.engines import ENGINES, DirectionStream, Job, build_engine
 from zowrap.errors import ZOError, nearest
 from zowrap.loss import LossFn, LossModule
-from zowrap.parameters import Parameter, TrainableSpec, select
+from zowrap.parameters import Parameter, TrainableSpec, parameters_hash, select
 from zowrap.rules import Rule
 from zowrap.rules.base import check_positive
 from zowrap.step import reduced
@@ -111,6 +112,10 @@ def zo_wrap(
     parameters = select(model, trainable)
     device = parameters[0].tensor.device
     partition = block_lib.partition(parameters, blocks)
+    moving = sorted(i for block in partition for i in block.indices)
+    if len(moving) < len(parameters):  # what no block holds stays as it is
+        parameters = [parameters[i] for i in moving]
+        partition = block_lib.partition(parameters, blocks)
     hyper = {"lr": float(rule.lr if lr is None else lr), "eps": float(eps), "weight_decay": float(weight_decay)}
     job = Job(
         loss=LossModule(model, loss_fn),
@@ -130,6 +135,12 @@ def zo_wrap(
 
 def _new_slot(slot: rules.Slot, parameter: Parameter) -> Tensor:
     return torch.full(parameter.tensor.shape, slot.initial, dtype=torch.float32, device=parameter.tensor.device)
+
+
+def _groups(points: Sequence[estimators.Point], device: torch.device) -> list[tuple[int | None, Tensor]]:
+    """Neighbouring points of one direction are evaluated together: (direction or None for θ itself, their signs)."""
+    groups = itertools.groupby(points, key=lambda p: p.direction if p.coefficient else None)
+    return [(direction, torch.tensor([p.coefficient for p in group], device=device)) for direction, group in groups]
 
 
 class ZOModel:
@@ -159,6 +170,7 @@ class ZOModel:
         self._values = values
         self._ids = torch.tensor([p.id for p in job.parameters], dtype=torch.int64, device=job.device)
         self._points = (job.rule.points or estimator.points)(job.queries)
+        self._groups = _groups(self._points, job.device)
         self._engine = build_engine(engine, job, job.rule.project or estimator.project, len(self._points))
         self._sums: Tensor | None = None
         self._weight: Tensor | None = None
@@ -266,19 +278,11 @@ class ZOModel:
         """float64 ``[points]`` loss sums and their 0-d weight, points of one direction evaluated together."""
         streams = self._current_streams()
         results: list[Tensor] = []
-        position = 0
         weights = torch.zeros(())
-        while position < len(self._points):
-            point = self._points[position]
-            group = [p for p in self._points[position:] if p.direction == point.direction and p.coefficient != 0]
-            if point.coefficient == 0:
-                group, stream = [point], None
-            else:
-                stream = streams[point.direction]
-            signs = torch.tensor([p.coefficient for p in group], device=self._job.device)
+        for direction, signs in self._groups:
+            stream = None if direction is None else streams[direction]
             sums, weights = self._engine.losses(batch, stream, signs * self._job.hyper["eps"])
             results.append(sums.double().sum(-1))
-            position += len(group)
         return torch.cat(results), weights.double().sum()
 
     @torch.no_grad()
@@ -365,6 +369,11 @@ class ZOModel:
         self._set(eps=float(value))
 
     def _set(self, **values: float) -> None:
+        if (values.get("weight_decay", 0.0) > 0) != self._job.decays and "weight_decay" in values:
+            raise ZOError(
+                f"this was recorded with weight_decay={values['weight_decay']:g}, the model is wrapped with "
+                f"weight_decay={self._values['weight_decay']:g}: wrap it with the recorded one"
+            )
         for name, value in values.items():
             if value != self._values[name]:
                 self._values[name] = value
@@ -388,13 +397,15 @@ class ZOModel:
             "queries": job.queries,
             "blocks": [block.name for block in job.blocks],
             "block_order": self.block_order,
+            "parameters": parameters_hash(job.parameters),
+            "loss": job.loss.form,
             **self._values,
         }
         for block, scalars in zip(job.blocks, job.states, strict=True):
             state.update({f"scalars/{block.name}/{name}": value.clone() for name, value in scalars.items()})
         for slot, tensors in job.slots.items():
             for parameter, tensor in zip(job.parameters, tensors, strict=True):
-                state[f"slots/{slot}/{parameter.name}"] = tensor
+                state[f"slots/{slot}/{parameter.name}"] = tensor.clone()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -410,13 +421,20 @@ class ZOModel:
                     f"this state was saved with {name}={state.get(name)!r}, the model is wrapped with {mine[name]!r}"
                 )
         tensors = {name: value for name, value in mine.items() if isinstance(value, Tensor)}
+        if state.get("parameters") != mine["parameters"]:
+            raise ZOError("this state is of another model: its tunable parameters have other names or shapes")
+        missing = [name for name in mine if name not in state]
+        if missing:
+            raise ZOError(f"this is not the state of such a model: {missing[0]} is missing")
         for name, tensor in tensors.items():
-            if not isinstance(state.get(name), Tensor) or state[name].shape != tensor.shape:
-                raise ZOError(f"this state is of another model: {name} is missing or has another shape")
+            if not isinstance(state[name], Tensor) or state[name].shape != tensor.shape:
+                raise ZOError(f"this state is of another model: {name} has another shape")
         extra = [n for n, v in state.items() if isinstance(v, Tensor) and n not in tensors]
         if extra:
             raise ZOError(f"this state is of another model: it also holds {extra[0]}")
+        self._set(**{name: float(state[name]) for name in self._values})
         job = self._job
+        job.loss.settle_as(state["loss"])
         for block, scalars in zip(job.blocks, job.states, strict=True):
             for name, value in scalars.items():
                 value.copy_(state[f"scalars/{block.name}/{name}"])
@@ -424,7 +442,6 @@ class ZOModel:
             for parameter, tensor in zip(job.parameters, slot_tensors, strict=True):
                 tensor.copy_(state[f"slots/{slot}/{parameter.name}"])
         self.step_count, self.seed = int(state["step"]), int(state["seed"])
-        self._set(**{name: float(state[name]) for name in self._values})
         self.discard()
 
     def save_pretrained(self, directory: str, metadata: dict[str, str] | None = None, **options: Any) -> None:

@@ -90,9 +90,26 @@ def test_rules(zowrap_cli: Cli) -> None:
 def test_env(zowrap_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     record = zowrap_cli("env", "--json").json
     assert record["packages"]["torch"] and record["devices"] and record["works"]["Parquet"]
+    assert not any("8-bit" in part for part in record["works"])
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert zowrap_cli("env", "--json").json["works"]["compiled engine"].startswith("no: no C++ compiler")
     assert "compiled engine" in zowrap_cli("env").out
+
+
+def test_our_warnings_are_lines_wherever_they_come_from(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import warnings
+
+    from zowrap.cli.console import quiet_libraries
+
+    from zowrap.errors import ZOWarning
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    quiet_libraries()
+    warnings.warn_explicit("4 GPUs are visible, one is used", ZOWarning, "/somewhere/cli/tune.py", 1)
+    warnings.warn_explicit("zowrap is not our concern", UserWarning, "/site-packages/zowrap/of/others.py", 1)
+    assert capsys.readouterr().err == "warning: 4 GPUs are visible, one is used\n"
 
 
 def test_inspect(zowrap_cli: Cli, models: dict[str, Path]) -> None:

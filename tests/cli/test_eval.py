@@ -45,6 +45,21 @@ def test_predictions_are_one_line_per_row(
         assert line["prediction"] == max(line["probabilities"], key=line["probabilities"].get)
 
 
+def test_predictions_say_which_row_they_are_of(zowrap_cli: Cli, models: dict[str, Path], tmp_path: Path) -> None:
+    rows = reviews(10, seed=1)
+    rows[2] = {"text": "", "label": "bad"}  # nothing to learn from as plain text: left out
+    file, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "predictions.jsonl"
+
+    def predicted(*options: object) -> list[dict]:
+        told = zowrap_cli("eval", *options, "--data", file, "--predictions", out, "--batch-size", 3)
+        assert told.code == 0, told.err
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    assert [line["row"] for line in predicted(models["causal"], "--task", "lm")] == [0, 1, *range(3, 10)]
+    some = predicted(models["encoder"], "--max-eval-examples", 4)
+    assert len(some) == 4 and [line["label"] for line in some] == [rows[line["row"]]["label"] for line in some]
+
+
 def test_people_get_one_line(zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path]) -> None:
     told = zowrap_cli("eval", models["encoder"], "--data", data["test"])
     assert told.code == 0 and told.out.startswith("loss ") and told.out.count("\n") == 1

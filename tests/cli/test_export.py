@@ -64,6 +64,57 @@ def test_a_pickled_model_is_converted_when_allowed(
     assert measured[0] == measured[1]
 
 
+@pytest.fixture
+def hub(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of models that stands for the hub; ``org/pickled`` has its weights as a pickle."""
+    import fnmatch
+
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    root = tmp_path / "hub"
+    shutil.copytree(models["encoder"], root / "org" / "whole")
+    shutil.copytree(models["encoder"], root / "org" / "pickled")
+    weights = root / "org" / "pickled" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+
+    def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        if not (root / name).is_dir():
+            raise LocalEntryNotFoundError("Cannot find the requested files in the disk cache.")
+        cache = tmp_path / "cache" / name
+        cache.mkdir(parents=True, exist_ok=True)
+        for file in (root / name).iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, cache)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return root
+
+
+def test_a_model_of_the_hub_is_fetched_and_converted(
+    zowrap_cli: Cli, hub: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    told = zowrap_cli("export", "org/pickled", "--to", tmp_path / "out")
+    assert told.code == 2 and "zowrap export org/pickled --to DIR --allow-pickle" in told.err
+    assert not (tmp_path / "cache/org/pickled/pytorch_model.bin").exists()
+    wanted = load_file(models["encoder"] / "model.safetensors")
+    for name in ("pickled", "whole"):
+        told = zowrap_cli("export", f"org/{name}", "--to", tmp_path / name, "--allow-pickle")
+        assert told.code == 0, told.err
+        made = load_file(tmp_path / name / "model.safetensors")
+        assert made.keys() == wanted.keys() and all(made[n].equal(wanted[n]) for n in made)
+        assert (tmp_path / name / "tokenizer.json").is_file()
+    told = zowrap_cli("export", "org/nothing", "--to", tmp_path / "x", "--allow-pickle")
+    assert told.code == 2 and "the hub did not give it" in told.err and "HF_TOKEN" in told.err
+    (hub / "org" / "pickled" / "pytorch_model.bin").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    told = zowrap_cli("export", "org/pickled", "--to", tmp_path / "x", "--allow-pickle")
+    assert told.code == 2 and "holds no weights" in told.err
+    assert not (tmp_path / "x").exists()
+
+
 def test_wrong_input(zowrap_cli: Cli, run: Path, models: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

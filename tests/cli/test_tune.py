@@ -191,6 +191,13 @@ def test_a_label_that_training_never_saw(
         "tune", models["encoder"], "--data", data["train"], "--eval-data", file, *QUICK, "--out", tmp_path / "run"
     )
     assert_refused(told, "dev.jsonl line 4: label 'odd' is not one of the labels of training ('bad', 'good')")
+    for number in (1, True):
+        write_rows(file, [*reviews(3), {"text": "movie", "label": number}])
+        command = ("tune", models["encoder"], "--data", data["train"], "--eval-data", file, *QUICK)
+        told = zowrap_cli(*command, "--out", tmp_path / "run")
+        assert_refused(told, f"dev.jsonl line 4: label '{str(number).lower()}' is not one of the labels of training")
+    told = zowrap_cli(*command, "--labels", "bad,good", "--out", tmp_path / "run")
+    assert told.code == 0, told.err
 
 
 def test_models_that_cannot_be_loaded(
@@ -202,6 +209,9 @@ def test_models_that_cannot_be_loaded(
     assert_refused(tune("./nowhere"), "no such model directory: ./nowhere")
     bare = tmp_path / "bare"
     shutil.copytree(models["encoder"], bare)
+    for content in (b"", (bare / "model.safetensors").read_bytes()[:-10]):
+        (bare / "model.safetensors").write_bytes(content)
+        assert_refused(tune(bare), "model.safetensors is not a whole safetensors file")
     (bare / "model.safetensors").unlink()
     assert_refused(tune(bare), "no weights")
     torch.save({}, bare / "pytorch_model.bin")
@@ -241,8 +251,10 @@ def test_a_loss_that_is_nan_from_the_start(zowrap_cli: Cli, data: dict[str, Path
     weights = safetensors.torch.load_file(model / "model.safetensors")
     weights["embeddings.word_embeddings.weight"].fill_(float("nan"))
     safetensors.torch.save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    told = zowrap_cli("tune", model, "--data", data["train"], *QUICK, "--out", tmp_path / "run")
-    assert_refused(told, "not finite from the start")
+    command = ("tune", model, "--data", data["train"], "--eval-data", data["test"], *QUICK, "--out", tmp_path / "run")
+    for _ in range(2):  # it leaves nothing that the same command would stumble over
+        assert_refused(zowrap_cli(*command), "not finite from the start")
+        assert not (tmp_path / "run").exists()
 
 
 def test_long_text_is_cut_and_counted_once(zowrap_cli: Cli, models: dict[str, Path], tmp_path: Path) -> None:
@@ -398,6 +410,40 @@ def test_show_examples_prints_the_mask(
     at = lines.index("example 1:")
     assert lines[at + 1].startswith("  masked  | <s>") and lines[at + 1].endswith("label :")
     assert lines[at + 2] == "  learned | bad </s>"
+
+
+def test_a_rule_keeps_its_own_way_to_probe(
+    zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path
+) -> None:
+    from zowrap.rules import get
+
+    for rule, options in (("fzoo", ()), ("fzoo", ("--queries", 3, "--direction", "gaussian")), ("meazo", ())):
+        told = zowrap_cli(
+            "tune", models["encoder"], "--data", data["train"], *QUICK, "--steps", 1, "--rule", rule, *options,
+            "--out", tmp_path / "run", "--overwrite", "--json",
+        )  # fmt: skip
+        assert told.code == 0, told.err
+        header = json.loads((tmp_path / "run" / "journal.jsonl").read_text().splitlines()[0])
+        wanted = get(rule).defaults._replace(**({"queries": 3, "direction": "gaussian"} if options else {}))
+        assert (header["direction"], header["estimator"], header["queries"]) == wanted
+
+
+def test_a_full_disk_costs_the_picture_and_not_the_run(
+    zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    from matplotlib.figure import Figure
+
+    def full(self: Figure, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    told = zowrap_cli("tune", models["encoder"], "--data", data["train"], *QUICK, "--out", tmp_path / "run", "--json")
+    assert told.code == 0 and told.json["steps"] == 4
+    assert "loss.png is left out: the disk is full" in told.err
+    assert not list((tmp_path / "run").glob("*.png"))
 
 
 def test_the_picture_and_the_metrics(

@@ -6,6 +6,7 @@ A program is compiled once per (kind of batch, block, number of points) and serv
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zowrap import kernels
+from zowrap import directions, kernels
 from zowrap.capture import canonical_batch, capture, signature
 from zowrap.compiler import Compiled, compile_graph
 from zowrap.directions import squared_norm
 from zowrap.engines.base import DirectionStream, Job
 from zowrap.engines.eager import EagerEngine
-from zowrap.errors import ZOCaptureError
+from zowrap.errors import ZOCaptureError, ZOWarning
 from zowrap.loss import Batch
 from zowrap.passes.build import build
 from zowrap.passes.epilogue import build_epilogue, coefficient_names
@@ -58,9 +59,10 @@ class CompiledEngine:
         self.executables: dict[tuple, Executable] = {}
         self.fallen_back: str | None = None
         self._captured: dict[tuple, list[Program]] = {}
+        self._warmed: set[tuple] = set()
         self._scalar_names = _direction_scalar_names(job)
         names = coefficient_names(job, project, points)
-        self.spec = f"{job.rule.describe()} direction={job.direction.name} queries={job.queries} decay={job.decays}"
+        self.spec = _spec(job)
         self.kernels = kernels.register(self.spec, kernels.Kernels(job.rule, job.direction, names, self._scalar_names))
         self._epilogues = [build_epilogue(job, b, self.spec, names, self._scalar_names) for b in range(len(job.blocks))]
 
@@ -79,8 +81,11 @@ class CompiledEngine:
             except AssertionError as error:  # Inductor checks the sizes that it relies on
                 raise ZOCaptureError(f"the compiled program does not fit this batch ({error})") from error
         except ZOCaptureError as error:
+            if not self.fall_back:
+                raise ZOCaptureError(f"engine='compiled' was asked for, but {error}") from error
+            result = self.eager.losses(batch, stream, coefficients)  # a batch that is wrong says so here
             self._fall_back(error)
-            return self.eager.losses(batch, stream, coefficients)
+            return result
         return torch.stack(list(sums)), weights
 
     def _executable(self, batch: Batch, block: int, points: int) -> Executable:
@@ -90,6 +95,8 @@ class CompiledEngine:
             epilogue = self._epilogues[block]
             program = build(captured.clone(), self.job, block, self.spec, points, self._scalar_names, epilogue)
             compiled = compile_graph(program.clone().graph_module, program.fakes())
+            looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
+            self._warm(block, points, rows=bool(looked_up))
             self.compile_count += 1
             self.executables[key] = Executable(program, compiled)
         return self.executables[key]
@@ -134,15 +141,28 @@ class CompiledEngine:
         kind, *rest = target.split("/")
         return stream.scalars[rest[0]] if kind == "scalar" else self.job.slots[rest[0]][int(rest[1])]
 
+    def _warm(self, block: int, points: int, rows: bool = False) -> None:
+        """Compile every kernel that a step of the block needs, before anything is evaluated or written."""
+        job = self.job
+        kinds = {
+            (job.parameters[i].tensor.dtype, job.decays and job.parameters[i].decays) for i in job.blocks[block].indices
+        }
+        for dtype, decay in sorted(kinds, key=str):
+            if (kind := (dtype, decay, points, rows)) not in self._warmed:
+                self.kernels.warm(dtype, job.device, job.queries, points, decay, rows)
+                self._warmed.add(kind)
+
     # --- falling back -----------------------------------------------------------------------------------------
 
     def _fall_back(self, error: ZOCaptureError) -> None:
+        """Run eagerly from now on, or raise where that was ruled out."""
         if not self.fall_back:
             raise ZOCaptureError(f"engine='compiled' was asked for, but {error}") from error
         self.fallen_back = str(error)
         warnings.warn(
             f"running eagerly, because {error}. Steps are several times slower and need one more copy of the tunable "
             f"parameters; engine='eager' silences this, engine='compiled' makes it an error.",
+            ZOWarning,
             stacklevel=4,
         )
 
@@ -150,7 +170,7 @@ class CompiledEngine:
 
     @torch.no_grad()
     def squared_norm(self, block: int, keys: Tensor) -> Tensor:
-        if self.fallen_back is not None:
+        if not self._ready(block):
             return self.eager.squared_norm(block, keys)
         total = torch.zeros((), dtype=torch.int64, device=keys.device)
         for i in self.job.blocks[block].indices:
@@ -165,9 +185,9 @@ class CompiledEngine:
 
     @torch.no_grad()
     def update(self, streams: Sequence[DirectionStream], rounding_keys: Tensor, conclusion: Conclusion) -> None:
-        if self.fallen_back is not None:
-            return self.eager.update(streams, rounding_keys, conclusion)
         job, block = self.job, streams[0].block
+        if not self._ready(block):
+            return self.eager.update(streams, rounding_keys, conclusion)
         epilogue = self._epilogues[block]
         inputs: list[Tensor] = [s.keys for s in streams] + [s.scale for s in streams]
         inputs += [streams[0].scalars[name] for name in self._scalar_names]
@@ -175,13 +195,18 @@ class CompiledEngine:
         inputs += [job.hyper["lr"], job.hyper["eps"], job.hyper["weight_decay"], conclusion.apply]
         for i in job.blocks[block].indices:
             inputs += [job.parameters[i].tensor, *job.slots_of(i).values()]
-        try:
-            epilogue.graph_module(*[t.detach() for t in inputs])
-        except ZOCaptureError as error:  # a kernel could not be compiled: nothing of it has run
-            self._fall_back(error)
-            return self.eager.update(streams, rounding_keys, conclusion)
+        epilogue.graph_module(*[t.detach() for t in inputs])
         for name, value in conclusion.state.items():
             job.states[block][name].copy_(value)
+
+    def _ready(self, block: int) -> bool:
+        """Whether the compiled kernels of a block can be used; compiles them on first need."""
+        if self.fallen_back is None:
+            try:
+                self._warm(block, 0)
+            except ZOCaptureError as error:
+                self._fall_back(error)
+        return self.fallen_back is None
 
     # --- facts ------------------------------------------------------------------------------------------------
 
@@ -199,6 +224,16 @@ class CompiledEngine:
                 for i, ((_, block, points), e) in enumerate(self.executables.items())
             },
         }
+
+
+def _spec(job: Job) -> str:
+    """Names the arithmetic of the kernels. A rule or direction from elsewhere may hide constants: it gets its own."""
+    spec = f"{job.rule.describe()} direction={job.direction.name}:{job.direction.law} queries={job.queries}"
+    ours = job.rule.leaf.__module__.startswith("zowrap.rules.") and directions.is_ours(job.direction)
+    return f"{spec} decay={job.decays}" + ("" if ours else f" #{next(_foreign)}")
+
+
+_foreign = itertools.count()
 
 
 def _direction_scalar_names(job: Job) -> list[str]:

@@ -49,11 +49,13 @@ class EagerEngine:
                 sums, weights = self.job.loss(batch)
                 return sums.unsqueeze(0), weights
             rows = []
+            generator = torch.get_rng_state()
             for coefficient in coefficients:
-                copies = {
-                    f"model.{p.names[0]}": perturbed(p.tensor, self.direction(stream, i), coefficient)
-                    for i, p in self.active(stream.block)
-                }
+                torch.set_rng_state(generator)  # a model that draws random numbers draws the same ones at every point
+                copies = {}
+                for i, p in self.active(stream.block):
+                    copy = perturbed(p.tensor, self.direction(stream, i), coefficient)
+                    copies.update({f"model.{name}": copy for name in p.names})
                 sums, weights = torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=True)
                 rows.append(sums)
             return torch.stack(rows), weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from zowrap.data import Row, label_names
+from zowrap.data import Row, are_numbers, label_names
 from zowrap.errors import ZOError, nearest
 from zowrap.tasks.batches import Collator, Examples, batches
 from zowrap.tasks.classification import TEMPLATES, Classification, choose_form, order_labels, pooling_of
@@ -77,6 +77,8 @@ def resolve(
         return task, f"language modelling on {how[layout]}, up to {length} tokens"
     form, why = choose_form(source, head)
     names = list(labels) if labels else label_names(rows, label_column)
+    # Names that come from the data are what the data says; a number then is a label that training never saw.
+    numbered = bool(labels) or are_numbers(names)
     if form == "sequence" and not labels:
         names = order_labels(names, source)
     task = Classification(
@@ -87,6 +89,7 @@ def resolve(
         label_column=label_column,
         max_length=length,
         pooling=pooling_of(source) if form == "sentence" else "mean",
+        numbered=numbered,
     )
     return task, f"classification by {form}: {why}"
 

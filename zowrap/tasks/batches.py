@@ -27,11 +27,13 @@ class Examples(Dataset):
         items: the examples, in file order less the dropped ones.
         truncated: how many were longer than allowed.
         dropped: how many had nothing to learn from (no label token) and are not in ``items``.
+        rows: of each item, the number of its row in the data file, from 0.
     """
 
     items: list[Example]
     truncated: int = 0
     dropped: int = 0
+    rows: list[int] = field(default_factory=list)
     lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:

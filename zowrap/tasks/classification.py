@@ -67,6 +67,7 @@ class Classification:
         text_column, label_column: names in the data.
         max_length: tokens a row may take, the label's words included.
         pooling: of a sentence encoder, ``"mean"`` or ``"cls"``.
+        numbered: whether a row may give the number of its label, from 0, in place of the name.
     """
 
     form: str
@@ -76,6 +77,7 @@ class Classification:
     label_column: str
     max_length: int
     pooling: str = "mean"
+    numbered: bool = False
     kind: str = "classification"
 
     def __post_init__(self) -> None:
@@ -108,12 +110,12 @@ class Classification:
         """Raise :class:`ZOError` for the first row whose text or label cannot be used."""
         for row in rows:
             self.text(row)
-            label_index(row, self.label_column, self.labels)
+            label_index(row, self.label_column, self.labels, self.numbered)
 
     def examples(self, rows: Sequence[Row], source: Source) -> Examples:
         """Tokenise: ``{"input_ids": [int], "labels": int}``. Too long a text is cut: a prompt from its left."""
         texts = [self.text(row) for row in rows]
-        labels = [label_index(row, self.label_column, self.labels) for row in rows]
+        labels = [label_index(row, self.label_column, self.labels, self.numbered) for row in rows]
         words = self.form == "words"
         if words:
             # The space before the label belongs to its words: most vocabularies have them with it.
@@ -124,8 +126,9 @@ class Classification:
         tokenizer = source.tokenizer
         encoded = tokenizer(texts, verbose=False)["input_ids"]
         items: list[Example] = []
+        kept: list[int] = []
         truncated = dropped = 0
-        for text, ids, label in zip(texts, encoded, labels, strict=True):
+        for row, text, ids, label in zip(rows, texts, encoded, labels, strict=True):
             ids = _without_end(ids, tokenizer) if words else ids
             if len(ids) > room:
                 truncated += 1
@@ -137,7 +140,8 @@ class Classification:
                 dropped += 1
                 continue
             items.append({"input_ids": list(ids), "labels": label})
-        return Examples(items, truncated, dropped)
+            kept.append(row.index)
+        return Examples(items, truncated, dropped, kept)
 
     def collator(self, source: Source) -> Collator:
         return Collator(source.tokenizer.pad_token_id, "left" if self.form == "words" else "right")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zowrap.data import Row, text_of
+from zowrap.data import Row, text_of, whole
 from zowrap.errors import ZOError
 from zowrap.loss import IGNORED, token_losses
 from zowrap.tasks.batches import Collator, Example, Examples, fit
@@ -60,6 +60,7 @@ class LanguageModelling:
         """
         encode = {"messages": self._chat, "prompt": self._prompt, "text": self._text}[self.layout]
         items: list[Example] = []
+        kept: list[int] = []
         truncated = dropped = 0
         for row in rows:
             ids, labels = encode(row, source.tokenizer)
@@ -70,7 +71,8 @@ class LanguageModelling:
                 dropped += 1
                 continue
             items.append({"input_ids": ids, "labels": labels})
-        return Examples(items, truncated, dropped)
+            kept.append(row.index)
+        return Examples(items, truncated, dropped, kept)
 
     def _text(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
         ids = _encode(tokenizer, text_of(row, self.text_column))
@@ -155,6 +157,7 @@ def _messages(row: Row, column: str) -> list[dict[str, Any]]:
             raise ZOError(f"{row.where}: a message needs a role and a content")
         if not isinstance(message.get("content"), str):
             raise ZOError(f"{row.where}: the content of a message is not text")
+        whole(message["content"], row, "a message")
     return value
 
 

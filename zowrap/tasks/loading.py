@@ -90,18 +90,53 @@ def check_directory(name: str) -> None:
         require_safetensors(path)
     elif path.exists():
         raise ZOError(f"{name} is a file; give the model's directory or its name on the hub")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif not may_be_of_the_hub(name):
         raise ZOError(f"no such model directory: {name}")
+
+
+def may_be_of_the_hub(name: str) -> bool:
+    """Whether ``name`` has the form of a model's name on the hub, and not only that of a path."""
+    return not name.startswith((".", "/", "~")) and name.count("/") <= 1
+
+
+def fetch(name: str, pickles: bool = False) -> Path:
+    """The folder of a model of the hub, downloaded: settings, tokenizer and weights.
+
+    Args:
+        pickles: where there are no safetensors, take pickled weights; they are not read here.
+
+    Raises:
+        ZOError: the hub does not give it, or it has no weights of a kind that is wanted.
+    """
+    from huggingface_hub import snapshot_download
+
+    from zowrap.weights import PICKLED_WEIGHTS, PICKLES, SETTINGS, pickled_weights, weight_files
+
+    def download(*patterns: str) -> Path:
+        with _sentences(name):
+            return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+
+    found = download("*.safetensors", *(f"*{ending}" for ending in SETTINGS))
+    if not weight_files(found) and pickles:
+        found = download(*(f"{stem}*{ending}" for stem in PICKLED_WEIGHTS for ending in PICKLES))
+    if not weight_files(found) and not (pickles and pickled_weights(found)):
+        raise ZOError(f"{name} {_NO_SAFETENSORS.format(name=name)}" if not pickles else f"{name} holds no weights")
+    return found
+
+
+_NO_SAFETENSORS = "has no safetensors weights: zowrap export {name} --to DIR --allow-pickle converts pickled ones"
 
 
 @contextmanager
 def _sentences(name: str, what: str = "") -> Iterator[None]:
     """Turn what from_pretrained raises into one sentence that says what to do."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except ZOError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         text = str(error).strip()
         first = text.splitlines()[0] if text else type(error).__name__
         kinds = [type(each) for each in (error, error.__cause__) if each is not None]
@@ -109,8 +144,8 @@ def _sentences(name: str, what: str = "") -> Iterator[None]:
         if "trust_remote_code" in text:
             problem = "needs code of its own repository; if you trust it, add --trust-remote-code"
         elif "pytorch_model.bin" in text or ("safetensors" in text.lower() and not Path(name).is_dir()):
-            problem = f"has no safetensors weights: zowrap export {name} --to DIR --allow-pickle converts pickled ones"
-        elif Path(name).is_dir():
+            problem = _NO_SAFETENSORS.format(name=name)
+        elif Path(name).is_dir() or isinstance(error, SafetensorError):
             problem = f"cannot be loaded: {first}"
         elif "gated" in text.lower() or "Gated" in kind or "401" in text or "403" in text:
             problem = "is gated or private: accept its terms on its page and set HF_TOKEN"
@@ -155,11 +190,11 @@ def parameter_count(source: Source) -> int:
     """Number of weights, from the safetensors headers of a directory; else from an empty model of that shape."""
     path = Path(source.name).expanduser()
     if path.is_dir():
-        from safetensors import safe_open
+        from zowrap.weights import opened
 
         count = 0
         for file in sorted(path.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
+            with opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     size = 1
                     for n in tensors.get_slice(name).get_shape():
