@@ -154,6 +154,8 @@ def test_a_population_of_options_is_checked() -> None:
         ({"trainable": [""]}, "chosen by patterns"),
         ({"trainable": ["*mlp*", "nosuchname"]}, "nosuchname"),
         ({"blocks": []}, "blocks is empty"),
+        ({"memory": "sequental"}, "did you mean 'sequential'"),
+        ({"quantized": "scales"}, "not available yet"),
     ]:
         before = snapshot(model)
         with pytest.raises(ZOError, match=words):
@@ -351,3 +353,10 @@ def test_means_over_label_tokens_accumulate_exactly(engine) -> None:
     for part in parts:
         split.accumulate(**part)
     assert torch.allclose(whole._sums / whole._weight, split._sums / split._weight, rtol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_side_at_a_time_gives_the_same_losses(engine) -> None:
+    inputs = batch("llama", 4, 9)
+    both, one = wrap(engine), wrap(engine, memory="sequential")
+    assert torch.allclose(both.step(**inputs).losses, one.step(**inputs).losses, rtol=1e-6)

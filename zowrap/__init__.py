@@ -17,14 +17,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from zowrap import rules
     from zowrap.errors import ZOError, ZOInternalError
+    from zowrap.model import StepResult, ZOModel
     from zowrap.trainer import ZOConfig, ZOTrainer
-    from zowrap.wrap import StepResult, ZOModel, zo_wrap
+    from zowrap.wrap import zo_wrap
 
 # Names are imported on first use, so that `zowrap --help` does not pay for torch.
 _HOME = {
     "zo_wrap": "zowrap.wrap",
-    "ZOModel": "zowrap.wrap",
-    "StepResult": "zowrap.wrap",
+    "ZOModel": "zowrap.model",
+    "StepResult": "zowrap.model",
     "ZOConfig": "zowrap.trainer",
     "ZOTrainer": "zowrap.trainer",
     "ZOError": "zowrap.errors",

@@ -22,7 +22,7 @@ from zowrap.errors import ZOError
 from zowrap.files import jsonable, write_text, writing
 
 if TYPE_CHECKING:
-    from zowrap.wrap import ZOModel
+    from zowrap.model import ZOModel
 
 VERSION = 1
 

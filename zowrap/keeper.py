@@ -15,10 +15,9 @@ from zowrap import export
 from zowrap.errors import ZOError
 from zowrap.files import remove
 from zowrap.journal import Journal, environment
+from zowrap.model import StepResult
 from zowrap.resume import Start, by_epoch, say_differences, steps_per_epoch
-from zowrap.run import facts
 from zowrap.signals import StopSignal
-from zowrap.wrap import StepResult
 
 if TYPE_CHECKING:
     from zowrap.trainer import ZOTrainer
@@ -285,7 +284,7 @@ class Keeper:
 
     def _write_root(self) -> None:
         trainer = self.trainer
-        metadata = {**facts(trainer.zm), **self.base}
+        metadata = {**trainer.zm.facts(), **self.base}
         export.save_model(trainer.zm.model, trainer.run.path, metadata, tokenizer=trainer.tokenizer())
 
     def _set_status(self, **values: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from zowrap.rules import REGISTRY
 
 if TYPE_CHECKING:
-    from zowrap.wrap import ZOModel
+    from zowrap.model import ZOModel
 
 
 @dataclass

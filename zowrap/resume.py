@@ -25,8 +25,8 @@ from zowrap.run import check_start, checkpoint_environment, load_checkpoint, rep
 
 if TYPE_CHECKING:
     from zowrap.config import ZOConfig
+    from zowrap.model import ZOModel
     from zowrap.trainer import ZOTrainer
-    from zowrap.wrap import ZOModel
 
 
 @dataclass

@@ -30,7 +30,7 @@ from zowrap.journal import Journal, Lines, environment, fingerprint
 from zowrap.parameters import canonical_name
 
 if TYPE_CHECKING:
-    from zowrap.wrap import ZOModel
+    from zowrap.model import ZOModel
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 STATE, TENSORS, TRAINER = "zo_state.json", "zo_state.safetensors", "trainer_state.json"
@@ -116,7 +116,7 @@ class Run:
         with writing(place, beside):
             remove(beside)
             beside.mkdir(parents=True)
-            export.save_model(zm.model, beside, metadata=facts(zm))
+            export.save_model(zm.model, beside, metadata=zm.facts())
             state = zm.state_dict()
             tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
             for index in _unsaved(zm, beside):
@@ -240,11 +240,6 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def facts(zm: ZOModel) -> dict[str, str]:
-    """What the header of a weight file says about how the weights came about."""
-    return {"rule": zm.rule.describe(), "steps": str(zm.step_count), "seed": str(zm.seed)}
-
-
 def replay(zm: ZOModel, journal: Journal, until: int | None = None) -> int:
     """Apply the journal's records from where ``zm`` stands to step ``until`` (default: all), without a forward pass.
 
@@ -299,7 +294,7 @@ def replay_run(
     replay(zm, journal)
     if to is not None:
         base = head.get("model")
-        export.save_model(model, to, {**facts(zm), **({"base_model": base} if base else {})}, tokenizer=tokenizer)
+        export.save_model(model, to, {**zm.facts(), **({"base_model": base} if base else {})}, tokenizer=tokenizer)
     return zm
 
 

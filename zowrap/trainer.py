@@ -23,10 +23,11 @@ from zowrap import evaluation, export
 from zowrap.config import ZOConfig
 from zowrap.errors import ZOError
 from zowrap.keeper import Interrupted, Keeper, KeeperCallback
+from zowrap.model import StepResult, ZOModel
 from zowrap.resume import Start, find_start, say
-from zowrap.run import Run, facts, load_weights
+from zowrap.run import Run, load_weights
 from zowrap.signals import stop_signals
-from zowrap.wrap import StepResult, ZOModel, zo_wrap
+from zowrap.wrap import zo_wrap
 
 if TYPE_CHECKING:
     from zowrap.loss import LossFn
@@ -231,7 +232,7 @@ class ZOTrainer(Trainer):
         self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        metadata = {**facts(self.zm), **self._keeper.base}
+        metadata = {**self.zm.facts(), **self._keeper.base}
         export.save_model(self.zm.model, output_dir or str(self.args.output_dir), metadata, tokenizer=self.tokenizer())
 
     def tokenizer(self) -> Any:

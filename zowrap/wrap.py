@@ -2,56 +2,29 @@
 
     model ── capture ──► Program ── passes ──► Program ── compile ──► step(batch)
 
-The story is in :func:`zo_wrap` and :meth:`ZOModel.step`; everything they call is one small file each.
+:func:`zo_wrap` checks what is asked, selects what moves and gives both to an engine. Capture, passes and compilation
+happen at the first step (:mod:`zowrap.engines.compiled`); the step itself is :class:`zowrap.model.ZOModel`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zowrap import blocks as block_lib
-from zowrap import directions, estimators, noise, rules
-from zowrap.engines import ENGINES, DirectionStream, Job, build_engine
+from zowrap import directions, estimators, rules
+from zowrap.engines import ENGINES, Job
 from zowrap.errors import ZOError, nearest
 from zowrap.loss import LossFn, LossModule
-from zowrap.parameters import Parameter, TrainableSpec, parameters_hash, select
+from zowrap.model import ZOModel
+from zowrap.parameters import Parameter, TrainableSpec, select
 from zowrap.rules import Rule
 from zowrap.rules.base import check_positive
-from zowrap.step import reduced
 
-
-@dataclass
-class StepResult:
-    """What a step returns. All tensors; reading one is what synchronises with the device.
-
-    Attributes:
-        loss: 0-d float32, the mean over the step's evaluations (not the loss at θ itself).
-        projected_grad: float32, ``[]`` for one direction, ``[queries]`` for several.
-        skipped: 0-d bool: a loss or projected gradient was not finite and nothing was changed.
-        losses: float32 ``[points]``, the evaluations in order.
-    """
-
-    loss: Tensor
-    projected_grad: Tensor
-    skipped: Tensor
-    losses: Tensor
-    _facts: dict[str, Any]
-
-    def record(self) -> dict[str, Any]:
-        """The step's line of the journal, ready for JSON: enough for :meth:`ZOModel.replay`."""
-        return {
-            **self._facts,
-            "losses": self.losses.tolist(),
-            "projected_grad": self.projected_grad.reshape(-1).tolist(),
-            "skipped": bool(self.skipped),
-        }
+MEMORY = ("auto", "paired", "sequential")
 
 
 def zo_wrap(
@@ -70,6 +43,8 @@ def zo_wrap(
     loss_fn: LossFn | None = None,
     engine: str | None = None,
     weight_decay: float = 0.0,
+    quantized: str | None = None,
+    memory: str = "auto",
 ) -> ZOModel:
     """Wrap ``model`` so that ``step(**batch)`` trains it with forward passes alone.
 
@@ -91,6 +66,9 @@ def zo_wrap(
         loss_fn: ``loss_fn(model, batch)``, 0-d or ``[batch]``; by default the model's own loss.
         engine: ``"compiled"``, ``"eager"``, or None: compiled where possible, else eager with one warning.
         weight_decay: decoupled, on matrices only. 0: zeroth-order runs are short and start from trained weights.
+        quantized: how quantised weights move; none of the ways is available yet, so anything but None is refused.
+        memory: ``"paired"`` evaluates both sides of a direction in one program, ``"sequential"`` one after the other
+            (activations of one side at a time, noise drawn twice), ``"auto"`` is paired: it is faster.
 
     Raises:
         ZOError: an option out of range or unknown, or nothing left to tune.
@@ -104,6 +82,10 @@ def zo_wrap(
         raise ZOError(f"seed must be a whole number, got {seed!r}")
     if not math.isfinite(weight_decay) or weight_decay < 0:
         raise ZOError(f"weight_decay must be a finite number from 0, got {weight_decay!r}")
+    if quantized is not None:
+        raise ZOError(f"quantized={quantized!r} is not available yet: tune the model in 16 or 32 bit, or its adapters")
+    if memory not in MEMORY:
+        raise ZOError(f"unknown memory {memory!r}{nearest(memory, MEMORY)}")
     if engine is not None and engine not in ENGINES:
         raise ZOError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
     law = directions.get(rule.defaults.direction if direction is None else direction)
@@ -130,329 +112,8 @@ def zo_wrap(
         decays=weight_decay > 0,
         device=device,
     )
-    return ZOModel(model, job, hyper, seed, probing, block_lib.check_order(block_order), engine)
+    return ZOModel(model, job, hyper, seed, probing, block_lib.check_order(block_order), engine, memory == "sequential")
 
 
 def _new_slot(slot: rules.Slot, parameter: Parameter) -> Tensor:
     return torch.full(parameter.tensor.shape, slot.initial, dtype=torch.float32, device=parameter.tensor.device)
-
-
-def _groups(points: Sequence[estimators.Point], device: torch.device) -> list[tuple[int | None, Tensor]]:
-    """Neighbouring points of one direction are evaluated together: (direction or None for θ itself, their signs)."""
-    groups = itertools.groupby(points, key=lambda p: p.direction if p.coefficient else None)
-    return [(direction, torch.tensor([p.coefficient for p in group], device=device)) for direction, group in groups]
-
-
-class ZOModel:
-    """A model and the zeroth-order step around it; made by :func:`zo_wrap`.
-
-    Attributes:
-        model: the model as given; its tensors move.
-        step_count: steps done, skipped ones included.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        job: Job,
-        values: dict[str, float],
-        seed: int,
-        estimator: estimators.Estimator,
-        block_order: str,
-        engine: str | None,
-    ) -> None:
-        self.model = model
-        self.seed = seed
-        self.step_count = 0
-        self.block_order = block_order
-        self._job = job
-        self._estimator = estimator
-        self._values = values
-        self._ids = torch.tensor([p.id for p in job.parameters], dtype=torch.int64, device=job.device)
-        self._points = (job.rule.points or estimator.points)(job.queries)
-        self._groups = _groups(self._points, job.device)
-        self._engine = build_engine(engine, job, job.rule.project or estimator.project, len(self._points))
-        self._sums: Tensor | None = None
-        self._weight: Tensor | None = None
-        self._streams: list[DirectionStream] | None = None
-
-    # --- one step ---------------------------------------------------------------------------------------------
-
-    def step(self, **batch: Any) -> StepResult:
-        """One training step on one batch: evaluate along the step's directions, then update.
-
-        Args:
-            batch: what the model's forward takes, ``labels`` included (tensors; other values are constants).
-        """
-        self.discard()
-        self.accumulate(**batch)
-        return self.update()
-
-    def accumulate(self, **batch: Any) -> Tensor:
-        """Evaluate one micro-batch at the points of the current step; nothing moves until :meth:`update`.
-
-        Sums are kept weighted by label tokens (language models) or examples, so k micro-batches give the losses of
-        their union.
-
-        Returns:
-            0-d float32: this micro-batch's loss, the mean over the evaluations.
-        """
-        inputs = self._prepare(batch)
-        sums, weight = self._evaluate(inputs)
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._weight = weight if self._weight is None else self._weight + weight
-        return (sums / weight).mean().float()
-
-    def update(self, losses: Tensor | None = None, projected_grad: Tensor | None = None) -> StepResult:
-        """Apply the rule once, to the accumulated micro-batches or to what is given, and go to the next step.
-
-        Args:
-            losses: float32 ``[points]`` instead of the accumulated ones.
-            projected_grad: float32 ``[queries]`` (or 0-d for one) instead of the estimate from the losses.
-
-        Raises:
-            ZOError: nothing was accumulated and nothing is given.
-        """
-        job = self._job
-        if losses is None:
-            if self._sums is not None and self._weight is not None:
-                losses = (self._sums / self._weight).float()
-            elif projected_grad is None:
-                raise ZOError("update() has nothing to apply: call accumulate(**batch) first")
-            else:
-                losses = torch.zeros(len(self._points), device=job.device)
-        losses = torch.as_tensor(losses, dtype=torch.float32, device=job.device)
-        if losses.shape != (len(self._points),):
-            raise ZOError(f"this step has {len(self._points)} evaluations, got losses of shape {tuple(losses.shape)}")
-        if projected_grad is not None:
-            projected_grad = torch.as_tensor(projected_grad, dtype=torch.float32, device=job.device).reshape(-1)
-            if projected_grad.shape != (job.queries,):
-                raise ZOError(f"this step has {job.queries} queries, got {projected_grad.numel()} projected gradients")
-        streams = self._current_streams()
-        conclusion = self._engine.conclude(streams[0].block, losses, self.step_count, projected_grad)
-        rounding = noise.derive_keys(self.seed, self.step_count, 0, self._ids, noise.TAG_ROUNDING)
-        self._engine.update(streams, rounding, conclusion)
-        facts = {"step": self.step_count, "seed": self.seed, **self._values}
-        g = conclusion.projected_grad
-        result = StepResult(conclusion.loss, g[0] if job.queries == 1 else g, ~conclusion.apply, losses, facts)
-        self.step_count += 1
-        self.discard()
-        return result
-
-    def replay(self, record: dict[str, Any]) -> StepResult:
-        """Apply the update of a journal record, without a forward pass: bitwise the original step.
-
-        Raises:
-            ZOError: the record belongs to another seed or step, or lacks a field.
-        """
-        try:
-            step, seed, losses = record["step"], record["seed"], record["losses"]
-            values = {name: float(record[name]) for name in self._values}
-            g = torch.tensor(record["projected_grad"], dtype=torch.float32)
-            losses = torch.tensor(losses, dtype=torch.float32)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ZOError(f"this journal record cannot be replayed: {error!r} is missing or malformed") from None
-        if seed != self.seed or step != self.step_count:
-            raise ZOError(
-                f"this journal record is step {step} of seed {seed}; the model stands at step {self.step_count} "
-                f"of seed {self.seed}"
-            )
-        self.discard()
-        self._set(**values)
-        return self.update(losses=losses, projected_grad=g)
-
-    def discard(self) -> None:
-        """Forget the micro-batches accumulated so far."""
-        self._sums = self._weight = self._streams = None
-
-    @torch.no_grad()
-    def loss(self, **batch: Any) -> Tensor:
-        """The loss at θ, 0-d float32. Nothing changes."""
-        sums, weights = self._engine.losses(self._prepare(batch), None, torch.zeros(1, device=self._job.device))
-        return (sums.double().sum() / weights.double().sum()).float()
-
-    # --- the points of a step ---------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _evaluate(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """float64 ``[points]`` loss sums and their 0-d weight, points of one direction evaluated together."""
-        streams = self._current_streams()
-        results: list[Tensor] = []
-        weights = torch.zeros(())
-        for direction, signs in self._groups:
-            stream = None if direction is None else streams[direction]
-            sums, weights = self._engine.losses(batch, stream, signs * self._job.hyper["eps"])
-            results.append(sums.double().sum(-1))
-        return torch.cat(results), weights.double().sum()
-
-    @torch.no_grad()
-    def _current_streams(self) -> list[DirectionStream]:
-        """The directions of the current step; computed once per step, whatever the number of micro-batches."""
-        if self._streams is None:
-            job = self._job
-            block = block_lib.active(self.step_count, len(job.blocks), self.block_order, self.seed)
-            scalars = self._direction_scalars(block)
-            self._streams = []
-            for query in range(job.queries):
-                keys = noise.derive_keys(self.seed, self.step_count, query, self._ids, noise.TAG_DIRECTION)
-                scale = torch.ones((), device=job.device)
-                if job.direction.scale is not None:
-                    count = sum(job.parameters[i].tensor.numel() for i in job.blocks[block].indices)
-                    scale = job.direction.scale(self._engine.squared_norm(block, keys), count)
-                self._streams.append(DirectionStream(block, keys, scale, scalars))
-        return self._streams
-
-    def _direction_scalars(self, block: int) -> dict[str, Tensor]:
-        """What the rule's direction needs to know: global sums over the active block's slots."""
-        job = self._job
-        if job.rule.direction_scalars is None:
-            return {}
-        sums: dict[str, Tensor] = {}
-        if job.rule.reduce is not None:
-            for i in job.blocks[block].indices:
-                for name, total in reduced(job.rule.reduce, job.slots_of(i)).items():
-                    sums[name] = sums[name] + total if name in sums else total
-        count = sum(job.parameters[i].tensor.numel() for i in job.blocks[block].indices)
-        sums["count"] = torch.tensor(float(count), dtype=torch.float64, device=job.device)
-        return job.rule.direction_scalars(job.states[block], sums, job.hyper)
-
-    def _prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        inputs = {}
-        for name, value in batch.items():
-            if isinstance(value, Tensor):
-                inputs[name] = value.to(self._job.device)
-            elif value is not None:
-                inputs[name] = value
-        tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
-        if not tensors:
-            raise ZOError("a step needs a batch of tensors, for example step(input_ids=..., labels=...)")
-        if any(t.ndim and t.shape[0] == 0 for t in tensors):
-            raise ZOError("this batch has no rows")
-        self._job.loss.settle(inputs)
-        return inputs
-
-    # --- what can be read and set -----------------------------------------------------------------------------
-
-    @property
-    def rule(self) -> Rule:
-        return self._job.rule
-
-    @property
-    def loss_module(self) -> LossModule:
-        """The model and its loss as they are evaluated: ``loss_module(batch) -> (sums, weights)``."""
-        return self._job.loss
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        """What moves: canonical names and tensors."""
-        return self._job.parameters
-
-    @property
-    def lr(self) -> float:
-        """Learning rate η. Setting it recompiles nothing. 0 is allowed: a schedule may end there."""
-        return self._values["lr"]
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise ZOError(f"lr must be a finite number from 0, got {value!r}")
-        self._set(lr=float(value))
-
-    @property
-    def eps(self) -> float:
-        """Perturbation size ε. Setting it recompiles nothing."""
-        return self._values["eps"]
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        check_positive("zo_wrap", eps=value)
-        self._set(eps=float(value))
-
-    def _set(self, **values: float) -> None:
-        if (values.get("weight_decay", 0.0) > 0) != self._job.decays and "weight_decay" in values:
-            raise ZOError(
-                f"this was recorded with weight_decay={values['weight_decay']:g}, the model is wrapped with "
-                f"weight_decay={self._values['weight_decay']:g}: wrap it with the recorded one"
-            )
-        for name, value in values.items():
-            if value != self._values[name]:
-                self._values[name] = value
-                self._job.hyper[name].fill_(value)
-
-    # --- state ------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Rule state, step and seed: with the weights, enough to go on bitwise.
-
-        Flat: tensors are the rule's (``slots/<slot>/<parameter>``, ``scalars/<block>/<name>``), the rest is ready for
-        JSON.
-        """
-        job = self._job
-        state: dict[str, Any] = {
-            "rule": job.rule.describe(),
-            "step": self.step_count,
-            "seed": self.seed,
-            "direction": job.direction.name,
-            "estimator": self._estimator.name,
-            "queries": job.queries,
-            "blocks": [block.name for block in job.blocks],
-            "block_order": self.block_order,
-            "parameters": parameters_hash(job.parameters),
-            "loss": job.loss.form,
-            **self._values,
-        }
-        for block, scalars in zip(job.blocks, job.states, strict=True):
-            state.update({f"scalars/{block.name}/{name}": value.clone() for name, value in scalars.items()})
-        for slot, tensors in job.slots.items():
-            for parameter, tensor in zip(job.parameters, tensors, strict=True):
-                state[f"slots/{slot}/{parameter.name}"] = tensor.clone()
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`. The weights are the model's own business: load them too.
-
-        Raises:
-            ZOError: the state is of another rule, model or set of options (the message names it); nothing changes.
-        """
-        mine = self.state_dict()
-        for name in ("rule", "direction", "estimator", "queries", "blocks", "block_order"):
-            if state.get(name) != mine[name]:
-                raise ZOError(
-                    f"this state was saved with {name}={state.get(name)!r}, the model is wrapped with {mine[name]!r}"
-                )
-        tensors = {name: value for name, value in mine.items() if isinstance(value, Tensor)}
-        if state.get("parameters") != mine["parameters"]:
-            raise ZOError("this state is of another model: its tunable parameters have other names or shapes")
-        missing = [name for name in mine if name not in state]
-        if missing:
-            raise ZOError(f"this is not the state of such a model: {missing[0]} is missing")
-        for name, tensor in tensors.items():
-            if not isinstance(state[name], Tensor) or state[name].shape != tensor.shape:
-                raise ZOError(f"this state is of another model: {name} has another shape")
-        extra = [n for n, v in state.items() if isinstance(v, Tensor) and n not in tensors]
-        if extra:
-            raise ZOError(f"this state is of another model: it also holds {extra[0]}")
-        self._set(**{name: float(state[name]) for name in self._values})
-        job = self._job
-        job.loss.settle_as(state["loss"])
-        for block, scalars in zip(job.blocks, job.states, strict=True):
-            for name, value in scalars.items():
-                value.copy_(state[f"scalars/{block.name}/{name}"])
-        for slot, slot_tensors in job.slots.items():
-            for parameter, tensor in zip(job.parameters, slot_tensors, strict=True):
-                tensor.copy_(state[f"slots/{slot}/{parameter.name}"])
-        self.step_count, self.seed = int(state["step"]), int(state["seed"])
-        self.discard()
-
-    def save_pretrained(self, directory: str, metadata: dict[str, str] | None = None, **options: Any) -> None:
-        """Write the model as safetensors in the Hugging Face layout; ``from_pretrained`` loads it."""
-        from zowrap.export import save_model
-
-        facts = {"rule": self.rule.describe(), "steps": str(self.step_count), "seed": str(self.seed)}
-        save_model(self.model, directory, metadata={**facts, **(metadata or {})}, **options)
-
-    def inspect(self) -> Any:
-        """What moves, how, and at what cost: see :class:`zowrap.report.Report`."""
-        from zowrap.report import report
-
-        return report(self)
