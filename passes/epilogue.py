@@ -42,17 +42,17 @@ class Epilogue:
     coefficient_names: list[str]
 
 
-def coefficient_names(job: Job, project: Callable[[Tensor, Tensor], Tensor], points: int) -> list[str]:
-    """The rule's coefficients, learnt by recording its scalar function once."""
-    names: list[str] = []
+def coefficient_shapes(job: Job, project: Callable[[Tensor, Tensor], Tensor], points: int) -> dict[str, torch.Size]:
+    """The rule's coefficients and their shapes, learnt by recording its scalar function once."""
+    shapes: dict[str, torch.Size] = {}
 
     def record(losses: Tensor) -> Tensor:
         conclusion = conclude(job.rule, project, job.states[0], losses, job.hyper, torch.zeros(()))
-        names[:] = list(conclusion.coefficients)
+        shapes.update({name: value.shape for name, value in conclusion.coefficients.items()})
         return conclusion.loss
 
     make_fx(record, tracing_mode="fake", _allow_non_fake_inputs=True)(torch.zeros(points, device=job.device))
-    return names
+    return shapes
 
 
 def build_epilogue(job: Job, block: int, spec: str, names: list[str], scalar_names: list[str]) -> Epilogue:

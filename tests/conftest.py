@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+# One thread per test process, children included: the suite runs a process per core, and thread counts are recorded.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 WORDS = [
@@ -16,6 +21,14 @@ WORDS = [
     *("label", ":", "question", "answer", "user", "assistant", "1", "2"),
 ]
 GOOD, BAD = ("good", "great"), ("bad", "awful")
+
+
+@pytest.fixture(autouse=True)
+def thread_count():
+    """A resumed run takes the recorded number of threads; the next test starts from one again."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
 
 
 class Outcome(NamedTuple):

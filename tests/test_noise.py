@@ -134,7 +134,7 @@ def test_any_slice_equals_the_whole(law: str) -> None:
 def test_kernel_bits_equal_the_reference_at_any_offset(direction: str, start: int) -> None:
     """The fused path, across the boundaries of 31 and 32 bits."""
     spec = f"test {direction}"
-    kernel = kernels.register(spec, kernels.Kernels(rules.zo_sgd(), directions.get(direction), ["g"], []))
+    kernel = kernels.register(spec, kernels.Kernels(rules.zo_sgd(), directions.get(direction), {"g": (1,)}, []))
     w, out = torch.zeros(23), [torch.empty(23), torch.empty(23)]
     kernel.perturb(w, [], key(), torch.ones(()), [], torch.tensor([1.0, -1.0]), out, start)
     z = noise.draw(direction, key(), (23,), start=start)

@@ -9,7 +9,7 @@ number of queries, weight decay), so that programs can refer to them and caches 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,16 +30,21 @@ class Kernels:
     """The kernels of one spec. Compiled on first use, per dtype and number of points.
 
     Args:
-        coefficient_names: the rule's coefficients, in the order they are passed.
+        coefficient_shapes: the rule's coefficients, in the order they are passed.
         scalar_names: what the rule's direction reads, in the order it is passed.
     """
 
     def __init__(
-        self, rule: Rule, direction: Direction, coefficient_names: Sequence[str], scalar_names: Sequence[str]
+        self,
+        rule: Rule,
+        direction: Direction,
+        coefficient_shapes: Mapping[str, Sequence[int]],
+        scalar_names: Sequence[str],
     ) -> None:
         self.rule = rule
         self.direction_law = direction
-        self.coefficient_names = list(coefficient_names)
+        self.coefficient_shapes = coefficient_shapes
+        self.coefficient_names = list(coefficient_shapes)
         self.scalar_names = list(scalar_names)
         self.slot_names = list(rule.slots)
         self._compiled: dict[tuple, Compiled] = {}
@@ -222,7 +227,7 @@ class Kernels:
             ids = torch.zeros(1, dtype=torch.int64, device=device)
             pairs = [slot.view(1, 2) for slot in seen]
             self.perturb_rows(w.view(1, 2), pairs, ids, key, one, scalars, coefficients, points)
-        named = [torch.ones(queries, device=device) if n == "g" else one for n in self.coefficient_names]
+        named = [torch.ones(tuple(shape), device=device) for shape in self.coefficient_shapes.values()]
         slots = [torch.ones(2, device=device) for _ in self.slot_names]
         keys, scales = [key] * queries, [one] * queries
         self.update(w, slots, keys, scales, scalars, key, named, [one] * 3, one > 0, decay)

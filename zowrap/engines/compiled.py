@@ -24,7 +24,7 @@ from zowrap.engines.eager import EagerEngine
 from zowrap.errors import ZOCaptureError, ZOWarning
 from zowrap.loss import Batch
 from zowrap.passes.build import build
-from zowrap.passes.epilogue import build_epilogue, coefficient_names
+from zowrap.passes.epilogue import build_epilogue, coefficient_shapes
 from zowrap.program import Program
 from zowrap.step import Conclusion, conclude
 
@@ -61,9 +61,10 @@ class CompiledEngine:
         self._captured: dict[tuple, list[Program]] = {}
         self._warmed: set[tuple] = set()
         self._scalar_names = _direction_scalar_names(job)
-        names = coefficient_names(job, project, points)
+        shapes = coefficient_shapes(job, project, points)
+        names = list(shapes)
         self.spec = _spec(job)
-        self.kernels = kernels.register(self.spec, kernels.Kernels(job.rule, job.direction, names, self._scalar_names))
+        self.kernels = kernels.register(self.spec, kernels.Kernels(job.rule, job.direction, shapes, self._scalar_names))
         self._epilogues = [build_epilogue(job, b, self.spec, names, self._scalar_names) for b in range(len(job.blocks))]
 
     # --- evaluations ------------------------------------------------------------------------------------------
