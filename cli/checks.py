@@ -212,6 +212,8 @@ def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions,
         raise ZOError(f"{options.out} is not a run: there is no {run.config_file.name} in it")
     config = run.config() if run.config_file.is_file() else {}
     if not config.get("task"):
+        if options.model is None:
+            raise ZOError(f"there is no run in {options.out} to go on with")
         say(f"{options.out} holds nothing to go on from: starting over")
         return options, None
     saved = config["options"]

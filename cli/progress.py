@@ -80,12 +80,12 @@ class Progress(TrainerCallback):
     def _text(self, state: Any) -> str:
         done = state.global_step - self.first
         each = (time.time() - self.began) / max(done, 1)
-        parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
+        parts = [] if self.loss is None else [f"smoothed loss {self.loss:.4f}"]
         projected_grad = self.facts.get("projected_grad")
         if projected_grad is not None:
             parts.append(f"|g| {abs(projected_grad):.3g}")
         if "eval_accuracy" in self.facts:
-            parts.append(f"accuracy {self.facts['eval_accuracy']:.3f}")
+            parts.append(f"last accuracy {self.facts['eval_accuracy']:.3f}")
         if done:
             parts += [f"{each:.2f} s/step", f"{_time(each * (state.max_steps - state.global_step))} left"]
         return "  ".join(parts)

@@ -12,7 +12,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 
 def test_the_python_example_runs(models, tmp_path, monkeypatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(code.strip().splitlines()) <= 11
     monkeypatch.chdir(tmp_path)
     code = code.replace("facebook/opt-125m", str(models["causal"])).replace("] * 50", "] * 2")
@@ -21,6 +21,25 @@ def test_the_python_example_runs(models, tmp_path, monkeypatch) -> None:
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_an_objective_without_a_gradient_is_tuned() -> None:
+    import torch
+
+    import zowrap
+
+    _, code = re.findall(r"```python\n(.*?)```", README, re.S)
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(256, 8, generator=draw)
+    targets = (inputs[:, 0] > 0).long()
+    torch.manual_seed(0)
+    names = {"zowrap": zowrap, "classifier": torch.nn.Linear(8, 2), "inputs": inputs, "targets": targets}
+    exec(compile(code.replace('rule="meazo"', 'rule="meazo", lr=0.02, engine="eager"'), "README.md", "exec"), names)
+    zm = names["zm"]
+    before = zm.loss(x=inputs, y=targets)
+    for _ in range(300):
+        zm.step(x=inputs, y=targets)
+    assert zm.loss(x=inputs, y=targets) < 0.6 * before
 
 
 def test_every_command_runs(models, data, tmp_path, zowrap_cli) -> None:

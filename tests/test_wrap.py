@@ -169,6 +169,12 @@ def test_a_step_without_a_batch_says_so() -> None:
         zm.step()
     with pytest.raises(ZOError, match="no rows"):
         zm.step(input_ids=torch.zeros(0, 4, dtype=torch.long), labels=torch.zeros(0, 4, dtype=torch.long))
+    with pytest.raises(ZOError, match="given by name"):
+        zm.step((torch.ones(2), torch.ones(2)))
+    with pytest.raises(ZOError, match="must be a torch module"):
+        zowrap.zo_wrap("facebook/opt-125m")
+    inputs = batch("llama", 4, 9)
+    assert zm.loss(inputs) == zm.loss(**inputs)
     with pytest.raises(ZOError, match="nothing to apply"):
         zm.update()
     with pytest.raises(ZOError, match="2 evaluations"):

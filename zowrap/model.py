@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class StepResult:
     projected_grad: Tensor
     skipped: Tensor
     losses: Tensor
-    _facts: dict[str, Any]
+    _facts: dict[str, Any] = field(repr=False)
 
     def record(self) -> dict[str, Any]:
         """The step's line of the journal, ready for JSON: enough for :meth:`ZOModel.replay`."""
@@ -65,6 +65,15 @@ def _groups(
         return [group for point in points for group in _groups([point], device, False)]
     groups = itertools.groupby(points, key=lambda p: p.direction if p.coefficient else None)
     return [(direction, torch.tensor([p.coefficient for p in group], device=device)) for direction, group in groups]
+
+
+def _named(batches: tuple[Any, ...], batch: dict[str, Any]) -> dict[str, Any]:
+    """``step(**batch)`` and ``step(batch)`` alike, the latter for any mapping."""
+    if not batches:
+        return batch
+    if len(batches) > 1 or not isinstance(batches[0], Mapping):
+        raise ZOError("a batch is given by name, step(input_ids=..., labels=...), or as one dictionary, step(batch)")
+    return {**batches[0], **batch}
 
 
 class ZOModel:
@@ -103,17 +112,18 @@ class ZOModel:
 
     # --- one step ---------------------------------------------------------------------------------------------
 
-    def step(self, **batch: Any) -> StepResult:
+    def step(self, *batches: Any, **batch: Any) -> StepResult:
         """One training step on one batch: evaluate along the step's directions, then update.
 
         Args:
-            batch: what the model's forward takes, ``labels`` included (tensors; other values are constants).
+            batch: what the model's forward takes, ``labels`` included (tensors; other values are constants). It
+                reaches ``loss_fn`` as a dictionary. One dictionary may be given instead: ``step(batch)``.
         """
         self.discard()
-        self.accumulate(**batch)
+        self.accumulate(*batches, **batch)
         return self.update()
 
-    def accumulate(self, **batch: Any) -> Tensor:
+    def accumulate(self, *batches: Any, **batch: Any) -> Tensor:
         """Evaluate one micro-batch at the points of the current step; nothing moves until :meth:`update`.
 
         Sums are kept weighted by label tokens (language models) or examples, so k micro-batches give the losses of
@@ -122,7 +132,7 @@ class ZOModel:
         Returns:
             0-d float32: this micro-batch's loss, the mean over the evaluations.
         """
-        inputs = self._prepare(batch)
+        inputs = self._prepare(_named(batches, batch))
         sums, weight = self._evaluate(inputs)
         self._sums = sums if self._sums is None else self._sums + sums
         self._weight = weight if self._weight is None else self._weight + weight
@@ -191,9 +201,11 @@ class ZOModel:
         self._sums = self._weight = self._streams = None
 
     @torch.no_grad()
-    def loss(self, **batch: Any) -> Tensor:
+    def loss(self, *batches: Any, **batch: Any) -> Tensor:
         """The loss at θ, 0-d float32. Nothing changes."""
-        sums, weights = self._engine.losses(self._prepare(batch), None, torch.zeros(1, device=self._job.device))
+        sums, weights = self._engine.losses(
+            self._prepare(_named(batches, batch)), None, torch.zeros(1, device=self._job.device)
+        )
         return (sums.double().sum() / weights.double().sum()).float()
 
     # --- the points of a step ---------------------------------------------------------------------------------

@@ -73,6 +73,8 @@ def zo_wrap(
     Raises:
         ZOError: an option out of range or unknown, or nothing left to tune.
     """
+    if not isinstance(model, nn.Module):
+        raise ZOError(f"model must be a torch module, for example from from_pretrained, not {type(model).__name__}")
     rule = rules.get(rule, **({"lr": lr} if lr is not None and not isinstance(rule, Rule) else {}))
     check_positive("zo_wrap", lr=rule.lr if lr is None else lr, eps=eps)
     queries = rule.defaults.queries if queries is None else queries
