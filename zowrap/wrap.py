@@ -118,4 +118,6 @@ def zo_wrap(
 
 
 def _new_slot(slot: rules.Slot, parameter: Parameter) -> Tensor:
+    if slot.kind != "element":
+        raise ZOError(f"state of kind {slot.kind!r} is not carried by the engines yet: only 'element' is")
     return torch.full(parameter.tensor.shape, slot.initial, dtype=torch.float32, device=parameter.tensor.device)
