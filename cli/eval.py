@@ -100,24 +100,31 @@ def _check_finished(model: str) -> None:
         raise ZOError(f"{model} holds no finished model yet: go on with zowrap tune --resume --out {model}")
 
 
+def resolve_task(options: Any, rows: Any, source: Any) -> Any:
+    """The task that the options of ``tune`` or ``eval`` describe, with the reason for its form."""
+    from zowrap.tasks import resolve
+
+    return resolve(
+        options.task,
+        rows,
+        source,
+        head=options.head,
+        labels=split_labels(options.labels),
+        template=options.template,
+        text_column=options.text_column,
+        label_column=options.label_column,
+        max_length=options.max_length,
+        end_of_text=options.end_of_text,
+    )
+
+
 def _task(context: typer.Context, options: EvalOptions, saved: dict[str, Any] | None, rows: Any, source: Any) -> Any:
     """The run's own task with what the user asks otherwise, or one resolved from the options."""
-    from zowrap.tasks import check_kind, from_record, resolve
+    from zowrap.tasks import check_kind, from_record
 
     check_kind(options.task)
     if saved is None:
-        return resolve(
-            options.task,
-            rows,
-            source,
-            head=options.head,
-            labels=split_labels(options.labels),
-            template=options.template,
-            text_column=options.text_column,
-            label_column=options.label_column,
-            max_length=options.max_length,
-            end_of_text=options.end_of_text,
-        )
+        return resolve_task(options, rows, source)
     if given(context, "task") and options.task != saved.get("kind"):
         raise ZOError(f"{options.model} was tuned for {saved.get('kind')}, not for --task {options.task}")
     for name in ("head", "labels"):

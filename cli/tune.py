@@ -17,7 +17,7 @@ import typer
 from zowrap.errors import ZOError
 
 from .console import Interrupted, quiet_libraries, result, say
-from .eval import say_counts, split_labels
+from .eval import resolve_task, say_counts
 from .options import TuneOptions, takes
 
 
@@ -74,7 +74,7 @@ class Plan:
 def prepare(options: TuneOptions) -> Plan:
     """Read and check the data, open the model, tokenise."""
     from zowrap.data import read_rows, sample
-    from zowrap.tasks import open_source, resolve
+    from zowrap.tasks import open_source
 
     assert options.data is not None and options.model is not None  # check_options asked for them
     rows = read_rows(options.data, default_split="train")
@@ -82,18 +82,7 @@ def prepare(options: TuneOptions) -> Plan:
     if options.eval_data is not None:
         eval_rows = sample(read_rows(options.eval_data, default_split="test"), options.max_eval_examples)
     source = open_source(options.model, options.trust_remote_code)
-    task, why = resolve(
-        options.task,
-        rows,
-        source,
-        head=options.head,
-        labels=split_labels(options.labels),
-        template=options.template,
-        text_column=options.text_column,
-        label_column=options.label_column,
-        max_length=options.max_length,
-        end_of_text=options.end_of_text,
-    )
+    task, why = resolve_task(options, rows, source)
     task.check(rows)
     if eval_rows is not None:
         task.check(eval_rows)

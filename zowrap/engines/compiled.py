@@ -26,7 +26,7 @@ from zowrap.loss import Batch
 from zowrap.passes.build import build
 from zowrap.passes.epilogue import build_epilogue, coefficient_shapes
 from zowrap.program import Program
-from zowrap.step import Conclusion, conclude
+from zowrap.step import Conclusion
 
 MAX_FIXED_SIZES = 8  # programs per kind of batch where export cannot make a size dynamic; each costs a compilation
 
@@ -180,9 +180,7 @@ class CompiledEngine:
 
     @torch.no_grad()
     def conclude(self, block: int, losses: Tensor, step: int, projected_grad: Tensor | None) -> Conclusion:
-        job = self.job
-        done = torch.tensor(float(step), device=losses.device)
-        return conclude(job.rule, self.project, job.states[block], losses, job.hyper, done, projected_grad)
+        return self.eager.conclude(block, losses, step, projected_grad)  # a few numbers: nothing to compile
 
     @torch.no_grad()
     def update(self, streams: Sequence[DirectionStream], rounding_keys: Tensor, conclusion: Conclusion) -> None:

@@ -52,7 +52,7 @@ class Slot:
 
     Attributes:
         kind: ``"element"`` (the parameter's shape) or ``"columns"`` (``[columns, rank]`` for a matrix, the
-            parameter's shape for a vector).
+            parameter's shape for a vector). The engines carry ``"element"`` alone; ``zo_wrap`` refuses the other.
         initial: the value it starts from.
         rank: for ``"columns"``.
     """
