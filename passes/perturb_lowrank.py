@@ -12,7 +12,7 @@ other use keeps ``perturb_lowrank``, which forms the weight-sized tensor; the no
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -61,16 +61,16 @@ class _Writer:
 
 def _rewrite(graph: fx.Graph, theta: fx.Node, value: fx.Node, use: fx.Node) -> str | None:
     """Replace one use of one point's perturbed weight; None where it has no thin form."""
-    weight, left, right, coefficients = theta.args
-    if right is None or weight.meta["val"].ndim != 2:  # type: ignore[union-attr]
+    weight, left, right, coefficients = cast("tuple[Any, ...]", theta.args)
+    if right is None or weight.meta["val"].ndim != 2:
         return None
     form = _form(use, value)
     if form is None:
         return None
     write = _Writer(graph, use, use.meta["stream"])
     coefficient = write(aten.select.int, coefficients, 0, value.args[1])
-    rank = left.meta["val"].shape[1] if "val" in left.meta else left.args[1][1]  # type: ignore[union-attr]
-    dtype = weight.meta["val"].dtype  # type: ignore[union-attr]
+    rank = left.args[1][1]  # left is a view of the factors, [rows, rank]
+    dtype = weight.meta["val"].dtype
     if form == "embeddings":
         ids = use.args[1]
         plain = write(torch.ops.zowrap.rows.default, weight, ids)
@@ -126,10 +126,10 @@ def _outer(write: _Writer, thin: fx.Node, other: Any, rank: int) -> fx.Node:
 
 
 def _vector(graph: fx.Graph, theta: fx.Node, value: fx.Node) -> None:
-    weight, left, _, coefficients = theta.args
+    weight, left, _, coefficients = cast("tuple[Any, ...]", theta.args)
     write = _Writer(graph, value, value.meta.get("stream"))
-    shape = list(weight.meta["val"].shape)  # type: ignore[union-attr]
-    dtype = weight.meta["val"].dtype  # type: ignore[union-attr]
+    shape = list(weight.meta["val"].shape)
+    dtype = weight.meta["val"].dtype
     coefficient = write(aten.select.int, coefficients, 0, value.args[1])
     change = write(aten.mul.Tensor, write(aten.view.default, left, shape), coefficient)
     base = weight if dtype == torch.float32 else write(aten.to.dtype, weight, torch.float32)

@@ -31,7 +31,7 @@ class Stack(nn.Module):
 
 
 def wrap(rule: Any, *, engine: str = "eager", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    model = Stack().to(dtype)
+    model = Stack().to(torch.bfloat16).to(dtype)  # the same weights in every dtype
     options = {"lr": LR, "eps": EPS, "seed": 3, **options}
     return zowrap.zo_wrap(model, rule, loss_fn=lambda m, b: m.layers[0].bias.sum(), engine=engine, **options)
 
@@ -218,16 +218,16 @@ def np_hizoo(w, history, a=1e-8):
 def np_sparse_mezo(w, history, sparsity=0.75, refresh=0):
     sizes = [15, 5, 10, 2] if len(w) == 32 else [15, 5] if len(w) == 20 else [10, 2]
 
-    def masked(w):
+    def thresholds(w):
         parts = [np.abs(p) for p in np.split(w, np.cumsum(sizes)[:-1])]
         return np.concatenate(
             [np.full(len(p), np.sort(p)[max(1, math.ceil((1 - sparsity) * len(p))) - 1]) for p in parts]
         )
 
-    limit = masked(w)
+    limit = thresholds(w)
     for t, g, u, *_ in history:
         if refresh and t > 1 and (t - 1) % refresh == 0:
-            limit = masked(w)
+            limit = thresholds(w)
         w = w - LR * (g @ u) / len(g) * (np.abs(w) <= limit)
     return w
 

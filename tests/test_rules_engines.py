@@ -106,6 +106,8 @@ def check_sixteen_bit(case, engine: str) -> None:
     for slot in rule.slot_names("element"):
         for a, b in zip(exact._job.slots[slot], rounded._job.slots[slot], strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max())), slot
+    if rule.refresh is not None:
+        return  # a weight at the threshold leaves the mask in one precision and stays in the other
     # Six roundings and the first, each below 2⁻⁷ of the weight.
     largest = np.maximum(np.abs(start), np.abs(flat(exact))).max()
     assert np.abs(flat(rounded) - flat(exact)).max() <= 7 * 2**-7 * largest

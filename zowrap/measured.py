@@ -15,10 +15,12 @@ from torch import Tensor
 
 @dataclass
 class Measurement:
-    """One micro-batch: float64 loss sums ``[points]`` and 0-d weight; ``[points, rows]`` and ``[rows]`` for a population.
+    """One micro-batch, in float64.
 
     Attributes:
-        slopes: float64 ``[queries]``, sums of exact derivatives, where the estimator has them.
+        sums: losses ``[points]``; ``[points, rows]`` for a population.
+        weight: 0-d; ``[rows]`` for a population.
+        slope_sums: float64 ``[queries]``, sums of exact derivatives, where the estimator has them.
     """
 
     sums: Tensor
@@ -74,4 +76,6 @@ class Measured:
 
     def slopes(self) -> Tensor | None:
         """float32 ``[queries]`` exact projected gradients, or None where losses stand for them."""
-        return None if self.slope_sums is None else (self.slope_sums / self.weight).float()
+        if self.slope_sums is None or self.weight is None:
+            return None
+        return (self.slope_sums / self.weight).float()

@@ -292,8 +292,8 @@ class ZOModel:
                 slopes.append(slope.double().sum().reshape(1))
             return Measurement(torch.cat(sums), weights.double().sum(), torch.cat(slopes))
         for direction, signs in self._groups:
-            stream = None if direction is None else streams[direction]
-            rows, weights = self._engine.losses(batch, stream, signs * self._job.hyper["eps"])
+            along = None if direction is None else streams[direction]
+            rows, weights = self._engine.losses(batch, along, signs * self._job.hyper["eps"])
             sums.append(rows.double() if self._estimator.per_example else rows.double().sum(-1))
         return Measurement(torch.cat(sums), weights.double() if self._estimator.per_example else weights.double().sum())
 
@@ -307,9 +307,10 @@ class ZOModel:
         """What the current step's directions need beside noise; computed once per step."""
         if self._scalars is None:
             job, refresh = self._job, self._job.rule.refresh
-            for i, parameter in enumerate(job.parameters) if refresh and self.step_count else ():
-                for name, value in (refresh(parameter.tensor, self.step_count) or {}).items():
-                    job.slots[name][i].copy_(value)
+            if refresh is not None and self.step_count:
+                for i, parameter in enumerate(job.parameters):
+                    for name, value in (refresh(parameter.tensor, self.step_count) or {}).items():
+                        job.slots[name][i].copy_(value)
             self._scalars = self._direction_scalars(self._block)
         return self._scalars
 

@@ -88,7 +88,7 @@ def _(w, ids):
 
 @torch.library.register_vmap("zowrap::rows")
 def _(info, in_dims, w, ids):
-    """Under vmap over the examples: one look-up for all; with a table for each example, in all of them laid end to end."""
+    """Over the examples: one look-up for all; where each has its own table, in all of them laid end to end."""
     w_dim, ids_dim = in_dims
     if ids_dim is None:
         ids, ids_dim = ids.expand(info.batch_size, *ids.shape), 0

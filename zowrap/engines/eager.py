@@ -7,7 +7,7 @@ written by :meth:`EagerEngine.update`), so it needs one more copy of what moves 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +91,9 @@ class EagerEngine:
 
         # Fused attention has no forward-mode derivative; the plain formula does.
         with torch.no_grad(), evaluation_mode(self.job.loss), sdpa_kernel(SDPBackend.MATH):
-            sums, slopes, weights = torch.func.jvp(loss, (point,), (tangents,), has_aux=True)
+            sums, slopes, weights = cast(
+                "tuple[Tensor, ...]", torch.func.jvp(loss, (point,), (tangents,), has_aux=True)
+            )
         return sums, slopes, weights
 
     @torch.no_grad()

@@ -2,11 +2,11 @@
 
     v ← β v + (1 − β) s,   v̂ = v / (1 − βⁿ),   θ ← θ − η / (√v̂ + ζ) · ĝ
 
-with n the number of values v has received and s = Σ_i (w_i g_i)², which is (mean_i g_i²) / q for q queries (w_i is 1/q;
-for a population it is the example's share). With blocks, v and n are each block's own. Source: 2605.03869, the algorithm box. It prints
-v̂ = v/(1 − β^(t−1)), undefined at t = 1; ``literal=True`` reads that as max(n − 1, 1). It prints s = (mean_i g_i)²,
-which for q > 1 can be near 0 while the g_i are not (first steps a thousand times too long were measured);
-``moment="printed"`` gives that form. For q = 1 both agree and the first step is η·sign(g)·z.
+with n the number of values v has received and s = Σ_i (w_i g_i)², which is (mean_i g_i²) / q for q queries (w_i = 1/q;
+for a population, the example's share). With blocks, v and n are each block's own. Source: 2605.03869, the algorithm
+box. It prints v̂ = v/(1 − β^(t−1)), undefined at t = 1; ``literal=True`` reads that as max(n − 1, 1). It prints
+s = (mean_i g_i)², which for q > 1 can be near 0 while the g_i are not (first steps a thousand times too long were
+measured); ``moment="printed"`` gives that form. For q = 1 both agree and the first step is η·sign(g)·z.
 """
 
 from __future__ import annotations
