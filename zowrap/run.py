@@ -275,6 +275,7 @@ def replay_run(
     if journal is None:
         raise ZOError(f"there is no journal at {file}")
     head = journal.header
+    rules.find_recorded(head["rule"], file)
     moves = set(head["parameters"])
     zm = zo_wrap(
         model,
