@@ -17,6 +17,7 @@ from zowrap.testing import EPS, LR, draw_losses, wrap
 
 __all__ = ["CASES", "EPS", "KINDS", "LR", "draw_losses", "feed", "flat", "name_of", "noise_of", "wrap"]
 
+
 class Seen(NamedTuple):
     """One step as a reference sees it: its number from 1, projected gradients, raw directions, losses."""
 

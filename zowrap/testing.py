@@ -176,7 +176,7 @@ PROPERTIES: dict[str, Callable[[Rule, str], None]] = {
 
 
 def check_rule(rule: Rule, engines: Sequence[str] = ENGINES) -> None:
-    """Check every property of :data:`PROPERTIES` under each engine; compiling takes a few seconds.
+    """Check every property of :data:`PROPERTIES` under each engine; compiling takes 10 to 30 seconds.
 
     Args:
         rule: as its constructor returns it; call this once for each set of hyper-parameters worth testing.

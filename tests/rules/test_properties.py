@@ -1,5 +1,4 @@
-"""Every rule has the properties that :mod:`zowrap.testing` states, under both engines; and a rule that lacks one is
-found out."""
+"""Every rule has the properties of :mod:`zowrap.testing` under both engines; a rule that lacks one is found out."""
 
 from __future__ import annotations
 
@@ -13,7 +12,6 @@ from zowrap import rules, testing
 from zowrap.engines import ENGINES
 from zowrap.rules import Rule, Slot
 from zowrap.rules.base import mean_gradient
-
 
 # 16-bit kernels are compiled apart, seconds for each rule: once for each rule is enough.
 SWEEP = [

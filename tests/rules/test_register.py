@@ -121,7 +121,7 @@ def test_the_command_line_takes_it_up_and_never_by_itself(zowrap_cli, models, da
     replay = ("replay", models["encoder"], run, "--to", tmp_path / "to")
     refused = zowrap_cli(*replay)
     assert refused.code == 2 and refused.err.count("\n") == 1
-    assert f"made by the rule 'zo_lion', which is not registered here" in refused.err
+    assert "made by the rule 'zo_lion', which is not registered here" in refused.err
     assert f"--plugin (then: {EXAMPLE})" in refused.err and "zo_lion" not in rules.REGISTRY
     with pytest.raises(ZOError, match="import it first in Python"):
         replay_run(torch.nn.Linear(1, 1), run)
@@ -281,6 +281,7 @@ def not_plain(*, lr: float = 1e-3, beta: tuple = (0.9, 0.99)) -> Rule:
     ("name", "constructor", "words"),
     [
         ("meazo", mine, "there is a rule 'meazo' already"),
+        ("meazo", rules.meazo, "there is a rule 'meazo' already"),
         ("mezo", mine, "another name of zo_sgd"),
         ("Mine", mine, "small letters"),
         ("", mine, "small letters"),

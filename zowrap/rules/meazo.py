@@ -11,7 +11,16 @@ which for q > 1 can be near 0 while the g_i are not (first steps a thousand time
 from __future__ import annotations
 
 from zowrap.errors import ZOError, nearest
-from zowrap.rules.base import Probe, Rule, Scalars, check_fraction, check_positive, mean_gradient, received_share
+from zowrap.rules.base import (
+    Probe,
+    Rule,
+    Scalars,
+    check_flag,
+    check_fraction,
+    check_positive,
+    mean_gradient,
+    received_share,
+)
 
 MOMENTS = ("mean", "printed")
 
@@ -34,6 +43,7 @@ def meazo(
     """
     check_positive("meazo", lr=lr, zeta=zeta)
     check_fraction("meazo", beta=beta)
+    check_flag("meazo", literal=literal)
     if moment not in MOMENTS:
         raise ZOError(f"meazo: unknown moment {moment!r}{nearest(moment, MOMENTS)}")
 

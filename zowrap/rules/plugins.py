@@ -35,12 +35,15 @@ _installed_loaded = False
 def check_name(
     name: str, registry: Mapping[str, Entry], aliases: Mapping[str, str], constructor: Callable[..., Rule]
 ) -> None:
-    """Raise :class:`ZOError` unless ``name`` is well formed and free, or held by this very constructor."""
+    """Raise :class:`ZOError` unless ``name`` is well formed and free, or held by this constructor loaded before."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ZOError(f"the name of a rule is made of small letters, digits and _, such as my_rule, not {name!r}")
     if name in aliases:
         raise ZOError(f"there is a rule {name!r} already (another name of {aliases[name]}): register yours by another")
-    if name in registry and _place(registry[name].constructor) != _place(constructor):
+    if name not in registry:
+        return
+    place = _place(registry[name].constructor)
+    if place != _place(constructor) or str(place[0]).startswith("zowrap.rules."):
         raise ZOError(f"there is a rule {name!r} already: register yours by another name")
 
 
