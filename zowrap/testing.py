@@ -29,7 +29,7 @@ SAME = 1e-5
 
 
 class Layers(nn.Module):
-    """Two numbered layers of odd shapes, 32 weights from −2 to 2."""
+    """Two numbered layers of odd shapes, 32 weights from −4 to 4."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Layers(nn.Module):
 def wrap(rule: str | Rule, engine: str = "eager", dtype: torch.dtype = torch.float32, **options: Any) -> ZOModel:
     """A small model under ``rule``; its loss is never evaluated. ``options`` as of :func:`zowrap.zo_wrap`."""
     options = {"lr": LR, "eps": EPS, "seed": 3, "loss_fn": lambda model, batch: model.layers[0].bias.sum(), **options}
-    return zo_wrap(Layers().to(dtype), rule, engine=engine, **options)
+    return zo_wrap(Layers().to(torch.bfloat16).to(dtype), rule, engine=engine, **options)
 
 
 def draw_losses(zm: ZOModel, steps: int = STEPS, seed: int = 0) -> list[Tensor]:

@@ -27,7 +27,7 @@ NAN, INF = math.nan, math.inf
 ANYWHERE: list[Any] = [NAN, INF, -INF, -1, "0.5", "", [0.5], {"beta": 0.5}, 1j]
 BY_TYPE: dict[type, list[Any]] = {
     bool: ["no", None, 0.5, 2.5],
-    int: [0, 1.5, True, None],
+    int: [1.5, True, None],
     float: [True, False, None],
     str: ["no_such_word", None, 1, True],
     type(None): ["no_such_word", 1, True],
@@ -41,6 +41,9 @@ ENDS: dict[str, list[float]] = {
     "beta1": [1, 1.0, 1.5],
     "beta2": [1, 1.0, 1.5],
     "a": [1, 1.0, 1.5],
+    "sparsity": [1, 1.0, 1.5],
+    "rank": [0],
+    "nu": [0],
     "theta": [0, 1.6, math.pi],
     "warmup": [0, True],
 }
@@ -155,13 +158,15 @@ def test_the_state_of_other_options_or_another_model_is_refused(name: str) -> No
     zm = moved(name)
     queries = zm.state_dict()["queries"]
     refuses(zm, wrap(name, lr=0.7, queries=queries + 1).state_dict(), f"queries={queries + 1}")
-    refuses(zm, wrap(name, lr=0.7, direction="sphere").state_dict(), "direction='sphere'")
     refuses(zm, wrap(name, lr=0.7, blocks="layer").state_dict(), r"blocks=\['layers.0', 'layers.1'\]")
     refuses(zm, wrap(name, lr=0.7, block_order="random").state_dict(), "block_order='random'")
     refuses(zm, wrap(name, lr=0.7, trainable=["*.weight"]).state_dict(), "another model: its tunable parameters")
     wide = zowrap.zo_wrap(nn.Linear(3, 4), name, engine="eager", loss_fn=lambda m, b: m.weight.sum())
     refuses(zm, wide.state_dict(), "another model: its tunable parameters")
-    if name != "hizoo":  # the only rule that is bound to one
+    if name not in ("lozo", "lozo_m"):  # bound to directions of their own
+        other = "gaussian" if zm.state_dict()["direction"] == "rademacher" else "rademacher"
+        refuses(zm, wrap(name, lr=0.7, direction=other).state_dict(), f"direction='{other}'")
+    if name != "hizoo":  # bound to its estimator
         other = "forward" if zm.state_dict()["estimator"] == "central" else "central"
         refuses(zm, wrap(name, lr=0.7, estimator=other).state_dict(), f"estimator='{other}'")
 

@@ -102,9 +102,8 @@ def check_constructor(name: str, constructor: Callable[..., Rule]) -> Rule:
 
 def memory(rule: Rule) -> str:
     """State in units of the tunable parameters, from the rule's slots."""
-    elements = sum(slot.kind == "element" for slot in rule.slots.values())
-    columns = sum(slot.rank for slot in rule.slots.values() if slot.kind == "columns")
-    return f"{elements} ({columns} per column more)" if columns else str(elements)
+    text = str(len(rule.slot_names("element")))
+    return text + " (and r per row)" if rule.slot_names("left") else text
 
 
 def forwards(rule: Rule) -> str:
