@@ -46,7 +46,9 @@ class Place:
 
 
 GRAIN_BITS = 5
-GRAIN = 1 << GRAIN_BITS  # factors start at multiples of this, so that whose an element is takes one number for so many elements
+GRAIN = (
+    1 << GRAIN_BITS
+)  # factors start at multiples of this, so that whose an element is takes one number for so many elements
 
 
 class Layout:
