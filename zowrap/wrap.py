@@ -94,7 +94,6 @@ def zo_wrap(
         raise ZOError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
     probing = estimators.get(rule.defaults.estimator if estimator is None else estimator)
     law = directions.get(direction or ("lowrank(1)" if probing.per_example else rule.defaults.direction))
-    engine = _check_estimator(rule, law, probing, queries, engine)
     if law.shape is not None:
         rule = law.shape(rule)
     if law.lowrank is not None and rule.shapes_directions:
@@ -107,6 +106,7 @@ def zo_wrap(
         parameters = [parameters[i] for i in moving]
         partition = block_lib.partition(parameters, blocks)
     rule.check(rules.Choice(law.name, probing.name, queries, len(partition)))
+    engine = _check_estimator(rule, law, probing, queries, engine)
     hyper = {"lr": float(rule.lr if lr is None else lr), "eps": float(eps), "weight_decay": float(weight_decay)}
     job = Job(
         loss=LossModule(model, loss_fn),
