@@ -96,8 +96,6 @@ def zo_wrap(
     law = directions.get(direction or ("lowrank(1)" if probing.per_example else rule.defaults.direction))
     if law.shape is not None:
         rule = law.shape(rule)
-    if law.lowrank is not None and rule.shapes_directions:
-        raise ZOError(f"{rule.name} works on each element of a direction: {law.name} would lose its low rank")
     parameters = select(model, trainable)
     device = parameters[0].tensor.device
     partition = block_lib.partition(parameters, blocks)
@@ -106,6 +104,8 @@ def zo_wrap(
         parameters = [parameters[i] for i in moving]
         partition = block_lib.partition(parameters, blocks)
     rule.check(rules.Choice(law.name, probing.name, queries, len(partition)))
+    if law.lowrank is not None and rule.shapes_directions:
+        raise ZOError(f"{rule.name} works on each element of a direction: {law.name} would lose its low rank")
     engine = _check_estimator(rule, law, probing, queries, engine)
     hyper = {"lr": float(rule.lr if lr is None else lr), "eps": float(eps), "weight_decay": float(weight_decay)}
     job = Job(
