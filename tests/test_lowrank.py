@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from zowrap.passes.build import build
 
 import zowrap
 from tests.rule_cases import wrap
 from tests.test_engines import Odd, odd_batch, odd_loss
 from zowrap import rules
-from zowrap.capture import canonical_batch, capture
 from zowrap.engines import ENGINES
 
 OPTIONS = {
@@ -40,30 +38,6 @@ def test_engines_agree_along_low_rank_directions(options) -> None:
     assert torch.allclose(losses_one, losses_other, rtol=2e-5)
     for a, b in zip(one.parameters, other.parameters, strict=True):
         assert (a.tensor - b.tensor).norm() <= 1e-5 * (a.tensor - start[a.name]).norm() > 0, a.name
-
-
-def test_no_weight_sized_temporary_in_the_forward() -> None:
-    """Of Odd's weights only the convolution's is formed whole: products and look-ups take the factors."""
-    zm = zowrap.zo_wrap(Odd(), "zo_sgd", direction="lowrank(2)", loss_fn=odd_loss, engine="compiled")
-    inputs = zm._prepare(odd_batch())
-    captured = capture(zm._job.loss, canonical_batch(inputs, zm.model))
-    program = build(captured, zm._job, 0, zm._engine.spec, 2, [], zm._engine._epilogues[0])
-    whole = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_lowrank.default)
-    assert [node.args[0].meta["val"].ndim for node in whole] == [3]
-    assert not program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb.default)
-    weights = {(13, 7), (7, 7)}
-    shapes = {tuple(n.meta["val"].shape) for n in program.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)}
-    program.propagate_shapes()
-    made = [
-        node
-        for node in program.graph.nodes
-        if node.op == "call_function"
-        and isinstance(node.meta.get("val"), torch.Tensor)
-        and tuple(node.meta["val"].shape) in weights
-        and node.target is not torch.ops.aten.t.default
-        and node.target is not torch.ops.aten.permute.default
-    ]
-    assert shapes & weights and not made  # the weights themselves are inputs
 
 
 def factors(zm) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
