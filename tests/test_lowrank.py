@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -82,9 +84,9 @@ def test_right_factors_stay_for_nu_steps_and_left_ones_never() -> None:
         lefts.append(left)
         rights.append(right)
         zm.update(projected_grad=torch.tensor(0.0))
-    same = [torch.equal(a, b) for a, b in zip(rights, rights[1:], strict=False)]
+    same = [torch.equal(a, b) for a, b in itertools.pairwise(rights)]
     assert same == [True, True, False, True, True, False]
-    assert not any(torch.equal(a, b) for a, b in zip(lefts, lefts[1:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(lefts))
 
 
 def test_factors_do_not_depend_on_what_else_is_tunable() -> None:
