@@ -102,7 +102,7 @@ def _form(use: fx.Node, value: fx.Node) -> str | None:
         return "matrix products"
     if use.target is aten.addmm.default and use.args[2] is value and not use.kwargs and use.args[1] is not value:
         return "matrix products"
-    if use.target is aten.mm.default and use.args[1] is value and use.args[0] is not value:
+    if use.target in (aten.mm.default, aten.matmul.default) and use.args[1] is value and use.args[0] is not value:
         return "matrix products"
     if use.target is torch.ops.zowrap.rows.default and use.args[0] is value:
         return "embeddings"

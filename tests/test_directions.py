@@ -238,4 +238,4 @@ def test_a_foreign_rule_along_a_cone_keeps_its_own_kernels() -> None:
         zm.update(projected_grad=torch.tensor(1.0))
         assert zm.inspect().engine == "compiled"
         ends.append(flat(zm) - start)
-    assert np.allclose(ends[1], 2 * ends[0], rtol=1e-4, atol=1e-6) and EPS == zm.eps
+    assert np.allclose(ends[1], 2 * ends[0], rtol=1e-4, atol=1e-6) and zm.eps == EPS
