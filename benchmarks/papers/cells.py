@@ -46,7 +46,7 @@ class Cells:
         eps: perturbation size ε.
         direction, estimator, queries: as for ``zo_wrap``; None is the rule's own default.
         blocks: x is cut into this many blocks of equal size, one of which is perturbed and updated per step.
-        block_order: see :data:`zowrap.blocks.ORDERS`.
+        block_order: see :data:`zowrap.blocks.ORDERS`; one for all cells or one for each.
         shared_state: all blocks feed one scalar state of the rule. ``zo_wrap`` keeps one per block; this is the
             variant that those are compared with.
         data: tensors ``[cells, ...]`` that the objective needs beside x.
@@ -71,7 +71,7 @@ class Cells:
         estimator: str | None = None,
         queries: int | None = None,
         blocks: int = 1,
-        block_order: str = "ascending",
+        block_order: str | Sequence[str] = "ascending",
         shared_state: bool = False,
         data: Scalars | None = None,
         compiled: bool = False,
@@ -85,7 +85,8 @@ class Cells:
         self.project = rule.project or self.estimator.project
         self.eps = eps
         self.blocks = blocks
-        self.block_order = block_order
+        orders = [block_order] * count if isinstance(block_order, str) else block_order
+        self._visits = list(zip(orders, seeds, strict=True))
         self.shared_state = shared_state
         self.step_count = 0
         self.seeds = list(seeds)
@@ -136,10 +137,11 @@ class Cells:
         """int64 ``[cells]``: each cell's block of this step."""
         if self.blocks == 1:
             return torch.zeros(len(self.seeds), dtype=torch.int64)
-        known = {
-            seed: block_lib.active(self.step_count, self.blocks, self.block_order, seed) for seed in set(self.seeds)
+        active = {
+            (order, seed): block_lib.active(self.step_count, self.blocks, order, seed)
+            for order, seed in set(self._visits)
         }
-        return torch.tensor([known[seed] for seed in self.seeds])
+        return torch.tensor([active[visit] for visit in self._visits])
 
     def _one_step(
         self,

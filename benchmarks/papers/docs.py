@@ -1,4 +1,4 @@
-"""``docs/papers.md``: a section per experiment, made of the committed JSON alone, so that no number is typed by hand."""
+"""``docs/papers.md``: a section per experiment, made of the committed JSON alone: no number is typed by hand."""
 
 from __future__ import annotations
 
