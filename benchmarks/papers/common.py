@@ -120,7 +120,7 @@ def section(result: Mapping[str, Any], title: str, claims: Sequence[Claim], body
     )
     return (
         f"## {result['name']}: {title}\n\n`python -m benchmarks.papers {result['name']}{quick}` "
-        f"({result['seconds']:.0f} s on one core; {versions})\n\n{settings}\n\n{compared}\n\n"
+        f"({result['seconds']:.0f} s, one thread; {versions})\n\n{settings}\n\n{compared}\n\n"
         f"**Verdict: {verdict}.** {body.strip()}\n"
     )
 

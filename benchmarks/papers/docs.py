@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ def versions() -> dict[str, str]:
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:
-    """Indented by one space, finite numbers only: a diverged run is ``null`` or says so in words."""
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """Indented, a list of numbers on one line; finite numbers only: a diverged run is ``null``."""
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    text = re.sub(r"\[\n([^\[\]{}]*)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def committed() -> dict[str, dict[str, Any]]:

@@ -176,10 +176,23 @@ def report(result: dict[str, Any]) -> str:
         f"{table(['η', 'zo_adam', 'meazo', 'quotient'], rows_a)}\n\n{table(['η', 'zo_sgd'], rows_sgd)}\n\n"
         "(b), best over η; the scalar for all blocks is the comparison's alone (the library keeps one per block):\n\n"
         f"{table(['rule', 'independent', 'half-decades', 'quarter-decades'], rows_b)}\n\n"
-        f"Per-block scalar over ZO-SGD: {spread(coarse)} on half-decades, {spread(fine)} on quarter-decades. The grid "
-        "decides: the finer one has a ZO-SGD step size within a factor of two of divergence, which is where it is best."
+        f"Per-block scalar over ZO-SGD: {spread(coarse)} on half-decades, {spread(fine)} on quarter-decades. "
+        f"{_edge(result)}"
     )
     return section(result, TITLE, claims(result), body)
+
+
+def _edge(result: dict[str, Any]) -> str:
+    """Where ZO-SGD's best step size of the finer grid stands."""
+    found = result["b"]["zo_sgd"]
+    at = best(found["final"])
+    after = found["final"][at + 1] if at + 1 < len(found["lr"]) else None
+    if after is None or mean(after) < 1:
+        return "ZO-SGD's best η of the finer grid is not its last stable one."
+    return (
+        f"The ratio depends on the grid: ZO-SGD's best η of the finer one, {found['lr'][at]:g}, is its last stable one "
+        f"(f_T / f_0 = {mean(after):.2g} at {found['lr'][at + 1]:g})."
+    )
 
 
 def _short(row: list[float | None]) -> str:

@@ -102,7 +102,9 @@ class _Blocks(nn.Module):
 def update_seconds(blocks: int) -> float:
     """Seconds of ``ZOModel.update`` with that many blocks: noise drawn, weights written, no forward."""
     names = parameter_names(blocks) if blocks > 1 else None
-    zm = zowrap.zo_wrap(_Blocks(blocks), "zo_sgd", blocks=names, engine="eager", loss_fn=lambda m, b: m.x[0].sum())
+    zm = zowrap.zo_wrap(
+        _Blocks(blocks), "zo_sgd", blocks=names, engine="eager", loss_fn=lambda m, b: next(m.parameters()).sum()
+    )
     times = []
     for _ in range(20):
         start = time.perf_counter()
