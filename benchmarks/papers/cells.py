@@ -18,7 +18,8 @@ from torch.func import vmap
 
 from zowrap import blocks as block_lib
 from zowrap import directions, estimators, noise
-from zowrap.rules import Rule
+from zowrap.errors import ZOError
+from zowrap.rules import Choice, Rule
 from zowrap.rules.base import Scalars
 from zowrap.step import conclude, perturbed, reduced, update_leaf
 
@@ -52,6 +53,9 @@ class Cells:
         data: tensors ``[cells, ...]`` that the objective needs beside x.
         compiled: compile the step (tens of seconds once, then several times faster).
 
+    Raises:
+        ZOError: a rule, direction or estimator that needs more than probes along full directions.
+
     Attributes:
         theta: float32 ``[cells, d]``.
         step_count: steps done.
@@ -81,6 +85,9 @@ class Cells:
         self.law = directions.get(direction or rule.defaults.direction)
         self.estimator = estimators.get(estimator or rule.defaults.estimator)
         self.queries = queries or rule.defaults.queries
+        if rule.candidates or rule.refresh or rule.left or self.law.lowrank or self.estimator.per_example:
+            raise ZOError(f"cells run rules of plain probes along full directions: {rule.name} needs more here")
+        rule.check(Choice(self.law.name, self.estimator.name, self.queries, blocks))
         self.points = (rule.points or self.estimator.points)(self.queries)
         self.project = rule.project or self.estimator.project
         self.eps = eps
@@ -176,7 +183,7 @@ class Cells:
             if self.law.scale is not None:
                 squares = directions.integer_squares(u).sum()
                 u = u * self.law.scale(directions.squared_norm(squares), w.numel())
-            return rule.direction(u, {name: own_slots[name] for name in rule.direction_slots}, scalars)
+            return rule.direction(u, w, {name: own_slots[name] for name in rule.direction_slots}, scalars)
 
         z = vmap(direction)(torch.arange(self.queries))
 

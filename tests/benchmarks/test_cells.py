@@ -13,6 +13,7 @@ from benchmarks.papers import functions
 from benchmarks.papers.cells import Cells, parameter_names
 from zowrap import rules
 from zowrap.blocks import ORDERS
+from zowrap.errors import ZOError
 
 SIZE, STEPS, EPS = 120, 50, 1e-3
 OBJECTIVE = functions.quadratic(torch.logspace(-2, 0, SIZE, dtype=torch.float64))
@@ -154,3 +155,13 @@ def test_a_loss_that_is_not_finite_is_counted_and_changes_nothing() -> None:
 )
 def test_the_functions_have_their_known_values(objective: Any, at: list[float], value: float) -> None:
     assert objective(torch.tensor(at, dtype=torch.float64), {}).item() == pytest.approx(value, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [("lozo", {}), ("sparse_mezo", {}), ("zo_sgd", {"estimator": "population"})],
+    ids=lambda v: str(v),
+)
+def test_what_cells_cannot_run_is_refused(rule: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ZOError, match=rule):
+        Cells(OBJECTIVE, rules.get(rule), start=torch.ones(1, SIZE), lr=[1e-3], seeds=[0], eps=EPS, **options)
