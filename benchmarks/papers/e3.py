@@ -148,7 +148,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for panel, part in zip(axes, ("a", "b"), strict=True):
             for name, found in result[part].items():
                 points = [(lr, mean(row)) for lr, row in zip(found["lr"], found["final"], strict=True)]
-                points = [(lr, value) for lr, value in points if value < 100]
+                points = [(lr, value) for lr, value in points if value < 1000]
                 panel.loglog(*zip(*points, strict=True), marker=".", label=name)
             panel.set_title(part)
             panel.set_xlabel("η")
