@@ -46,6 +46,18 @@ def chosen_seeds(options: argparse.Namespace) -> list[int]:
     return seeds
 
 
+def chosen_steps(asked: int | None, default: int, multiple: int = 1) -> int:
+    """The number of steps asked for, or the default.
+
+    Raises:
+        ZOError: not a positive multiple of ``multiple``, the distance between two records.
+    """
+    steps = default if asked is None else asked
+    if steps < 1 or steps % multiple:
+        raise ZOError(f"--steps must be a positive multiple of {multiple}, got {steps}")
+    return steps
+
+
 def half_decades(low: float, high: float, steps: int = 2) -> list[float]:
     """``low`` to ``high`` in ``steps`` equal factors per decade, to three digits."""
     count = round(steps * math.log10(high / low))

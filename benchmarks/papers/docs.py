@@ -19,7 +19,9 @@ HEAD = """# The papers' experiments
 
 Each section is one command, `python -m benchmarks.papers E1`, and is generated from the JSON that it wrote
 (`benchmarks/results/papers`); `python -m benchmarks.papers docs` makes this page of them. "Expected" is what an
-independent implementation or the paper gave, "obtained" is ours. ± is the standard deviation over seeds.
+independent implementation or the paper gave, "obtained" is ours. ± is the standard deviation over seeds; a grid's best
+cell is chosen by the mean over them. E1 to E5 advance many runs at once with the library's own rules and noise
+(`benchmarks/papers/cells.py`; each run is held to `zo_wrap` by a test).
 """
 
 

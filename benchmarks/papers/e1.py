@@ -13,10 +13,20 @@ from torch import Tensor
 
 from benchmarks.papers import functions
 from benchmarks.papers.cells import Cells
-from benchmarks.papers.common import Claim, add_seeds, chosen_seeds, figure, finite, mean, section, spread, table
+from benchmarks.papers.common import (
+    Claim,
+    add_seeds,
+    chosen_seeds,
+    chosen_steps,
+    figure,
+    finite,
+    mean,
+    section,
+    spread,
+    table,
+)
 from benchmarks.papers.docs import versions
 from zowrap import rules
-from zowrap.errors import ZOError
 
 NAME = "E1"
 TITLE = "ConMeZO on a quadratic"
@@ -32,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
-    seeds, steps = chosen_seeds(options), options.steps or (1000 if options.quick else 100_000)
-    if steps < EVERY:
-        raise ZOError(f"--steps must be at least {EVERY}, the distance between two values of f")
+    seeds, steps = chosen_seeds(options), chosen_steps(options.steps, 1000 if options.quick else 100_000, EVERY)
     objective = functions.quadratic(torch.logspace(-9, 0, SIZE, dtype=torch.float64))
     starts = functions.normal_starts(seeds, SIZE, norm=10.0)
     built = {"zo_sgd": rules.get("zo_sgd"), "conmezo": rules.get("conmezo", theta=THETA, beta=BETA)}

@@ -13,6 +13,7 @@ from benchmarks.papers.common import (
     add_seeds,
     best,
     chosen_seeds,
+    chosen_steps,
     figure,
     finite,
     grid,
@@ -28,6 +29,7 @@ NAME = "E2"
 TITLE = "R-AdaZO on four functions"
 QUERIES, EPS, COMMON_LR = 10, 1e-2, 1e-3
 BETAS = {"beta1": 0.9, "beta2": 0.99}
+RECORDS = 10  # values of f along a run, beside f_0
 LONGER = 4.36  # √((1 + β1)/(1 − β1)): how much longer R-AdaZO's steps are at a common η
 FUNCTIONS = {
     "quadratic": functions.sphere,
@@ -57,7 +59,8 @@ def build_rules() -> dict[str, rules.Rule]:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     seeds = chosen_seeds(options)
-    size, steps = options.size or (500 if options.quick else 10_000), options.steps or (60 if options.quick else 600)
+    size = options.size or (500 if options.quick else 10_000)
+    steps = chosen_steps(options.steps, 60 if options.quick else 600, RECORDS)
     factors = (1.0, LONGER) if options.quick else FACTORS
     built = build_rules()
     starts = functions.normal_starts(seeds, size)
@@ -79,8 +82,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 queries=QUERIES,
                 compiled=not options.quick,
             )
-            trace = cells.trace(steps, steps // 10)
-            fall = (trace / trace[0]).reshape(11, len(lrs), -1)  # [times, η, seeds]
+            trace = cells.trace(steps, steps // RECORDS)
+            fall = (trace / trace[0]).reshape(1 + RECORDS, len(lrs), -1)  # [times, η, seeds]
             results[function][name] = {
                 "lr": [float(f"{lr:.4g}") for lr in lrs],
                 "final": [[finite(value) for value in row] for row in fall[-1].tolist()],
@@ -150,7 +153,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for panel, (function, found) in zip(axes, result["results"].items(), strict=True):
             for name, values in found.items():
                 if name != "meazo":
-                    panel.plot([i / 10 for i in range(11)], values["curves"][at], label=name)
+                    panel.plot([i / RECORDS for i in range(1 + RECORDS)], values["curves"][at], label=name)
             panel.set_title(f"{function}, common η")
             panel.set_xlabel("part of the run")
         axes[0].set_ylabel("f / f_0")

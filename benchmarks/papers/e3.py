@@ -16,6 +16,7 @@ from benchmarks.papers.common import (
     add_seeds,
     best,
     chosen_seeds,
+    chosen_steps,
     figure,
     final_ratios,
     grid,
@@ -44,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     seeds = chosen_seeds(options)
-    steps_a, steps_b = options.steps or ((200, 240) if options.quick else (6000, 8000))
+    defaults = (200, 240) if options.quick else (6000, 8000)
+    steps_a, steps_b = (chosen_steps(s, d) for s, d in zip(options.steps or (None, None), defaults, strict=True))
     starts = functions.normal_starts(seeds, SIZE)
     common: dict[str, Any] = {"starts": starts, "seeds": seeds, "eps": EPS, "compiled": not options.quick}
 

@@ -19,6 +19,7 @@ from benchmarks.papers.common import (
     Claim,
     add_seeds,
     chosen_seeds,
+    chosen_steps,
     figure,
     final_ratios,
     finite,
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
-    seeds, steps = chosen_seeds(options), options.steps or (200 if options.quick else 6000)
+    seeds, steps = chosen_seeds(options), chosen_steps(options.steps, 200 if options.quick else 6000)
     lrs = LRS[-1:] if options.quick else LRS
     rule = rules.get("zo_sgd")
     starts = functions.normal_starts(seeds, SIZE)

@@ -13,9 +13,10 @@ import torch
 
 from benchmarks.papers import digits
 from benchmarks.papers.cells import Cells
-from benchmarks.papers.common import Claim, chosen_seeds, figure, section, spread, table
+from benchmarks.papers.common import Claim, chosen_seeds, chosen_steps, figure, section, spread, table
 from benchmarks.papers.docs import versions
 from zowrap import rules
+from zowrap.errors import ZOError
 
 NAME = "E5"
 TITLE = "Black-box attack on a digits classifier"
@@ -42,8 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
-    seeds, steps = chosen_seeds(options), options.steps or (30 if options.quick else 300)
+    seeds, steps = chosen_seeds(options), chosen_steps(options.steps, 30 if options.quick else 300)
     queries = options.queries or ([2] if options.quick else [2, 10])
+    if min(queries) < 1:
+        raise ZOError(f"--queries must be whole numbers from 1, got {' '.join(map(str, queries))}")
     lrs, count = (LRS[1:3], 4) if options.quick else (LRS, EXPECTED["of"])
     images, labels, test_images, test_labels = digits.load()
     victim = digits.train(images, labels, epochs=5 if options.quick else 30)

@@ -56,7 +56,9 @@ def test_the_same_seed_gives_the_same_result(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (["E1", "--quick", "--seeds", "1", "1"], "--seeds"),
-        (["E1", "--quick", "--steps", "5"], "--steps must be at least 100"),
+        (["E1", "--quick", "--steps", "5"], "--steps must be a positive multiple of 100"),
+        (["E5", "--quick", "--queries", "0"], "--queries"),
+        (["E4", "--quick", "--steps", "0"], "--steps"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
