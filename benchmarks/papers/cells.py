@@ -109,6 +109,8 @@ class Cells:
         self._states = {name: torch.full((count, blocks), value) for name, value in rule.state.items()}
         noise.gaussian_table()  # made here, not while a compiler is tracing
         step = vmap(self._one_step, in_dims=(0, 0, 0, 0, 0, 0, None, 0))
+        if compiled:
+            torch.compiler.reset()  # Dynamo counts every Cells as a recompilation of the same vmap, and allows eight
         self._step = torch.compile(step, fullgraph=True, dynamic=False) if compiled else step
         self._values = vmap(lambda theta, data: objective(theta.double().reshape(-1), data))
 
