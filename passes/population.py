@@ -105,6 +105,8 @@ class _Mapped(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.aten.sym_size.int:
             return args[0].shape[args[1]]
+        if target is torch.ops.aten.view.default:  # what is one block of memory for all examples may be several for one
+            return args[0].reshape(args[1])
         if target is torch.ops.aten.layer_norm.default:
             return _layer_norm(*args[:5])
         if target is torch.ops.aten.linear.default:
@@ -112,6 +114,10 @@ class _Mapped(fx.Interpreter):
             return product if len(args) < 3 or args[2] is None else product + args[2]
         if target is torch.ops.aten.scaled_dot_product_attention.default:
             return _attention(*args, **kwargs)
+        if target is torch.ops.aten.cross_entropy_loss.default and not args[1].is_floating_point():
+            loss = _cross_entropy(*args, **kwargs)
+            if loss is not None:
+                return loss
         if target is torch.ops.aten.gather.default:
             return torch.ops.zowrap.gather(*args[:3])
         if target is torch.ops.aten.cat.default:
@@ -133,6 +139,24 @@ def _attention(
     if mask is not None:  # heads and queries may be broadcast: their dimensions stay, the batch's is given to each
         mask = mask.expand(query.shape[0], *mask.shape[1:])
     return torch.ops.zowrap.attention(query, key, value, mask, causal, scale, enable_gqa)
+
+
+def _cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    reduction: int = 1,
+    ignored: int = -100,
+    smoothing: float = 0.0,
+) -> torch.Tensor | None:
+    """By logsumexp, ``reduction`` 0 none, 1 mean, 2 sum; None for weighted classes and smoothed labels."""
+    if weight is not None or smoothing or logits.ndim < 2:
+        return None
+    counted = labels != ignored
+    index = torch.where(counted, labels, 0).unsqueeze(1)
+    picked = torch.ops.zowrap.gather(logits, 1, index).squeeze(1)
+    losses = torch.where(counted, logits.logsumexp(1) - picked, 0.0)
+    return (losses, losses.sum() / counted.sum(), losses.sum())[reduction]
 
 
 def _layer_norm(
