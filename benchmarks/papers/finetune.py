@@ -24,20 +24,22 @@ rows of a task are the same for every cell. :mod:`benchmarks.papers.grid` comput
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import random
+import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import zowrap
-from zowrap import evaluation, rules
+from zowrap import estimators, evaluation, rules
 from zowrap.data import Row, read_rows, sample
 from zowrap.errors import ZOError
 from zowrap.tasks import batches, open_source, resolve
@@ -73,17 +75,49 @@ class Variant:
     wrap: dict[str, Any] = field(default_factory=dict)
 
 
-VARIANTS = {"meazo_blocks": Variant("meazo", wrap={"blocks": "layer"})}
+VARIANTS = {
+    "meazo_blocks": Variant("meazo", wrap={"blocks": "layer"}),
+    "zo_sgd_blocks": Variant("zo_sgd", wrap={"blocks": "layer"}),
+}
+_CALL = re.compile(r"(?P<rule>\w+)\((?P<hyper>.*)\)")
 
 
 def variant(name: str) -> Variant:
-    """The variant of that name; any other name is a rule with its defaults."""
-    return VARIANTS.get(name) or Variant(name)
+    """What a name stands for: one of :data:`VARIANTS`, a rule with its defaults, or ``conmezo(beta=0.9, theta=1.3)``.
+
+    Raises:
+        ZOError: the hyper-parameters are not written as ``name=number``.
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    call = _CALL.fullmatch(name)
+    if call is None:
+        return Variant(name)
+    try:
+        pairs = [pair.split("=", 1) for pair in call["hyper"].split(",")]
+        hyper = {key.strip(): ast.literal_eval(value.strip()) for key, value in pairs}
+    except (ValueError, SyntaxError) as error:
+        raise ZOError(f"{name!r} is not a rule with hyper-parameters, such as 'conmezo(beta=0.9)'") from error
+    return Variant(call["rule"], hyper)
 
 
 def exists(name: str) -> bool:
     """Whether this version of zowrap has the rule of the variant."""
     return variant(name).rule in {**rules.REGISTRY, **rules.ALIASES}
+
+
+def rule_of(name: str, steps: int) -> rules.Rule:
+    """The rule of a variant. As in ``zowrap tune``, a rule with a warm-up gets the number of steps planned."""
+    chosen = variant(name)
+    registered = rules.REGISTRY.get(rules.ALIASES.get(chosen.rule, chosen.rule))
+    planned = {"warmup": steps} if registered and "warmup" in registered.defaults() else {}
+    return rules.get(chosen.rule, **{**planned, **chosen.hyper})
+
+
+def forwards_per_step(name: str) -> int:
+    """Forward passes of one step of a variant with its own estimator and queries."""
+    rule = rule_of(name, 1)
+    return len((rule.points or estimators.get(rule.defaults.estimator).points)(rule.defaults.queries))
 
 
 @dataclass(frozen=True)
@@ -170,37 +204,37 @@ class Workbench:
         self.engine = engine
         self.start = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
         self.untuned = self.evaluate(self.dev)
-        self._wrapped: tuple[str, float, zowrap.ZOModel, dict[str, Any]] | None = None
+        self._wrapped: tuple[Cell, zowrap.ZOModel, dict[str, Any]] | None = None
 
     def _batches(self, rows: Sequence[Row]) -> list[dict[str, torch.Tensor]]:
         examples = self.task.examples(rows, self.source)
         examples.items.sort(key=lambda item: len(item["input_ids"]))
         return list(batches(examples, self.collator, EVAL_BATCH))
 
-    def wrapped(self, name: str, eps: float) -> tuple[zowrap.ZOModel, dict[str, Any]]:
-        """The wrapped model of a variant and its state before the first step. The latest one is kept."""
-        if self._wrapped is None or self._wrapped[:2] != (name, eps):
+    def wrapped(self, cell: Cell) -> tuple[zowrap.ZOModel, dict[str, Any]]:
+        """The wrapped model for a cell's rule and its state before the first step. The latest one is kept."""
+        like = replace(cell, lr=0.0, seed=0)
+        if self._wrapped is None or self._wrapped[0] != like:
             self._wrapped = None  # the state of the rule before goes first
-            chosen = variant(name)
             zm = zowrap.zo_wrap(
                 self.model,
-                rules.get(chosen.rule, **chosen.hyper),
-                eps=eps,
+                rule_of(cell.rule, cell.steps),
+                eps=cell.eps,
                 trainable=self.trainable,
                 loss_fn=self.task.loss_fn,
                 engine=self.engine,
-                **chosen.wrap,
+                **variant(cell.rule).wrap,
             )
-            self._wrapped = (name, eps, zm, zm.state_dict())
-        return self._wrapped[2], self._wrapped[3]
+            self._wrapped = (like, zm, zm.state_dict())
+        return self._wrapped[1], self._wrapped[2]
 
-    def reset(self, name: str, lr: float, eps: float, seed: int) -> zowrap.ZOModel:
-        """The wrapped model of a variant at step 0 of ``seed``, with the checkpoint's weights."""
+    def reset(self, cell: Cell) -> zowrap.ZOModel:
+        """The wrapped model of a cell before its first step, with the checkpoint's weights."""
         with torch.no_grad():
-            for parameter, tensor in self.model.named_parameters():
-                tensor.copy_(self.start[parameter])
-        zm, state = self.wrapped(name, eps)
-        zm.load_state_dict({**state, "seed": seed, "lr": lr})
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(self.start[name])
+        zm, state = self.wrapped(cell)
+        zm.load_state_dict({**state, "seed": cell.seed, "lr": cell.lr})
         return zm
 
     def stream(self, batch_size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -223,7 +257,7 @@ class Workbench:
 
     def run(self, cell: Cell, evaluations: int = 3) -> dict[str, Any]:
         """Tune from the start and evaluate. Returns the cell's line."""
-        zm = self.reset(cell.rule, cell.lr, cell.eps, cell.seed)
+        zm = self.reset(cell)
         marks = {round(cell.steps * i / evaluations) for i in range(evaluations + 1)}
         curve: list[dict[str, float | None]] = []
         losses: list[float] = []

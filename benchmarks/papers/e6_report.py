@@ -1,0 +1,199 @@
+"""E6's section of the documentation and its figure, made of its JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.papers.e6 import NAME, TITLE, rules_of
+from benchmarks.papers.finetune import VARIANTS
+from benchmarks.papers.spread import mean_and_spread
+
+Facts = dict[str, Any]
+
+# What each rule's paper reports against MeZO (zo_sgd) on language models, at equal forwards.
+CLAIMS = {
+    "zo_sgd": "the baseline",
+    "zo_adam": "no consistent gain (MeZO paper, appendix)",
+    "radazo": "faster than ZO-AdaMM at a common η",
+    "meazo": "as ZO-Adam, without its state",
+    "conmezo": "RoBERTa-large +1.3, OPT-1.3B +0.5 points on average",
+    "lozo": "as MeZO or better",
+    "sparse_mezo": "better than MeZO",
+    "meazo_blocks": "as many steps as MeZO, each cheaper (MeZO-BCD)",
+}
+
+
+def report(result: dict[str, Any]) -> str:
+    settings = result["settings"]
+    parts = [f"## {NAME}: {TITLE}\n", _set_up(settings), *(_task(result, task) for task in result["tasks"])]
+    if result["missing"]:
+        parts.append(f"Not in this version of zowrap, and left out: {', '.join(result['missing'])}.\n")
+    if settings["quick"]:
+        parts.append("Made with `--quick`: this shows the machinery and says nothing about the rules.\n")
+    return "\n".join(parts)
+
+
+def _set_up(settings: dict[str, Any]) -> str:
+    model = "MiniLM (22.7M weights; the 10.6M of its layers' matrices move)" if settings["model"] == "minilm" else ""
+    return (
+        f"Model: {model or settings['model']}, classes by cosine with the label names, as `zowrap tune` does. Batch "
+        f"{settings['batch_size']}, ε {settings['eps']:g}, gaussian directions, one query, central differences, "
+        f"constant η, texts cut to {settings['max_length']} tokens, float32. η by a grid of half decades on seed 0 "
+        f"(lowest loss on dev rows held out of the training set; the grid grows where its best lies at an end), then "
+        f"seeds 0 to {settings['seeds'] - 1} at that η. Accuracy is that of the last step, on test rows that nothing "
+        f"was chosen on. Every rule has the same forwards, batches and seeds.\n"
+    )
+
+
+def _task(result: dict[str, Any], task: str) -> str:
+    facts, comparison = result["tasks"][task], result["comparison"][task]
+    rules = rules_of(facts)
+    if not rules:
+        return f"### {task}\n\nNothing was run.\n"
+    line = facts["rules"][rules[0]]["seeds"][0]
+    untuned = line["curve"][0]["accuracy"]
+    return "\n".join(
+        (
+            f"### {task}: {facts['steps']} steps, {line['forwards']} forwards\n",
+            f"Dev rows {line['dev_rows']} (accuracy before tuning {untuned:.3f}), test rows {line['test_rows']}.\n",
+            _accuracy_table(facts, rules, comparison),
+            _grid_table(facts, rules),
+            _conclusion(facts, rules, comparison),
+        )
+    )
+
+
+def _accuracy_table(facts: Facts, rules: Sequence[str], comparison: dict[str, Any]) -> str:
+    goal = target(facts)
+    rows = [
+        f"| rule | expected (the papers) | best η | test accuracy | by seed | against {comparison['baseline']} "
+        f"| forwards to dev accuracy {goal:.3f} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for rule in rules:
+        seeds = facts["rules"][rule]["seeds"]
+        mean, deviation = mean_and_spread([line["test_accuracy"] for line in seeds])
+        spread = "" if deviation is None else f" ± {deviation:.3f}"
+        difference = comparison["differences"].get(rule)
+        rows.append(
+            f"| {label(rule)} | {CLAIMS.get(rule, '')} | {seeds[0]['lr']:g} | {mean:.3f}{spread} | "
+            f"{', '.join(format(line['test_accuracy'], '.3f') for line in seeds)} | "
+            f"{'' if difference is None else format(100 * difference, '+.1f') + ' points'} | "
+            f"{_forwards(forwards_to(mean_curve(seeds), goal))} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _grid_table(facts: Facts, rules: Sequence[str]) -> str:
+    """Seed 0 over η: down a column the rules at a common η, along a row the grid of one rule."""
+    rates = sorted({line["lr"] for rule in rules for line in facts["rules"][rule]["grid"]})
+    head = ["Seed 0 at every η of the grids, test accuracy (dev loss); a column compares rules at a common η:\n"]
+    head += [f"| rule | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
+    rows = []
+    for rule in rules:
+        by_rate = {line["lr"]: line for line in facts["rules"][rule]["grid"]}
+        best = facts["rules"][rule]["seeds"][0]["lr"]
+        rows.append(f"| {label(rule)} | {' | '.join(_grid_entry(by_rate.get(rate), best) for rate in rates)} |")
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def _grid_entry(line: dict[str, Any] | None, best: float) -> str:
+    if line is None:
+        return ""
+    loss = "not finite" if line["dev_loss"] is None else f"{line['dev_loss']:.2f}"
+    text = f"{line['test_accuracy']:.3f} ({loss})"
+    return f"**{text}**" if line["lr"] == best else text
+
+
+def _conclusion(facts: Facts, rules: Sequence[str], comparison: dict[str, Any]) -> str:
+    """What the numbers support, in sentences that follow from them."""
+    means = {rule: fmean(line["test_accuracy"] for line in facts["rules"][rule]["seeds"]) for rule in rules}
+    highest = max(means, key=lambda rule: means[rule])
+    text = f"Conclusion: the highest mean is {label(highest)}'s, {means[highest]:.3f}. "
+    if comparison["threshold"] is None:
+        return text + "With one seed nothing can be said about differences.\n"
+    threshold = comparison["threshold"]
+    above = [rule for rule, d in comparison["differences"].items() if d > threshold]
+    below = [rule for rule, d in comparison["differences"].items() if d < -threshold]
+    base = comparison["baseline"]
+    text += (
+        f"Single runs spread by {100 * comparison['spread']:.1f} points, so a difference from {base} counts from "
+        f"{100 * threshold:.1f} points on (Student's t at 5 %, shared among the comparisons). "
+    )
+    if above:
+        text += f"Better than {base} beyond that: {_listed(above)}. "
+    if below:
+        text += f"Worse beyond that: {_listed(below)}. "
+    same = [rule for rule in comparison["differences"] if rule not in (*above, *below)]
+    if same:
+        verb = "does" if len(same) == 1 else "do"
+        text += f"{_listed(same)} {verb} not differ from {base} by more than the spread of the seeds explains. "
+    return text.rstrip() + "\n"
+
+
+def label(rule: str) -> str:
+    """``meazo_blocks`` → ``meazo, blocks="layer"``."""
+    if rule not in VARIANTS:
+        return f"`{rule}`"
+    given = VARIANTS[rule]
+    options = ", ".join(f"{k}={v!r}" for k, v in {**given.hyper, **given.wrap}.items())
+    return f"`{given.rule}` with {options}".replace("'", '"')
+
+
+def _listed(rules: Sequence[str]) -> str:
+    names = [label(rule) for rule in rules]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def target(facts: Facts) -> float:
+    """Halfway from the untuned dev accuracy to the best rule's: every rule that learns gets there."""
+    curves = [mean_curve(found["seeds"]) for found in facts["rules"].values()]
+    return (curves[0][0][1] + max(curve[-1][1] for curve in curves)) / 2
+
+
+def mean_curve(seeds: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(forwards, dev accuracy averaged over the seeds)."""
+    return [
+        (points[0]["forwards"], fmean(point["accuracy"] for point in points))
+        for points in zip(*(line["curve"] for line in seeds), strict=True)
+    ]
+
+
+def forwards_to(curve: Sequence[tuple[int, float]], goal: float) -> int | None:
+    """Forwards at which the curve first reaches the goal, between evaluations by a straight line; None if never."""
+    for (before, low), (after, high) in pairwise(curve):
+        if low < goal <= high:
+            return round(before + (after - before) * (goal - low) / (high - low))
+    return None
+
+
+def _forwards(count: int | None) -> str:
+    return "not reached" if count is None else str(count)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    tasks = result["tasks"]
+    figure, axes = plt.subplots(len(tasks), 2, figsize=(9, 3.2 * len(tasks)), squeeze=False)
+    for (left, right), (task, facts) in zip(axes, tasks.items(), strict=True):
+        for number, rule in enumerate(rules_of(facts)):
+            style = {"color": f"C{number}", "marker": "o", "markersize": 3, "linewidth": 1}
+            curve = mean_curve(facts["rules"][rule]["seeds"])
+            left.plot([x for x, _ in curve], [y for _, y in curve], label=rule, **style)
+            grid = [line for line in facts["rules"][rule]["grid"] if line["dev_loss"] is not None]
+            right.semilogx([line["lr"] for line in grid], [line["dev_loss"] for line in grid], **style)
+        untuned = max(found["grid"][0]["curve"][0]["loss"] for found in facts["rules"].values())
+        right.set(xlabel="η", ylabel="dev loss, seed 0", ylim=(None, 2 * untuned), title=task)
+        left.set(xlabel="forwards", ylabel="dev accuracy, mean of seeds", title=task)
+        left.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
