@@ -69,15 +69,21 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compil
 
 
 def trace(
-    function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]
+    function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int], fixed: Sequence[int] = ()
 ) -> tuple[fx.GraphModule, list]:
-    """Record ``function`` as an fx graph; every size of the inputs listed in ``dynamic`` is symbolic."""
+    """Record ``function`` as an fx graph.
+
+    Every size of the inputs listed in ``dynamic`` is symbolic, except those listed in ``fixed``; equal sizes of the
+    examples become one symbol.
+    """
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with torch.no_grad(), size_oblivious():
         fakes = []
         for i, example in enumerate(examples):
-            kind = DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC  # equal example sizes, one symbol
-            context: Any = StatelessSymbolicContext(dynamic_sizes=[kind] * example.dim())
+            kinds = [
+                DimDynamic.DUCK if i in dynamic and size not in fixed else DimDynamic.STATIC for size in example.shape
+            ]
+            context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
             source = ConstantSource(f"input{i}")
             example = torch.empty_like(example)  # one tensor given twice would become one input
             fakes.append(mode.from_tensor(example, symbolic_context=context, source=source))
@@ -85,9 +91,11 @@ def trace(
             return make_fx(function)(*fakes), fakes
 
 
-def compile_function(function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]) -> Compiled:
+def compile_function(
+    function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int], fixed: Sequence[int] = ()
+) -> Compiled:
     """:func:`trace`, then :func:`compile_graph`. ``function`` may write into its inputs and returns a tuple."""
-    return compile_graph(*trace(function, examples, dynamic))
+    return compile_graph(*trace(function, examples, dynamic, fixed))
 
 
 def _why_not_compiled(error: Exception) -> str:
