@@ -63,6 +63,7 @@ def _task(result: dict[str, Any], task: str) -> str:
             _accuracy_table(facts, rules, comparison),
             _grid_table(facts, rules),
             _conclusion(facts, rules, comparison),
+            *([f"Not measured: {_listed(facts['unfinished'])}.\n"] if facts["unfinished"] else []),
         )
     )
 

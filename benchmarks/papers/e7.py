@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.quick:
         options.seeds, options.extensions, options.engine = 1, 0, options.engine or "eager"
+    options.finished = False
     runner = runner_of(options)
     steps, every = (4, 2) if options.quick else (TRACE_STEPS, EVERY)
     return {

@@ -56,11 +56,27 @@ class CellFile:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
-class Runner:
-    """Computes cells that the file lacks; the workbench of the latest task stays loaded."""
+class Unfinished(Exception):
+    """A cell is not in the file, and nothing is to be run."""
 
-    def __init__(self, file: CellFile, data_dir: Path, engine: str | None = None, say: Callable[[str], None] = print):
+
+class Runner:
+    """Computes cells that the file lacks; the workbench of the latest task stays loaded.
+
+    Args:
+        finished_only: run nothing: a missing cell raises :class:`Unfinished`.
+    """
+
+    def __init__(
+        self,
+        file: CellFile,
+        data_dir: Path,
+        engine: str | None = None,
+        say: Callable[[str], None] = print,
+        finished_only: bool = False,
+    ) -> None:
         self.file, self.data_dir, self.engine, self.say = file, data_dir, engine, say
+        self.finished_only = finished_only
         self._bench: tuple[Cell, Workbench] | None = None
 
     def bench(self, cell: Cell) -> Workbench:
@@ -74,6 +90,8 @@ class Runner:
     def line(self, cell: Cell) -> Line:
         """The cell's line, from the file or computed now."""
         found = self.file.get(cell)
+        if found is None and self.finished_only:
+            raise Unfinished(cell.key())
         if found is None:
             found = self.bench(cell).run(cell)
             self.file.add(found)

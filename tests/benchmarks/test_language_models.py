@@ -53,6 +53,10 @@ def test_e6_compares_rules_and_goes_on_where_it_was(common, tmp_path, capsys):
     capsys.readouterr()
     assert json.loads(json.dumps(e6.run(given))) == result
     assert capsys.readouterr().err == ""  # nothing was run again
+    fewer = ("--tasks", "trec", "--rules", "zo_sgd", "radazo", "--seeds", 2, "--extensions", 0, "--finished")
+    partly = e6.run(options(e6, *common, *fewer))
+    assert (list(partly["tasks"]["trec"]["rules"]), partly["tasks"]["trec"]["unfinished"]) == (["zo_sgd"], ["radazo"])
+    assert "Not measured: `radazo`" in e6.report(partly)
     text = e6.report(result)
     assert '`meazo` with blocks="layer"' in text and "Conclusion" in text
     e6.plot(result, tmp_path / "e6.svg")
