@@ -95,8 +95,8 @@ def runner_of(options: argparse.Namespace) -> Runner:
 
 def cell_of(options: argparse.Namespace, task: str, rule: str) -> Cell:
     """The cell of seed 0, η still open. A rule with more forwards per step takes as many steps fewer."""
-    size = {"dev_rows": 64, "test_rows": 64} if options.quick else {}
-    forwards = 2 * (options.steps or (6 if options.quick else STEPS[task]))
+    size = {"dev_rows": 32, "test_rows": 32} if options.quick else {}
+    forwards = 2 * (options.steps or (3 if options.quick else STEPS[task]))
     steps = max(1, round(forwards / forwards_per_step(rule)))
     return Cell(task, rule, 0.0, 0, steps, batch_size=options.batch_size, model=options.model, **size)
 
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Compute what is missing; all of it is in the result."""
     if options.quick:
         options.tasks, options.rules, options.seeds, options.extensions = ["trec"], ["zo_sgd", "meazo"], 1, 0
-        options.engine = options.engine or "eager"  # six steps are not worth a compilation
+        options.engine = options.engine or "eager"  # three steps are not worth a compilation
     check(options)
     runner = runner_of(options)
     missing = [rule for rule in options.rules if not exists(rule)]

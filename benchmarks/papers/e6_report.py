@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.papers.e6 import NAME, TITLE, rules_of
 from benchmarks.papers.finetune import VARIANTS
+from benchmarks.papers.llm_report import reference_section
 from benchmarks.papers.spread import mean_and_spread
 
 Facts = dict[str, Any]
@@ -32,6 +33,7 @@ def report(result: dict[str, Any]) -> str:
     parts = [f"## {NAME}: {TITLE}\n", _set_up(settings), *(_task(result, task) for task in result["tasks"])]
     if result["missing"]:
         parts.append(f"Not in this version of zowrap, and left out: {', '.join(result['missing'])}.\n")
+    parts.append(_large_models())
     if settings["quick"]:
         parts.append("Made with `--quick`: this shows the machinery and says nothing about the rules.\n")
     return "\n".join(parts)
@@ -46,6 +48,16 @@ def _set_up(settings: dict[str, Any]) -> str:
         f"(lowest loss on dev rows held out of the training set; the grid grows where its best lies at an end), then "
         f"seeds 0 to {settings['seeds'] - 1} at that η. Accuracy is that of the last step, on test rows that nothing "
         f"was chosen on. Every rule has the same forwards, batches and seeds.\n"
+    )
+
+
+def _large_models() -> str:
+    return (
+        "### The papers' tables on large models\n\n"
+        "`python -m benchmarks.papers llm --model facebook/opt-1.3b --tasks sst2 rte --rules zo_sgd conmezo` runs the "
+        "papers' tables (OPT-1.3B and 13B, RoBERTa-large: their prompts, splits, grids and steps) for someone who has "
+        "the models. **Those runs were not made here**: the command was tried on tiny random models alone. What the "
+        f"papers report, to hold them against:\n\n{reference_section()}"
     )
 
 

@@ -68,10 +68,10 @@ def _momentum(result: dict[str, Any]) -> str:
         looks = found["looks"]
         m, gz = (fmean(look[name] for look in looks) for name in ("m", "gz"))
         ahead = sum(look["m"] > look["gz"] for look in looks)
+        factor = f"{m / gz:.1f}" if gz > 0 else "none: g z points away"
         limit = math.sqrt((1 + found["beta"]) / (1 - found["beta"]))
         rows.append(
-            f"| `{rule}` | {found['beta']:g} | {gz:.2e} | {m:.2e} | {m / gz:.1f} | {limit:.1f} "
-            f"| {ahead} of {len(looks)} |"
+            f"| `{rule}` | {found['beta']:g} | {gz:.2e} | {m:.2e} | {factor} | {limit:.1f} | {ahead} of {len(looks)} |"
         )
         verdicts.append(f"{'better' if m > gz else 'not better'} for `{rule}`")
     return "\n".join(

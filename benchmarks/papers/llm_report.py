@@ -39,7 +39,7 @@ def report(result: dict[str, Any]) -> str:
         f"{settings['model']}, {settings['tuning']} tuning, {size}; {settings['steps']} steps of "
         f"{settings['batch_size']}, ε {settings['eps']:g}, constant η (best of the grid by dev loss), best of five "
         f"evaluations, {settings['seeds']} seed(s).\n",
-        "| task | metric | rule | best η | obtained | MeZO, the paper's |",
+        f"| task | metric | rule | best η | obtained | expected: the paper's {_expected_of(settings) or 'has none'} |",
         "|---|---|---|---|---|---|",
     ]
     for entry in result["results"]:
@@ -55,11 +55,15 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join([*parts, "", reference_section()])
 
 
+def _expected_of(settings: dict[str, Any]) -> str | None:
+    """Which of the papers' rows is of the same kind of model: OPT-13B's, or RoBERTa-large's at k = 512."""
+    if settings["family"] == "causal":
+        return "OPT-13B, MeZO" if settings["tuning"] == "full" else "OPT-13B, MeZO LoRA"
+    return "RoBERTa-large, k = 512, MeZO" if settings["per_class"] == 512 else None
+
+
 def _expected(settings: dict[str, Any], task: str) -> float | None:
-    """The paper's number for the same kind of model: OPT-13B's, or RoBERTa-large's at k = 512."""
-    masked = "RoBERTa-large, k = 512, MeZO" if settings["per_class"] == 512 else None
-    causal = "OPT-13B, MeZO" if settings["tuning"] == "full" else "OPT-13B, MeZO LoRA"
-    return REFERENCE.get((masked if settings["family"] == "masked" else causal) or "", {}).get(task)
+    return REFERENCE.get(_expected_of(settings) or "", {}).get(task)
 
 
 def reference_section() -> str:
