@@ -123,7 +123,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             except Unfinished:
                 unfinished.append(rule)
         steps = cell_of(options, task, "zo_sgd").steps
-        tasks[task] = {"steps": steps, "rules": found, "unfinished": unfinished}
+        untuned = runner.line(replace(cell_of(options, task, "zo_sgd"), steps=0))
+        tasks[task] = {"steps": steps, "untuned": untuned, "rules": found, "unfinished": unfinished}
     return {
         "settings": {
             "model": options.model,

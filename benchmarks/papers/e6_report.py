@@ -66,12 +66,13 @@ def _task(result: dict[str, Any], task: str) -> str:
     rules = rules_of(facts)
     if not rules:
         return f"### {task}\n\nNothing was run.\n"
-    line = facts["rules"][rules[0]]["seeds"][0]
-    untuned = line["curve"][0]["accuracy"]
+    line, untuned = facts["rules"][rules[0]]["seeds"][0], facts["untuned"]
     return "\n".join(
         (
             f"### {task}: {facts['steps']} steps, {line['forwards']} forwards\n",
-            f"Dev rows {line['dev_rows']} (accuracy before tuning {untuned:.3f}), test rows {line['test_rows']}.\n",
+            f"{line['dev_rows']} dev rows, {line['test_rows']} test rows. Before tuning: accuracy "
+            f"{untuned['test_accuracy']:.3f} on test, {untuned['dev_accuracy']:.3f} on dev, dev loss "
+            f"{untuned['dev_loss']:.2f}.\n",
             _accuracy_table(facts, rules, comparison),
             _grid_table(facts, rules),
             _conclusion(facts, rules, comparison),
@@ -84,8 +85,8 @@ def _accuracy_table(facts: Facts, rules: Sequence[str], comparison: dict[str, An
     goal = target(facts)
     rows = [
         f"| rule | expected (the papers) | best η | test accuracy | by seed | against {comparison['baseline']} "
-        f"| forwards to dev accuracy {goal:.3f} |",
-        "|---|---|---|---|---|---|---|",
+        f"| forwards to dev accuracy {goal:.3f} | CPU s a step |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for rule in rules:
         seeds = facts["rules"][rule]["seeds"]
@@ -96,9 +97,14 @@ def _accuracy_table(facts: Facts, rules: Sequence[str], comparison: dict[str, An
             f"| {label(rule)} | {CLAIMS.get(rule, '')} | {seeds[0]['lr']:g} | {mean:.3f}{spread} | "
             f"{', '.join(format(line['test_accuracy'], '.3f') for line in seeds)} | "
             f"{'' if difference is None else format(100 * difference, '+.1f') + ' points'} | "
-            f"{_forwards(forwards_to(mean_curve(seeds), goal))} |"
+            f"{_forwards(forwards_to(mean_curve(seeds), goal))} | {_cost(facts['rules'][rule]):.2f} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def _cost(found: Facts) -> float:
+    """CPU seconds of a step in the fastest run: the machine may have been busy in the others."""
+    return min(line["cpu_seconds"] / line["steps"] for line in (*found["grid"], *found["seeds"]))
 
 
 def _grid_table(facts: Facts, rules: Sequence[str]) -> str:
@@ -134,7 +140,8 @@ def _conclusion(facts: Facts, rules: Sequence[str], comparison: dict[str, Any]) 
     below = [rule for rule, d in comparison["differences"].items() if d < -threshold]
     base = comparison["baseline"]
     text += (
-        f"Single runs spread by {100 * comparison['spread']:.1f} points, so a difference from {base} counts from "
+        f"Runs of one seed share batches and noise; beyond that, single runs spread by "
+        f"{100 * comparison['spread']:.1f} points, so a difference from {base} counts from "
         f"{100 * threshold:.1f} points on (Student's t at 5 %, shared among the comparisons). "
     )
     if above:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev, variance
+from statistics import fmean, stdev
 from typing import Any
 
 
@@ -14,26 +14,36 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def compare(groups: Mapping[str, Sequence[float]], baseline: str) -> dict[str, Any]:
-    """Differences of each group's mean from the baseline's.
+    """Differences of each group's mean from the baseline's, over the same seeds.
 
-    The spread of single runs is pooled over all groups (few seeds each, alike in kind). A difference counts where it
-    exceeds ``threshold``: Student's t at 5 %, two-sided, divided among the comparisons (Bonferroni), times the
-    standard error of a difference of two means.
+    A seed fixes batches and noise for every group, so its own effect is taken out first: the spread is that of what is
+    left after the groups' and the seeds' means (a two-way layout, (groups − 1)(seeds − 1) degrees of freedom). A
+    difference counts where it exceeds ``threshold``: Student's t at 5 %, two-sided, divided among the comparisons
+    (Bonferroni), times the standard error of a difference of two means.
+
+    Args:
+        groups: one value per seed, in the same order of the seeds.
 
     Returns:
-        ``baseline``, ``spread`` (pooled standard deviation), ``threshold`` and ``differences`` by group; spread and
-        threshold are None where there is nothing to pool.
+        ``baseline``, ``spread`` (standard deviation of a run), ``threshold`` and ``differences`` by group; spread and
+        threshold are None with fewer than two groups or seeds.
     """
     from scipy.stats import t
 
     others = [name for name in groups if name != baseline]
+    found: dict[str, Any] = {"baseline": baseline, "spread": None, "threshold": None, "differences": {}}
     if baseline not in groups or not others:
-        return {"baseline": baseline, "spread": None, "threshold": None, "differences": {}}
-    differences = {name: fmean(groups[name]) - fmean(groups[baseline]) for name in others}
-    freedom = sum(len(values) - 1 for values in groups.values())
-    if min(map(len, groups.values())) < 2:
-        return {"baseline": baseline, "spread": None, "threshold": None, "differences": differences}
-    pooled = math.sqrt(sum(variance(v) * (len(v) - 1) for v in groups.values()) / freedom)
-    seeds = min(map(len, groups.values()))
-    threshold = float(t.ppf(1 - 0.025 / len(others), freedom)) * pooled * math.sqrt(2 / seeds)
-    return {"baseline": baseline, "spread": pooled, "threshold": threshold, "differences": differences}
+        return found
+    means = {name: fmean(values) for name, values in groups.items()}
+    found["differences"] = {name: means[name] - means[baseline] for name in others}
+    seeds = len(groups[baseline])
+    if seeds < 2:
+        return found
+    by_seed = [fmean(values[i] for values in groups.values()) for i in range(seeds)]
+    grand = fmean(by_seed)
+    left = [values[i] - means[name] - by_seed[i] + grand for name, values in groups.items() for i in range(seeds)]
+    freedom = (len(groups) - 1) * (seeds - 1)
+    found["spread"] = math.sqrt(sum(x * x for x in left) / freedom)
+    quantile = float(t.ppf(1 - 0.025 / len(others), freedom))
+    found["threshold"] = quantile * found["spread"] * math.sqrt(2 / seeds)
+    return found

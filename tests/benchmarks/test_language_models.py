@@ -49,7 +49,7 @@ def test_e6_compares_rules_and_goes_on_where_it_was(common, tmp_path, capsys):
     runs = result["tasks"]["trec"]["rules"]
     assert {line["forwards"] for rule in runs.values() for line in rule["grid"]} == {12}  # hizoo: 4 steps of 3
     assert [line["seed"] for line in runs["meazo"]["seeds"]] == [0, 1]
-    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 4 * (3 + 1)
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 4 * (3 + 1) + 1  # and the untuned model
     capsys.readouterr()
     assert json.loads(json.dumps(e6.run(given))) == result
     assert capsys.readouterr().err == ""  # nothing was run again
@@ -151,12 +151,18 @@ def test_subspaces_of_a_known_gradient(bench, models):
     assert 0 < found["lowrank"]["overlap"] < 1
 
 
-def test_differences_count_from_the_spread_of_the_seeds_on():
-    groups = {"base": [0.50, 0.52, 0.54], "alike": [0.51, 0.53, 0.55], "better": [0.80, 0.82, 0.84]}
+def test_differences_count_from_the_spread_on_that_seeds_leave():
+    noise = ([0.01, -0.01, 0.0], [-0.01, 0.0, 0.01], [0.0, 0.01, -0.01])
+    seeds = (0.2, 0.0, -0.1)  # far larger than the noise, but the same for every group
+    levels = {"base": 0.50, "alike": 0.51, "better": 0.80}
+    groups = {
+        name: [level + seed + e for seed, e in zip(seeds, errors, strict=True)]
+        for (name, level), errors in zip(levels.items(), noise, strict=True)
+    }
     found = compare(groups, "base")
-    assert found["spread"] == pytest.approx(0.02)
-    # t at 1 − 0.025/2 with 6 degrees of freedom is 2.969
-    assert found["threshold"] == pytest.approx(2.969 * 0.02 * math.sqrt(2 / 3), rel=1e-3)
+    assert found["spread"] == pytest.approx(math.sqrt(6 * 0.01**2 / 4))  # 4 degrees of freedom
+    # t at 1 − 0.025/2 with 4 degrees of freedom is 3.495
+    assert found["threshold"] == pytest.approx(3.495 * found["spread"] * math.sqrt(2 / 3), rel=1e-3)
     assert found["differences"]["alike"] < found["threshold"] < found["differences"]["better"]
     assert compare({"base": [0.5], "other": [0.6]}, "base")["threshold"] is None
 
