@@ -47,15 +47,17 @@ class PerturbLowRank(Pass):
 
 
 class _Writer:
-    """Appends nodes one after another before ``use``, each with the stream of what it replaces."""
+    """Appends nodes one after another before ``use``, each with the layer and the stream of what it replaces."""
 
-    def __init__(self, graph: fx.Graph, before: fx.Node, stream: Any) -> None:
-        self.graph, self.before, self.stream = graph, before, stream
+    def __init__(self, graph: fx.Graph, before: fx.Node) -> None:
+        self.graph, self.before = graph, before
 
     def __call__(self, target: Any, *args: Any) -> fx.Node:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args)
-        node.meta["stream"] = self.stream
+        for name in ("stream", "nn_module_stack"):
+            if name in self.before.meta:
+                node.meta[name] = self.before.meta[name]
         return node
 
 
@@ -67,7 +69,7 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, value: fx.Node, use: fx.Node) -> s
     form = _form(use, value)
     if form is None:
         return None
-    write = _Writer(graph, use, use.meta["stream"])
+    write = _Writer(graph, use)
     coefficient = write(aten.select.int, coefficients, 0, value.args[1])
     rank = left.args[1][1]  # left is a view of the factors, [rows, rank]
     dtype = weight.meta["val"].dtype
@@ -127,7 +129,7 @@ def _outer(write: _Writer, thin: fx.Node, other: Any, rank: int) -> fx.Node:
 
 def _vector(graph: fx.Graph, theta: fx.Node, value: fx.Node) -> None:
     weight, left, _, coefficients = cast("tuple[Any, ...]", theta.args)
-    write = _Writer(graph, value, value.meta.get("stream"))
+    write = _Writer(graph, value)
     shape = list(weight.meta["val"].shape)
     dtype = weight.meta["val"].dtype
     coefficient = write(aten.select.int, coefficients, 0, value.args[1])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
 from zowrap.passes.manager import Pass
 
 from zowrap.compiler import size_oblivious
@@ -51,7 +52,7 @@ class Population(Pass):
             return torch.vmap(one, in_dims=tuple(dims))(*inputs)
 
         try:
-            with torch.no_grad(), size_oblivious(use_duck_shape=False), program.fake_mode:
+            with torch.no_grad(), size_oblivious(use_duck_shape=False), program.fake_mode, preserve_node_meta():
                 traced = make_fx(all_examples)(*fakes)
         except Exception as error:
             first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

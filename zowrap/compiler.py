@@ -17,7 +17,7 @@ import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._inductor import standalone_compile
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -60,8 +60,10 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compil
     global compile_count
     start = time.perf_counter()
     try:
-        with torch.no_grad(), size_oblivious(use_duck_shape=False):
-            call = standalone_compile(graph_module, list(inputs), dynamic_shapes="from_graph")
+        mode = next(x.fake_mode for x in inputs if isinstance(x, FakeTensor))
+        context = torch._guards.TracingContext(mode)  # symbols keep the ranges that capture found for them
+        with torch.no_grad(), size_oblivious(use_duck_shape=False), torch._guards.tracing(context):
+            call = standalone_compile(graph_module, list(inputs), dynamic_shapes="from_tracing_context")
     except Exception as error:
         raise ZOCaptureError(_why_not_compiled(error)) from error
     compile_count += 1

@@ -1,7 +1,8 @@
 """The compiled engine: capture, passes, Inductor; falls back to the eager engine where that is impossible.
 
-A program is compiled once per (kind of batch, block, number of points) and serves every batch size and length, step,
-η and ε. The step calls nothing of the original modules.
+A program is built once per (kind of batch, block, number of points) and serves every batch size and length, step, η
+and ε; its repeated layers are compiled once, and programs share them (:mod:`zowrap.regions`). The step calls nothing
+of the original modules.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from zowrap import directions, kernels, lowrank
 from zowrap.capture import canonical_batch, capture, signature
-from zowrap.compiler import Compiled, compile_graph
 from zowrap.directions import squared_norm
 from zowrap.engines.base import DirectionStream, Job
 from zowrap.engines.eager import EagerEngine, carried_left
@@ -26,6 +26,7 @@ from zowrap.loss import Batch
 from zowrap.passes.build import build
 from zowrap.passes.epilogue import build_epilogue, coefficient_shapes
 from zowrap.program import Program
+from zowrap.regions import MIN_LAYERS, Kind, Regions, compile_regions
 from zowrap.step import Conclusion
 
 MAX_FIXED_SIZES = 8  # programs per kind of batch where export cannot make a size dynamic; each costs a compilation
@@ -36,7 +37,7 @@ class Executable:
     """A program and its machine code."""
 
     program: Program
-    compiled: Compiled
+    compiled: Regions
 
 
 class CompiledEngine:
@@ -54,6 +55,7 @@ class CompiledEngine:
         self.eager = EagerEngine(job)
         self.compile_count = 0
         self.executables: dict[tuple, Executable] = {}
+        self._kinds: dict[str, Kind] = {}
         self.fallen_back: str | None = None
         self._captured: dict[tuple, list[Program]] = {}
         self._warmed: set[tuple] = set()
@@ -96,10 +98,10 @@ class CompiledEngine:
             program = build(
                 captured.clone(), self.job, block, self.spec, points, self._scalar_names, epilogue, per_example
             )
-            compiled = compile_graph(program.clone().graph_module, program.fakes())
+            compiled = compile_regions(program, self._kinds, min_layers=2 if len(self.job.blocks) > 1 else MIN_LAYERS)
             looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
             self._warm(block, points, rows=bool(looked_up))
-            self.compile_count += 1
+            self.compile_count += compiled.compilations
             self.executables[key] = Executable(program, compiled)
         return self.executables[key]
 
