@@ -18,7 +18,8 @@ from torch.func import vmap
 
 from zowrap import blocks as block_lib
 from zowrap import directions, estimators, noise
-from zowrap.rules import Rule
+from zowrap.errors import ZOError
+from zowrap.rules import Choice, Rule
 from zowrap.rules.base import Scalars
 from zowrap.step import conclude, perturbed, reduced, update_leaf
 
@@ -46,11 +47,14 @@ class Cells:
         eps: perturbation size ε.
         direction, estimator, queries: as for ``zo_wrap``; None is the rule's own default.
         blocks: x is cut into this many blocks of equal size, one of which is perturbed and updated per step.
-        block_order: see :data:`zowrap.blocks.ORDERS`.
+        block_order: see :data:`zowrap.blocks.ORDERS`; one for all cells or one for each.
         shared_state: all blocks feed one scalar state of the rule. ``zo_wrap`` keeps one per block; this is the
             variant that those are compared with.
         data: tensors ``[cells, ...]`` that the objective needs beside x.
         compiled: compile the step (tens of seconds once, then several times faster).
+
+    Raises:
+        ZOError: a rule, direction or estimator that needs more than probes along full directions.
 
     Attributes:
         theta: float32 ``[cells, d]``.
@@ -71,7 +75,7 @@ class Cells:
         estimator: str | None = None,
         queries: int | None = None,
         blocks: int = 1,
-        block_order: str = "ascending",
+        block_order: str | Sequence[str] = "ascending",
         shared_state: bool = False,
         data: Scalars | None = None,
         compiled: bool = False,
@@ -81,11 +85,15 @@ class Cells:
         self.law = directions.get(direction or rule.defaults.direction)
         self.estimator = estimators.get(estimator or rule.defaults.estimator)
         self.queries = queries or rule.defaults.queries
+        if rule.candidates or rule.refresh or rule.left or self.law.lowrank or self.estimator.per_example:
+            raise ZOError(f"cells run rules of plain probes along full directions: {rule.name} needs more here")
+        rule.check(Choice(self.law.name, self.estimator.name, self.queries, blocks))
         self.points = (rule.points or self.estimator.points)(self.queries)
         self.project = rule.project or self.estimator.project
         self.eps = eps
         self.blocks = blocks
-        self.block_order = block_order
+        orders = [block_order] * count if isinstance(block_order, str) else block_order
+        self._visits = list(zip(orders, seeds, strict=True))
         self.shared_state = shared_state
         self.step_count = 0
         self.seeds = list(seeds)
@@ -101,6 +109,8 @@ class Cells:
         self._states = {name: torch.full((count, blocks), value) for name, value in rule.state.items()}
         noise.gaussian_table()  # made here, not while a compiler is tracing
         step = vmap(self._one_step, in_dims=(0, 0, 0, 0, 0, 0, None, 0))
+        if compiled:
+            torch.compiler.reset()  # Dynamo counts every Cells as a recompilation of the same vmap, and allows eight
         self._step = torch.compile(step, fullgraph=True, dynamic=False) if compiled else step
         self._values = vmap(lambda theta, data: objective(theta.double().reshape(-1), data))
 
@@ -136,10 +146,11 @@ class Cells:
         """int64 ``[cells]``: each cell's block of this step."""
         if self.blocks == 1:
             return torch.zeros(len(self.seeds), dtype=torch.int64)
-        known = {
-            seed: block_lib.active(self.step_count, self.blocks, self.block_order, seed) for seed in set(self.seeds)
+        active = {
+            (order, seed): block_lib.active(self.step_count, self.blocks, order, seed)
+            for order, seed in set(self._visits)
         }
-        return torch.tensor([known[seed] for seed in self.seeds])
+        return torch.tensor([active[visit] for visit in self._visits])
 
     def _one_step(
         self,
@@ -174,7 +185,7 @@ class Cells:
             if self.law.scale is not None:
                 squares = directions.integer_squares(u).sum()
                 u = u * self.law.scale(directions.squared_norm(squares), w.numel())
-            return rule.direction(u, {name: own_slots[name] for name in rule.direction_slots}, scalars)
+            return rule.direction(u, w, {name: own_slots[name] for name in rule.direction_slots}, scalars)
 
         z = vmap(direction)(torch.arange(self.queries))
 

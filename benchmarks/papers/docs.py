@@ -1,9 +1,10 @@
-"""``docs/papers.md``: a section per experiment, made of the committed JSON alone, so that no number is typed by hand."""
+"""``docs/papers.md``: a section per experiment, made of the committed JSON alone: no number is typed by hand."""
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ HEAD = """# The papers' experiments
 
 Each section is one command, `python -m benchmarks.papers E1`, and is generated from the JSON that it wrote
 (`benchmarks/results/papers`); `python -m benchmarks.papers docs` makes this page of them. "Expected" is what an
-independent implementation or the paper gave, "obtained" is ours. ± is the standard deviation over seeds.
+independent implementation or the paper gave, "obtained" is ours. ± is the standard deviation over seeds; a grid's best
+cell is chosen by the mean over them. E1 to E5 advance many runs at once with the library's own rules and noise
+(`benchmarks/papers/cells.py`; each run is held to `zo_wrap` by a test).
 """
 
 
@@ -32,8 +35,10 @@ def versions() -> dict[str, str]:
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:
-    """Indented by one space, finite numbers only: a diverged run is ``null`` or says so in words."""
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """Indented, a list of numbers on one line; finite numbers only: a diverged run is ``null``."""
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    text = re.sub(r"\[\n([^\[\]{}]*)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def committed() -> dict[str, dict[str, Any]]:
