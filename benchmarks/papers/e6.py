@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         },
         "missing": missing,
         "tasks": tasks,
-        "comparison": {task: spread.compare(_accuracies(facts), "zo_sgd") for task, facts in tasks.items()},
+        "comparison": {task: comparisons(facts) for task, facts in tasks.items()},
         "versions": docs.versions(),
     }
 
@@ -151,9 +151,15 @@ def settle(
     return lines, [best, *others]
 
 
-def _accuracies(facts: dict[str, Any]) -> dict[str, list[float]]:
-    """Test accuracies by rule, in the order of the seeds."""
-    return {rule: [line["test_accuracy"] for line in found["seeds"]] for rule, found in facts["rules"].items()}
+def comparisons(facts: dict[str, Any]) -> dict[str, Any]:
+    """By measure, each rule against MeZO over the seeds; a rule with a loss that is not finite is left out of that."""
+    found = {}
+    for measure in ("test_accuracy", "dev_loss"):
+        groups = {rule: [line[measure] for line in runs["seeds"]] for rule, runs in facts["rules"].items()}
+        found[measure] = spread.compare(
+            {rule: values for rule, values in groups.items() if None not in values}, "zo_sgd"
+        )
+    return found
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

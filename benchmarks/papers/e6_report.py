@@ -18,7 +18,7 @@ Facts = dict[str, Any]
 # What each rule's paper reports against MeZO (zo_sgd) on language models, at equal forwards.
 CLAIMS = {
     "zo_sgd": "the baseline",
-    "zo_adam": "no consistent gain (MeZO paper, appendix)",
+    "zo_adam": "about as MeZO",
     "radazo": "faster than ZO-AdaMM at a common η",
     "meazo": "as ZO-Adam, without its state",
     "conmezo": "RoBERTa-large +1.3, OPT-1.3B +0.5 points on average",
@@ -30,13 +30,24 @@ CLAIMS = {
 
 def report(result: dict[str, Any]) -> str:
     settings = result["settings"]
-    parts = [f"## {NAME}: {TITLE}\n", _set_up(settings), *(_task(result, task) for task in result["tasks"])]
+    parts = [
+        f"## {NAME}: {TITLE}\n",
+        command(NAME, result),
+        _set_up(settings),
+        *(_task(result, task) for task in result["tasks"]),
+    ]
     if result["missing"]:
         parts.append(f"Not in this version of zowrap, and left out: {', '.join(result['missing'])}.\n")
     parts.append(_large_models())
     if settings["quick"]:
         parts.append("Made with `--quick`: this shows the machinery and says nothing about the rules.\n")
     return "\n".join(parts)
+
+
+def command(name: str, result: Facts) -> str:
+    """What makes the result, and what it was made with."""
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    return f"`python -m benchmarks.papers {name}` (one thread; {versions})\n"
 
 
 def _set_up(settings: dict[str, Any]) -> str:
@@ -83,23 +94,39 @@ def _task(result: dict[str, Any], task: str) -> str:
 
 def _accuracy_table(facts: Facts, rules: Sequence[str], comparison: dict[str, Any]) -> str:
     goal = target(facts)
+    base = comparison["test_accuracy"]["baseline"]
     rows = [
-        f"| rule | expected (the papers) | best η | test accuracy | by seed | against {comparison['baseline']} "
-        f"| forwards to dev accuracy {goal:.3f} | CPU s a step |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| rule | expected (the papers) | best η | test accuracy | by seed | against {base} "
+        f"| dev loss | against {base} | forwards to dev accuracy {goal:.3f} | CPU s a step |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for rule in rules:
         seeds = facts["rules"][rule]["seeds"]
-        mean, deviation = mean_and_spread([line["test_accuracy"] for line in seeds])
-        spread = "" if deviation is None else f" ± {deviation:.3f}"
-        difference = comparison["differences"].get(rule)
-        rows.append(
-            f"| {label(rule)} | {CLAIMS.get(rule, '')} | {seeds[0]['lr']:g} | {mean:.3f}{spread} | "
-            f"{', '.join(format(line['test_accuracy'], '.3f') for line in seeds)} | "
-            f"{'' if difference is None else format(100 * difference, '+.1f') + ' points'} | "
-            f"{_forwards(forwards_to(mean_curve(seeds), goal))} | {_cost(facts['rules'][rule]):.2f} |"
+        points = comparison["test_accuracy"]["differences"].get(rule)
+        nats = comparison["dev_loss"]["differences"].get(rule)
+        entries = (
+            label(rule),
+            CLAIMS.get(rule, ""),
+            f"{seeds[0]['lr']:g}",
+            _mean([line["test_accuracy"] for line in seeds]),
+            ", ".join(f"{line['test_accuracy']:.3f}" for line in seeds),
+            "" if points is None else f"{100 * points:+.1f} points",
+            _mean([line["dev_loss"] for line in seeds]),
+            "" if nats is None else f"{nats:+.3f}",
+            _forwards(forwards_to(mean_curve(seeds), goal)),
+            f"{_cost(facts['rules'][rule]):.2f}",
         )
+        rows.append(f"| {' | '.join(entries)} |")
     return "\n".join(rows) + "\n"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    """Mean ± standard deviation over the seeds."""
+    there = [value for value in values if value is not None]
+    if len(there) < len(values):
+        return "not finite"
+    mean, deviation = mean_and_spread(there)
+    return f"{mean:.3f}" if deviation is None else f"{mean:.3f} ± {deviation:.3f}"
 
 
 def _cost(found: Facts) -> float:
@@ -131,28 +158,40 @@ def _grid_entry(line: dict[str, Any] | None, best: float) -> str:
 def _conclusion(facts: Facts, rules: Sequence[str], comparison: dict[str, Any]) -> str:
     """What the numbers support, in sentences that follow from them."""
     means = {rule: fmean(line["test_accuracy"] for line in facts["rules"][rule]["seeds"]) for rule in rules}
-    highest = max(means, key=lambda rule: means[rule])
-    text = f"Conclusion: the highest mean is {label(highest)}'s, {means[highest]:.3f}. "
-    if comparison["threshold"] is None:
-        return text + "With one seed nothing can be said about differences.\n"
-    threshold = comparison["threshold"]
-    above = [rule for rule, d in comparison["differences"].items() if d > threshold]
-    below = [rule for rule, d in comparison["differences"].items() if d < -threshold]
-    base = comparison["baseline"]
-    text += (
-        f"Runs of one seed share batches and noise; beyond that, single runs spread by "
-        f"{100 * comparison['spread']:.1f} points, so a difference from {base} counts from "
-        f"{100 * threshold:.1f} points on (Student's t at 5 %, shared among the comparisons). "
+    highest, untuned = max(means, key=lambda rule: means[rule]), facts["untuned"]["test_accuracy"]
+    text = (
+        f"Conclusion: from {untuned:.3f} before tuning the rules' mean test accuracies come to "
+        f"{min(means.values()):.3f} to {means[highest]:.3f}, the highest {label(highest)}'s. "
     )
-    if above:
-        text += f"Better than {base} beyond that: {_listed(above)}. "
-    if below:
-        text += f"Worse beyond that: {_listed(below)}. "
-    same = [rule for rule in comparison["differences"] if rule not in (*above, *below)]
-    if same:
-        verb = "does" if len(same) == 1 else "do"
-        text += f"{_listed(same)} {verb} not differ from {base} by more than the spread of the seeds explains. "
-    return text.rstrip() + "\n"
+    if comparison["test_accuracy"]["threshold"] is None:
+        return text + "With one seed nothing can be said about differences.\n"
+    text += (
+        "Runs of one seed share batches and noise, so the seeds' own effect is taken out before rules are compared. "
+    )
+    accuracy = {**comparison["test_accuracy"], "unit": " points", "scale": 100.0, "sign": 1.0}
+    loss = {**comparison["dev_loss"], "unit": "", "scale": 1.0, "sign": -1.0}
+    return f"{text}{_verdict('Test accuracy', accuracy)} {_verdict('Dev loss', loss)}\n"
+
+
+def _verdict(measure: str, found: dict[str, Any]) -> str:
+    """Which rules differ from the baseline in one measure by more than the spread explains."""
+    if found["threshold"] is None:
+        return f"{measure}: nothing to compare."
+    gains = {rule: found["sign"] * difference for rule, difference in found["differences"].items()}
+    better = [rule for rule, gain in gains.items() if gain > found["threshold"]]
+    worse = [rule for rule, gain in gains.items() if gain < -found["threshold"]]
+    same = [rule for rule in gains if rule not in (*better, *worse)]
+    said = [
+        f"{how} {found['baseline']}: {_listed(group)}"
+        for how, group in (("better than", better), ("worse than", worse), ("not told from", same))
+        if group
+    ]
+    digits = 1 if found["unit"] else 3
+    return (
+        f"{measure} (single runs spread by {found['scale'] * found['spread']:.{digits}f}{found['unit']}; a difference "
+        f"counts from {found['scale'] * found['threshold']:.{digits}f} on, Student's t at 5 % shared among the "
+        f"comparisons): {'; '.join(said)}."
+    )
 
 
 def label(rule: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.papers.e6_report import label
+from benchmarks.papers.e6_report import command, label
 from benchmarks.papers.e7 import NAME, TITLE
 from benchmarks.papers.spread import mean_and_spread
 
@@ -18,6 +18,7 @@ NEAR = 0.1  # of the dev loss that a rule takes off at its best η: what "robust
 def report(result: dict[str, Any]) -> str:
     parts = [
         f"## {NAME}: {TITLE}\n",
+        command(NAME, result),
         _set_up(result["settings"]),
         _second_moment(result),
         _momentum(result),
