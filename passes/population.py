@@ -17,9 +17,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from zowrap.passes.manager import Pass
 
+from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
 from zowrap.compiler import size_oblivious
 from zowrap.errors import ZOCaptureError, ZOInternalError
 from zowrap.program import Program
+from zowrap.step import at_least_float32
 
 
 class Population(Pass):
@@ -68,8 +70,9 @@ class Population(Pass):
             *tensors, causal, scale, grouped = node.args
             node.target = torch.ops.aten.scaled_dot_product_attention.default
             node.args, node.kwargs = (*tensors, 0.0, causal), {"scale": scale, "enable_gqa": grouped}
-        for node in traced.graph.find_nodes(op="call_function", target=torch.ops.zowrap.gather.default):
-            node.target = torch.ops.aten.gather.default
+        for ours, torchs in _PLAIN.items():
+            for node in traced.graph.find_nodes(op="call_function", target=ours):
+                node.target = torchs
         program.graph_module = traced
         return f"{sum(batch)} inputs per example"
 
@@ -89,6 +92,13 @@ class Population(Pass):
             return torch.empty((rows, *value.shape), dtype=value.dtype, device=value.device)
 
 
+# Stand-ins that have a form under vmap, and what they are once that is done.
+_PLAIN = {
+    torch.ops.zowrap.gather.default: torch.ops.aten.gather.default,
+    torch.ops.zowrap.cat.default: torch.ops.aten.cat.default,
+}
+
+
 class _Mapped(fx.Interpreter):
     """Runs a graph under vmap: in place of operators that have no form there for sizes that vary, ones that do."""
 
@@ -104,6 +114,8 @@ class _Mapped(fx.Interpreter):
             return _attention(*args, **kwargs)
         if target is torch.ops.aten.gather.default:
             return torch.ops.zowrap.gather(*args[:3])
+        if target is torch.ops.aten.cat.default:
+            return torch.ops.zowrap.cat(args[0], args[1] if len(args) > 1 else 0)
         return super().call_function(target, args, kwargs)
 
 
@@ -131,7 +143,7 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     dims = list(range(-len(shape), 0))
-    value = x.float()
+    value = at_least_float32(x)
     value = value - value.mean(dims, keepdim=True)
     value = value * torch.rsqrt(value.square().mean(dims, keepdim=True) + eps)
     value = value if weight is None else value * weight

@@ -162,7 +162,7 @@ class Keeper:
         first = self.trainer.zm.step_count == 1
         if first and bool(result.skipped):
             self._pending, self._failed_at_once = [], True
-            losses = ", ".join(f"{value:g}" for value in result.losses.tolist())
+            losses = ", ".join(f"{value:g}" for value in result.losses.flatten().tolist())
             raise ZOError(
                 f"the loss is not finite from the start (it is {losses}): check the data and the labels, and whether "
                 "the model's own loss is finite; for a 16-bit model try dtype float32 or bfloat16"
@@ -328,8 +328,8 @@ class KeeperCallback(TrainerCallback):
 
 
 def _loss(record: dict[str, Any]) -> float:
-    """Mean over the step's evaluations."""
-    return sum(record["losses"]) / len(record["losses"])
+    """What the step reported: the mean over its evaluations."""
+    return record["loss"]
 
 
 def _projected_grad(record: dict[str, Any]) -> float:

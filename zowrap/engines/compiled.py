@@ -189,7 +189,7 @@ class CompiledEngine:
         if not self._ready(block):
             return self.eager.factors(block, keys, right_keys)
         layout = self.job.layouts[block]
-        return self.kernels.factors(layout.element, layout.owner, layout.scale, keys, right_keys)
+        return self.kernels.factors(layout, keys, right_keys)
 
     @torch.no_grad()
     def update(self, streams: Sequence[DirectionStream], rounding_keys: Tensor, conclusion: Conclusion) -> None:
@@ -245,7 +245,8 @@ class CompiledEngine:
 def _spec(job: Job) -> str:
     """Names the arithmetic of the kernels. A rule or direction from elsewhere may hide constants: it gets its own."""
     spec = f"{job.rule.describe()} direction={job.direction.name}:{job.direction.law} queries={job.queries}"
-    ours = job.rule.leaf.__module__.startswith("zowrap.rules.") and directions.is_ours(job.direction)
+    functions = (job.rule.leaf, job.rule.direction)
+    ours = all(f.__module__.startswith("zowrap.rules.") for f in functions) and directions.is_ours(job.direction)
     return f"{spec} decay={job.decays}" + ("" if ours else f" #{next(_foreign)}")
 
 
