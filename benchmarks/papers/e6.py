@@ -153,12 +153,13 @@ def settle(
 
 def comparisons(facts: dict[str, Any]) -> dict[str, Any]:
     """By measure, each rule against MeZO over the seeds; a rule with a loss that is not finite is left out of that."""
+    untuned = facts["untuned"]
+    resolution = spread.resolution_of_accuracy(untuned["test_accuracy"], untuned["test_rows"])
     found = {}
-    for measure in ("test_accuracy", "dev_loss"):
+    for measure, least in (("test_accuracy", resolution), ("dev_loss", 0.0)):
         groups = {rule: [line[measure] for line in runs["seeds"]] for rule, runs in facts["rules"].items()}
-        found[measure] = spread.compare(
-            {rule: values for rule, values in groups.items() if None not in values}, "zo_sgd"
-        )
+        finite = {rule: values for rule, values in groups.items() if None not in values}
+        found[measure] = spread.compare(finite, "zo_sgd", least)
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.papers.common import figure
 from benchmarks.papers.e6_report import command, label
 from benchmarks.papers.e7 import NAME, TITLE
 from benchmarks.papers.spread import mean_and_spread
@@ -200,38 +201,33 @@ def _both(line: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
+    with figure(path, rows=2, columns=2, height=3.0) as ((cosines, variation), (robust, cone)):
+        for number, (rule, found) in enumerate(result["momentum"].items()):
+            steps, color = [look["step"] for look in found["looks"]], f"C{number}"
+            cosines.plot(steps, [look["m"] for look in found["looks"]], "o-", color=color, ms=3, label=f"m, {rule}")
+            cosines.plot(steps, [look["gz"] for look in found["looks"]], "--", color=color, label=f"g z, {rule}")
+        cosines.set(xlabel="step", ylabel="cosine with ∇f")
+        cosines.legend(fontsize=6)
+        looks = result["second_moment"]
+        for name, text in (("v", "v of ZO-Adam"), ("noise", "v if all were alike"), ("gradient", "squares of ∇f")):
+            variation.semilogy([x["step"] for x in looks], [x[name] for x in looks], "o-", ms=3, label=text)
+        variation.set(xlabel="step", ylabel="coefficient of variation")
+        variation.legend(fontsize=6)
+        for rule, lines in result["robustness"].items():
+            best = min(lines, key=_rank)["lr"]
+            there = [line for line in lines if line["dev_loss"] is not None]
+            robust.semilogx([x["lr"] / best for x in there], [x["dev_loss"] for x in there], "o-", ms=3, label=rule)
+        robust.set(xlabel="η / best η", ylabel="dev loss, seed 0")
+        robust.legend(fontsize=6)
+        _draw_heat(cone, result["heat"])
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, ((cosines, variation), (robust, cone)) = plt.subplots(2, 2, figsize=(9, 6.4))
-    for number, (rule, found) in enumerate(result["momentum"].items()):
-        steps = [look["step"] for look in found["looks"]]
-        cosines.plot(steps, [look["m"] for look in found["looks"]], f"C{number}-o", markersize=3, label=f"m, {rule}")
-        cosines.plot(steps, [look["gz"] for look in found["looks"]], f"C{number}--", label=f"g z, {rule}")
-    cosines.set(xlabel="step", ylabel="cosine with ∇f")
-    cosines.legend(fontsize=6)
-    looks = result["second_moment"]
-    for name, text in (("v", "v of ZO-Adam"), ("noise", "v if all were alike"), ("gradient", "squares of ∇f")):
-        variation.semilogy([x["step"] for x in looks], [x[name] for x in looks], "o-", markersize=3, label=text)
-    variation.set(xlabel="step", ylabel="coefficient of variation")
-    variation.legend(fontsize=6)
-    for rule, lines in result["robustness"].items():
-        best = min(lines, key=_rank)["lr"]
-        there = [line for line in lines if line["dev_loss"] is not None]
-        robust.semilogx([x["lr"] / best for x in there], [x["dev_loss"] for x in there], "o-", markersize=3, label=rule)
-    robust.set(xlabel="η / best η", ylabel="dev loss, seed 0")
-    robust.legend(fontsize=6)
-    heat = result["heat"]
+def _draw_heat(axis: Any, heat: dict[str, Any]) -> None:
     values = [[math.nan if line["dev_loss"] is None else line["dev_loss"] for line in row] for row in heat["lines"]]
-    cone.imshow(values, cmap="viridis_r", aspect="auto")
+    axis.pcolormesh(values, cmap="viridis_r")
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            cone.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white")
-    cone.set_xticks(range(len(heat["thetas"])), [f"{t:g}" for t in heat["thetas"]])
-    cone.set_yticks(range(len(heat["betas"])), [f"{b:g}" for b in heat["betas"]])
-    cone.set(xlabel="θ", ylabel="β", title="ConMeZO, dev loss")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+            axis.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white")
+    axis.set_xticks([j + 0.5 for j in range(len(heat["thetas"]))], [f"{t:g}" for t in heat["thetas"]])
+    axis.set_yticks([i + 0.5 for i in range(len(heat["betas"]))], [f"{b:g}" for b in heat["betas"]])
+    axis.set(xlabel="θ", ylabel="β", title="ConMeZO, dev loss")

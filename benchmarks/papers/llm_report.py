@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.papers.common import figure
 from benchmarks.papers.llm import NAME, TITLE
 from benchmarks.papers.spread import mean_and_spread
 
@@ -80,20 +81,14 @@ def reference_section() -> str:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Obtained scores beside the paper's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     entries = result["results"]
-    figure, axis = plt.subplots(figsize=(max(4, 0.9 * len(entries)), 3))
-    axis.bar(range(len(entries)), [mean_and_spread([x["score"] for x in e["seeds"]])[0] for e in entries], width=0.6)
-    for number, entry in enumerate(entries):
-        expected = _expected(result["settings"], entry["task"])
-        if expected is not None:
-            axis.plot([number - 0.4, number + 0.4], [expected] * 2, "k--", linewidth=1)
-    axis.set_xticks(range(len(entries)), [f"{e['task']}\n{e['rule']}" for e in entries], fontsize=6)
-    axis.set(ylabel="score", title="dashed: MeZO as the paper reports it")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    with figure(path, width=max(4.0, 0.9 * len(entries)), height=3.0) as axis:
+        axis.bar(
+            range(len(entries)), [mean_and_spread([x["score"] for x in e["seeds"]])[0] for e in entries], width=0.6
+        )
+        for number, entry in enumerate(entries):
+            expected = _expected(result["settings"], entry["task"])
+            if expected is not None:
+                axis.plot([number - 0.4, number + 0.4], [expected] * 2, "k--", linewidth=1)
+        axis.set_xticks(range(len(entries)), [f"{e['task']}\n{e['rule']}" for e in entries], fontsize=6)
+        axis.set(ylabel="score", title="dashed: MeZO as the paper reports it")

@@ -13,7 +13,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), stdev(values) if len(values) > 1 else None
 
 
-def compare(groups: Mapping[str, Sequence[float]], baseline: str) -> dict[str, Any]:
+def compare(groups: Mapping[str, Sequence[float]], baseline: str, resolution: float = 0.0) -> dict[str, Any]:
     """Differences of each group's mean from the baseline's, over the same seeds.
 
     A seed fixes batches and noise for every group, so its own effect is taken out first: the spread is that of what is
@@ -23,6 +23,7 @@ def compare(groups: Mapping[str, Sequence[float]], baseline: str) -> dict[str, A
 
     Args:
         groups: one value per seed, in the same order of the seeds.
+        resolution: the smallest difference that the measure itself can show, whatever the spread over seeds.
 
     Returns:
         ``baseline``, ``spread`` (standard deviation of a run), ``threshold`` and ``differences`` by group; spread and
@@ -45,5 +46,14 @@ def compare(groups: Mapping[str, Sequence[float]], baseline: str) -> dict[str, A
     freedom = (len(groups) - 1) * (seeds - 1)
     found["spread"] = math.sqrt(sum(x * x for x in left) / freedom)
     quantile = float(t.ppf(1 - 0.025 / len(others), freedom))
-    found["threshold"] = quantile * found["spread"] * math.sqrt(2 / seeds)
+    found["threshold"] = max(quantile * found["spread"] * math.sqrt(2 / seeds), resolution)
     return found
+
+
+def resolution_of_accuracy(accuracy: float, rows: int) -> float:
+    """1.96 standard errors of a difference of two accuracies on ``rows`` rows, their errors taken as independent.
+
+    All seeds and rules are measured on the same rows, so more seeds do not make this smaller; errors on the same rows
+    are alike, so it is an upper bound.
+    """
+    return 1.96 * math.sqrt(2 * accuracy * (1 - accuracy) / rows)

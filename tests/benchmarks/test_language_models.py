@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.papers import alignment, e6, e6_report, e7, e7_report
 from benchmarks.papers.finetune import Cell, Workbench, rule_of, variant
-from benchmarks.papers.spread import compare
+from benchmarks.papers.spread import compare, resolution_of_accuracy
 from tests.conftest import reviews, write_rows
 from zowrap.errors import ZOError
 
@@ -164,13 +164,16 @@ def test_differences_count_from_the_spread_on_that_seeds_leave():
     # t at 1 − 0.025/2 with 4 degrees of freedom is 3.495
     assert found["threshold"] == pytest.approx(3.495 * found["spread"] * math.sqrt(2 / 3), rel=1e-3)
     assert found["differences"]["alike"] < found["threshold"] < found["differences"]["better"]
+    assert compare(groups, "base", resolution=0.4)["threshold"] == 0.4
     assert compare({"base": [0.5], "other": [0.6]}, "base")["threshold"] is None
+    assert resolution_of_accuracy(0.5, 500) == pytest.approx(0.062, abs=1e-4)
 
 
 def test_forwards_to_an_accuracy_are_interpolated():
     curve = [(0, 0.4), (100, 0.5), (200, 0.7)]
     assert e6_report.forwards_to(curve, 0.6) == 150
     assert e6_report.forwards_to(curve, 0.8) is None
+    assert e6_report.forwards_to(curve, None) is None
 
 
 def test_usable_step_sizes_take_off_nearly_as_much_loss_as_the_best():
