@@ -185,7 +185,7 @@ def _verdict(measure: str, found: dict[str, Any]) -> str:
     same = [rule for rule in gains if rule not in (*better, *worse)]
     said = [
         f"{how} {found['baseline']}: {_listed(group)}"
-        for how, group in (("better than", better), ("worse than", worse), ("not told from", same))
+        for how, group in (("better than", better), ("worse than", worse), ("not distinguishable from", same))
         if group
     ]
     digits = 1 if found["unit"] else 3
