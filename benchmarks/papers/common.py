@@ -138,15 +138,21 @@ def section(result: Mapping[str, Any], title: str, claims: Sequence[Claim], body
 
 
 @contextmanager
-def figure(path: Path, columns: int = 1, width: float = 6.0, height: float = 3.6) -> Iterator[Any]:
-    """Axes of a new figure (an array of them for several columns), saved as an SVG that is the same every time."""
+def figure(
+    path: Path, columns: int = 1, width: float = 6.0, height: float = 3.6, rows: int | None = None
+) -> Iterator[Any]:
+    """Axes of a new figure (an array of them for several columns), saved as an SVG that is the same every time.
+
+    With ``rows`` the array is ``[rows, columns]``, and ``height`` is one row's.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     with pyplot.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none", "font.size": 9}):
-        drawing, axes = pyplot.subplots(1, columns, figsize=(width * (1 if columns == 1 else 1.4), height))
+        size = (width * (1 if columns == 1 else 1.4), height * (rows or 1))
+        drawing, axes = pyplot.subplots(rows or 1, columns, figsize=size, squeeze=rows is None)
         try:
             yield axes
             drawing.tight_layout()
