@@ -149,6 +149,10 @@ class ZOModel:
             ZOError: nothing was accumulated and nothing is given.
         """
         job = self._job
+        if math.isnan(self.lr):
+            raise ZOError(
+                "lr='auto' is not chosen yet: zowrap.tune_lr(zm, batches, steps=...) chooses it, before step 1"
+            )
         if losses is None:
             if self._sums is not None and self._weight is not None:
                 losses = (self._sums / self._weight).float()
@@ -173,6 +177,21 @@ class ZOModel:
         self.step_count += 1
         self.discard()
         return result
+
+    def peek(self) -> tuple[Tensor, Tensor]:
+        """What :meth:`update` would conclude from the accumulated micro-batches; nothing moves.
+
+        Returns:
+            float32 losses and projected gradients, shaped as in :class:`StepResult` (``[queries]`` for one, too).
+
+        Raises:
+            ZOError: nothing was accumulated.
+        """
+        if self._sums is None or self._weight is None:
+            raise ZOError("peek() has nothing to look at: call accumulate(**batch) first")
+        losses = (self._sums / self._weight).float()
+        block = self._current_streams()[0].block
+        return losses, self._engine.conclude(block, losses, self.step_count, None).projected_grad
 
     def replay(self, record: dict[str, Any]) -> StepResult:
         """Apply the update of a journal record, without a forward pass: bitwise the original step.
@@ -273,6 +292,25 @@ class ZOModel:
     @property
     def rule(self) -> Rule:
         return self._job.rule
+
+    @property
+    def points(self) -> list[estimators.Point]:
+        """Where a step evaluates the loss, in order."""
+        return self._points
+
+    def options(self) -> dict[str, Any]:
+        """The options of ``zo_wrap`` under which a step probes; ``blocks`` by the names they have here."""
+        job = self._job
+        return {
+            "rule": job.rule,
+            "eps": self.eps,
+            "seed": self.seed,
+            "direction": job.direction,
+            "queries": job.queries,
+            "estimator": self._estimator.name,
+            "blocks": [block.name for block in job.blocks],
+            "block_order": self.block_order,
+        }
 
     @property
     def loss_module(self) -> LossModule:

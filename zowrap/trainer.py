@@ -7,22 +7,27 @@ What differs is what lies on the disk, see :mod:`zowrap.run`.
 
 from __future__ import annotations
 
+import itertools
+import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from zowrap import evaluation, export
 from zowrap.config import ZOConfig
 from zowrap.errors import ZOError
 from zowrap.keeper import Interrupted, Keeper, KeeperCallback
+from zowrap.lr import tune_lr
 from zowrap.model import StepResult, ZOModel
 from zowrap.resume import Start, find_start, say
 from zowrap.run import Run, load_weights
@@ -40,11 +45,12 @@ class ZOStep(torch.optim.Optimizer):
 
     Args:
         zm: the wrapped model.
+        lr: η before any schedule.
         done: called with each step's result.
     """
 
-    def __init__(self, zm: ZOModel, done: Callable[[StepResult], None]) -> None:
-        super().__init__([parameter.tensor for parameter in zm.parameters], {"lr": zm.lr})
+    def __init__(self, zm: ZOModel, lr: float, done: Callable[[StepResult], None]) -> None:
+        super().__init__([parameter.tensor for parameter in zm.parameters], {"lr": lr})
         self.zm = zm
         self.done = done
 
@@ -103,6 +109,7 @@ class ZOTrainer(Trainer):
         self.batch_metrics = batch_metrics
         self.run = Run(str(args.output_dir))
         self._bare, self._loss_fn = model, loss_fn
+        self._rule = args.rule_object()
         self.wrap(args.engine)
         self._keeper = Keeper(self, base_model or export.model_name(model), config, made_folder)
         self.add_callback(KeeperCallback(self._keeper))
@@ -116,8 +123,8 @@ class ZOTrainer(Trainer):
         args = self.args
         self.zm: ZOModel = zo_wrap(
             self._bare,
-            args.rule_object(),
-            lr=args.learning_rate,
+            self._rule,
+            lr="auto" if args.auto_lr else args.learning_rate,
             eps=args.eps,
             seed=args.seed,
             direction=args.direction,
@@ -132,6 +139,13 @@ class ZOTrainer(Trainer):
         )
         self._loss = self.zm.loss_module
 
+    def wrap_for(self, steps: int | None) -> None:
+        """Wrap again where the rule is another for a run of so many steps (a warm-up)."""
+        rule = self.args.rule_object(steps)
+        if rule.describe() != self._rule.describe() and not self.zm.step_count:
+            self._rule = rule
+            self.wrap(self.args.engine)
+
     # --- what a step is ----------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -145,7 +159,7 @@ class ZOTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = ZOStep(self.zm, self._keeper.stepped)
+            self.optimizer = ZOStep(self.zm, self.args.learning_rate, self._keeper.stepped)  # type: ignore[arg-type]
         return self.optimizer
 
     # --- the run -----------------------------------------------------------------------------------------------
@@ -185,12 +199,14 @@ class ZOTrainer(Trainer):
         evaluates_first = self.args.eval_on_start
         try:
             with stop_signals() as self._keeper.signal, tempfile.TemporaryDirectory() as folder:
+                self.state = start.state
                 if start.step:
                     start.state.save_to_json(str(Path(folder) / "trainer_state.json"))
                     self.args.eval_on_start = False
                     self._resuming = start
                     kwargs["resume_from_checkpoint"] = folder
                 try:
+                    self._settle_lr(start)
                     output = super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs)
                 except Interrupted:
                     self.is_in_train = False
@@ -209,6 +225,68 @@ class ZOTrainer(Trainer):
             self._load_best_model()
         return output._replace(training_loss=self._keeper.mean_loss())
 
+    def _settle_lr(self, start: Start) -> None:
+        """The run's learning rate: what it began with, else the one given, else the choice of :func:`tune_lr`."""
+        args, plan = self.args, start.plan
+        began_with = plan.get("learning_rate")
+        if began_with is None and args.auto_lr:
+            began_with = self.zm.lr if start.step else self._choose_lr(start)
+        elif began_with is not None and args.auto_lr:
+            say(f"going on with learning rate {began_with:g}, as it was chosen at the first start")
+        elif began_with is not None and not args.auto_lr and began_with != args.learning_rate:
+            say(f"going on with learning rate {began_with:g}, as the run began, not {args.learning_rate:g}")
+        if began_with is not None:
+            args.learning_rate = began_with
+        self._keeper.planned(learning_rate=args.learning_rate)
+        if not start.step:
+            self.zm.lr = float(args.learning_rate)  # type: ignore[arg-type]
+
+    def _choose_lr(self, start: Start) -> float:
+        """``lr="auto"``, on the batches that the first steps will see."""
+
+        def watch(done: int, most: int) -> None:
+            if self._keeper.signal.stopped:
+                raise Interrupted
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "on_choose_lr"):
+                    callback.on_choose_lr(done, most)
+
+        try:
+            with generators_kept():
+                choice = tune_lr(
+                    self.zm,
+                    self._first_batches(),
+                    start.state.max_steps,
+                    schedule=self._schedule(start.state.max_steps),
+                    watch=watch,
+                )
+        except ZOError:
+            self._keeper.failed_at_once()
+            raise
+        self._keeper.planned(choice=choice.record())
+        say(str(choice))
+        return choice.lr
+
+    def _first_batches(self) -> Iterator[list[dict[str, Any]]]:
+        """The micro-batches of the first steps, read past what counts them for the training loop."""
+        loader: Any = self.get_train_dataloader()
+        batches = iter(getattr(loader, "base_dataloader", loader))
+        while group := list(itertools.islice(batches, self.args.gradient_accumulation_steps)):
+            yield [self._prepare_inputs(batch) for batch in group]
+
+    def _schedule(self, steps: int) -> Callable[[int], float] | None:
+        """Step t's learning rate in units of the first; ``None`` where it follows from what is measured on the way."""
+        args = self.args
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler: Any = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        return scheduler.lr_lambdas[0] if hasattr(scheduler, "lr_lambdas") else None
+
     def _nothing_left(self, start: Start) -> TrainOutput:
         """Every step is done; of a run that was killed after its last one, the end is still to be written."""
         say(f"{self.run.path} is finished: {start.step} steps are done")
@@ -216,6 +294,11 @@ class ZOTrainer(Trainer):
         if not start.finished:
             self._keeper.close(interrupted=False)
         return TrainOutput(start.step, self._keeper.mean_loss(), {"train_runtime": 0.0})
+
+    @property
+    def lr_choice(self) -> dict[str, Any] | None:
+        """The record of the choice that ``lr="auto"`` made for this run (:class:`zowrap.LearningRate`), if it did."""
+        return self._keeper.plan.get("choice")
 
     @property
     def best_step(self) -> int | None:
@@ -308,6 +391,18 @@ class ZOTrainer(Trainer):
             logs.pop("grad_norm", None)
             logs.update(self._keeper.logged())
         super().log(logs, start_time)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Afterwards the global generators stand where they stood."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def _check_arguments(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
