@@ -34,7 +34,7 @@ from zowrap.errors import ZOError
 from zowrap.model import ZOModel
 from zowrap.rehearsal import Rehearsal
 
-SHARE = 0.05
+SHARE = 0.04
 # Evaluations of a step's points that the survey may make: this share of the steps planned, between two bounds. Four
 # are needed to find the scale and four more to average a little; beyond forty the choice no longer changes.
 EVALUATIONS, LEAST, MOST = 0.05, 8, 40
