@@ -134,13 +134,17 @@ class TuneOptions:
     # None of these three: the rule's own. All but FZOO want gaussian directions, one a step, central differences.
     direction: Annotated[
         str | None,
-        option("--direction", "gaussian, sphere, unit_sphere, rademacher; by default the rule's own.", "Zeroth order"),
+        option(
+            "--direction",
+            "gaussian, sphere, unit_sphere, rademacher, lowrank(r), sparse(s), cone; by default the rule's own.",
+            "Zeroth order",
+        ),
     ] = None
     queries: Annotated[
         int | None, option("--queries", "Directions per step, averaged; by default the rule's own.", "Zeroth order")
     ] = None
     estimator: Annotated[
-        str | None, option("--estimator", "central or forward; by default the rule's own.", "Zeroth order")
+        str | None, option("--estimator", "central, forward or population; by default the rule's own.", "Zeroth order")
     ] = None
     blocks: Annotated[
         list[str],

@@ -6,6 +6,8 @@ from zowrap.passes.check_lookups import CheckLookups
 from zowrap.passes.epilogue import AppendEpilogue, Epilogue
 from zowrap.passes.manager import Pass, run
 from zowrap.passes.perturb import Perturb
+from zowrap.passes.perturb_lowrank import PerturbLowRank
+from zowrap.passes.population import Population
 from zowrap.passes.select_tunable import SelectTunable
 from zowrap.passes.split_streams import SplitStreams
 from zowrap.passes.strip_training import StripTraining
@@ -15,18 +17,23 @@ from zowrap.program import Program
 
 
 def build(
-    program: Program, job: Job, block: int, spec: str, points: int, scalar_names: list[str], epilogue: Epilogue
+    program: Program,
+    job: Job,
+    block: int,
+    spec: str,
+    points: int,
+    scalar_names: list[str],
+    epilogue: Epilogue,
+    per_example: bool = False,
 ) -> Program:
     """Turn a captured program into the ``points`` evaluations along one direction of one block.
 
-    ``points`` 0 leaves the plain loss at θ.
+    ``points`` 0 leaves the plain loss at θ; with ``per_example`` every example has a direction of its own.
     """
     passes: list[Pass] = [StripTraining(), CheckLookups()]
     if points:
-        passes += [
-            SelectTunable(job, block, spec, points, scalar_names),
-            SplitStreams(points),
-            Perturb(),
-            AppendEpilogue(epilogue),
-        ]
+        passes += [SelectTunable(job, block, spec, points, scalar_names), SplitStreams(points)]
+        passes += [Perturb() if job.direction.lowrank is None else PerturbLowRank()]
+        passes += [Population()] if per_example else []
+        passes += [AppendEpilogue(epilogue)]
     return run(program, passes)

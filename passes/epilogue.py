@@ -13,12 +13,10 @@ the eager engine does, so that what moves does not depend on the engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import fx
 from zowrap.passes.manager import Pass
 
 from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
@@ -27,6 +25,8 @@ from zowrap.errors import ZOInternalError
 from zowrap.program import Program
 from zowrap.step import conclude
 
+UPDATES = (torch.ops.zowrap.update_.default, torch.ops.zowrap.update_lowrank_.default)
+
 
 @dataclass
 class Epilogue:
@@ -34,7 +34,8 @@ class Epilogue:
 
     Attributes:
         graph_module: inputs ``keys…, scales…, scalars…, rounding_keys, coefficients…, lr, eps, weight_decay, apply``,
-            then each active parameter followed by its slots.
+            then each active parameter followed by its slots; along low-rank directions no keys and scales, and the
+            two factors of ĝ after each parameter's slots.
         coefficient_names: order of the rule's coefficients.
     """
 
@@ -42,39 +43,53 @@ class Epilogue:
     coefficient_names: list[str]
 
 
-def coefficient_shapes(job: Job, project: Callable[[Tensor, Tensor], Tensor], points: int) -> dict[str, torch.Size]:
-    """The rule's coefficients and their shapes, learnt by recording its scalar function once."""
-    shapes: dict[str, torch.Size] = {}
-
-    def record(losses: Tensor) -> Tensor:
-        conclusion = conclude(job.rule, project, job.states[0], losses, job.hyper, torch.zeros(()))
-        shapes.update({name: value.shape for name, value in conclusion.coefficients.items()})
-        return conclusion.loss
-
-    make_fx(record, tracing_mode="fake", _allow_non_fake_inputs=True)(torch.zeros(points, device=job.device))
-    return shapes
+@torch.no_grad()
+def coefficient_shapes(job: Job, points: int) -> dict[str, torch.Size]:
+    """The rule's coefficients and their shapes, learnt by calling its scalar function once on made-up losses."""
+    losses = torch.zeros(points, device=job.device)
+    one = torch.ones(job.queries, device=job.device)  # a population is one direction here: its "g" is never passed
+    candidates = None
+    if job.rule.candidates is not None:
+        candidates = torch.zeros_like(job.rule.candidates(one[:1], job.hyper))
+    step = torch.zeros((), device=job.device)
+    conclusion = conclude(job.rule, lambda *_: one, job.states[0], losses, job.hyper, step, candidates=candidates)
+    return {name: value.shape for name, value in conclusion.coefficients.items()}
 
 
 def build_epilogue(job: Job, block: int, spec: str, names: list[str], scalar_names: list[str]) -> Epilogue:
-    """The updates of one block as a program of ``update_`` operators."""
+    """The updates of one block as a program of ``update_`` operators, ``update_lowrank_`` along low-rank directions."""
     graph = fx.Graph()
-    keys = [graph.placeholder(f"keys_{q}") for q in range(job.queries)]
-    scales = [graph.placeholder(f"scale_{q}") for q in range(job.queries)]
+    lowrank = job.direction.lowrank is not None
+    queries = 0 if lowrank else job.queries
+    keys = [graph.placeholder(f"keys_{q}") for q in range(queries)]
+    scales = [graph.placeholder(f"scale_{q}") for q in range(queries)]
     scalars = [graph.placeholder(f"scalar_{n}") for n in scalar_names]
     rounding_keys = graph.placeholder("rounding_keys")
+    names = [name for name in names if not (lowrank and name == "g")]  # ĝ is formed already
     coefficients = [graph.placeholder(f"coefficient_{n}") for n in names]
     hyper = [graph.placeholder(n) for n in ("lr", "eps", "weight_decay")]
     apply = graph.placeholder("apply")
+    select = torch.ops.aten.select.int
     for i in job.blocks[block].indices:
         w = graph.placeholder(f"w_{i}")
-        slots = [graph.placeholder(f"slot_{name}_{i}") for name in job.slots]
-        select = torch.ops.aten.select.int
-        own = [graph.call_function(select, (k, 0, i)) for k in keys]
-        rounding_key = graph.call_function(select, (rounding_keys, 0, i))
+        slots = [graph.placeholder(f"slot_{name}_{i}") for name in job.rule.slot_names("element")]
+        own = [graph.placeholder(f"slot_{name}_{i}") for name in job.rule.slot_names("parameter")]
         decay = job.decays and job.parameters[i].decays
+        if lowrank:
+            vector = job.layouts[block].places[i].right is None
+            left = graph.placeholder(f"left_{i}")
+            right = None if vector else graph.placeholder(f"right_{i}")
+            rounding_key = graph.call_function(select, (rounding_keys, 0, i))
+            graph.call_function(
+                torch.ops.zowrap.update_lowrank_.default,
+                (w, slots, left, right, rounding_key, coefficients, hyper, apply, decay, spec),
+            )
+            continue
+        own_keys = [graph.call_function(select, (k, 0, i)) for k in keys]
+        rounding_key = graph.call_function(select, (rounding_keys, 0, i))
         graph.call_function(
             torch.ops.zowrap.update_.default,
-            (w, slots, own, scales, scalars, rounding_key, coefficients, hyper, apply, decay, spec),
+            (w, slots, own_keys, scales, [*scalars, *own], rounding_key, coefficients, hyper, apply, decay, spec),
         )
     graph.output(())
     # Placeholders were created where they are needed; a function's arguments come first.
@@ -91,7 +106,7 @@ def build_epilogue(job: Job, block: int, spec: str, names: list[str], scalar_nam
 def _check(job: Job, block: int, graph: fx.Graph) -> None:
     """Every active parameter is written exactly once, and nothing else is."""
     graph.lint()
-    written = [node.args[0] for node in graph.find_nodes(op="call_function", target=torch.ops.zowrap.update_.default)]
+    written = [node.args[0] for node in graph.nodes if node.target in UPDATES]
     if [w.name for w in written] != [f"w_{i}" for i in job.blocks[block].indices]:  # type: ignore[union-attr]
         raise ZOInternalError("the epilogue does not write every active parameter exactly once")
 
@@ -106,7 +121,5 @@ class AppendEpilogue(Pass):
 
     def call(self, program: Program) -> str:
         program.epilogue = self.epilogue.graph_module
-        updates = sum(
-            n.op == "call_function" and "update_" in str(n.target) for n in self.epilogue.graph_module.graph.nodes
-        )
+        updates = sum(n.target in UPDATES for n in self.epilogue.graph_module.graph.nodes)
         return f"{updates} fused updates"

@@ -72,6 +72,7 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, values: list[fx.Node], uses: list[
         _, slots, *rest = theta.args
         with graph.inserting_before(uses[0]):
             rows = graph.call_function(torch.ops.zowrap.perturb_rows.default, (weight, slots, ids, *rest))
+        rows.meta["nn_module_stack"] = uses[0].meta.get("nn_module_stack")
         _replace(graph, uses, rows, [None] * points)
         return "embeddings"
     return None
@@ -86,6 +87,7 @@ def _linear(
         product = graph.call_function(
             torch.ops.zowrap.perturb_linear.default, (inputs[:1] if shared else inputs, weight, *rest, transposed, spec)
         )
+    product.meta["nn_module_stack"] = uses[0].meta.get("nn_module_stack")
     _replace(graph, uses, product, biases)
 
 
@@ -95,9 +97,10 @@ def _replace(graph: fx.Graph, uses: list[fx.Node], fused: fx.Node, biases: list[
         with graph.inserting_after(after):
             value = after = graph.call_function(operator.getitem, (fused, p))
         if biases[p] is not None:
+            value.meta["nn_module_stack"] = use.meta.get("nn_module_stack")
             with graph.inserting_after(value):
                 value = after = graph.call_function(aten.add.Tensor, (value, biases[p]))
-        value.meta = {"stream": use.meta["stream"], "val": use.meta["val"]}
+        value.meta = dict(use.meta)
         use.replace_all_uses_with(value)
     for use in uses:
         graph.erase_node(use)

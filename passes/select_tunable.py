@@ -5,6 +5,11 @@
                                  theta = zowrap.perturb(w, [], key, scale, [], coefficients, spec)
                                  y = linear(x, theta[0], b)
 
+With low-rank directions the noise is one input, ``factors``, and each weight takes its own part of it:
+
+    left = factors[a : b].view(rows, rank);  right = factors[b : c].view(columns, rank)
+    theta = zowrap.perturb_lowrank(w, left, right, coefficients)
+
 A tied weight is one parameter: every placeholder that names its storage is replaced by the same ``theta``. Embedding
 and head then look along one direction and receive one update.
 """
@@ -42,8 +47,14 @@ class SelectTunable(Pass):
     def call(self, program: Program) -> str:
         job, graph = self.job, program.graph
         device = job.device
-        keys = program.add_input("keys", torch.zeros(len(job.parameters), 2, dtype=torch.int32, device=device))
-        scale = program.add_input("scale", torch.ones((), device=device))
+        if job.layouts:
+            size = job.layouts[self.block].size
+            noise = [program.add_input("factors", torch.zeros(size, device=device))]
+        else:
+            noise = [
+                program.add_input("keys", torch.zeros(len(job.parameters), 2, dtype=torch.int32, device=device)),
+                program.add_input("scale", torch.ones((), device=device)),
+            ]
         coefficients = program.add_input("coefficients", torch.zeros(self.points, device=device))
         scalars = [program.add_input(f"scalar/{n}", torch.zeros((), device=device)) for n in self.scalar_names]
         used = 0
@@ -56,16 +67,10 @@ class SelectTunable(Pass):
             if not uses:
                 continue
             used += 1
-            slots = [program.add_input(f"slot/{name}/{i}", job.slots[name][i]) for name in job.rule.direction_slots]
-            after = graph.find_nodes(op="placeholder")[-1]
-            with graph.inserting_after(after):
-                key = graph.call_function(torch.ops.aten.select.int, (keys, 0, i))
-            with graph.inserting_after(key):
-                theta = graph.call_function(
-                    torch.ops.zowrap.perturb.default,
-                    (uses[0], slots, key, scale, scalars, coefficients, self.spec),
-                    name=f"theta_{i}",
-                )
+            if job.layouts:
+                theta = self._along_factors(program, i, uses[0], noise[0], coefficients)
+            else:
+                theta = self._along_noise(program, i, uses[0], noise, scalars, coefficients)
             with graph.inserting_after(theta):
                 value = graph.call_function(operator.getitem, (theta, 0))
             for use in uses:
@@ -78,12 +83,62 @@ class SelectTunable(Pass):
             )
         return f"{used} of {len(job.blocks[self.block].indices)} tunable parameters take part in the loss"
 
+    def _along_noise(
+        self,
+        program: Program,
+        index: int,
+        weight: fx.Node,
+        noise: list[fx.Node],
+        scalars: list[fx.Node],
+        coefficients: fx.Node,
+    ) -> fx.Node:
+        job, graph = self.job, program.graph
+        keys, scale = noise
+        own = {name: program.add_input(f"slot/{name}/{index}", job.slots[name][index]) for name in job.reads}
+        slots = [own[name] for name in job.reads if job.rule.slots[name].kind == "element"]
+        numbers = scalars + [own[name] for name in job.reads if job.rule.slots[name].kind == "parameter"]
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            key = graph.call_function(torch.ops.aten.select.int, (keys, 0, index))
+        with graph.inserting_after(key):
+            return graph.call_function(
+                torch.ops.zowrap.perturb.default,
+                (weight, slots, key, scale, numbers, coefficients, self.spec),
+                name=f"theta_{index}",
+            )
+
+    def _along_factors(
+        self, program: Program, index: int, weight: fx.Node, factors: fx.Node, coefficients: fx.Node
+    ) -> fx.Node:
+        graph, place = program.graph, self.job.layouts[self.block].places[index]
+        nodes: list[fx.Node] = []
+        after = graph.find_nodes(op="placeholder")[-1]
+        parts = [(place.left, place.rows)] + ([] if place.right is None else [(place.right, place.columns)])
+        for start, length in parts:
+            for target, args in (
+                (torch.ops.aten.slice.Tensor, (factors, 0, start, start + length * place.rank)),
+                (torch.ops.aten.view.default, (None, [length, place.rank])),
+            ):
+                with graph.inserting_after(after):
+                    after = graph.call_function(target, (args[0] or after, *args[1:]))
+            nodes.append(after)
+        right = nodes[1] if len(nodes) > 1 else None
+        with graph.inserting_after(after):
+            return graph.call_function(
+                torch.ops.zowrap.perturb_lowrank.default,
+                (weight, nodes[0], right, coefficients),
+                name=f"theta_{index}",
+            )
+
+
+PERTURBATIONS = (torch.ops.zowrap.perturb.default, torch.ops.zowrap.perturb_lowrank.default)
+
 
 def tunable_values(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that stand for a perturbed weight at some point."""
     return [
         user
-        for node in graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb.default)
+        for perturbation in PERTURBATIONS
+        for node in graph.find_nodes(op="call_function", target=perturbation)
         for user in node.users
         if user.target is operator.getitem
     ]

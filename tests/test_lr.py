@@ -21,16 +21,21 @@ HEIGHT, CURVATURE = 3.0, 0.5
 
 
 class Bowl(nn.Module):
-    """A point with noisy slopes around it: f = HEIGHT + slope·θ + ½ CURVATURE ‖θ‖², in two matrices."""
+    """Its lowest point, under noisy slopes: f = HEIGHT + slope·(θ − θ₀) + ½ CURVATURE ‖θ − θ₀‖², in two matrices."""
+
+    start: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.zeros(20, 20))
-        self.b = nn.Parameter(torch.zeros(20, 20))
+        generator = torch.Generator().manual_seed(0)
+        self.a = nn.Parameter(torch.randn(20, 20, generator=generator))
+        self.b = nn.Parameter(torch.randn(20, 20, generator=generator))
+        self.register_buffer("start", torch.cat([self.a.reshape(-1), self.b.reshape(-1)]).detach().clone())
 
 
 def bowl_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    theta = torch.cat([parameter.reshape(-1) for parameter in model.parameters()])
+    assert isinstance(model, Bowl)
+    theta = torch.cat([model.a.reshape(-1), model.b.reshape(-1)]) - model.start
     return batch["scale"] * (HEIGHT + batch["slope"] @ theta + CURVATURE / 2 * theta.square().sum())
 
 

@@ -45,7 +45,7 @@ def test_compiled_probes_see_the_state(rule) -> None:
     for _ in range(4):
         for zm in (eager, compiled):
             zm.accumulate(**odd_batch())
-        seen = eager._sums / eager._weight, compiled._sums / compiled._weight
+        seen = eager._measured.losses(), compiled._measured.losses()
         assert torch.allclose(*seen, rtol=1e-5, atol=0)
         losses = seen[0].float()
         # Steps long enough for the state to shape the next direction visibly.
@@ -103,9 +103,11 @@ def check_sixteen_bit(case, engine: str) -> None:
     assert all(p.tensor.dtype == torch.bfloat16 for p in rounded.parameters)
     state = {k: v for k, v in rounded.state_dict().items() if isinstance(v, torch.Tensor)}
     assert all(v.dtype == torch.float32 for v in state.values())
-    for slot, tensors in exact._job.slots.items():
-        for a, b in zip(tensors, rounded._job.slots[slot], strict=True):
+    for slot in rule.slot_names("element"):
+        for a, b in zip(exact._job.slots[slot], rounded._job.slots[slot], strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max())), slot
+    if rule.refresh is not None:
+        return  # a weight at the threshold leaves the mask in one precision and stays in the other
     # Six roundings and the first, each below 2⁻⁷ of the weight.
     largest = np.maximum(np.abs(start), np.abs(flat(exact))).max()
     assert np.abs(flat(rounded) - flat(exact)).max() <= 7 * 2**-7 * largest

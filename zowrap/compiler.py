@@ -17,7 +17,7 @@ import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._inductor import standalone_compile
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -60,8 +60,10 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compil
     global compile_count
     start = time.perf_counter()
     try:
-        with torch.no_grad(), size_oblivious(use_duck_shape=False):
-            call = standalone_compile(graph_module, list(inputs), dynamic_shapes="from_graph")
+        mode = next(x.fake_mode for x in inputs if isinstance(x, FakeTensor))
+        context = torch._guards.TracingContext(mode)  # symbols keep the ranges that capture found for them
+        with torch.no_grad(), size_oblivious(use_duck_shape=False), torch._guards.tracing(context):
+            call = standalone_compile(graph_module, list(inputs), dynamic_shapes="from_tracing_context")
     except Exception as error:
         raise ZOCaptureError(_why_not_compiled(error)) from error
     compile_count += 1
@@ -69,15 +71,21 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compil
 
 
 def trace(
-    function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]
+    function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int], fixed: Sequence[int] = ()
 ) -> tuple[fx.GraphModule, list]:
-    """Record ``function`` as an fx graph; every size of the inputs listed in ``dynamic`` is symbolic."""
+    """Record ``function`` as an fx graph.
+
+    Every size of the inputs listed in ``dynamic`` is symbolic, except those listed in ``fixed``; equal sizes of the
+    examples become one symbol.
+    """
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with torch.no_grad(), size_oblivious():
         fakes = []
         for i, example in enumerate(examples):
-            kind = DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC  # equal example sizes, one symbol
-            context: Any = StatelessSymbolicContext(dynamic_sizes=[kind] * example.dim())
+            kinds = [
+                DimDynamic.DUCK if i in dynamic and size not in fixed else DimDynamic.STATIC for size in example.shape
+            ]
+            context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
             source = ConstantSource(f"input{i}")
             example = torch.empty_like(example)  # one tensor given twice would become one input
             fakes.append(mode.from_tensor(example, symbolic_context=context, source=source))
@@ -85,9 +93,11 @@ def trace(
             return make_fx(function)(*fakes), fakes
 
 
-def compile_function(function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]) -> Compiled:
+def compile_function(
+    function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int], fixed: Sequence[int] = ()
+) -> Compiled:
     """:func:`trace`, then :func:`compile_graph`. ``function`` may write into its inputs and returns a tuple."""
-    return compile_graph(*trace(function, examples, dynamic))
+    return compile_graph(*trace(function, examples, dynamic, fixed))
 
 
 def _why_not_compiled(error: Exception) -> str:

@@ -67,7 +67,9 @@ class ZOConfig(TrainingArguments):
     eps: float = field(default=1e-3, metadata={"help": "Perturbation size, in units of the weights."})
     direction: str | None = field(default=None, metadata={"help": "Law of the directions; by default the rule's."})
     queries: int | None = field(default=None, metadata={"help": "Directions per step; by default the rule's."})
-    estimator: str | None = field(default=None, metadata={"help": "central or forward; by default the rule's."})
+    estimator: str | None = field(
+        default=None, metadata={"help": "central, forward or population; by default the rule's."}
+    )
     # A list for the sake of HfArgumentParser, which knows no union; "layer" itself is as good as ["layer"].
     blocks: list[str] | None = field(
         default=None, metadata={"help": "'layer', or name patterns: one block moves per step."}

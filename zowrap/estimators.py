@@ -2,14 +2,18 @@
 
 A point is θ + coefficient · ε · z_direction. With f the loss on one minibatch, the same for every point of a step:
 
-=========  ===================================  =============================  ==========
-name       points                               projected gradient             forwards
-=========  ===================================  =============================  ==========
-central    θ + εz_i, θ − εz_i                   [f(θ+εz_i) − f(θ−εz_i)] / 2ε   2q
-forward    θ, θ + εz_i                          [f(θ+εz_i) − f(θ)] / ε         q + 1
-=========  ===================================  =============================  ==========
+================  ==========================  ==================================  ===========
+name              points                      projected gradient                  forwards
+================  ==========================  ==================================  ===========
+central           θ + εz_i, θ − εz_i          [f(θ+εz_i) − f(θ−εz_i)] / 2ε        2q
+forward           θ, θ + εz_i                 [f(θ+εz_i) − f(θ)] / ε              q + 1
+population        θ ± εz_b for example b      [f_b(θ+εz_b) − f_b(θ−εz_b)] / 2ε    2, batched
+forward_gradient  θ                           ∇f(θ)·z_i, exactly                  q with jvp
+================  ==========================  ==================================  ===========
 
-and ĝ = mean over i of g_i z_i (n-SPSA; Spall 1992, Malladi et al. 2305.17333).
+and ĝ = mean over i of g_i z_i (n-SPSA; Spall 1992, Malladi et al. 2305.17333). In a population every example of the
+batch has its own direction and its own loss f_b, and counts by its share of the label tokens. ``forward_gradient``
+(Baydin et al. 2202.08587) is a reference without the error of ε: it runs on the eager engine, in forward mode.
 """
 
 from __future__ import annotations
@@ -38,12 +42,17 @@ class Estimator:
     Attributes:
         name: as the user writes it.
         points: ``points(queries)`` lists the evaluations of one step, in order.
-        project: ``project(losses, eps) -> [queries]`` projected gradients; ``losses`` float32 ``[points]``.
+        project: ``project(losses, eps) -> [directions]`` projected gradients; ``losses`` float32 ``[points]``, or
+            ``[points, examples]`` with ``per_example``.
+        per_example: every example has a direction of its own.
+        exact: the engine differentiates along the directions; losses alone do not give the projected gradients.
     """
 
     name: str
     points: Callable[[int], list[Point]]
     project: Callable[[Tensor, Tensor], Tensor]
+    per_example: bool = False
+    exact: bool = False
 
 
 def _central_points(queries: int) -> list[Point]:
@@ -62,11 +71,25 @@ def _forward_project(losses: Tensor, eps: Tensor) -> Tensor:
     return (losses[1:] - losses[0]) / eps
 
 
+def _population_project(losses: Tensor, eps: Tensor) -> Tensor:
+    return (losses[0] - losses[1]) / (2 * eps)
+
+
+def _exact_points(queries: int) -> list[Point]:
+    return [Point(i, 0.0) for i in range(queries)]
+
+
+def _exact_project(losses: Tensor, eps: Tensor) -> Tensor:
+    return torch.full_like(losses, torch.nan)  # only ever given: no difference of losses stands for it
+
+
 ESTIMATORS: dict[str, Estimator] = {
     estimator.name: estimator
     for estimator in (
         Estimator("central", _central_points, _central_project),
         Estimator("forward", _forward_points, _forward_project),
+        Estimator("population", _central_points, _population_project, per_example=True),
+        Estimator("forward_gradient", _exact_points, _exact_project, exact=True),
     )
 }
 

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from zowrap import noise
+from zowrap import lowrank, noise
 from zowrap.compiler import Compiled, compile_function
 from zowrap.directions import Direction, integer_squares
 from zowrap.rules.base import Rule
-from zowrap.step import perturbed, update_leaf
+from zowrap.step import at_least_float32, perturbed, update_leaf
 
 # Largest run of elements handled by one call. It divides 2³², so the high half of the element index is constant within
 # a call, and it fits an int32 counter.
@@ -31,7 +31,8 @@ class Kernels:
 
     Args:
         coefficient_shapes: the rule's coefficients, in the order they are passed.
-        scalar_names: what the rule's direction reads, in the order it is passed.
+        scalar_names: numbers that the rule's direction reads, in the order they are passed: global ones, then the
+            rule's ``"parameter"`` slots.
     """
 
     def __init__(
@@ -46,20 +47,20 @@ class Kernels:
         self.coefficient_shapes = coefficient_shapes
         self.coefficient_names = list(coefficient_shapes)
         self.scalar_names = list(scalar_names)
-        self.slot_names = list(rule.slots)
+        self.slot_names = rule.slot_names("element")
+        self.read_names = [name for name in rule.direction_slots if name in self.slot_names]
         self._compiled: dict[tuple, Compiled] = {}
 
     # --- what is traced ---------------------------------------------------------------------------------------
 
-    def _direction(self, low, high, key, scale, slots, scalars, table) -> Tensor:
+    def _direction(self, low, high, key, scale, w, slots, scalars, table) -> Tensor:
         u = noise.LAWS[self.direction_law.law](noise.hash_bits(low, high, key), table)
         if self.direction_law.needs_norm:
             u = u * scale
-        return self.rule.direction(
-            u,
-            dict(zip(self.rule.direction_slots, slots, strict=True)),
-            dict(zip(self.scalar_names, scalars, strict=True)),
-        )
+        numbers = dict(zip(self.scalar_names, scalars, strict=True))
+        own = {name: numbers.pop(name) for name in self.rule.slot_names("parameter")}
+        seen = {**dict(zip(self.read_names, slots, strict=True)), **own}
+        return self.rule.direction(u, at_least_float32(w), seen, numbers)
 
     def _flat_index(self, like: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         return torch.arange(like.shape[0], dtype=torch.int32, device=like.device) + offset[0], offset[1]
@@ -86,14 +87,14 @@ class Kernels:
             self._perturb_kernel(w.dtype, len(out), inputs, [key, scale, *scalars, coefficients, offset])
 
     def _perturb_kernel(self, dtype: torch.dtype, points: int, arrays: list[Tensor], small: list[Tensor]) -> None:
-        slots = len(self.rule.direction_slots)
+        slots = len(self.read_names)
         table = noise.gaussian_table(arrays[0].device)
 
         def kernel(*inputs: Tensor) -> tuple:
             w, slot_values, out = inputs[0], inputs[1 : 1 + slots], inputs[1 + slots : 1 + slots + points]
             key, scale, *scalars, coefficients, offset, table = inputs[1 + slots + points :]
             low, high = self._flat_index(w, offset)
-            z = self._direction(low, high, key, scale, slot_values, scalars, table)
+            z = self._direction(low, high, key, scale, w, slot_values, scalars, table)
             for p in range(points):
                 out[p].copy_(perturbed(w, z, coefficients[p]))
             return ()
@@ -112,7 +113,7 @@ class Kernels:
         Returns:
             ``points`` tensors of ``w``'s shape and dtype.
         """
-        count = len(self.rule.direction_slots)
+        count = len(self.read_names)
         table = noise.gaussian_table(w.device)
 
         def kernel(*inputs: Tensor) -> tuple:
@@ -120,11 +121,22 @@ class Kernels:
             key, scale, *scalars, coefficients, table = inputs[2 + count :]
             columns = torch.arange(w.shape[1], dtype=torch.int64, device=w.device)
             low, high = noise.split_index(rows.unsqueeze(1) * w.shape[1] + columns)
-            z = self._direction(low, high, key, scale, slot_values, scalars, table)
+            z = self._direction(low, high, key, scale, w, slot_values, scalars, table)
             return tuple(perturbed(w, z, coefficients[p]) for p in range(points))
 
         small = [key, scale, *scalars, coefficients, table]
         return list(self._run(("rows", w.dtype, points), kernel, [w, rows, *slots], small))
+
+    def factors(self, element: Tensor, owner: Tensor, scale: Tensor, keys: Tensor, right_keys: Tensor) -> Tensor:
+        """:func:`zowrap.lowrank.draw` in one loop, for any number of directions and parameters."""
+        table = noise.gaussian_table(keys.device)
+        key = ("factors", keys.device)
+        if key not in self._compiled:
+            function = lambda *inputs: (lowrank.draw(*inputs),)  # noqa: E731
+            examples = [element.new_zeros(64), owner.new_zeros(64), scale.new_zeros(64)]
+            examples += [keys.new_zeros(3, 5, 2), keys.new_zeros(3, 5, 2)]
+            self._compiled[key] = compile_function(function, [*examples, table], range(5), fixed=(2,))
+        return self._compiled[key](element, owner, scale, keys, right_keys, table)[0]
 
     def squared_norm(self, like: Tensor, key: Tensor) -> Tensor:
         """0-d int64 sum of :func:`zowrap.directions.integer_squares` over the raw noise of a parameter (flat)."""
@@ -169,7 +181,7 @@ class Kernels:
         """
         queries, slot_count = len(keys), len(slots)
         rounds = w.dtype in (torch.bfloat16, torch.float16)
-        reads = [self.slot_names.index(name) for name in self.rule.direction_slots]
+        reads = [self.slot_names.index(name) for name in self.read_names]
         table = noise.gaussian_table(w.device)
 
         def kernel(*inputs: Tensor) -> tuple:
@@ -180,7 +192,7 @@ class Kernels:
             lr, eps, weight_decay, rounding_key, apply, offset, table = rest
             low, high = self._flat_index(w, offset)
             seen = [slot_values[i] for i in reads]
-            z = [self._direction(low, high, k, s, seen, scalars, table) for k, s in zip(keys, scales, strict=True)]
+            z = [self._direction(low, high, k, s, w, seen, scalars, table) for k, s in zip(keys, scales, strict=True)]
             bits = noise.hash_bits(low, high, rounding_key) if rounds else None
             named = dict(zip(self.slot_names, slot_values, strict=True))
             hyper = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
@@ -205,6 +217,47 @@ class Kernels:
             ]
             self._run(("update", w.dtype, queries, decay), kernel, arrays, small)
 
+    def update_along(
+        self,
+        w: Tensor,
+        slots: Sequence[Tensor],
+        g: Tensor,
+        rounding_key,
+        coefficients,
+        hyper,
+        apply,
+        decay: bool,
+        start: int = 0,
+    ) -> None:
+        """Write the rule's update along a given ĝ, float32, for the elements ``start …`` of a parameter, all flat.
+
+        For low-rank directions, whose ĝ is a thin matrix product; ``coefficients`` lack the rule's ``"g"``.
+        """
+        slot_count = len(slots)
+        rounds = w.dtype in (torch.bfloat16, torch.float16)
+        names = [name for name in self.coefficient_names if name != "g"]
+
+        def kernel(*inputs: Tensor) -> tuple:
+            w, slot_values, g = inputs[0], inputs[1 : 1 + slot_count], inputs[1 + slot_count]
+            rest = list(inputs[2 + slot_count :])
+            coefficients = {name: rest.pop(0) for name in names}
+            lr, eps, weight_decay, rounding_key, apply, offset = rest
+            bits = noise.hash_bits(*self._flat_index(w, offset), rounding_key) if rounds else None
+            named = dict(zip(self.slot_names, slot_values, strict=True))
+            hyper = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+            whole = {**coefficients, "g": torch.ones(1, device=w.device)}
+            new_w, new_slots = update_leaf(self.rule, w, [g], named, whole, hyper, apply, bits, decay)
+            w.copy_(new_w)
+            for name, value in new_slots.items():
+                named[name].copy_(value)
+            return ()
+
+        for first, size in _segments(start, w.numel()):
+            a, b = first - start, first - start + size
+            arrays = [t[a:b] for t in (w, *slots, g)]
+            small = [*coefficients, *hyper, rounding_key, apply, _offset(first, w.device)]
+            self._run(("along", w.dtype, decay), kernel, arrays, small)
+
     def warm(
         self, dtype: torch.dtype, device: torch.device, queries: int, points: int, decay: bool, rows: bool
     ) -> None:
@@ -216,8 +269,13 @@ class Kernels:
         """
         w, one = torch.zeros(2, dtype=dtype, device=device), torch.ones((), device=device)
         key = torch.zeros(2, dtype=torch.int32, device=device)
+        slots = [torch.ones(2, device=device) for _ in self.slot_names]
+        shapes = {name: tuple(shape) for name, shape in self.coefficient_shapes.items()}
+        if self.direction_law.lowrank is not None:
+            given = [torch.ones(shape, device=device) for name, shape in shapes.items() if name != "g"]
+            return self.update_along(w, slots, torch.ones(2, device=device), key, given, [one] * 3, one > 0, decay)
         scalars = [one] * len(self.scalar_names)
-        seen = [torch.ones(2, device=device) for _ in self.rule.direction_slots]
+        seen = [torch.ones(2, device=device) for _ in self.read_names]
         coefficients = torch.zeros(points, device=device)
         if self.direction_law.needs_norm:
             self.squared_norm(w, key)
@@ -227,8 +285,7 @@ class Kernels:
             ids = torch.zeros(1, dtype=torch.int64, device=device)
             pairs = [slot.view(1, 2) for slot in seen]
             self.perturb_rows(w.view(1, 2), pairs, ids, key, one, scalars, coefficients, points)
-        named = [torch.ones(tuple(shape), device=device) for shape in self.coefficient_shapes.values()]
-        slots = [torch.ones(2, device=device) for _ in self.slot_names]
+        named = [torch.ones(shape, device=device) for shape in shapes.values()]
         keys, scales = [key] * queries, [one] * queries
         self.update(w, slots, keys, scales, scalars, key, named, [one] * 3, one > 0, decay)
 

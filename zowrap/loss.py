@@ -86,6 +86,20 @@ def _head_of(model: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     return head
 
 
+def rows_of(batch: Batch) -> int:
+    """Number of examples: the first dimension of the labels, or else of the first tensor that has one."""
+    labels = batch.get("labels")
+    tensors = [v for v in (labels, *batch.values()) if isinstance(v, Tensor) and v.ndim]
+    return tensors[0].shape[0] if tensors else 1
+
+
+def example(batch: Batch, row: int) -> Batch:
+    """One example as a batch of one; what does not have a row for each example is shared by all."""
+    rows = rows_of(batch)
+    per_row = {name for name, v in batch.items() if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows}
+    return {name: v[row : row + 1] if name in per_row else v for name, v in batch.items()}
+
+
 class LossModule(nn.Module):
     """``forward(batch) -> (sums, weights)`` around a model and its loss: what is captured, and what the oracle runs.
 

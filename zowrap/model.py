@@ -7,24 +7,26 @@ One step is :meth:`ZOModel.accumulate` (evaluate the points of the step's direct
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from zowrap import blocks as block_lib
 from zowrap import estimators, noise
-from zowrap.engines import DirectionStream, Job, build_engine
+from zowrap.engines import DirectionStream, EagerEngine, Job, build_engine
 from zowrap.errors import ZOError
-from zowrap.loss import LossModule
+from zowrap.loss import LossModule, rows_of
+from zowrap.measured import Measured, Measurement
 from zowrap.parameters import Parameter, parameters_hash
 from zowrap.rules import Rule
 from zowrap.rules.base import check_positive
-from zowrap.step import reduced
+from zowrap.step import conclude, reduced
 
 
 @dataclass
@@ -33,21 +35,25 @@ class StepResult:
 
     Attributes:
         loss: 0-d float32, the mean over the step's evaluations (not the loss at θ itself).
-        projected_grad: float32, ``[]`` for one direction, ``[queries]`` for several.
+        projected_grad: float32, ``[]`` for one direction, ``[queries]`` for several, ``[batch]`` for a population.
         skipped: 0-d bool: a loss or projected gradient was not finite and nothing was changed.
-        losses: float32 ``[points]``, the evaluations in order.
+        losses: float32, the evaluations in order: ``[points]``, and the rule's candidates where it asks for them;
+            ``[points, batch]`` for a population.
+        weights: float32 ``[batch]``, each example's share, for a population; else None.
     """
 
     loss: Tensor
     projected_grad: Tensor
     skipped: Tensor
     losses: Tensor
+    weights: Tensor | None
     _facts: dict[str, Any] = field(repr=False)
 
     def record(self) -> dict[str, Any]:
         """The step's line of the journal, ready for JSON: enough for :meth:`ZOModel.replay`."""
         return {
             **self._facts,
+            **({} if self.weights is None else {"weights": self.weights.tolist()}),
             "losses": self.losses.tolist(),
             "projected_grad": self.projected_grad.reshape(-1).tolist(),
             "skipped": bool(self.skipped),
@@ -105,10 +111,10 @@ class ZOModel:
         self._ids = torch.tensor([p.id for p in job.parameters], dtype=torch.int64, device=job.device)
         self._points = (job.rule.points or estimator.points)(job.queries)
         self._groups = _groups(self._points, job.device, sequential)
-        self._engine = build_engine(engine, job, job.rule.project or estimator.project, len(self._points))
-        self._sums: Tensor | None = None
-        self._weight: Tensor | None = None
+        self._engine = build_engine(engine, job, len(self._points))
+        self._scalars: dict[str, Tensor] | None = None  # of the current step's directions, once it has begun
         self._streams: list[DirectionStream] | None = None
+        self._measured = Measured()
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -133,47 +139,59 @@ class ZOModel:
             0-d float32: this micro-batch's loss, the mean over the evaluations.
         """
         inputs = self._prepare(_named(batches, batch))
-        sums, weight = self._evaluate(inputs)
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._weight = weight if self._weight is None else self._weight + weight
-        return (sums / weight).mean().float()
+        return self._measured.add(self._evaluate(inputs), inputs if self._job.rule.candidates else None)
 
-    def update(self, losses: Tensor | None = None, projected_grad: Tensor | None = None) -> StepResult:
+    def update(
+        self, losses: Tensor | None = None, projected_grad: Tensor | None = None, weights: Tensor | None = None
+    ) -> StepResult:
         """Apply the rule once, to the accumulated micro-batches or to what is given, and go to the next step.
 
         Args:
-            losses: float32 ``[points]`` instead of the accumulated ones.
-            projected_grad: float32 ``[queries]`` (or 0-d for one) instead of the estimate from the losses.
+            losses: float32 ``[points]`` instead of the accumulated ones, followed by those of the rule's candidates
+                where it has them; ``[points, batch]`` for a population.
+            projected_grad: float32 ``[queries]`` (or 0-d for one), ``[batch]`` for a population, instead of the
+                estimate from the losses.
+            weights: float32 ``[batch]``, each example's share of a population; by default all the same.
 
         Raises:
-            ZOError: nothing was accumulated and nothing is given.
+            ZOError: nothing was accumulated and nothing is given, or what is given has another shape.
         """
-        job = self._job
+        job, per_example = self._job, self._estimator.per_example
         if math.isnan(self.lr):
             raise ZOError(
                 "lr='auto' is not chosen yet: zowrap.tune_lr(zm, batches, steps=...) chooses it, before step 1"
             )
-        if losses is None:
-            if self._sums is not None and self._weight is not None:
-                losses = (self._sums / self._weight).float()
-            elif projected_grad is None:
-                raise ZOError("update() has nothing to apply: call accumulate(**batch) first")
-            else:
-                losses = torch.zeros(len(self._points), device=job.device)
-        losses = torch.as_tensor(losses, dtype=torch.float32, device=job.device)
-        if losses.shape != (len(self._points),):
-            raise ZOError(f"this step has {len(self._points)} evaluations, got losses of shape {tuple(losses.shape)}")
-        if projected_grad is not None:
-            projected_grad = torch.as_tensor(projected_grad, dtype=torch.float32, device=job.device).reshape(-1)
-            if projected_grad.shape != (job.queries,):
-                raise ZOError(f"this step has {job.queries} queries, got {projected_grad.numel()} projected gradients")
-        streams = self._current_streams()
-        conclusion = self._engine.conclude(streams[0].block, losses, self.step_count, projected_grad)
+        if losses is None and self._measured.sums is not None:
+            losses, weights = self._measured.losses(), self._measured.shares() if per_example else None
+            if projected_grad is None:
+                projected_grad = self._measured.slopes()
+            if job.rule.candidates is not None:
+                losses = torch.cat((losses, self._candidate_losses(losses, projected_grad)))
+        losses, projected_grad = self._checked(losses, projected_grad)
+        if weights is not None:
+            weights = torch.as_tensor(weights, dtype=torch.float32, device=job.device)
+        elif per_example:
+            weights = torch.full_like(projected_grad if projected_grad is not None else losses[0], 1 / losses.shape[-1])
+        streams = [self._population(range(losses.shape[1]))] if per_example else self._current_streams()
+        block, points = streams[0].block, len(self._points)
+        done = torch.tensor(float(self.step_count), device=job.device)
+        conclusion = conclude(
+            job.rule,
+            job.project,
+            job.states[block],
+            losses[:points],
+            job.hyper,
+            done,
+            projected_grad,
+            weights,
+            losses[points:] if job.rule.candidates else None,
+        )
         rounding = noise.derive_keys(self.seed, self.step_count, 0, self._ids, noise.TAG_ROUNDING)
         self._engine.update(streams, rounding, conclusion)
         facts = {"step": self.step_count, "seed": self.seed, **self._values}
         g = conclusion.projected_grad
-        result = StepResult(conclusion.loss, g[0] if job.queries == 1 else g, ~conclusion.apply, losses, facts)
+        single = job.queries == 1 and not per_example
+        result = StepResult(conclusion.loss, g[0] if single else g, ~conclusion.apply, losses, weights, facts)
         self.step_count += 1
         self.discard()
         return result
@@ -182,16 +200,59 @@ class ZOModel:
         """What :meth:`update` would conclude from the accumulated micro-batches; nothing moves.
 
         Returns:
-            float32 losses and projected gradients, shaped as in :class:`StepResult` (``[queries]`` for one, too).
+            float32 losses at :attr:`points` and projected gradients, shaped as in :class:`StepResult`, but
+            ``[queries]`` for one query, too.
 
         Raises:
             ZOError: nothing was accumulated.
         """
-        if self._sums is None or self._weight is None:
+        if self._measured.sums is None:
             raise ZOError("peek() has nothing to look at: call accumulate(**batch) first")
-        losses = (self._sums / self._weight).float()
-        block = self._current_streams()[0].block
-        return losses, self._engine.conclude(block, losses, self.step_count, None).projected_grad
+        losses, g = self._measured.losses(), self._measured.slopes()
+        return losses, self._job.project(losses, self._job.hyper["eps"]) if g is None else g
+
+    def _checked(self, losses: Tensor | None, projected_grad: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`update` was given, as tensors of the shapes that this step has."""
+        device, per_example = self._job.device, self._estimator.per_example
+        if projected_grad is not None:
+            projected_grad = torch.as_tensor(projected_grad, dtype=torch.float32, device=device).reshape(-1)
+        points = len(self._points)
+        if losses is None:
+            if projected_grad is None:
+                raise ZOError("update() has nothing to apply: call accumulate(**batch) first")
+            if self._job.rule.candidates is not None:
+                raise ZOError(f"{self._job.rule.name} compares losses: give update() the losses of its candidates too")
+            losses = torch.zeros((points, projected_grad.numel()) if per_example else (points,), device=device)
+        losses = torch.as_tensor(losses, dtype=torch.float32, device=device)
+        if per_example:
+            if losses.ndim != 2 or losses.shape[0] != points or not losses.shape[1]:
+                raise ZOError(f"a population's losses are [{points}, batch], got shape {tuple(losses.shape)}")
+        elif losses.shape != (points + self._candidates,):
+            count = points + self._candidates
+            raise ZOError(f"this step has {count} evaluations, got losses of shape {tuple(losses.shape)}")
+        directions = losses.shape[1] if per_example else self._job.queries
+        if projected_grad is not None and projected_grad.shape != (directions,):
+            raise ZOError(f"this step has {directions} queries, got {projected_grad.numel()} projected gradients")
+        return losses, projected_grad
+
+    @functools.cached_property
+    def _candidates(self) -> int:
+        """How many losses the rule asks for once the projected gradient is known."""
+        candidates = self._job.rule.candidates
+        return 0 if candidates is None else candidates(torch.zeros(1), self._job.hyper).numel()
+
+    @torch.no_grad()
+    def _candidate_losses(self, losses: Tensor, projected_grad: Tensor | None) -> Tensor:
+        """float32 ``[candidates]``: the losses of the accumulated micro-batches at the rule's candidates."""
+        job = self._job
+        assert job.rule.candidates is not None
+        g = job.project(losses, job.hyper["eps"]) if projected_grad is None else projected_grad
+        coefficients = job.rule.candidates(g, job.hyper)
+        total: Any = 0.0
+        for batch in self._measured.batches:
+            sums, _ = self._engine.losses(batch, self._current_streams()[0], coefficients)
+            total = total + sums.double().sum(-1)
+        return (total / self._measured.weight).float()
 
     def replay(self, record: dict[str, Any]) -> StepResult:
         """Apply the update of a journal record, without a forward pass: bitwise the original step.
@@ -204,6 +265,8 @@ class ZOModel:
             values = {name: float(record[name]) for name in self._values}
             g = torch.tensor(record["projected_grad"], dtype=torch.float32)
             losses = torch.tensor(losses, dtype=torch.float32)
+            weights = record.get("weights")
+            weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
         except (KeyError, TypeError, ValueError) as error:
             raise ZOError(f"this journal record cannot be replayed: {error!r} is missing or malformed") from None
         if seed != self.seed or step != self.step_count:
@@ -213,11 +276,12 @@ class ZOModel:
             )
         self.discard()
         self._set(**values)
-        return self.update(losses=losses, projected_grad=g)
+        return self.update(losses=losses, projected_grad=g, weights=weights)
 
     def discard(self) -> None:
         """Forget the micro-batches accumulated so far."""
-        self._sums = self._weight = self._streams = None
+        self._measured = Measured()
+        self._scalars = self._streams = None
 
     @torch.no_grad()
     def loss(self, *batches: Any, **batch: Any) -> Tensor:
@@ -230,33 +294,90 @@ class ZOModel:
     # --- the points of a step ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _evaluate(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """float64 ``[points]`` loss sums and their 0-d weight, points of one direction evaluated together."""
-        streams = self._current_streams()
-        results: list[Tensor] = []
+    def _evaluate(self, batch: dict[str, Any]) -> Measurement:
+        """One micro-batch at the points of the step, points of one direction evaluated together."""
+        if self._estimator.per_example:
+            first = self._measured.examples
+            streams = [self._population(range(first, first + rows_of(batch)))]
+        else:
+            streams = self._current_streams()
+        sums: list[Tensor] = []
+        slopes: list[Tensor] = []
         weights = torch.zeros(())
+        if self._estimator.exact:
+            for stream in streams:
+                value, slope, weights = cast("EagerEngine", self._engine).derivative(batch, stream)
+                sums.append(value.double().sum().reshape(1))
+                slopes.append(slope.double().sum().reshape(1))
+            return Measurement(torch.cat(sums), weights.double().sum(), torch.cat(slopes))
         for direction, signs in self._groups:
-            stream = None if direction is None else streams[direction]
-            sums, weights = self._engine.losses(batch, stream, signs * self._job.hyper["eps"])
-            results.append(sums.double().sum(-1))
-        return torch.cat(results), weights.double().sum()
+            along = None if direction is None else streams[direction]
+            rows, weights = self._engine.losses(batch, along, signs * self._job.hyper["eps"])
+            sums.append(rows.double() if self._estimator.per_example else rows.double().sum(-1))
+        return Measurement(torch.cat(sums), weights.double() if self._estimator.per_example else weights.double().sum())
+
+    @property
+    def _block(self) -> int:
+        """The block of the current step."""
+        return block_lib.active(self.step_count, len(self._job.blocks), self.block_order, self.seed)
+
+    @torch.no_grad()
+    def _begin(self) -> dict[str, Tensor]:
+        """What the current step's directions need beside noise; computed once per step."""
+        if self._scalars is None:
+            job, refresh = self._job, self._job.rule.refresh
+            if refresh is not None and self.step_count:
+                for i, parameter in enumerate(job.parameters):
+                    for name, value in (refresh(parameter.tensor, self.step_count) or {}).items():
+                        job.slots[name][i].copy_(value)
+            self._scalars = self._direction_scalars(self._block)
+        return self._scalars
 
     @torch.no_grad()
     def _current_streams(self) -> list[DirectionStream]:
         """The directions of the current step; computed once per step, whatever the number of micro-batches."""
         if self._streams is None:
-            job = self._job
-            block = block_lib.active(self.step_count, len(job.blocks), self.block_order, self.seed)
-            scalars = self._direction_scalars(block)
-            self._streams = []
-            for query in range(job.queries):
-                keys = noise.derive_keys(self.seed, self.step_count, query, self._ids, noise.TAG_DIRECTION)
-                scale = torch.ones((), device=job.device)
-                if job.direction.scale is not None:
-                    count = sum(job.parameters[i].tensor.numel() for i in job.blocks[block].indices)
-                    scale = job.direction.scale(self._engine.squared_norm(block, keys), count)
-                self._streams.append(DirectionStream(block, keys, scale, scalars))
+            self._streams = [self._stream(query) for query in range(self._job.queries)]
         return self._streams
+
+    def _stream(self, query: int) -> DirectionStream:
+        """The direction of one query."""
+        job, block, scalars = self._job, self._block, self._begin()
+        if job.direction.lowrank is not None:
+            return self._lowrank_stream(torch.tensor([query], device=job.device), per_example=False)
+        keys = noise.derive_keys(self.seed, self.step_count, query, self._ids, noise.TAG_DIRECTION)
+        scale = torch.ones((), device=job.device)
+        if job.direction.scale is not None:
+            count = sum(job.parameters[i].tensor.numel() for i in job.blocks[block].indices)
+            scale = job.direction.scale(self._engine.squared_norm(block, keys), count)
+        return DirectionStream(block, keys, scale, scalars)
+
+    def _population(self, examples: range) -> DirectionStream:
+        """The directions of some of the step's examples, by their index in the whole batch of the step."""
+        index = torch.arange(examples.start, examples.stop, device=self._job.device)
+        return self._lowrank_stream(index, per_example=True)
+
+    @torch.no_grad()
+    def _lowrank_stream(self, index: Tensor, per_example: bool) -> DirectionStream:
+        job, block, law = self._job, self._block, self._job.direction.lowrank
+        assert law is not None
+
+        def right_keys(step: int | Tensor, which: Tensor) -> Tensor:
+            return noise.derive_keys(self.seed, step, which, self._ids, noise.TAG_RIGHT)
+
+        index = index.unsqueeze(1)
+        keys = noise.derive_keys(self.seed, self.step_count, index, self._ids, noise.TAG_DIRECTION)
+        now = right_keys(self.step_count, index) if law.nu is None else right_keys(self.step_count // law.nu, 0 * index)
+        one = torch.ones((), device=job.device)
+        factors = self._engine.factors(block, keys, now)
+        stream = DirectionStream(block, keys, one, self._begin(), factors, per_example)
+        if job.rule.left is not None:
+            assert law.nu is not None
+            epoch = job.states[block]["epoch"]
+            old = right_keys(epoch.to(torch.int64), 0 * index[:1])
+            stream.old_factors = self._engine.factors(block, keys[:1], old)
+            stream.moved = epoch != self.step_count // law.nu
+        return stream
 
     def _direction_scalars(self, block: int) -> dict[str, Tensor]:
         """What the rule's direction needs to know: global sums over the active block's slots."""
@@ -305,7 +426,7 @@ class ZOModel:
             "rule": job.rule,
             "eps": self.eps,
             "seed": self.seed,
-            "direction": job.direction,
+            "direction": replace(job.direction, shape=None),  # the rule has its shape already
             "queries": job.queries,
             "estimator": self._estimator.name,
             "blocks": [block.name for block in job.blocks],

@@ -4,7 +4,8 @@
 ``perturb_rows``    an embedding: noise for the touched rows only
 ``rows``            an embedding that nothing perturbs
 ``perturb_linear``  a matrix product: row chunks of w ± εz pass through a small reused scratch, once for all points
-``update_``         the epilogue's write: the only operator that changes a weight
+``perturb_lowrank`` a whole parameter along a product of thin factors; passes turn its uses into thin products
+``update_``, ``update_lowrank_``  the epilogue's write: the only operators that change a weight
 
 Each is opaque to the compiler (it sees shapes only), so noise never multiplies into the consumers' code, and each
 carries its key, so that noise is a function of the operator's inputs alone.
@@ -15,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zowrap import kernels
+from zowrap import kernels, lowrank
+from zowrap.step import perturbed
 
 # Elements of scratch per point: 4 MB of float32 stays in a core's outer cache while the product reads it; measured
 # best between 2^18 and 2^21 on a [50272 × 768] head.
@@ -84,6 +86,67 @@ def _(w, ids):
     return w.new_empty((*ids.shape, *w.shape[1:]))
 
 
+@torch.library.register_vmap("zowrap::rows")
+def _(info, in_dims, w, ids):
+    """Over the examples: one look-up for all; where each has its own table, in all of them laid end to end."""
+    w_dim, ids_dim = in_dims
+    if ids_dim is None:
+        ids, ids_dim = ids.expand(info.batch_size, *ids.shape), 0
+    ids = ids.movedim(ids_dim, 0)
+    if w_dim is None:
+        return rows(w, ids), 0
+    w = w.movedim(w_dim, 0)
+    first = torch.arange(ids.shape[0], device=ids.device) * w.shape[1]
+    return rows(w.flatten(0, 1), ids + first.view(-1, *[1] * (ids.ndim - 1))), 0
+
+
+@torch.library.custom_op("zowrap::attention", mutates_args=())
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None, grouped: bool
+) -> Tensor:
+    """torch's fused attention, without dropout, in a form that ``vmap`` can take: examples go along its batch."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped
+    ).contiguous()
+
+
+@attention.register_fake
+def _(query, key, value, mask, causal, scale, grouped):
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+@torch.library.register_vmap("zowrap::attention")
+def _(info, in_dims, query, key, value, mask, causal, scale, grouped):
+    def along_batch(x: Tensor | None, dim: int | None) -> Tensor | None:
+        if x is None:
+            return None
+        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.flatten(0, 1)
+
+    given = [along_batch(x, d) for x, d in zip((query, key, value, mask), in_dims[:4], strict=True)]
+    return attention(*given, causal, scale, grouped).unflatten(0, (info.batch_size, -1)), 0
+
+
+@torch.library.custom_op("zowrap::gather", mutates_args=())
+def gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """``torch.gather`` in a form that ``vmap`` can take when sizes vary."""
+    return torch.gather(x, dim, index)
+
+
+@gather.register_fake
+def _(x, dim, index):
+    return x.new_empty(index.shape)
+
+
+@torch.library.register_vmap("zowrap::gather")
+def _(info, in_dims, x, dim, index):
+    x, index = (
+        t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+        for t, d in ((x, in_dims[0]), (index, in_dims[2]))
+    )
+    return gather(x, dim if dim < 0 else dim + 1, index), 0
+
+
 @torch.library.custom_op("zowrap::perturb_linear", mutates_args=())
 def perturb_linear(
     x: list[Tensor],
@@ -132,6 +195,56 @@ def perturb_linear(
 def _(x, w, slots, key, scale, scalars, coefficients, transposed, spec):
     outputs = w.shape[1] if transposed else w.shape[0]
     return [w.new_empty((*x[p % len(x)].shape[:-1], outputs)) for p in range(coefficients.shape[0])]
+
+
+@torch.library.custom_op("zowrap::perturb_lowrank", mutates_args=())
+def perturb_lowrank(w: Tensor, left: Tensor, right: Tensor | None, coefficients: Tensor) -> list[Tensor]:
+    """``[w + coefficients[p] · left · rightᵀ for p]``; ``left`` ``[rows, rank]``, ``right`` ``[columns, rank]``."""
+    z = lowrank.product(left, right, w.shape)
+    return [perturbed(w, z, c).contiguous() for c in coefficients]
+
+
+@perturb_lowrank.register_fake
+def _(w, left, right, coefficients):
+    return [torch.empty_like(w, memory_format=torch.contiguous_format) for _ in range(coefficients.shape[0])]
+
+
+@torch.library.custom_op("zowrap::update_lowrank_", mutates_args={"w", "slots"})
+def update_lowrank_(
+    w: Tensor,
+    slots: list[Tensor],
+    left: Tensor,
+    right: Tensor | None,
+    rounding_key: Tensor,
+    coefficients: list[Tensor],
+    hyper: list[Tensor],
+    apply: Tensor,
+    decay: bool,
+    spec: str,
+) -> None:
+    """The rule's update of one parameter along ĝ = left · rightᵀ, in place; row chunks of ĝ pass through a scratch.
+
+    Args:
+        left: ``[rows, k]``, ``right`` ``[columns, k]`` (None for a vector, then k is 1), float32.
+    """
+    kernel, flat, flat_slots = kernels.get(spec), w.view(-1), [s.view(-1) for s in slots]
+    if right is None:
+        return kernel.update_along(flat, flat_slots, left.reshape(-1), rounding_key, coefficients, hyper, apply, decay)
+    rows, columns = left.shape[0], right.shape[0]
+    chunk = max(1, min(rows, SCRATCH_ELEMENTS // max(columns, 1)))
+    (scratch,) = _scratch_for(torch.float32, w.device, 1, chunk * columns)
+    for first in range(0, rows, chunk):
+        last = min(first + chunk, rows)
+        span = slice(first * columns, last * columns)
+        g = scratch[: (last - first) * columns]
+        torch.mm(left[first:last], right.t(), out=g.view(last - first, columns))
+        parts = [s[span] for s in flat_slots]
+        kernel.update_along(flat[span], parts, g, rounding_key, coefficients, hyper, apply, decay, span.start)
+
+
+@update_lowrank_.register_fake
+def _(w, slots, left, right, rounding_key, coefficients, hyper, apply, decay, spec):
+    return None
 
 
 @torch.library.custom_op("zowrap::update_", mutates_args={"w", "slots"})

@@ -21,7 +21,8 @@ class Report:
         engine: ``"compiled"`` or ``"eager"``; what runs now. Capture happens at the first step.
         fallen_back: why the eager engine runs although the compiled one was meant to, or None.
         program_hash: identifies the compiled programs; None before the first step and for the eager engine.
-        compile_count: programs compiled so far; it does not grow with lr, eps, step, batch size or length.
+        compile_count: regions compiled so far (:mod:`zowrap.regions`): it does not grow with the number of layers, nor
+            with lr, eps, step, batch size or length, nor with blocks once each kind has been met.
         blocks: ``(name, number of elements)``; one block per step is perturbed and updated.
         moves: ``(canonical name, shape, dtype, how it is rounded)`` of every parameter that moves.
         frozen: number of elements that stay as they are.
@@ -78,7 +79,9 @@ class Report:
         }
 
     def __str__(self) -> str:
-        compiled = f", {self.compile_count} programs in {self.compile_seconds:.1f} s" if self.compile_count else ""
+        compiled = (
+            f", {self.compile_count} regions compiled in {self.compile_seconds:.1f} s" if self.compile_count else ""
+        )
         lines = [
             f"engine     {self.engine}{compiled}" + (f" (fell back: {self.fallen_back})" if self.fallen_back else ""),
             f"rule       {self.rule}, {self.forwards} forwards a step, {self.direction} directions",

@@ -21,9 +21,9 @@ class Conclusion(NamedTuple):
 
     Attributes:
         state: new scalar state of the rule (the old one if the step is skipped).
-        coefficients: what ``leaf`` needs; ``coefficients["g"]`` is float32 ``[queries]``.
+        coefficients: what ``leaf`` needs; ``coefficients["g"]`` is float32 ``[directions]``.
         apply: 0-d bool: False skips the step (a loss or a projected gradient is not finite).
-        projected_grad: float32 ``[queries]``.
+        projected_grad: float32 ``[directions]``.
         loss: 0-d float32.
     """
 
@@ -42,22 +42,30 @@ def conclude(
     hyper: Scalars,
     step: Tensor,
     projected_grad: Tensor | None = None,
+    weights: Tensor | None = None,
+    candidates: Tensor | None = None,
 ) -> Conclusion:
     """Losses → projected gradients → the rule's coefficients, or a skip.
 
     Args:
-        losses: float32 ``[points]``.
+        losses: float32 ``[points]``; for a population ``[points, examples]``.
         hyper: 0-d float32 ``lr``, ``eps``, ``weight_decay``.
         step: 0-d float32, steps done before this one.
         projected_grad: overrides the estimate (replaying known projected gradients).
+        weights: float32 ``[directions]`` that add up to 1; by default all the same.
+        candidates: float32, losses at the points that the rule asked for beside its probes.
     """
     g = project(losses, hyper["eps"]) if projected_grad is None else projected_grad
-    new_state, coefficients = rule.scalars(state, Probe(losses, g, step), hyper)
-    apply = torch.isfinite(losses).all() & torch.isfinite(g).all()
+    if weights is None:
+        weights = torch.full_like(g, 1 / g.shape[0])
+    if candidates is None:
+        candidates = losses.new_zeros(0)
+    new_state, coefficients = rule.scalars(state, Probe(losses, g, step, weights, candidates), hyper)
+    apply = torch.isfinite(losses).all() & torch.isfinite(g).all() & torch.isfinite(candidates).all()
     for value in (*new_state.values(), *coefficients.values()):
         apply = apply & torch.isfinite(value).all()
     kept = {name: torch.where(apply, new_state[name], state[name]) for name in state}
-    return Conclusion(kept, coefficients, apply, g, mean_loss(losses))
+    return Conclusion(kept, coefficients, apply, g, mean_loss(losses if losses.ndim == 1 else losses @ weights))
 
 
 def update_leaf(

@@ -19,6 +19,7 @@ from zowrap import directions, estimators, rules
 from zowrap.engines import ENGINES, Job
 from zowrap.errors import ZOError, nearest
 from zowrap.loss import LossFn, LossModule
+from zowrap.lowrank import matrix_shape
 from zowrap.model import ZOModel
 from zowrap.parameters import Parameter, TrainableSpec, select
 from zowrap.rules import Rule
@@ -59,8 +60,9 @@ def zo_wrap(
         seed: of all noise; 0 is a seed like any other.
         direction: law of the directions, see :mod:`zowrap.directions`; by default the rule's own, mostly gaussian.
         queries: directions per step, averaged (n-SPSA); by default the rule's own, mostly 1: most steps per forward.
-        estimator: ``"central"`` (two forwards per direction) or ``"forward"`` (one, and one shared); by default the
-            rule's own, mostly central.
+        estimator: ``"central"`` (two forwards per direction), ``"forward"`` (one, and one shared), ``"population"``
+            (two, every example along its own low-rank direction) or ``"forward_gradient"`` (exact, a reference); by
+            default the rule's own, mostly central. See :mod:`zowrap.estimators`.
         blocks: ``None``, ``"layer"`` or name patterns: one block is perturbed and updated per step.
         block_order: see :data:`zowrap.blocks.ORDERS`.
         trainable: name patterns or a predicate; by default what has ``requires_grad``.
@@ -96,9 +98,13 @@ def zo_wrap(
         raise ZOError(f"unknown memory {memory!r}{nearest(memory, MEMORY)}")
     if engine is not None and engine not in ENGINES:
         raise ZOError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
-    law = directions.get(rule.defaults.direction if direction is None else direction)
     probing = estimators.get(rule.defaults.estimator if estimator is None else estimator)
-    rule.check(rules.Choice(law.name, probing.name, queries))
+    law = directions.get(direction or ("lowrank(1)" if probing.per_example else rule.defaults.direction))
+    engine = _check_estimator(rule, law, probing, queries, engine)
+    if law.shape is not None:
+        rule = law.shape(rule)
+    if law.lowrank is not None and rule.shapes_directions:
+        raise ZOError(f"{rule.name} works on each element of a direction: {law.name} would lose its low rank")
     parameters = select(model, trainable)
     device = parameters[0].tensor.device
     partition = block_lib.partition(parameters, blocks)
@@ -106,16 +112,18 @@ def zo_wrap(
     if len(moving) < len(parameters):  # what no block holds stays as it is
         parameters = [parameters[i] for i in moving]
         partition = block_lib.partition(parameters, blocks)
+    rule.check(rules.Choice(law.name, probing.name, queries, len(partition)))
     hyper = {"lr": math.nan if auto else float(value), "eps": float(eps), "weight_decay": float(weight_decay)}
     job = Job(
         loss=LossModule(model, loss_fn),
         parameters=parameters,
         rule=rule,
+        project=rule.project or probing.project,
         direction=law,
         queries=queries,
         blocks=partition,
         states=[{name: torch.tensor(v, device=device) for name, v in rule.state.items()} for _ in partition],
-        slots={name: [_new_slot(slot, p) for p in parameters] for name, slot in rule.slots.items()},
+        slots={name: [_new_slot(rule, law, name, p) for p in parameters] for name in rule.slots},
         hyper={name: torch.tensor(value, device=device) for name, value in hyper.items()},
         decays=weight_decay > 0,
         device=device,
@@ -123,7 +131,33 @@ def zo_wrap(
     return ZOModel(model, job, hyper, seed, probing, block_lib.check_order(block_order), engine, memory == "sequential")
 
 
-def _new_slot(slot: rules.Slot, parameter: Parameter) -> Tensor:
-    if slot.kind != "element":
-        raise ZOError(f"state of kind {slot.kind!r} is not carried by the engines yet: only 'element' is")
-    return torch.full(parameter.tensor.shape, slot.initial, dtype=torch.float32, device=parameter.tensor.device)
+def _check_estimator(
+    rule: Rule, law: directions.Direction, estimator: estimators.Estimator, queries: int, engine: str | None
+) -> str | None:
+    """The engine that can run the estimator."""
+    if rule.points is not None and (estimator.per_example or estimator.exact):
+        raise ZOError(f"{rule.name} evaluates points of its own: estimator {estimator.name!r} does not apply")
+    if estimator.per_example and law.lowrank is None:
+        raise ZOError(
+            f"a population gives every example a direction of its own, which only low-rank ones can be: "
+            f"direction='lowrank(1)' in place of {law.name!r}"
+        )
+    if estimator.per_example and queries > 1:
+        raise ZOError(f"a population has one direction per example: queries must be 1, got {queries}")
+    if estimator.exact and engine == "compiled":
+        raise ZOError(f"estimator {estimator.name!r} is a reference: it runs with engine='eager' alone")
+    return "eager" if estimator.exact else engine
+
+
+def _new_slot(rule: Rule, law: directions.Direction, name: str, parameter: Parameter) -> Tensor:
+    slot, w = rule.slots[name], parameter.tensor
+    if slot.kind == "parameter":
+        first = rule.refresh(w.detach(), 0) if rule.refresh is not None else None
+        value = slot.initial if first is None else first[name]
+        return torch.as_tensor(value, dtype=torch.float32, device=w.device).clone()
+    if slot.kind == "left":
+        if law.lowrank is None or law.lowrank.nu is None:
+            raise ZOError(f"{rule.name} keeps state in the shape of a low-rank direction's factor: {law.name} has none")
+        rows, _, rank = matrix_shape(w, law.lowrank.rank)
+        return torch.full((rows, rank), slot.initial, dtype=torch.float32, device=w.device)
+    return torch.full(w.shape, slot.initial, dtype=torch.float32, device=w.device)

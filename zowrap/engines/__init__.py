@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from zowrap.engines.base import DirectionStream, Engine, Job
 from zowrap.engines.eager import EagerEngine
 
@@ -14,10 +10,10 @@ __all__ = ["ENGINES", "DirectionStream", "Engine", "Job", "build_engine"]
 ENGINES = ("compiled", "eager")
 
 
-def build_engine(name: str | None, job: Job, project: Callable[[Tensor, Tensor], Tensor], points: int) -> Engine:
+def build_engine(name: str | None, job: Job, points: int) -> Engine:
     """The engine of that name; ``None`` is the compiled one with the eager one behind it."""
     if name == "eager":
-        return EagerEngine(job, project)
+        return EagerEngine(job)
     from zowrap.engines.compiled import CompiledEngine  # the passes and Inductor are imported only where used
 
-    return CompiledEngine(job, project, points, fall_back=name is None)
+    return CompiledEngine(job, points, fall_back=name is None)

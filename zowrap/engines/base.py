@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from zowrap.blocks import Block
 from zowrap.directions import Direction
 from zowrap.loss import Batch, LossModule
+from zowrap.lowrank import Layout
 from zowrap.parameters import Parameter
 from zowrap.rules.base import Rule, Scalars
 from zowrap.step import Conclusion
@@ -22,6 +24,7 @@ class Job:
     """Everything an engine needs to know about the run: the model's loss, what moves, and how.
 
     Attributes:
+        project: losses ``[points]`` and ε → projected gradients.
         slots: ``slots[name][i]`` is the float32 state of ``parameters[i]``.
         blocks: which parameters are perturbed and updated together; one block of all of them by default.
         states: scalar state of the rule, 0-d float32 tensors by name, for each block.
@@ -32,6 +35,7 @@ class Job:
     loss: LossModule
     parameters: list[Parameter]
     rule: Rule
+    project: Callable[[Tensor, Tensor], Tensor]
     direction: Direction
     queries: int
     blocks: list[Block]
@@ -42,27 +46,52 @@ class Job:
     device: torch.device
 
     def slots_of(self, index: int) -> Scalars:
-        return {name: tensors[index] for name, tensors in self.slots.items()}
+        """The state of a parameter that has its shape."""
+        return {name: self.slots[name][index] for name in self.rule.slot_names("element")}
 
     def direction_slots_of(self, index: int) -> Scalars:
         return {name: self.slots[name][index] for name in self.rule.direction_slots}
+
+    @property
+    def reads(self) -> list[str]:
+        """The slots that the rule's direction reads, those of a parameter's shape first."""
+        return sorted(self.rule.direction_slots, key=lambda name: self.rule.slots[name].kind != "element")
+
+    def left_of(self, index: int) -> Tensor | None:
+        """The rule's state in the shape of the parameter's left factor, where it keeps one."""
+        return next((self.slots[name][index] for name in self.rule.slot_names("left")), None)
+
+    @functools.cached_property
+    def layouts(self) -> list[Layout]:
+        """Where the factors of low-rank directions lie, for each block; empty for full-rank ones."""
+        law = self.direction.lowrank
+        return [] if law is None else [Layout(self.parameters, block.indices, law) for block in self.blocks]
 
 
 @dataclass
 class DirectionStream:
     """One direction of one step: where its noise comes from, and the numbers that shape it.
 
+    With ``per_example`` it is one direction for each of a batch's examples.
+
     Attributes:
         block: the active block.
-        keys: int32 ``[P, 2]``, one key per parameter.
+        keys: int32 ``[P, 2]``, one key per parameter; unused where ``factors`` is given.
         scale: 0-d float32, the direction's normalisation (1 unless the law needs one).
         scalars: numbers that the rule's ``direction`` reads.
+        factors: float32 ``[directions, size]``: the factors of low-rank directions, see :mod:`zowrap.lowrank`.
+        old_factors: the same under the right keys that the rule's ``"left"`` state is expressed in.
+        moved: 0-d bool: whether those are other keys than this step's.
     """
 
     block: int
     keys: Tensor
     scale: Tensor
     scalars: Scalars
+    factors: Tensor | None = None
+    per_example: bool = False
+    old_factors: Tensor | None = None
+    moved: Tensor | None = None
 
 
 class Engine(Protocol):
@@ -77,12 +106,12 @@ class Engine(Protocol):
         """
         ...
 
-    def squared_norm(self, block: int, keys: Tensor) -> Tensor:
-        """0-d float64: ‖u‖² of the raw noise under ``keys`` over the block's elements."""
+    def factors(self, block: int, keys: Tensor, right_keys: Tensor) -> Tensor:
+        """float32 ``[directions, size]``: the factors of low-rank directions under keys ``[directions, P, 2]``."""
         ...
 
-    def conclude(self, block: int, losses: Tensor, step: int, projected_grad: Tensor | None) -> Conclusion:
-        """Losses → coefficients."""
+    def squared_norm(self, block: int, keys: Tensor) -> Tensor:
+        """0-d float64: ‖u‖² of the raw noise under ``keys`` over the block's elements."""
         ...
 
     def update(self, streams: Sequence[DirectionStream], rounding_keys: Tensor, conclusion: Conclusion) -> None:

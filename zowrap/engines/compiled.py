@@ -1,31 +1,32 @@
 """The compiled engine: capture, passes, Inductor; falls back to the eager engine where that is impossible.
 
-A program is compiled once per (kind of batch, block, number of points) and serves every batch size and length, step,
-η and ε. The step calls nothing of the original modules.
+A program is built once per (kind of batch, block, number of points) and serves every batch size and length, step, η
+and ε; its repeated layers are compiled once, and programs share them (:mod:`zowrap.regions`). The step calls nothing
+of the original modules.
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zowrap import directions, kernels
+from zowrap import directions, kernels, lowrank
 from zowrap.capture import canonical_batch, capture, signature
-from zowrap.compiler import Compiled, compile_graph
 from zowrap.directions import squared_norm
 from zowrap.engines.base import DirectionStream, Job
-from zowrap.engines.eager import EagerEngine
+from zowrap.engines.eager import EagerEngine, carried_left
 from zowrap.errors import ZOCaptureError, ZOWarning
 from zowrap.loss import Batch
 from zowrap.passes.build import build
 from zowrap.passes.epilogue import build_epilogue, coefficient_shapes
 from zowrap.program import Program
+from zowrap.regions import MIN_LAYERS, Kind, Regions, compile_regions
 from zowrap.step import Conclusion
 
 MAX_FIXED_SIZES = 8  # programs per kind of batch where export cannot make a size dynamic; each costs a compilation
@@ -36,35 +37,34 @@ class Executable:
     """A program and its machine code."""
 
     program: Program
-    compiled: Compiled
+    compiled: Regions
 
 
 class CompiledEngine:
     """See the module.
 
     Args:
-        project: losses and ε → projected gradients.
         points: evaluations of one step.
         fall_back: what cannot be captured or compiled runs eagerly, with one warning; otherwise it is an error.
     """
 
     name = "compiled"
 
-    def __init__(
-        self, job: Job, project: Callable[[Tensor, Tensor], Tensor], points: int, fall_back: bool = True
-    ) -> None:
-        self.job, self.project, self.fall_back = job, project, fall_back
-        self.eager = EagerEngine(job, project)
+    def __init__(self, job: Job, points: int, fall_back: bool = True) -> None:
+        self.job, self.fall_back = job, fall_back
+        self.eager = EagerEngine(job)
         self.compile_count = 0
         self.executables: dict[tuple, Executable] = {}
+        self._kinds: dict[str, Kind] = {}
         self.fallen_back: str | None = None
         self._captured: dict[tuple, list[Program]] = {}
         self._warmed: set[tuple] = set()
         self._scalar_names = _direction_scalar_names(job)
-        shapes = coefficient_shapes(job, project, points)
+        shapes = coefficient_shapes(job, points)
         names = list(shapes)
         self.spec = _spec(job)
-        self.kernels = kernels.register(self.spec, kernels.Kernels(job.rule, job.direction, shapes, self._scalar_names))
+        numbers = [*self._scalar_names, *job.rule.slot_names("parameter")]
+        self.kernels = kernels.register(self.spec, kernels.Kernels(job.rule, job.direction, shapes, numbers))
         self._epilogues = [build_epilogue(job, b, self.spec, names, self._scalar_names) for b in range(len(job.blocks))]
 
     # --- evaluations ------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ class CompiledEngine:
             return self.eager.losses(batch, stream, coefficients)
         points = 0 if stream is None else coefficients.shape[0]
         try:
-            executable = self._executable(batch, 0 if stream is None else stream.block, points)
+            executable = self._executable(batch, stream, points)
             inputs = self._arguments(executable.program, batch, stream, coefficients)
             try:
                 *sums, weights = executable.compiled(*inputs)
@@ -89,16 +89,19 @@ class CompiledEngine:
             return result
         return torch.stack(list(sums)), weights
 
-    def _executable(self, batch: Batch, block: int, points: int) -> Executable:
+    def _executable(self, batch: Batch, stream: DirectionStream | None, points: int) -> Executable:
         captured = self._captured_for(batch)
-        key = (id(captured), block if points else -1, points)
+        block, per_example = (-1, False) if stream is None else (stream.block, stream.per_example)
+        key = (id(captured), block, points)
         if key not in self.executables:
             epilogue = self._epilogues[block]
-            program = build(captured.clone(), self.job, block, self.spec, points, self._scalar_names, epilogue)
-            compiled = compile_graph(program.clone().graph_module, program.fakes())
+            program = build(
+                captured.clone(), self.job, block, self.spec, points, self._scalar_names, epilogue, per_example
+            )
+            compiled = compile_regions(program, self._kinds, min_layers=2 if len(self.job.blocks) > 1 else MIN_LAYERS)
             looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
             self._warm(block, points, rows=bool(looked_up))
-            self.compile_count += 1
+            self.compile_count += compiled.compilations
             self.executables[key] = Executable(program, compiled)
         return self.executables[key]
 
@@ -135,6 +138,9 @@ class CompiledEngine:
         return values
 
     def _stream_value(self, target: str, stream: DirectionStream, coefficients: Tensor) -> Tensor:
+        if target == "factors":
+            assert stream.factors is not None
+            return stream.factors if stream.per_example else stream.factors[0]
         if target in ("keys", "scale"):
             return getattr(stream, target)
         if target == "coefficients":
@@ -179,21 +185,32 @@ class CompiledEngine:
         return squared_norm(total)
 
     @torch.no_grad()
-    def conclude(self, block: int, losses: Tensor, step: int, projected_grad: Tensor | None) -> Conclusion:
-        return self.eager.conclude(block, losses, step, projected_grad)  # a few numbers: nothing to compile
+    def factors(self, block: int, keys: Tensor, right_keys: Tensor) -> Tensor:
+        if not self._ready(block):
+            return self.eager.factors(block, keys, right_keys)
+        layout = self.job.layouts[block]
+        return self.kernels.factors(layout.element, layout.owner, layout.scale, keys, right_keys)
 
     @torch.no_grad()
     def update(self, streams: Sequence[DirectionStream], rounding_keys: Tensor, conclusion: Conclusion) -> None:
         job, block = self.job, streams[0].block
         if not self._ready(block):
             return self.eager.update(streams, rounding_keys, conclusion)
-        epilogue = self._epilogues[block]
-        inputs: list[Tensor] = [s.keys for s in streams] + [s.scale for s in streams]
+        epilogue, layout = self._epilogues[block], job.layouts[block] if job.layouts else None
+        inputs: list[Tensor] = [] if layout else [s.keys for s in streams] + [s.scale for s in streams]
         inputs += [streams[0].scalars[name] for name in self._scalar_names]
-        inputs += [rounding_keys, *[conclusion.coefficients[name] for name in epilogue.coefficient_names]]
+        names = [name for name in epilogue.coefficient_names if not (layout and name == "g")]
+        inputs += [rounding_keys, *[conclusion.coefficients[name] for name in names]]
         inputs += [job.hyper["lr"], job.hyper["eps"], job.hyper["weight_decay"], conclusion.apply]
+        buffer = torch.cat([s.factors for s in streams if s.factors is not None]) if layout else None
         for i in job.blocks[block].indices:
             inputs += [job.parameters[i].tensor, *job.slots_of(i).values()]
+            inputs += [job.slots[name][i] for name in job.rule.slot_names("parameter")]
+            if layout and buffer is not None:
+                slot = job.left_of(i)
+                left = None if slot is None else carried_left(job, streams, i, slot, conclusion)
+                pair = lowrank.update_factors(layout, i, buffer, conclusion.coefficients["g"], left)
+                inputs += [factor for factor in pair if factor is not None]
         epilogue.graph_module(*[t.detach() for t in inputs])
         for name, value in conclusion.state.items():
             job.states[block][name].copy_(value)
@@ -219,7 +236,7 @@ class CompiledEngine:
             "compile_count": self.compile_count,
             "compile_seconds": sum(e.compiled.seconds for e in self.executables.values()),
             "programs": {
-                f"{i}: {points} points, block {self.job.blocks[block].name}" if points else f"{i}: loss": e.program
+                f"{i}: {points} points, block {self.job.blocks[block].name}" if block >= 0 else f"{i}: loss": e.program
                 for i, ((_, block, points), e) in enumerate(self.executables.items())
             },
         }

@@ -6,41 +6,48 @@ written by :meth:`EagerEngine.update`), so it needs one more copy of what moves 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zowrap import noise
+from zowrap import lowrank, noise
 from zowrap.directions import integer_squares, squared_norm
 from zowrap.engines.base import DirectionStream, Job
-from zowrap.loss import Batch
+from zowrap.loss import Batch, example, rows_of
 from zowrap.modes import evaluation_mode
 from zowrap.parameters import Parameter
-from zowrap.step import Conclusion, conclude, perturbed, update_leaf
+from zowrap.step import Conclusion, at_least_float32, perturbed, update_leaf
 
 
 class EagerEngine:
-    """See the module. ``project`` maps losses and ε to projected gradients."""
+    """See the module."""
 
     name = "eager"
 
-    def __init__(self, job: Job, project: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, job: Job) -> None:
         self.job = job
-        self.project = project
 
     def active(self, block: int) -> list[tuple[int, Parameter]]:
         """(index, parameter) of the block's parameters."""
         return [(i, self.job.parameters[i]) for i in self.job.blocks[block].indices]
 
-    def direction(self, stream: DirectionStream, index: int) -> Tensor:
-        """z of parameter ``index``: float32, the parameter's shape."""
-        job = self.job
-        u = noise.draw(job.direction.law, stream.keys[index], job.parameters[index].tensor.shape)
+    def direction(self, stream: DirectionStream, index: int, which: int = 0) -> Tensor:
+        """z of parameter ``index``: float32, the parameter's shape; ``which`` of the stream's directions."""
+        job, w = self.job, self.job.parameters[index].tensor
+        if stream.factors is not None:
+            place = job.layouts[stream.block].places[index]
+            right = place.right_of(stream.factors)
+            left = place.left_of(stream.factors)[which]
+            return lowrank.product(left, None if right is None else right[which], w.shape)
+        u = noise.draw(job.direction.law, stream.keys[index], w.shape)
         if job.direction.needs_norm:
             u = u * stream.scale
-        return job.rule.direction(u, job.direction_slots_of(index), stream.scalars)
+        return job.rule.direction(u, at_least_float32(w), job.direction_slots_of(index), stream.scalars)
+
+    # --- evaluations ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def losses(self, batch: Batch, stream: DirectionStream | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,17 +55,51 @@ class EagerEngine:
             if stream is None:
                 sums, weights = self.job.loss(batch)
                 return sums.unsqueeze(0), weights
-            rows = []
-            generator = torch.get_rng_state()
-            for coefficient in coefficients:
-                torch.set_rng_state(generator)  # a model that draws random numbers draws the same ones at every point
-                copies = {}
-                for i, p in self.active(stream.block):
-                    copy = perturbed(p.tensor, self.direction(stream, i), coefficient)
-                    copies.update({f"model.{name}": copy for name in p.names})
-                sums, weights = torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=True)
-                rows.append(sums)
-            return torch.stack(rows), weights
+            if not stream.per_example:
+                return self._along(batch, stream, coefficients, 0)
+            examples = [example(batch, b) for b in range(rows_of(batch))]
+            pairs = [self._along(one, stream, coefficients, b) for b, one in enumerate(examples)]
+            return torch.cat([sums for sums, _ in pairs], dim=1), torch.cat([weights for _, weights in pairs])
+
+    def _along(self, batch: Batch, stream: DirectionStream, coefficients: Tensor, which: int) -> tuple[Tensor, Tensor]:
+        rows = []
+        generator = torch.get_rng_state()
+        weights = torch.zeros(())
+        for coefficient in coefficients:
+            torch.set_rng_state(generator)  # a model that draws random numbers draws the same ones at every point
+            copies = {}
+            for i, p in self.active(stream.block):
+                copy = perturbed(p.tensor, self.direction(stream, i, which), coefficient)
+                copies.update({f"model.{name}": copy for name in p.names})
+            sums, weights = torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=True)
+            rows.append(sums)
+        return torch.stack(rows), weights
+
+    def derivative(self, batch: Batch, stream: DirectionStream) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss sums at θ, their exact derivatives along z, and weights, by forward-mode differentiation: ``[rows]``.
+
+        Raises:
+            NotImplementedError: torch has no forward-mode derivative for an operation of the model.
+        """
+        active = self.active(stream.block)
+        point = {i: p.tensor.detach() for i, p in active}
+        tangents = {i: self.direction(stream, i).to(p.tensor.dtype) for i, p in active}
+
+        def loss(values: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+            copies = {f"model.{name}": values[i] for i, p in active for name in p.names}
+            return torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=True)
+
+        # Fused attention has no forward-mode derivative; the plain formula does.
+        with torch.no_grad(), evaluation_mode(self.job.loss), sdpa_kernel(SDPBackend.MATH):
+            sums, slopes, weights = cast(
+                "tuple[Tensor, ...]", torch.func.jvp(loss, (point,), (tangents,), has_aux=True)
+            )
+        return sums, slopes, weights
+
+    @torch.no_grad()
+    def factors(self, block: int, keys: Tensor, right_keys: Tensor) -> Tensor:
+        layout, table = self.job.layouts[block], noise.gaussian_table(keys.device)
+        return lowrank.draw(layout.element, layout.owner, layout.scale, keys, right_keys, table)
 
     @torch.no_grad()
     def squared_norm(self, block: int, keys: Tensor) -> Tensor:
@@ -68,11 +109,7 @@ class EagerEngine:
             total += integer_squares(noise.draw(law, keys[i], parameter.tensor.shape)).sum()
         return squared_norm(total)
 
-    @torch.no_grad()
-    def conclude(self, block: int, losses: Tensor, step: int, projected_grad: Tensor | None) -> Conclusion:
-        job = self.job
-        done = torch.tensor(float(step), device=losses.device)
-        return conclude(job.rule, self.project, job.states[block], losses, job.hyper, done, projected_grad)
+    # --- the update -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def update(self, streams: Sequence[DirectionStream], rounding_keys: Tensor, conclusion: Conclusion) -> None:
@@ -84,12 +121,13 @@ class EagerEngine:
             if w.dtype in (torch.bfloat16, torch.float16):
                 index = torch.arange(w.numel(), dtype=torch.int64, device=w.device)
                 bits = noise.hash_bits(*noise.split_index(index), rounding_keys[i]).reshape(w.shape)
+            directions, coefficients = self._update_directions(streams, i, conclusion)
             new_w, new_slots = update_leaf(
                 job.rule,
                 w,
-                [self.direction(stream, i) for stream in streams],
+                directions,
                 slots,
-                conclusion.coefficients,
+                coefficients,
                 job.hyper,
                 conclusion.apply,
                 bits,
@@ -101,5 +139,38 @@ class EagerEngine:
         for name, value in conclusion.state.items():
             job.states[block][name].copy_(value)
 
+    def _update_directions(
+        self, streams: Sequence[DirectionStream], index: int, conclusion: Conclusion
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """What a parameter's update goes along, and the rule's coefficients for it."""
+        job, c = self.job, conclusion.coefficients
+        if streams[0].factors is None:
+            return [self.direction(stream, index) for stream in streams], c
+        layout = job.layouts[streams[0].block]
+        factor = layout.update_factor(index)
+        slot = job.left_of(index)
+        if slot is not None:
+            new = carried_left(job, streams, index, slot, conclusion)
+            right = layout.places[index].right_of(streams[0].factors)
+            z = lowrank.product(new, None if right is None else right[0], job.parameters[index].tensor.shape)
+            return [factor * z], {**c, "g": torch.ones_like(c["g"][:1])}
+        count = streams[0].factors.shape[0]
+        return [factor * self.direction(stream, index, d) for stream in streams for d in range(count)], c
+
     def describe(self) -> dict[str, Any]:
         return {"engine": self.name, "program_hash": None, "compile_count": 0}
+
+
+def carried_left(
+    job: Job, streams: Sequence[DirectionStream], index: int, slot: Tensor, conclusion: Conclusion
+) -> Tensor:
+    """Write the rule's ``"left"`` state of one parameter and return it; a few numbers, the same for both engines."""
+    first = streams[0]
+    assert first.old_factors is not None and first.moved is not None
+    buffer = torch.cat([s.factors for s in streams if s.factors is not None])
+    layout = job.layouts[first.block]
+    new = lowrank.carried(
+        job.rule, layout, index, slot, buffer, first.old_factors, first.moved, conclusion.coefficients
+    )
+    slot.copy_(torch.where(conclusion.apply, new, slot))
+    return new

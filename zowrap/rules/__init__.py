@@ -13,8 +13,10 @@ from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot
 from zowrap.rules.conmezo import conmezo
 from zowrap.rules.fzoo import fzoo
 from zowrap.rules.hizoo import hizoo
+from zowrap.rules.lozo import lozo, lozo_m
 from zowrap.rules.meazo import meazo
 from zowrap.rules.radazo import radazo
+from zowrap.rules.sparse_mezo import sparse_mezo
 from zowrap.rules.zo_adam import zo_adam
 from zowrap.rules.zo_adamm import zo_adamm
 from zowrap.rules.zo_rmsprop import zo_rmsprop
@@ -33,9 +35,12 @@ __all__ = [
     "fzoo",
     "get",
     "hizoo",
+    "lozo",
+    "lozo_m",
     "meazo",
     "mezo",
     "radazo",
+    "sparse_mezo",
     "zo_adam",
     "zo_adamm",
     "zo_rmsprop",
@@ -80,6 +85,9 @@ REGISTRY: dict[str, Entry] = {
     "radazo": Entry(radazo, "2502.01014", "2", "2q", True),
     "meazo": Entry(meazo, "2605.03869", "0", "2q", True),
     "conmezo": Entry(conmezo, "2511.02757", "1", "2q", False),
+    "lozo": Entry(lozo, "2410.07698", "0", "2q", False),
+    "lozo_m": Entry(lozo_m, "2410.07698", "0 (r columns per matrix)", "2q", False),
+    "sparse_mezo": Entry(sparse_mezo, "2402.15751", "0", "2q", False),
     "fzoo": Entry(fzoo, "2506.09034", "0", "q + 1", True),
     "hizoo": Entry(hizoo, "2402.15173", "1", "2q + 1", False),
 }

@@ -5,9 +5,11 @@ projected gradients become coefficients, and what happens to one parameter; the 
 directly (eager) or after tracing them together with the noise into one fused kernel per parameter (compiled).
 
     points(queries)                     → the evaluations of a step             default: the estimator's
+    refresh(w, step)                    → numbers kept per parameter            default: none
     reduce(slots)                       → exact global sums over all parameters default: none
-    direction(u, slots, scalars)        → z from raw noise u                    default: z = u
+    direction(u, w, slots, scalars)     → z from raw noise u                    default: z = u
     scalars(state, probe, hyper)        → new scalar state, coefficients        once per step
+    candidates(g, hyper)                → further points of the chosen line     default: none
     leaf(w, g, slots, c, hyper)         → new w, new slots                      once per element
 
 where ``g`` is ĝ = Σ_i c["g"][i] · z_i, formed in registers from regenerated noise: no gradient buffer exists. A leaf
@@ -21,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,13 +39,18 @@ class Probe(NamedTuple):
 
     Attributes:
         losses: float32 ``[points]``, the loss at each evaluation, in the order of the points.
-        projected_grad: float32 ``[queries]``.
+        projected_grad: float32 ``[directions]``.
         step: 0-d float32, the number of steps done before this one.
+        weights: float32 ``[directions]``, what each direction counts in ĝ; they add up to 1. 1/q for q queries, the
+            example's share of the label tokens for a population.
+        candidates: float32 ``[candidates]``, the losses at the rule's ``candidates``; empty for most rules.
     """
 
     losses: Tensor
     projected_grad: Tensor
     step: Tensor
+    weights: Tensor
+    candidates: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,30 +58,31 @@ class Slot:
     """State of a rule that is kept per parameter, in float32.
 
     Attributes:
-        kind: ``"element"`` (the parameter's shape) or ``"columns"`` (``[columns, rank]`` for a matrix, the
-            parameter's shape for a vector). The engines carry ``"element"`` alone; ``zo_wrap`` refuses the other.
+        kind: ``"element"`` (the parameter's shape), ``"parameter"`` (one number, which ``refresh`` sets and
+            ``direction`` reads) or ``"left"`` (the shape of a low-rank direction's left factor: ``[rows, rank]`` for a
+            matrix, ``[elements, 1]`` for a vector).
         initial: the value it starts from.
-        rank: for ``"columns"``.
     """
 
-    kind: str = "element"
+    kind: Literal["element", "parameter", "left"] = "element"
     initial: float = 0.0
-    rank: int = 1
 
 
 class Choice(NamedTuple):
-    """How a step probes: names and number. The user's options, over what the rule states as its own default."""
+    """How a step probes. The user's options, over what the rule states as its own default; ``blocks`` counts them."""
 
     direction: str = "gaussian"
     estimator: str = "central"
     queries: int = 1
+    blocks: int = 1
 
 
 def _accept(choice: Choice) -> None:
     return None
 
 
-def _identity(u: Tensor, slots: Scalars, scalars: Scalars) -> Tensor:
+def identity(u: Tensor, w: Tensor, slots: Scalars, scalars: Scalars) -> Tensor:
+    """z = u: the direction of most rules."""
     return u
 
 
@@ -95,8 +103,15 @@ class Rule:
         check: raises :class:`ZOError` for a choice of them that makes no sense for this rule.
         points: overrides the estimator's points (HiZOO also evaluates θ), with ``project`` to match.
         project: ``project(losses, eps) -> [queries]``.
-        direction: ``direction(u, slots, scalars) -> z``; with ``direction_slots`` naming the slots it reads and
-            ``direction_scalars(state, sums, hyper)`` the numbers it needs.
+        direction: ``direction(u, w, slots, scalars) -> z`` from the noise and the unperturbed weights; with
+            ``direction_slots`` naming the slots it reads and ``direction_scalars(state, sums, hyper)`` the numbers.
+        refresh: ``refresh(w, step) -> {slot: 0-d value}`` of the ``"parameter"`` slots, at the start of a step, or
+            ``None`` where they stay as they are.
+        left: ``left(slot, g_left, c) -> slot`` of the ``"left"`` slot, from Σ_i c["g"][i] · (left factor of z_i); the
+            update then goes along slot · (right factor)ᵀ in place of ĝ. Needs a direction whose right factor is
+            shared and lazily resampled; ``state["epoch"]`` names the sample that the slot is expressed in.
+        candidates: ``candidates(g, hyper) -> coefficients``: further points θ + coefficient · z, evaluated once g is
+            known (one direction only); their losses arrive in the probe.
         reduce: ``reduce(slots) -> {name: per-element summand}``, summed over every tunable element before the probes.
     """
 
@@ -112,10 +127,22 @@ class Rule:
     check: Callable[[Choice], None] = _accept
     points: Callable[[int], list[Point]] | None = None
     project: Callable[[Tensor, Tensor], Tensor] | None = None
-    direction: Callable[[Tensor, Scalars, Scalars], Tensor] = _identity
+    direction: Callable[[Tensor, Tensor, Scalars, Scalars], Tensor] = identity
     direction_slots: tuple[str, ...] = ()
     direction_scalars: Callable[[Scalars, Scalars, Scalars], Scalars] | None = None
     reduce: Callable[[Scalars], Scalars] | None = None
+    refresh: Callable[[Tensor, int], Scalars | None] | None = None
+    left: Callable[[Tensor, Tensor, Scalars], Tensor] | None = None
+    candidates: Callable[[Tensor, Scalars], Tensor] | None = None
+
+    def slot_names(self, kind: str) -> list[str]:
+        """The slots of that kind, in order."""
+        return [name for name, slot in self.slots.items() if slot.kind == kind]
+
+    @property
+    def shapes_directions(self) -> bool:
+        """Whether the rule works on each element of a direction, so that a low-rank one would lose its form."""
+        return self.direction is not identity or self.leaf_takes_directions
 
     def describe(self) -> str:
         """``meazo(beta=0.99, zeta=1e-08)``"""
@@ -123,8 +150,8 @@ class Rule:
 
 
 def mean_gradient(probe: Probe) -> Tensor:
-    """Coefficients of the plain estimate ĝ = (1/q) Σ g_i z_i: float32 ``[queries]``."""
-    return probe.projected_grad / probe.projected_grad.shape[0]
+    """Coefficients of the plain estimate ĝ = Σ w_i g_i z_i: float32 ``[directions]``."""
+    return probe.projected_grad * probe.weights
 
 
 def combine(coefficients: Tensor, tensors: Sequence[Tensor]) -> Tensor:

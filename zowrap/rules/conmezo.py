@@ -7,11 +7,16 @@ active block). While ‖m‖ < 1e-8, as at the first step, z = u. Source: 2511.0
 
 β warm-up over T steps: with t = 1, 2, … the step, β_t = 0.1 while t ≤ T/100; then β − (β − 0.1)/(1 + 8p)³ with
 p = ((t − T/100)/(0.09 T))^1.8 until T/10; then β. T is kept in the rule's state.
+
+The cone is a direction, so it serves other rules too: ``direction="cone"`` gives them its momentum (of the plain ĝ,
+whatever the rule makes of it), and ``conmezo`` is ``zo_sgd`` along it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,8 +30,11 @@ from zowrap.rules.base import (
     Slot,
     check_fraction,
     check_positive,
+    combine,
+    identity,
     mean_gradient,
 )
+from zowrap.rules.zo_sgd import zo_sgd
 
 NO_MOMENTUM = 1e-8  # ‖m‖ below which there is no cone yet: the official code's
 BETA_START = 0.1
@@ -44,20 +52,47 @@ def conmezo(*, lr: float = 1e-6, theta: float = 1.35, beta: float = 0.99, warmup
     Raises:
         ZOError: a value outside its range.
     """
-    check_positive("conmezo", lr=lr, theta=theta)
-    check_fraction("conmezo", beta=beta)
+    check_positive("conmezo", lr=lr)
+    along = along_cone(zo_sgd(lr=lr), theta=theta, beta=beta, warmup=warmup, slot="m", name="conmezo")
+    return dataclasses.replace(along, name="conmezo", hyper={"theta": theta, "beta": beta, "warmup": warmup})
+
+
+def along_cone(
+    rule: Rule,
+    *,
+    theta: float = 1.35,
+    beta: float = 0.99,
+    warmup: bool | int = False,
+    slot: str = "cone",
+    name: str = "direction 'cone'",
+) -> Rule:
+    """``rule`` with directions from the cone around its own momentum.
+
+    Args:
+        theta, beta, warmup: see :func:`conmezo`.
+        slot: what the momentum is called in the rule's state.
+        name: what errors call this.
+
+    Raises:
+        ZOError: a value outside its range, or a rule that shapes its directions itself.
+    """
+    check_positive(name, theta=theta)
+    check_fraction(name, beta=beta)
     if theta > math.pi / 2:
-        raise ZOError(f"conmezo: theta must lie in (0, π/2], got {theta!r}")
+        raise ZOError(f"{name}: theta must lie in (0, π/2], got {theta!r}")
     if warmup is not False and (not isinstance(warmup, int) or warmup is True or warmup < 1):
-        raise ZOError(f"conmezo: warmup must be False or a whole number of steps from 1, got {warmup!r}")
+        raise ZOError(f"{name}: warmup must be False or a whole number of steps from 1, got {warmup!r}")
+    if rule.direction is not identity:
+        raise ZOError(f"{rule.name} shapes its directions itself: it cannot look along a cone as well")
     along, across = math.sin(math.pi / 2 - theta), math.sin(theta)  # cosθ, exactly 0 at π/2
 
     def check(choice: Choice) -> None:
         if choice.direction == "unit_sphere":
-            raise ZOError("conmezo mixes its momentum with directions of length √d: use direction='sphere'")
+            raise ZOError(f"{name} mixes its momentum with directions of length √d: use direction='sphere'")
+        rule.check(choice)
 
     def reduce(slots: Scalars) -> Scalars:
-        return {"square": slots["m"].square()}
+        return {"square": slots[slot].square()}
 
     def direction_scalars(state: Scalars, sums: Scalars, hyper: Scalars) -> Scalars:
         norm = sums["square"].sqrt()
@@ -69,32 +104,37 @@ def conmezo(*, lr: float = 1e-6, theta: float = 1.35, beta: float = 0.99, warmup
             "noise": torch.where(ready, noise, torch.ones_like(norm)).float(),
         }
 
-    def direction(u: Tensor, slots: Scalars, s: Scalars) -> Tensor:
-        return s["momentum"] * slots["m"] + s["noise"] * u
+    def direction(u: Tensor, w: Tensor, slots: Scalars, s: Scalars) -> Tensor:
+        return s["momentum"] * slots[slot] + s["noise"] * u
 
     def scalars(state: Scalars, probe: Probe, hyper: Scalars) -> tuple[Scalars, Scalars]:
+        inner = {n: v for n, v in state.items() if n != "warmup"}
+        new_state, coefficients = rule.scalars(inner, probe, hyper)
         planned, t = state["warmup"], probe.step + 1
         length = planned.clamp(min=1)
         p = ((t - length / 100) / (0.09 * length)).clamp(min=0) ** 1.8
         missing = (beta - BETA_START) / (1 + 8 * p) ** 3
         missing = torch.where((planned == 0) | (t > length / 10), torch.zeros_like(t), missing)
         # 1 − β_t is formed without the cancellation of 1 − (β − missing).
-        return state, {"g": mean_gradient(probe), "keep": beta - missing, "take": (1 - beta) + missing}
+        cone = {"plain": mean_gradient(probe), "keep": beta - missing, "take": (1 - beta) + missing}
+        return {**new_state, "warmup": planned}, {**coefficients, **cone}
 
-    def leaf(w, g, slots: Scalars, c: Scalars, hyper: Scalars):
-        return w - hyper["lr"] * g, {"m": c["keep"] * slots["m"] + c["take"] * g}
+    def leaf(w, z: Sequence[Tensor], slots: Scalars, c: Scalars, hyper: Scalars):
+        m = c["keep"] * slots[slot] + c["take"] * combine(c["plain"], z)
+        inner = {n: v for n, v in slots.items() if n != slot}
+        w, inner = rule.leaf(w, z if rule.leaf_takes_directions else combine(c["g"], z), inner, c, hyper)
+        return w, {**inner, slot: m}
 
-    return Rule(
-        name="conmezo",
-        lr=lr,
-        hyper={"theta": theta, "beta": beta, "warmup": warmup},
+    return dataclasses.replace(
+        rule,
         scalars=scalars,
         leaf=leaf,
-        state={"warmup": float(warmup)},
-        slots={"m": Slot()},
+        leaf_takes_directions=True,
+        state={**rule.state, "warmup": float(warmup)},
+        slots={**rule.slots, slot: Slot()},
         check=check,
         direction=direction,
-        direction_slots=("m",),
+        direction_slots=(slot,),
         direction_scalars=direction_scalars,
         reduce=reduce,
     )

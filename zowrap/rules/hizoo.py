@@ -57,7 +57,7 @@ def hizoo(*, lr: float = 1e-6, a: float = 1e-8) -> Rule:
     def project(losses: Tensor, eps: Tensor) -> Tensor:
         return CENTRAL.project(losses[1:], eps)
 
-    def direction(u: Tensor, slots: Scalars, s: Scalars) -> Tensor:
+    def direction(u: Tensor, w: Tensor, slots: Scalars, s: Scalars) -> Tensor:
         return u / slots["H"].sqrt()
 
     def scalars(state: Scalars, probe: Probe, hyper: Scalars) -> tuple[Scalars, Scalars]:

@@ -2,22 +2,39 @@
 
     v ← β v + (1 − β) s,   v̂ = v / (1 − βⁿ),   θ ← θ − η / (√v̂ + ζ) · ĝ
 
-with n the number of values v has received and s = (mean_i g_i²) / q. Source: 2605.03869, the algorithm box. It prints
-v̂ = v/(1 − β^(t−1)), undefined at t = 1; ``literal=True`` reads that as max(n − 1, 1). It prints s = (mean_i g_i)²,
-which for q > 1 can be near 0 while the g_i are not (first steps a thousand times too long were measured);
-``moment="printed"`` gives that form. For q = 1 both agree and the first step is η·sign(g)·z.
+with n the number of values v has received and s = Σ_i (w_i g_i)², which is (mean_i g_i²) / q for q queries (w_i = 1/q;
+for a population, the example's share). With blocks, v and n are each block's own. Source: 2605.03869, the algorithm
+box. It prints v̂ = v/(1 − β^(t−1)), undefined at t = 1; ``literal=True`` reads that as max(n − 1, 1). It prints
+s = (mean_i g_i)², which for q > 1 can be near 0 while the g_i are not (first steps a thousand times too long were
+measured); ``moment="printed"`` gives that form. For q = 1 both agree and the first step is η·sign(g)·z.
 """
 
 from __future__ import annotations
 
 from zowrap.errors import ZOError, nearest
-from zowrap.rules.base import Probe, Rule, Scalars, check_fraction, check_positive, mean_gradient, received_share
+from zowrap.rules.base import (
+    Choice,
+    Probe,
+    Rule,
+    Scalars,
+    check_flag,
+    check_fraction,
+    check_positive,
+    mean_gradient,
+    received_share,
+)
 
 MOMENTS = ("mean", "printed")
 
 
 def meazo(
-    *, lr: float = 1e-4, beta: float = 0.99, zeta: float = 1e-8, moment: str = "mean", literal: bool = False
+    *,
+    lr: float = 1e-4,
+    beta: float = 0.99,
+    zeta: float = 1e-8,
+    moment: str = "mean",
+    literal: bool = False,
+    groups: bool = False,
 ) -> Rule:
     """Zeroth-order descent normalised by a running second moment of the projected gradient.
 
@@ -28,18 +45,28 @@ def meazo(
         zeta: ζ > 0 keeps the quotient finite on a flat loss.
         moment: ``"mean"`` or ``"printed"``, see above.
         literal: the printed bias correction.
+        groups: insist on a v for each group of parameters. Groups are the ``blocks`` of ``zo_wrap``, which always keep
+            their own; without blocks it is refused.
 
     Raises:
-        ZOError: a value outside its range.
+        ZOError: a value outside its range; ``groups`` without blocks.
     """
     check_positive("meazo", lr=lr, zeta=zeta)
+    check_flag("meazo", literal=literal, groups=groups)
     check_fraction("meazo", beta=beta)
     if moment not in MOMENTS:
         raise ZOError(f"meazo: unknown moment {moment!r}{nearest(moment, MOMENTS)}")
 
+    def check(choice: Choice) -> None:
+        if groups and choice.blocks == 1:
+            raise ZOError(
+                "meazo: groups need probes of their own: one joint probe gives every group the same v. Add "
+                "blocks='layer' or a list of name patterns"
+            )
+
     def scalars(state: Scalars, probe: Probe, hyper: Scalars) -> tuple[Scalars, Scalars]:
         g = probe.projected_grad
-        square = g.mean().square() if moment == "printed" else g.square().mean() / g.shape[0]
+        square = (g * probe.weights).sum().square() if moment == "printed" else (g * probe.weights).square().sum()
         v = beta * state["v"] + (1 - beta) * square
         n = state["n"] + 1
         corrected = v / received_share(beta, (n - 1).clamp(min=1) if literal else n)
@@ -51,8 +78,9 @@ def meazo(
     return Rule(
         name="meazo",
         lr=lr,
-        hyper={"beta": beta, "zeta": zeta, "moment": moment, "literal": literal},
+        hyper={"beta": beta, "zeta": zeta, "moment": moment, "literal": literal, "groups": groups},
         scalars=scalars,
         leaf=leaf,
         state={"v": 0.0, "n": 0.0},
+        check=check,
     )

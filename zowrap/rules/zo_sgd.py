@@ -3,40 +3,62 @@
     θ ← θ − η ĝ                         momentum=μ:        b ← μ b + ĝ,  θ ← θ − η b
                                         sign="scalar":      θ ← θ − η mean_i sign(g_i) z_i
                                         sign="elementwise": θ ← θ − η sign(ĝ)
+                                        conservative=True:  θ ← the best of θ, θ − η g z, θ + η g z by the loss
 
 Malladi et al., "Fine-Tuning Language Models with Just Forward Passes" (2305.17333), Algorithm 1; sign variants as in
-ZO-signSGD (Liu et al. 2019). Momentum follows torch.optim.SGD (no dampening).
+ZO-signSGD (Liu et al. 2019), the conservative step as in ZO-SGD-Cons (Kim et al. 2021, as benchmarked by Zhang et al.
+2402.11592). Momentum follows torch.optim.SGD (no dampening).
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from zowrap.errors import ZOError, nearest
-from zowrap.rules.base import Probe, Rule, Scalars, Slot, check_fraction, check_positive, mean_gradient
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, check_flag, check_fraction, check_positive
 
 SIGNS = ("scalar", "elementwise")
 
 
-def zo_sgd(*, lr: float = 1e-6, momentum: float = 0.0, sign: str | None = None) -> Rule:
+def zo_sgd(*, lr: float = 1e-6, momentum: float = 0.0, sign: str | None = None, conservative: bool = False) -> Rule:
     """Plain zeroth-order gradient descent.
 
     Args:
         lr: η. 1e-6 is the paper's for full tuning of OPT and RoBERTa-large; adapters take about 1e-4.
         momentum: μ in [0, 1); 0 keeps no state, otherwise one float32 buffer of the parameters' size.
         sign: ``None``, ``"scalar"`` (sign of each projected gradient) or ``"elementwise"`` (sign of ĝ).
+        conservative: three more forwards a step, at θ and at the end of the step either way; the lowest loss wins,
+            θ first among equals. One query, without momentum or elementwise signs.
 
     Raises:
-        ZOError: a value outside its range.
+        ZOError: a value outside its range, or a combination that conservative steps cannot take.
     """
     check_positive("zo_sgd", lr=lr)
+    check_flag("zo_sgd", conservative=conservative)
     check_fraction("zo_sgd", momentum=momentum)
     if sign is not None and sign not in SIGNS:
         raise ZOError(f"zo_sgd: unknown sign {sign!r}{nearest(sign, SIGNS)}")
 
+    if conservative and (momentum or sign == "elementwise"):
+        raise ZOError("zo_sgd: conservative steps lie on the direction: without momentum and sign='elementwise'")
+
+    def check(choice: Choice) -> None:
+        if conservative and (choice.queries > 1 or choice.estimator == "population"):
+            raise ZOError("zo_sgd: conservative steps compare losses along one direction: queries must be 1")
+
+    def length(g: Tensor) -> Tensor:
+        return g.sign() if sign == "scalar" else g
+
+    def candidates(g: Tensor, hyper: Scalars) -> Tensor:
+        return torch.cat([step * hyper["lr"] * length(g) for step in (0.0, -1.0, 1.0)])
+
     def scalars(state: Scalars, probe: Probe, hyper: Scalars) -> tuple[Scalars, Scalars]:
-        g = mean_gradient(probe)
-        return state, {"g": g.sign() / g.shape[0] if sign == "scalar" else g}
+        g = probe.weights * length(probe.projected_grad)
+        if conservative:
+            steps = torch.tensor([0.0, 1.0, -1.0], device=g.device)
+            g = g * steps.index_select(0, probe.candidates.argmin().reshape(1))
+        return state, {"g": g}
 
     def leaf(w, g, slots: Scalars, c: Scalars, hyper: Scalars):
         if sign == "elementwise":
@@ -49,8 +71,10 @@ def zo_sgd(*, lr: float = 1e-6, momentum: float = 0.0, sign: str | None = None) 
     return Rule(
         name="zo_sgd",
         lr=lr,
-        hyper={"momentum": momentum, "sign": sign},
+        hyper={"momentum": momentum, "sign": sign, "conservative": conservative},
         scalars=scalars,
         leaf=leaf,
         slots={"b": Slot()} if momentum else {},
+        check=check,
+        candidates=candidates if conservative else None,
     )

@@ -1,0 +1,143 @@
+"""Low-rank directions in the activations: neither the perturbed weight nor U Vᵀ is formed.
+
+    before                                 after
+    y_0 = linear(x_0, theta[0], b_0)       y_0 = linear(x_0, w, b_0) + ((x_0 right) leftᵀ) * c_0
+    e_0 = zowrap.rows(theta[0], ids)       e_0 = rows(w, ids) + (rows(left, ids) rightᵀ) * c_0
+    theta[0] of a vector                   w + left * c_0
+
+with c_0 the first point's coefficient. The forward costs two thin products per matrix more than the plain one. Any
+other use keeps ``perturb_lowrank``, which forms the weight-sized tensor; the note counts such uses.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, cast
+
+import torch
+from torch import fx
+from zowrap.passes.manager import Pass
+
+from zowrap.program import Program
+
+aten = torch.ops.aten
+# Up to this rank the outer product is written out, so that it fuses into what comes next.
+UNROLLED_RANK = 4
+
+
+class PerturbLowRank(Pass):
+    """See the module."""
+
+    name = "perturb_lowrank"
+
+    def call(self, program: Program) -> str:
+        counts = {"matrix products": 0, "embeddings": 0, "vectors": 0, "whole tensors": 0}
+        for theta in program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_lowrank.default):
+            for value in [u for u in theta.users if u.target is operator.getitem]:
+                for use in list(value.users):
+                    kind = _rewrite(program.graph, theta, value, use)
+                    if kind is not None:
+                        counts[kind] += value.args[1] == 0
+                if value.users and theta.args[2] is None:
+                    _vector(program.graph, theta, value)
+                    counts["vectors"] += value.args[1] == 0
+                elif value.users:
+                    counts["whole tensors"] += value.args[1] == 0
+        return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+
+
+class _Writer:
+    """Appends nodes one after another before ``use``, each with the layer and the stream of what it replaces."""
+
+    def __init__(self, graph: fx.Graph, before: fx.Node) -> None:
+        self.graph, self.before = graph, before
+
+    def __call__(self, target: Any, *args: Any) -> fx.Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args)
+        for name in ("stream", "nn_module_stack"):
+            if name in self.before.meta:
+                node.meta[name] = self.before.meta[name]
+        return node
+
+
+def _rewrite(graph: fx.Graph, theta: fx.Node, value: fx.Node, use: fx.Node) -> str | None:
+    """Replace one use of one point's perturbed weight; None where it has no thin form."""
+    weight, left, right, coefficients = cast("tuple[Any, ...]", theta.args)
+    if right is None or weight.meta["val"].ndim != 2:
+        return None
+    form = _form(use, value)
+    if form is None:
+        return None
+    write = _Writer(graph, use)
+    coefficient = write(aten.select.int, coefficients, 0, value.args[1])
+    rank = left.args[1][1]  # left is a view of the factors, [rows, rank]
+    dtype = weight.meta["val"].dtype
+    if form == "embeddings":
+        ids = use.args[1]
+        plain = write(torch.ops.zowrap.rows.default, weight, ids)
+        thin, other = write(torch.ops.zowrap.rows.default, left, ids), right
+    else:
+        x, transposed = _input(use)
+        plain = write(use.target, *[weight if a is value else a for a in use.args])
+        wide = x if dtype == torch.float32 else write(aten.to.dtype, x, torch.float32)
+        first, other = (left, right) if transposed else (right, left)
+        thin = write(aten.matmul.default, wide, first)
+    change = write(aten.mul.Tensor, _outer(write, thin, other, rank), coefficient)
+    if dtype != torch.float32:
+        plain = write(aten.to.dtype, plain, torch.float32)
+    result = write(aten.add.Tensor, plain, change)
+    if dtype != torch.float32:
+        result = write(aten.to.dtype, result, dtype)
+    result.meta.update(use.meta)
+    use.replace_all_uses_with(result)
+    graph.erase_node(use)
+    return form
+
+
+def _form(use: fx.Node, value: fx.Node) -> str | None:
+    if use.target is aten.linear.default and use.args[1] is value and use.args[0] is not value:
+        return "matrix products"
+    if use.target is aten.addmm.default and use.args[2] is value and not use.kwargs and use.args[1] is not value:
+        return "matrix products"
+    if use.target is aten.mm.default and use.args[1] is value and use.args[0] is not value:
+        return "matrix products"
+    if use.target is torch.ops.zowrap.rows.default and use.args[0] is value:
+        return "embeddings"
+    return None
+
+
+def _input(use: fx.Node) -> tuple[Any, bool]:
+    """What is multiplied, and whether the weight stands as [inputs, outputs]."""
+    if use.target is aten.linear.default:
+        return use.args[0], False
+    return use.args[1 if use.target is aten.addmm.default else 0], True
+
+
+def _outer(write: _Writer, thin: fx.Node, other: Any, rank: int) -> fx.Node:
+    """``thin [..., rank] · other [n, rank]ᵀ``."""
+    if rank > UNROLLED_RANK:
+        return write(aten.matmul.default, thin, write(aten.t.default, other))
+    total: fx.Node | None = None
+    for k in range(rank):
+        column = write(aten.slice.Tensor, thin, -1, k, k + 1)
+        term = write(aten.mul.Tensor, column, write(aten.select.int, other, 1, k))
+        total = term if total is None else write(aten.add.Tensor, total, term)
+    assert total is not None
+    return total
+
+
+def _vector(graph: fx.Graph, theta: fx.Node, value: fx.Node) -> None:
+    weight, left, _, coefficients = cast("tuple[Any, ...]", theta.args)
+    write = _Writer(graph, value)
+    shape = list(weight.meta["val"].shape)
+    dtype = weight.meta["val"].dtype
+    coefficient = write(aten.select.int, coefficients, 0, value.args[1])
+    change = write(aten.mul.Tensor, write(aten.view.default, left, shape), coefficient)
+    base = weight if dtype == torch.float32 else write(aten.to.dtype, weight, torch.float32)
+    result = write(aten.add.Tensor, base, change)
+    if dtype != torch.float32:
+        result = write(aten.to.dtype, result, dtype)
+    result.meta.update(value.meta)
+    value.replace_all_uses_with(result)
+    graph.erase_node(value)

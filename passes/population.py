@@ -1,0 +1,149 @@
+"""One direction for all → one direction for each example.
+
+    before                                    after
+    program(ids [rows, n], factors [size])    vmap(program)(ids [rows, 1, n], factors [rows, size])
+
+The program is recorded again under ``torch.vmap`` over the examples: each sees itself as a batch of one, with its own
+factors, while the weights have no example dimension, so their products stay one product for the whole batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from zowrap.passes.manager import Pass
+
+from zowrap.compiler import size_oblivious
+from zowrap.errors import ZOCaptureError, ZOInternalError
+from zowrap.program import Program
+
+
+class Population(Pass):
+    """See the module. Inputs from the batch whose first dimension is the number of rows are per example."""
+
+    name = "population"
+
+    def requires(self, program: Program) -> None:
+        if program.placeholder("stream", "factors") is None:
+            raise ZOInternalError("only low-rank directions can differ between the examples of a batch")
+
+    def call(self, program: Program) -> str:
+        inner = _Mapped(program.graph_module)
+        rows = self._rows(program)
+        fakes = program.fakes()
+        dims: list[int | None] = []
+        for i, (given, value) in enumerate(zip(program.inputs, fakes, strict=True)):
+            mapped = given.kind == "batch" and isinstance(value, torch.Tensor) and value.ndim and _same(value, rows)
+            if given.kind == "stream" and given.target == "factors":
+                fakes[i] = self._per_example(program, value, rows)
+                mapped = True
+            dims.append(0 if mapped else None)
+        batch = [d is not None and g.kind == "batch" for d, g in zip(dims, program.inputs, strict=True)]
+
+        def one(*inputs: Any) -> tuple[Any, ...]:
+            outputs = inner.run(*[x.unsqueeze(0) if b else x for x, b in zip(inputs, batch, strict=True)])
+            return tuple(out.reshape(()) for out in outputs)
+
+        def all_examples(*inputs: Any) -> tuple[Any, ...]:
+            return torch.vmap(one, in_dims=tuple(dims))(*inputs)
+
+        try:
+            with torch.no_grad(), size_oblivious(use_duck_shape=False), program.fake_mode, preserve_node_meta():
+                traced = make_fx(all_examples)(*fakes)
+        except Exception as error:
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            raise ZOCaptureError(
+                f"this model cannot give each example a direction of its own ({type(error).__name__}: {first[:200]})"
+            ) from error
+        for given, value in zip(program.inputs, fakes, strict=True):
+            if given.kind == "batch" and isinstance(value, torch.Tensor) and value.ndim and not _varies(value):
+                raise ZOCaptureError("recording it for each example would fix the size of its batches")
+        names = [n.name for n in traced.graph.find_nodes(op="placeholder")]
+        program.inputs = [type(g)(n, g.kind, g.target) for g, n in zip(program.inputs, names, strict=True)]
+        for node in traced.graph.find_nodes(op="call_function", target=torch.ops.zowrap.attention.default):
+            *tensors, causal, scale, grouped = node.args
+            node.target = torch.ops.aten.scaled_dot_product_attention.default
+            node.args, node.kwargs = (*tensors, 0.0, causal), {"scale": scale, "enable_gqa": grouped}
+        for node in traced.graph.find_nodes(op="call_function", target=torch.ops.zowrap.gather.default):
+            node.target = torch.ops.aten.gather.default
+        program.graph_module = traced
+        return f"{sum(batch)} inputs per example"
+
+    def ensures(self, program: Program) -> None:
+        if any(n.op == "get_attr" for n in program.graph.nodes):
+            raise ZOInternalError("a tensor was baked into the program")
+
+    def _rows(self, program: Program) -> Any:
+        named = {g.target: v for g, v in zip(program.inputs, program.fakes(), strict=True) if g.kind == "batch"}
+        tensors = [v for v in (named.get("labels"), *named.values()) if isinstance(v, torch.Tensor) and v.ndim]
+        if not tensors:
+            raise ZOCaptureError("the batch has no tensor with a row for each example")
+        return tensors[0].shape[0]
+
+    def _per_example(self, program: Program, value: torch.Tensor, rows: Any) -> torch.Tensor:
+        with program.fake_mode:
+            return torch.empty((rows, *value.shape), dtype=value.dtype, device=value.device)
+
+
+class _Mapped(fx.Interpreter):
+    """Runs a graph under vmap: in place of operators that have no form there for sizes that vary, ones that do."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.aten.sym_size.int:
+            return args[0].shape[args[1]]
+        if target is torch.ops.aten.layer_norm.default:
+            return _layer_norm(*args[:5])
+        if target is torch.ops.aten.linear.default:
+            product = torch.matmul(args[0], args[1].t())
+            return product if len(args) < 3 or args[2] is None else product + args[2]
+        if target is torch.ops.aten.scaled_dot_product_attention.default:
+            return _attention(*args, **kwargs)
+        if target is torch.ops.aten.gather.default:
+            return torch.ops.zowrap.gather(*args[:3])
+        return super().call_function(target, args, kwargs)
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    if mask is not None:  # heads and queries may be broadcast: their dimensions stay, the batch's is given to each
+        mask = mask.expand(query.shape[0], *mask.shape[1:])
+    return torch.ops.zowrap.attention(query, key, value, mask, causal, scale, enable_gqa)
+
+
+def _layer_norm(
+    x: torch.Tensor,
+    shape: list[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    dims = list(range(-len(shape), 0))
+    value = x.float()
+    value = value - value.mean(dims, keepdim=True)
+    value = value * torch.rsqrt(value.square().mean(dims, keepdim=True) + eps)
+    value = value if weight is None else value * weight
+    value = value if bias is None else value + bias
+    return value.to(x.dtype)
+
+
+def _varies(value: torch.Tensor) -> bool:
+    """Whether the number of rows is still a symbol that nothing pinned down."""
+    size = value.shape[0]
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
+def _same(value: torch.Tensor, rows: Any) -> bool:
+    return str(value.shape[0]) == str(rows)

@@ -1,0 +1,300 @@
+"""Repeated layers are compiled once.
+
+A transformer is one layer many times over. Its program is cut into *regions* along the layers that the nodes came
+from, regions that compute the same are recognised, and each kind is compiled once, with weights and keys as inputs:
+
+    embedding ── layer 0 ── layer 1 ── … ── layer N−1 ── head
+       (a)         (b)        (b)              (b)        (c)       three compilations, whatever N
+
+With one active block the layers below it, the block and those above it are three kinds, the same three whichever
+block is active, so the programs of all blocks share their regions.
+
+    stage of a node      its layer's; outside of layers, after the last layer it depends on
+    weights' own nodes   (noise of a vector, its perturbation) move to the first stage that uses them
+    glue                 picks one parameter's key or factors out of those of all; runs as it is, between the regions
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from zowrap.compiler import Compiled, compile_graph, size_oblivious
+from zowrap.program import Program
+
+aten = torch.ops.aten
+MIN_LAYERS = 3  # below, one compilation of the whole is as fast and lets the compiler fuse across layers
+_LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
+_GLUE = {aten.select.int, aten.slice.Tensor, aten.view.default, aten.sym_size.int}
+
+
+@dataclass
+class Kind:
+    """Regions that compute the same: one compilation.
+
+    Attributes:
+        outputs: fake values of the outputs, in order.
+    """
+
+    compiled: Compiled
+    outputs: list[Any]
+
+
+@dataclass
+class Regions:
+    """A program as a sequence of calls. Call it with the program's inputs in order.
+
+    Attributes:
+        seconds: spent compiling what was not compiled before.
+        compilations: how many kinds that were.
+        count: regions that one call runs.
+    """
+
+    calls: list[tuple[Any, list[Any], list[int], list[int]]]
+    slots: int
+    outputs: list[Any]
+    seconds: float = 0.0
+    compilations: int = 0
+    count: int = 0
+
+    def __call__(self, *inputs: Any) -> list[Any]:
+        values: list[Any] = [*inputs, *([None] * (self.slots - len(inputs)))]
+        for function, arguments, results, last_used in self.calls:
+            given = [values[a.slot] if type(a) is _Slot else _fill(a, values) for a in arguments]
+            made = function(*given)
+            if len(results) == 1 and not isinstance(made, tuple | list):
+                values[results[0]] = made
+            else:
+                for slot, value in zip(results, made, strict=True):
+                    values[slot] = value
+            del given, made
+            for slot in last_used:  # an activation lives no longer than its last reader
+                values[slot] = None
+        return [_fill(o, values) for o in self.outputs]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    slot: int
+
+
+def _fill(argument: Any, values: list[Any]) -> Any:
+    if type(argument) is _Slot:
+        return values[argument.slot]
+    if isinstance(argument, list | tuple):
+        return type(argument)(_fill(a, values) for a in argument)
+    return argument
+
+
+@dataclass
+class _Region:
+    """Nodes that are compiled together, what they read and what others read of them."""
+
+    nodes: list[fx.Node]
+    inputs: list[fx.Node] = field(default_factory=list)
+    outputs: list[fx.Node] = field(default_factory=list)
+
+
+def compile_regions(program: Program, kinds: dict[str, Kind], min_layers: int = MIN_LAYERS) -> Regions:
+    """Compile a finished program region by region.
+
+    Args:
+        kinds: what is compiled already, by its text; grows.
+        min_layers: with fewer layers the program is one region.
+
+    Raises:
+        ZOCaptureError: the compiler refused a region.
+    """
+    start = time.perf_counter()
+    graph = program.graph
+    glue = _glue(program)
+    stages = _stages(program, glue, min_layers)
+    order = [n for n in graph.nodes if n.op == "call_function" and n not in glue]
+    by_stage: dict[int, list[fx.Node]] = {}
+    for node in order:
+        by_stage.setdefault(stages[node], []).append(node)
+    pieces: list[fx.Node | _Region] = [n for n in graph.nodes if n in glue]
+    pieces += [_region(by_stage[stage], stages) for stage in sorted(by_stage)]
+    return _link(program, pieces, kinds, start)
+
+
+def _link(program: Program, pieces: list[Any], kinds: dict[str, Kind], start: float) -> Regions:
+    """Give every value a slot, compile the kinds that are new, and find where each value is read last."""
+    graph = program.graph
+    slots: dict[fx.Node, int] = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
+    inputs = len(slots)
+    calls: list[tuple[Any, list[Any], list[int], list[int]]] = []
+    compilations, count = 0, 0
+
+    def slot_of(node: fx.Node) -> _Slot:
+        return _Slot(slots[node])
+
+    for piece in pieces:
+        if isinstance(piece, fx.Node):
+            if "val" not in piece.meta:
+                piece.meta["val"] = _fake(program, piece)
+            function: Any = piece.target
+            arguments = [_mapped(a, slot_of) for a in piece.args]
+            made = [piece]
+        else:
+            text = _text(piece)
+            if text not in kinds:
+                kinds[text] = _compile(program, piece)
+                compilations += 1
+            count += 1
+            function, arguments, made = kinds[text].compiled, [slot_of(n) for n in piece.inputs], piece.outputs
+            for node, value in zip(made, kinds[text].outputs, strict=True):
+                node.meta.setdefault("val", value)
+        for node in made:
+            slots[node] = len(slots)
+        calls.append((function, arguments, [slots[n] for n in made], []))
+    outputs = list(_mapped(graph.output_node().args[0], slot_of))
+    kept = {o.slot for o in outputs if isinstance(o, _Slot)}
+    last: dict[int, int] = {}
+    for i, (_, arguments, results, _) in enumerate(calls):
+        for slot in [*_slots_in(arguments), *results]:
+            last[slot] = i
+    for slot, i in last.items():
+        if slot >= inputs and slot not in kept:
+            calls[i][3].append(slot)
+    return Regions(calls, len(slots), outputs, time.perf_counter() - start, compilations, count)
+
+
+def _mapped(argument: Any, function: Any) -> Any:
+    """``argument`` with ``function`` of every node in it."""
+    return fx.map_arg(argument, function)
+
+
+def _slots_in(argument: Any) -> list[int]:
+    if isinstance(argument, _Slot):
+        return [argument.slot]
+    return [slot for a in argument for slot in _slots_in(a)] if isinstance(argument, list | tuple) else []
+
+
+def _fake(program: Program, node: fx.Node) -> Any:
+    with torch.no_grad(), size_oblivious(use_duck_shape=False), program.fake_mode:
+        args = _mapped(node.args, lambda n: n.meta["val"])
+        return node.target(*args)  # type: ignore[operator]
+
+
+# --- cutting --------------------------------------------------------------------------------------------------------
+
+
+def _glue(program: Program) -> set[fx.Node]:
+    """Views that only pick a part of what is given for all parameters, and the sizes of the inputs."""
+    streams = {g.node for g in program.inputs if g.kind == "stream"}
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target not in _GLUE:
+            continue
+        size = node.target is aten.sym_size.int
+        if all(n in found or (n.op == "placeholder" and (size or n.name in streams)) for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _stages(program: Program, glue: set[fx.Node], min_layers: int) -> dict[fx.Node, int]:
+    """2L + 1 for the L-th layer, 2L + 2 for what follows it and belongs to none, 0 for what comes first."""
+    nodes = [n for n in program.graph.nodes if n.op == "call_function" and n not in glue]
+    layers: dict[str, int] = {}
+    for node in nodes:
+        if (name := _layer(node)) is not None:
+            layers.setdefault(name, len(layers))
+    stages: dict[fx.Node, int] = {}
+    if len(layers) < min_layers:
+        return dict.fromkeys(nodes, 0)
+    weights_only = _from_weights_alone(program)
+    for node in nodes:
+        before = max((stages.get(n, 0) for n in node.all_input_nodes if n not in weights_only), default=0)
+        name = _layer(node)
+        if name is not None:
+            stages[node] = max(2 * layers[name] + 1, before)
+        else:
+            stages[node] = before + before % 2
+    for node in reversed(nodes):
+        readers = [stages[u] for u in node.users if u in stages]
+        if node in weights_only and readers:
+            stages[node] = min(readers)
+    return stages
+
+
+def _layer(node: fx.Node) -> str | None:
+    """Path of the outermost numbered module that a node came from."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path = list(stack.values())[-1][0]
+    match = _LAYER.match(path)
+    return match[1] if match else None
+
+
+def _from_weights_alone(program: Program) -> set[fx.Node]:
+    """Nodes that nothing of the batch reaches."""
+    batch = {g.node for g in program.inputs if g.kind == "batch"}
+    reached: set[fx.Node] = set()
+    result: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.name in batch or any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+        elif node.op == "call_function" and node.all_input_nodes:
+            result.add(node)
+    return result
+
+
+def _region(nodes: list[fx.Node], stages: dict[fx.Node, int]) -> _Region:
+    members = set(nodes)
+    region = _Region(nodes)
+    for node in nodes:
+        for given in node.all_input_nodes:
+            if given not in members and given not in region.inputs:
+                region.inputs.append(given)
+        if any(user not in members for user in node.users):
+            region.outputs.append(node)
+    return region
+
+
+def _text(region: _Region) -> str:
+    """What a region computes, with its values numbered: equal texts compute the same."""
+    names: dict[fx.Node, str] = {}
+    lines = []
+    for node in region.inputs:
+        names[node] = f"i{len(names)}"
+        value = node.meta.get("val")
+        described = (value.dtype, list(value.shape), value.stride()) if isinstance(value, torch.Tensor) else value
+        lines.append(f"{names[node]}: {described}")
+    for node in region.nodes:
+        names[node] = f"n{len(names)}"
+        args = _mapped((node.args, node.kwargs), lambda n: _Named(names[n]))
+        lines.append(f"{names[node]} = {node.target} {args}")
+    return "\n".join([*lines, "return " + " ".join(names[n] for n in region.outputs)])
+
+
+class _Named:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _compile(program: Program, region: _Region) -> Kind:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in region.inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta["val"] = node.meta["val"]
+    for node in region.nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output(tuple(copies[n] for n in region.outputs))
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    fakes = [node.meta["val"] for node in region.inputs]
+    with torch.no_grad(), size_oblivious(use_duck_shape=False), program.fake_mode:
+        FakeTensorProp(module, program.fake_mode).propagate_dont_convert_inputs(*fakes)
+    outputs = [copies[n].meta["val"] for n in region.outputs]
+    return Kind(compile_graph(module, fakes), outputs)

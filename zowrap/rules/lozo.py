@@ -1,0 +1,98 @@
+"""LOZO: low-rank directions whose right factor stays for a while, so that the updates of ν steps share a subspace.
+
+    Z = U Vᵀ per matrix,   θ ← θ − η g U Vᵀ / r          vectors: z gaussian, θ ← θ − η g z
+
+with U drawn at every step and V at every ν-th, each from its own stream, so that the update is along the very probe,
+at resampling steps too. Source: 2410.07698, Algorithm 1; the official code omits the 1/r (``scale="code"``).
+
+LOZO-M keeps a momentum in the factored form (same paper, Algorithm 2), one matrix of U's shape:
+
+    N ← β N + (1 − β) g U,   θ ← θ − η N Vᵀ / r,   N ← N (V_oldᵀ V_new) / n when V changes, n its number of rows
+
+For a vector N has its shape and V is 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from zowrap.errors import ZOError, nearest
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, check_fraction, check_positive
+from zowrap.rules.zo_sgd import zo_sgd
+
+SCALES = ("paper", "code")
+
+
+def lozo(*, lr: float = 1e-6, rank: int = 2, nu: int = 50, scale: str = "paper") -> Rule:
+    """MeZO along low-rank directions that stay in one subspace for ν steps.
+
+    Args:
+        lr: η. 1e-6 as for ``zo_sgd``; the paper's grid is 1e-7 to 1e-6.
+        rank: r of every matrix. 2 is the paper's for most tasks (1 to 4).
+        nu: ν, steps between draws of V. 50 is the paper's (50 or 100).
+        scale: ``"paper"`` divides the update by r; ``"code"`` does not.
+
+    Raises:
+        ZOError: a value outside its range.
+    """
+    check_positive("lozo", lr=lr)
+    return dataclasses.replace(
+        _along_factors(zo_sgd(lr=lr), "lozo", rank, nu, scale),
+        name="lozo",
+        hyper={"rank": rank, "nu": nu, "scale": scale},
+    )
+
+
+def lozo_m(*, lr: float = 1e-6, rank: int = 2, nu: int = 50, scale: str = "paper", beta1: float = 0.9) -> Rule:
+    """LOZO with a momentum that is kept in factored form: one matrix of U's shape.
+
+    Args:
+        lr, rank, nu, scale: as for ``lozo``.
+        beta1: β in [0, 1), the memory of N. 0.9 is the paper's.
+
+    Raises:
+        ZOError: a value outside its range.
+    """
+    check_positive("lozo_m", lr=lr)
+    check_fraction("lozo_m", beta1=beta1)
+    plain = zo_sgd(lr=lr)
+
+    def scalars(state: Scalars, probe: Probe, hyper: Scalars) -> tuple[Scalars, Scalars]:
+        _, coefficients = plain.scalars({}, probe, hyper)
+        return {"epoch": torch.floor(probe.step / nu)}, coefficients
+
+    def left(n: Tensor, g_left: Tensor, c: Scalars) -> Tensor:
+        return beta1 * n + (1 - beta1) * g_left
+
+    return dataclasses.replace(
+        _along_factors(plain, "lozo_m", rank, nu, scale),
+        name="lozo_m",
+        hyper={"rank": rank, "nu": nu, "scale": scale, "beta1": beta1},
+        scalars=scalars,
+        state={"epoch": 0.0},
+        slots={"N": Slot(kind="left")},
+        left=left,
+    )
+
+
+def _along_factors(rule: Rule, name: str, rank: int, nu: int, scale: str) -> Rule:
+    for key, value in (("rank", rank), ("nu", nu)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ZOError(f"{name}: {key} must be a whole number from 1, got {value!r}")
+    if scale not in SCALES:
+        raise ZOError(f"{name}: unknown scale {scale!r}{nearest(scale, SCALES)}")
+    own = f"lozo({rank}, {nu}, {scale})"
+
+    def check(choice: Choice) -> None:
+        if choice.direction != own:
+            raise ZOError(
+                f"{name} draws its own low-rank directions, by its rank and nu: leave direction out, or use another "
+                f"rule with direction={choice.direction!r}"
+            )
+        if choice.estimator == "population":
+            raise ZOError(f"{name} keeps one right factor for all: a population needs one for each example")
+
+    return dataclasses.replace(rule, defaults=Choice(direction=own), check=check)

@@ -1,0 +1,83 @@
+"""Sparse-MeZO: only the small weights of each parameter are perturbed and updated.
+
+    mask = |θ| ≤ h,   z = mask · u,   θ ← θ − η g z
+
+with h the (1 − sparsity) quantile of |θ| within each parameter, and the mask from the unperturbed θ, so that it is
+the same at every point of a step and in the update. Source: 2402.15751, Algorithm 1, which takes h once, from the
+weights as they are at first; ``refresh=K`` takes it anew every K steps.
+
+Sparsity is a property of the direction, so it serves other rules too: ``direction="sparse(0.75)"``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from zowrap.errors import ZOError
+from zowrap.rules.base import Choice, Rule, Scalars, Slot, check_fraction, check_positive, identity
+from zowrap.rules.zo_sgd import zo_sgd
+
+
+def sparse_mezo(*, lr: float = 1e-6, sparsity: float = 0.75, refresh: int = 0) -> Rule:
+    """MeZO on the smallest weights of each parameter alone.
+
+    Args:
+        lr: η. 1e-6 as for ``zo_sgd``; the paper finds that sparse directions bear larger ones.
+        sparsity: in [0, 1), the share of each parameter that stays as it is. 0.75 is the paper's best on most tasks.
+        refresh: take the threshold anew every so many steps; 0, the paper's, keeps the first.
+
+    Raises:
+        ZOError: a value outside its range.
+    """
+    check_positive("sparse_mezo", lr=lr)
+    along = along_sparse(zo_sgd(lr=lr), sparsity=sparsity, refresh=refresh, name="sparse_mezo")
+    return dataclasses.replace(along, name="sparse_mezo", hyper={"sparsity": sparsity, "refresh": refresh})
+
+
+def along_sparse(rule: Rule, *, sparsity: float = 0.75, refresh: int = 0, name: str = "direction 'sparse'") -> Rule:
+    """``rule`` with directions that are zero on the large weights.
+
+    Args:
+        sparsity, refresh: see :func:`sparse_mezo`.
+        name: what errors call this.
+
+    Raises:
+        ZOError: a value outside its range, or a rule that shapes its directions itself.
+    """
+    check_fraction(name, sparsity=sparsity)
+    if not isinstance(refresh, int) or isinstance(refresh, bool) or refresh < 0:
+        raise ZOError(f"{name}: refresh must be a whole number of steps from 0, got {refresh!r}")
+    if rule.direction is not identity:
+        raise ZOError(f"{rule.name} shapes its directions itself: they cannot be sparse as well")
+
+    def check(choice: Choice) -> None:
+        if choice.direction in ("sphere", "unit_sphere"):
+            raise ZOError(f"{name} leaves elements out after a sphere's length is taken: use direction='gaussian'")
+        rule.check(choice)
+
+    def thresholds(w: Tensor, step: int) -> Scalars | None:
+        if step and not (refresh and step % refresh == 0):
+            return None
+        return {"threshold": smallest(w, 1 - sparsity)}
+
+    def direction(u: Tensor, w: Tensor, slots: Scalars, s: Scalars) -> Tensor:
+        return torch.where(w.abs() <= slots["threshold"], u, 0.0)
+
+    return dataclasses.replace(
+        rule,
+        slots={**rule.slots, "threshold": Slot(kind="parameter")},
+        check=check,
+        direction=direction,
+        direction_slots=("threshold",),
+        refresh=thresholds,
+    )
+
+
+def smallest(w: Tensor, share: float) -> Tensor:
+    """The largest |w| among the ``share`` of elements that are smallest: 0-d float32, exact."""
+    count = max(1, math.ceil(share * w.numel() - 1e-9))
+    return torch.kthvalue(w.reshape(-1).abs().float(), min(count, w.numel())).values
