@@ -72,7 +72,7 @@ def test_the_choice_is_recorded_used_and_told(tmp_path, capsys):
     assert trainer.lr_choice == choice == Run(tmp_path).status()["plan"]["choice"]
     assert header["plan"]["learning_rate"] == choice["lr"] == trainer.args.learning_rate
     assert {record["lr"] for record in records} == {choice["lr"]} and len(records) == 24
-    assert choice["steps"] == 24 and 0 < choice["forwards"] <= 16
+    assert choice["steps"] == 24 and 0 < choice["forwards"] <= 32
     assert f"lr {choice['lr']:.2e} chosen for 24 steps with {choice['forwards']} forwards" in capsys.readouterr().err
     # Choosing changes nothing else: the run is the one with that rate given.
     trainer_in(tmp_path / "given", learning_rate=choice["lr"]).train()

@@ -34,15 +34,17 @@ from zowrap.errors import ZOError
 from zowrap.model import ZOModel
 from zowrap.rehearsal import Rehearsal
 
-SHARE = 0.04
+SHARE = 0.05
 # Evaluations of a step's points that the survey may make: this share of the steps planned, between two bounds. Four
-# are needed to find the scale and four more to average a little; beyond forty the choice no longer changes.
-EVALUATIONS, LEAST, MOST = 0.05, 8, 40
+# are needed to find the scale; a dozen more, because the rise along one direction may be several times the mean, or
+# negative, where few directions of the loss are steep.
+EVALUATIONS, LEAST, MOST = 0.05, 16, 40
+REACH = 4.0  # times ε: from there on the loss is no longer straight and projected gradients come out smaller
 GROWTH = math.sqrt(10.0)  # of ε, while σ* is looked for
 LEVELS = 12  # half decades tried: from ε = 1e-3, weights of size 1000
-OUTLIER = 4.0  # times the target: how much one direction may count in the mean
+OUTLIER = 10.0  # times the target: how much one direction may count in the mean
 REHEARSALS = 5
-NEAR = 2.0  # factor of σ over which F ∝ σ² is good enough to average
+NEAR = 3.5  # factor by which σ may lie below a sample's own for F ∝ σ² to be good enough; above, any
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class LearningRate:
         lr: η.
         steps: steps planned.
         loss: mean loss at θ over the batches that were used.
-        projected_grad: root mean square of the projected gradients.
+        projected_grad: root mean square of the projected gradients, and the standard error of the mean on top.
         sigma: σ*, the ε at which a perturbation raises the loss by ``rise``.
         rise: the rise of the loss that was allowed.
         forwards: forward passes made.
@@ -209,7 +211,7 @@ class _Surveyor:
             zm.accumulate(**batch)
         losses, g = zm.peek()
         zm.discard()
-        if eps == self.eps or (self._two_sided and bool(torch.isfinite(g).all())):
+        if eps < REACH * self.eps:
             self.gradients.append(g.reshape(-1))
         self.made += 1
         self.forwards += len(zm.points) * len(batches)
@@ -251,43 +253,51 @@ class _Surveyor:
 def survey(zm: ZOModel, batches: Iterable[Any], most: int, watch: Callable[[int, int], None] | None = None) -> Survey:
     """Find σ* with at most ``most`` evaluations of a step's points.
 
-    Half decades of σ along the first direction until the rise is passed, then the other directions at the best
+    Half decades of σ on the first batch until the rise is passed, then further directions and batches at the best
     estimate so far: F grows as σ² close to θ and about so at σ*, where the estimate moves less and less.
     """
     at = _Surveyor(zm, batches, most, watch)
     blocks = len(zm.options()["blocks"])  # a joint wandering costs what the blocks' cost together
     first, sigma = at.next_place(), at.eps
+    samples: list[tuple[float, float]] = []
     for _ in range(LEVELS):
         sigma *= GROWTH
-        rise = blocks * at.rise(first, sigma)
-        if rise > SHARE * abs(at.loss):
+        samples.append((sigma, blocks * at.rise(first, sigma)))
+        if samples[-1][1] > SHARE * abs(at.loss):
             break
     else:
         raise ZOError(
             f"lr='auto' found nothing to go by: a perturbation of {sigma:.1g} leaves the loss at {at.loss:.4g}; "
             "what moves does not change it, or give lr a number"
         )
-    samples = [(sigma, rise)]
     while at.made + 2 <= most:
-        target = SHARE * abs(at.loss)
-        sigma = _crossing(samples, target)
-        samples.append((sigma, blocks * at.rise(at.next_place(), sigma)))
+        place = at.next_place()
+        sigma = _crossing(samples, SHARE * abs(at.loss))
+        samples.append((sigma, blocks * at.rise(place, sigma)))
     target = SHARE * abs(at.loss)
-    g = torch.cat(at.gradients).double()
     rows = first.projected_grad.numel() if first.losses.ndim == 2 else 1
-    rms = float(g.square().mean().sqrt())
-    return Survey(at.loss, rms, _crossing(samples, target), target, at.forwards, rows)
+    squares = [float(g.double().square().mean()) for g in at.gradients]
+    return Survey(at.loss, math.sqrt(_upper(squares)), _crossing(samples, target), target, at.forwards, rows)
 
 
 def _crossing(samples: list[tuple[float, float]], target: float) -> float:
-    """σ at which the mean rise is ``target``: samples near it are carried there along F ∝ σ² and averaged."""
-    sigma, rise = samples[0]
-    sigma *= max(1 / GROWTH, math.sqrt(target / max(rise, target)))
-    for _ in range(10):
-        near = [each for each in samples if 1 / NEAR < each[0] / sigma < NEAR] or samples[:1]
-        rises = [min(max(rise, -OUTLIER * target), OUTLIER * target) * (sigma / at) ** 2 for at, rise in near]
-        mean = max(statistics.fmean(rises), target / OUTLIER)
-        sigma *= math.sqrt(target / mean)
-        if abs(mean / target - 1) < 0.01:
+    """σ at which the mean rise, and its standard error on top, is ``target``.
+
+    Samples up to a little above σ are carried there along F ∝ σ² and averaged. One alone counts from 0 to a few times
+    the target: a rise is positive in the mean, and a rate that is too high does more harm than one that is too low.
+    """
+    sigma, rise = samples[-1] if len(samples) == 1 else max(samples, key=lambda each: each[1])
+    sigma *= min(1.0, math.sqrt(target / max(rise, target)))
+    for _ in range(20):
+        near = [each for each in samples if each[0] < NEAR * sigma] or samples[:1]
+        rises = [min(max(rise * (sigma / at) ** 2, 0.0), OUTLIER * target) for at, rise in near]
+        change = math.sqrt(target / max(_upper(rises), target / OUTLIER))
+        sigma *= change
+        if abs(change - 1) < 0.005:
             break
     return sigma
+
+
+def _upper(values: list[float]) -> float:
+    """The mean, and its standard error on top: what is measured with few samples counts for more."""
+    return statistics.fmean(values) + (statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0)
