@@ -276,7 +276,7 @@ class ZOTrainer(Trainer):
 
     def _schedule(self, steps: int) -> Callable[[int], float] | None:
         """Step t's learning rate in units of the first; ``None`` where it follows from what is measured on the way."""
-        args = self.args
+        args: Any = self.args
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         scheduler: Any = get_scheduler(
             args.lr_scheduler_type,
