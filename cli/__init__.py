@@ -17,7 +17,7 @@ import typer
 
 from zowrap.errors import ZOError
 
-from . import env, eval, export, inspect, replay, rules, tune
+from . import bench, env, eval, export, inspect, replay, rules, tune
 from .console import Interrupted, fail, json_asked, result, say, stdout_for_result
 from .options import AliasCommand
 
@@ -38,6 +38,10 @@ app.command("replay", cls=AliasCommand)(replay.replay)
 app.command("inspect", cls=AliasCommand)(inspect.inspect_model)
 app.command("rules", cls=AliasCommand)(rules.rules)
 app.command("env", cls=AliasCommand)(env.env)
+
+benches = typer.Typer(help="Measure what things cost on this machine.", no_args_is_help=True)
+benches.command("step", cls=AliasCommand)(bench.step)
+app.add_typer(benches, name="bench")
 
 
 @app.callback()

@@ -223,6 +223,8 @@ def saved_options(options: TuneOptions) -> dict[str, Any]:
     for name in PATHS:
         if values[name] is not None and Path(values[name]).exists():
             values[name] = str(Path(values[name]).absolute())
+    if options.plugin:
+        values["plugin"] = options.plugin  # told when it is missing, never imported from here
     return values
 
 
@@ -238,6 +240,7 @@ def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions,
         raise ZOError("--resume goes on with what --overwrite would remove: give one of them")
     if options.out is None:
         raise ZOError("which run is to go on? give --out RUN")
+    from zowrap.rules import find_recorded
     from zowrap.run import Run
 
     run = Run(options.out)
@@ -252,13 +255,15 @@ def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions,
     saved = config["options"]
     asked = saved_options(options)
     for name, value in asked.items():
-        if name != "out" and name in saved and given(context, name) and value != saved[name]:
+        if name not in ("out", "plugin") and name in saved and given(context, name) and value != saved[name]:
             option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
             say(f"{option} {value} differs from the run's own {saved[name]}, which is used: a run keeps its options")
     fields = {field.name for field in dataclasses.fields(TuneOptions)} - {*PER_CALL, "out"}
     kept = {name: value for name, value in saved.items() if name in fields}
     status = run.status()
     finished = status.get("result") if status.get("state") == "finished" else None
-    if finished is not None:
+    if finished is None:
+        find_recorded(saved["rule"], run.path, saved.get("plugin") or ())
+    else:
         finished = {**finished, "out": options.out, "resumed_from": finished["steps"], "steps_run": 0}
     return dataclasses.replace(options, **kept), finished

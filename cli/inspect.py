@@ -10,7 +10,7 @@ import typer
 from zowrap.errors import ZOError
 
 from .console import quiet_libraries, result
-from .options import Dtype, Json, Trust, option, takes
+from .options import Dtype, Json, Plugin, Trust, option, takes
 
 
 @dataclasses.dataclass
@@ -26,6 +26,7 @@ class InspectOptions:
         dataclasses.field(default_factory=list)
     )
     engine: Annotated[str | None, option("--engine", "compiled or eager.")] = None
+    plugin: Plugin = dataclasses.field(default_factory=list)
     programs: Annotated[bool, option("--programs", "Capture a step and print the program after each pass.")] = False
     dtype: Dtype = None
     trust_remote_code: Trust = False

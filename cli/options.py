@@ -49,6 +49,10 @@ def takes(options: type) -> Callable[[Callable[[typer.Context, Any], Any]], Call
 
     def decorate(function: Callable[[typer.Context, Any], Any]) -> Callable[..., Any]:
         def command(context: typer.Context, **values: Any) -> Any:
+            if values.get("plugin"):
+                from zowrap.rules import plugins
+
+                plugins.load(values["plugin"])
             return function(context, options(**values))
 
         hints = get_type_hints(options, include_extras=True)
@@ -83,6 +87,9 @@ def option(names: str, text: str, panel: str | None = None, **more: Any) -> Any:
 
 # Options that several commands have.
 Json = Annotated[bool, option("--json", "Print one JSON object on stdout; everything else goes to stderr.")]
+Plugin = Annotated[
+    list[str], option("--plugin", "Python file or module that registers update rules of your own. Repeatable.")
+]
 TaskKind = Annotated[str, option("--task", "classification or lm.", "Data")]
 Head = Annotated[
     str, option("--head", "Form of classification: auto, sequence, words (causal LMs), sentence (encoders).", "Data")
@@ -194,6 +201,7 @@ class TuneOptions:
     ] = 0
     dtype: Dtype = None
     trust_remote_code: Trust = False
+    plugin: Plugin = dataclasses.field(default_factory=list)
     resume: Annotated[bool, option("--resume", "Go on from --out with its own options.")] = False
     overwrite: Annotated[bool, option("--overwrite", "Replace what is in --out.")] = False
     config: Annotated[
@@ -203,5 +211,6 @@ class TuneOptions:
     json: Json = False
 
 
-# Not part of what a run is: they say how this one command is to behave.
-PER_CALL = ("resume", "overwrite", "config", "json", "show_examples")
+# Not part of what a run is: they say how this one command is to behave. --plugin is among them because it runs code,
+# and nothing that a run's folder names may do that.
+PER_CALL = ("resume", "overwrite", "config", "json", "show_examples", "plugin")

@@ -11,7 +11,7 @@ import typer
 from zowrap.errors import ZOError
 
 from .console import quiet_libraries, result
-from .options import Json, Trust, option, takes
+from .options import Json, Plugin, Trust, option, takes
 
 
 @dataclasses.dataclass
@@ -20,6 +20,7 @@ class ReplayOptions:
     run: Annotated[str, typer.Argument(help="The run, with its journal.", show_default=False)]
     to: Annotated[str | None, option("--to", "Directory to write: new or empty.")] = None
     overwrite: Annotated[bool, option("--overwrite", "Write into a directory that is not empty.")] = False
+    plugin: Plugin = dataclasses.field(default_factory=list)
     trust_remote_code: Trust = False
     json: Json = False
 
@@ -31,12 +32,14 @@ def replay(context: typer.Context, options: ReplayOptions) -> None:
         raise ZOError("where to? give --to DIR")
     check_target(options.to, options.overwrite, "--to")
     quiet_libraries()
+    from zowrap.rules import find_recorded
     from zowrap.run import Run, replay_run
     from zowrap.tasks import choose_dtype, from_record, open_source
 
     if not Path(options.run).is_dir():
         raise ZOError(f"no such run: {options.run}")
     config = Run(options.run).config()
+    find_recorded(config["options"]["rule"], options.run, config["options"].get("plugin") or ())
     task = from_record(config["task"])
     source = open_source(options.model, options.trust_remote_code)
     dtype, _ = choose_dtype(config["options"].get("dtype"), source)

@@ -11,29 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
-import zowrap
 from zowrap import noise, rules
+from zowrap.testing import EPS, LR, draw_losses, wrap
 
-LR, EPS = 0.05, 1e-3
-
-
-class Stack(nn.Module):
-    """Two numbered layers of odd shapes; the loss is never evaluated."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(3, 5), nn.Linear(5, 2)])
-        with torch.no_grad():
-            for i, p in enumerate(self.parameters()):
-                p.copy_(torch.linspace(-1, 1, p.numel()).reshape(p.shape) * (i + 1))
-
-
-def wrap(rule: Any, *, engine: str = "eager", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    model = Stack().to(torch.bfloat16).to(dtype)  # the same weights in every dtype
-    options = {"lr": LR, "eps": EPS, "seed": 3, **options}
-    return zowrap.zo_wrap(model, rule, loss_fn=lambda m, b: m.layers[0].bias.sum(), engine=engine, **options)
+__all__ = ["CASES", "EPS", "KINDS", "LR", "draw_losses", "feed", "flat", "name_of", "noise_of", "wrap"]
 
 
 class Seen(NamedTuple):
@@ -48,13 +30,6 @@ class Seen(NamedTuple):
     u: np.ndarray
     losses: np.ndarray
     factors: list[tuple[np.ndarray, np.ndarray | None]] | None = None
-
-
-def draw_losses(zm: Any, steps: int, seed: int = 0) -> list[torch.Tensor]:
-    """Losses whose projected gradients span four orders of magnitude."""
-    draw = np.random.default_rng(seed)
-    shape = len(zm._points) + zm._candidates
-    return [torch.tensor(draw.normal(size=shape) * EPS * 10 ** draw.uniform(-2, 2)).float() for _ in range(steps)]
 
 
 def slopes(estimator: str, losses: np.ndarray) -> np.ndarray:

@@ -67,3 +67,4 @@ def test_the_table_of_rules_is_the_registry() -> None:
         (row,) = re.findall(rf"^\| `{name}`.*$", README, re.M)
         assert entry.paper in row, name
         assert entry.forwards in row, name
+        assert row.split("|")[3].split()[0] == entry.memory.split()[0], name

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from zowrap import lowrank, noise
+from zowrap import noise
 from zowrap.compiler import Compiled, compile_function
 from zowrap.directions import Direction, integer_squares
+from zowrap.lowrank import Layout, draw
 from zowrap.rules.base import Rule
 from zowrap.step import at_least_float32, perturbed, update_leaf
 
@@ -127,16 +128,23 @@ class Kernels:
         small = [key, scale, *scalars, coefficients, table]
         return list(self._run(("rows", w.dtype, points), kernel, [w, rows, *slots], small))
 
-    def factors(self, element: Tensor, owner: Tensor, scale: Tensor, keys: Tensor, right_keys: Tensor) -> Tensor:
+    def factors(self, layout: Layout, keys: Tensor, right_keys: Tensor) -> Tensor:
         """:func:`zowrap.lowrank.draw` in one loop, for any number of directions and parameters."""
         table = noise.gaussian_table(keys.device)
+        out = torch.empty(keys.shape[0], layout.size, device=keys.device)
         key = ("factors", keys.device)
         if key not in self._compiled:
-            function = lambda *inputs: (lowrank.draw(*inputs),)  # noqa: E731
-            examples = [element.new_zeros(64), owner.new_zeros(64), scale.new_zeros(64)]
-            examples += [keys.new_zeros(3, 5, 2), keys.new_zeros(3, 5, 2)]
-            self._compiled[key] = compile_function(function, [*examples, table], range(5), fixed=(2,))
-        return self._compiled[key](element, owner, scale, keys, right_keys, table)[0]
+
+            def kernel(*inputs: Tensor) -> tuple:
+                draw(*inputs)
+                return ()
+
+            sizes = ((3, 64), (7,), (10,), (10,), (3, 5, 2), (3, 5, 2))
+            given = (out, layout.owner, layout.start, layout.scale, keys, right_keys)
+            examples = [t.new_zeros(size) for t, size in zip(given, sizes, strict=True)]
+            self._compiled[key] = compile_function(kernel, [*examples, table], range(6), fixed=(2,))
+        self._compiled[key](out, layout.owner, layout.start, layout.scale, keys, right_keys, table)
+        return out
 
     def squared_norm(self, like: Tensor, key: Tensor) -> Tensor:
         """0-d int64 sum of :func:`zowrap.directions.integer_squares` over the raw noise of a parameter (flat)."""

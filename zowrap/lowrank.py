@@ -45,36 +45,47 @@ class Place:
         return buffer.narrow(-1, self.right, self.columns * self.rank).unflatten(-1, (self.columns, self.rank))
 
 
+GRAIN_BITS = 5
+GRAIN = (
+    1 << GRAIN_BITS
+)  # factors start at multiples of this, so that whose an element is takes one number for so many elements
+
+
 class Layout:
     """Where the factors of a block's parameters lie in one flat buffer.
 
     Attributes:
         places: by parameter index.
         size: elements of the buffer.
-        element: int32 ``[size]``, each element's index within its own factor.
-        owner: int64 ``[size]``, row of ``cat(keys, right_keys)`` that its noise has for a key.
-        scale: float32 ``[size]``.
+        owner: int32 ``[size / GRAIN]``: whose each run of elements is, as a row of ``cat(keys, right_keys)``.
+        start: int32 ``[2 parameters]``, first element of each owner.
+        scale: float32 ``[2 parameters]``, what each owner's noise is multiplied by.
     """
 
     def __init__(self, parameters: Sequence[Parameter], indices: Sequence[int], law: LowRank) -> None:
         self.law = law
         self.places: dict[int, Place] = {}
         device = parameters[indices[0]].tensor.device
-        elements, owners, scales, start = [], [], [], 0
+        starts, scales = [0] * (2 * len(parameters)), [1.0] * (2 * len(parameters))
+        owners: list[Tensor] = []
+        self.size = 0
+
+        def take(owner: int, count: int, scale: float) -> int:
+            start, grains = self.size, -(-count // GRAIN)
+            starts[owner], scales[owner] = start, scale
+            owners.append(torch.full((grains,), owner, dtype=torch.int32, device=device))
+            self.size += grains * GRAIN
+            return start
+
         for i in indices:
             rows, columns, rank = matrix_shape(parameters[i].tensor, law.rank)
             vector = parameters[i].tensor.ndim < 2
-            runs = [(rows * rank, i, 1.0 if vector else law.probe)]
-            if not vector:
-                runs.append((columns * rank, len(parameters) + i, 1.0))
-            self.places[i] = Place(rows, columns, rank, start, None if vector else start + rows * rank)
-            for count, owner, scale in runs:
-                elements.append(torch.arange(count, dtype=torch.int32, device=device))
-                owners.append(torch.full((count,), owner, dtype=torch.int64, device=device))
-                scales.append(torch.full((count,), scale, dtype=torch.float32, device=device))
-                start += count
-        self.size = start
-        self.element, self.owner, self.scale = torch.cat(elements), torch.cat(owners), torch.cat(scales)
+            left = take(i, rows * rank, 1.0 if vector else law.probe)
+            right = None if vector else take(len(parameters) + i, columns * rank, 1.0)
+            self.places[i] = Place(rows, columns, rank, left, right)
+        self.owner = torch.cat(owners)
+        self.start = torch.tensor(starts, dtype=torch.int32, device=device)
+        self.scale = torch.tensor(scales, dtype=torch.float32, device=device)
 
     def update_factor(self, index: int) -> float:
         """What z counts for in the update of that parameter."""
@@ -88,17 +99,23 @@ def matrix_shape(w: Tensor, rank: int) -> tuple[int, int, int]:
     return w.shape[0], w.numel() // max(w.shape[0], 1), rank
 
 
-def draw(element: Tensor, owner: Tensor, scale: Tensor, keys: Tensor, right_keys: Tensor, table: Tensor) -> Tensor:
-    """The factors of several directions: float32 ``[directions, size]``.
+def draw(
+    out: Tensor, owner: Tensor, start: Tensor, scale: Tensor, keys: Tensor, right_keys: Tensor, table: Tensor
+) -> None:
+    """Write the factors of several directions.
 
     Args:
-        element, owner, scale: of a :class:`Layout`.
+        out: float32 ``[directions, size]``.
+        owner, start, scale: of a :class:`Layout`.
         keys, right_keys: int32 ``[directions, parameters, 2]``.
         table: :func:`zowrap.noise.gaussian_table`.
     """
-    own = torch.cat((keys, right_keys), dim=1).index_select(1, owner)
+    index = torch.arange(out.shape[1], dtype=torch.int32, device=out.device)
+    whose = owner.index_select(0, index >> GRAIN_BITS)
+    element = index - start.index_select(0, whose)
+    own = torch.cat((keys, right_keys), dim=1).index_select(1, whose)
     bits = noise.hash_bits(element, 0, own.permute(2, 0, 1))
-    return noise.gaussian(bits, table) * scale
+    out.copy_(noise.gaussian(bits, table) * scale.index_select(0, whose))
 
 
 def product(left: Tensor, right: Tensor | None, shape: torch.Size) -> Tensor:

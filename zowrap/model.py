@@ -26,6 +26,7 @@ from zowrap.measured import Measured, Measurement
 from zowrap.parameters import Parameter, parameters_hash
 from zowrap.rules import Rule
 from zowrap.rules.base import check_positive
+from zowrap.state import check_state
 from zowrap.step import conclude, reduced
 
 
@@ -510,24 +511,7 @@ class ZOModel:
         Raises:
             ZOError: the state is of another rule, model or set of options (the message names it); nothing changes.
         """
-        mine = self.state_dict()
-        for name in ("rule", "direction", "estimator", "queries", "blocks", "block_order"):
-            if state.get(name) != mine[name]:
-                raise ZOError(
-                    f"this state was saved with {name}={state.get(name)!r}, the model is wrapped with {mine[name]!r}"
-                )
-        tensors = {name: value for name, value in mine.items() if isinstance(value, Tensor)}
-        if state.get("parameters") != mine["parameters"]:
-            raise ZOError("this state is of another model: its tunable parameters have other names or shapes")
-        missing = [name for name in mine if name not in state]
-        if missing:
-            raise ZOError(f"this is not the state of such a model: {missing[0]} is missing")
-        for name, tensor in tensors.items():
-            if not isinstance(state[name], Tensor) or state[name].shape != tensor.shape:
-                raise ZOError(f"this state is of another model: {name} has another shape")
-        extra = [n for n, v in state.items() if isinstance(v, Tensor) and n not in tensors]
-        if extra:
-            raise ZOError(f"this state is of another model: it also holds {extra[0]}")
+        check_state(state, self.state_dict())
         self._set(**{name: float(state[name]) for name in self._values})
         job = self._job
         job.loss.settle_as(state["loss"])
@@ -537,7 +521,7 @@ class ZOModel:
         for slot, slot_tensors in job.slots.items():
             for parameter, tensor in zip(job.parameters, slot_tensors, strict=True):
                 tensor.copy_(state[f"slots/{slot}/{parameter.name}"])
-        self.step_count, self.seed = int(state["step"]), int(state["seed"])
+        self.step_count, self.seed = state["step"], state["seed"]
         self.discard()
 
     def save_pretrained(self, directory: str, metadata: dict[str, str] | None = None, **options: Any) -> None:

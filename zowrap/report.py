@@ -112,7 +112,7 @@ def report(zm: ZOModel) -> Report:
         engine=facts["engine"],
         rule=job.rule.describe(),
         direction=job.direction.name,
-        forwards=len(zm._points),
+        forwards=len(zm._points) + zm._candidates,
         blocks=blocks,
         moves=[
             (

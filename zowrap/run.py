@@ -146,7 +146,7 @@ class Run:
 
 def checkpoint_facts(directory: Path, name: str) -> dict[str, Any]:
     """The ``"environment"`` that a checkpoint was written in, or its run's ``"plan"``; empty where it does not say."""
-    return read_json(directory / STATE).get(name) or {} if (directory / STATE).is_file() else {}
+    return _read_object(directory / STATE).get(name) or {} if (directory / STATE).is_file() else {}
 
 
 def load_checkpoint(directory: str | os.PathLike[str], zm: ZOModel) -> dict[str, Any]:
@@ -168,9 +168,17 @@ def load_checkpoint(directory: str | os.PathLike[str], zm: ZOModel) -> dict[str,
     apart = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
     state = {name: t for name, t in tensors.items() if not name.startswith("weights/")}
     stored = list(_stored_weights(directory, zm, apart))  # all checked before anything changes
-    zm.load_state_dict({**read_json(directory / STATE), **state})
+    trainer_state = _read_object(directory / TRAINER)
+    zm.load_state_dict({**_read_object(directory / STATE), **state})
     _put(zm, stored)
-    return read_json(directory / TRAINER)
+    return trainer_state
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise ZOError(f"{file} is damaged: it holds no JSON object")
+    return value
 
 
 def load_weights(directory: str | os.PathLike[str], zm: ZOModel) -> None:
@@ -279,6 +287,7 @@ def replay_run(
     if journal is None:
         raise ZOError(f"there is no journal at {file}")
     head = journal.header
+    rules.find_recorded(head["rule"], file)
     moves = set(head["parameters"])
     zm = zo_wrap(
         model,

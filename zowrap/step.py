@@ -109,8 +109,12 @@ REDUCE_ELEMENTS = 1 << 20
 def reduced(reduce: Callable[[Scalars], Scalars], slots: Scalars) -> Scalars:
     """Sums over one parameter of the summands that a rule's ``reduce`` makes of its slots: 0-d float64 each."""
     parts = zip(*(slot.reshape(-1).split(REDUCE_ELEMENTS) for slot in slots.values()), strict=True)
-    runs = [reduce(dict(zip(slots, part, strict=True))) for part in parts]
-    return {name: torch.stack([run[name].sum(dtype=torch.float64) for run in runs]).sum() for name in runs[0]}
+    runs = [_summed(reduce(dict(zip(slots, part, strict=True)))) for part in parts]
+    return {name: torch.stack([run[name] for run in runs]).sum() for name in runs[0]}
+
+
+def _summed(summands: Scalars) -> Scalars:
+    return {name: value.sum(dtype=torch.float64) for name, value in summands.items()}
 
 
 def perturbed(w: Tensor, z: Tensor, coefficient: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def test_rules(zowrap_cli: Cli) -> None:
 
     assert [rule["name"] for rule in zowrap_cli("rules", "--json").json["rules"]] == list(REGISTRY)
     told = zowrap_cli("rules")
-    assert "meazo: " in told.out and "also mezo" in told.out
+    assert "meazo: " in told.out and "zo_sgd (also mezo)" in told.out and told.err == ""
 
 
 def test_env(zowrap_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,7 @@ class CompiledEngine:
         if not self._ready(block):
             return self.eager.factors(block, keys, right_keys)
         layout = self.job.layouts[block]
-        return self.kernels.factors(layout.element, layout.owner, layout.scale, keys, right_keys)
+        return self.kernels.factors(layout, keys, right_keys)
 
     @torch.no_grad()
     def update(self, streams: Sequence[DirectionStream], rounding_keys: Tensor, conclusion: Conclusion) -> None:

@@ -99,7 +99,9 @@ class EagerEngine:
     @torch.no_grad()
     def factors(self, block: int, keys: Tensor, right_keys: Tensor) -> Tensor:
         layout, table = self.job.layouts[block], noise.gaussian_table(keys.device)
-        return lowrank.draw(layout.element, layout.owner, layout.scale, keys, right_keys, table)
+        out = torch.empty(keys.shape[0], layout.size, device=keys.device)
+        lowrank.draw(out, layout.owner, layout.start, layout.scale, keys, right_keys, table)
+        return out
 
     @torch.no_grad()
     def squared_norm(self, block: int, keys: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """Update rules. Adding one touches its own file and one line of :data:`REGISTRY`, which feeds the command line's
-choices, the documentation's table and the tests' parameter lists."""
+choices, the documentation's table and the tests' parameter lists. A rule from elsewhere joins by :func:`register`."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zowrap.errors import ZOError, nearest
+from zowrap.errors import ZOError, ZOWarning, nearest
+from zowrap.rules import plugins
 from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot
 from zowrap.rules.conmezo import conmezo
 from zowrap.rules.fzoo import fzoo
@@ -40,6 +42,7 @@ __all__ = [
     "meazo",
     "mezo",
     "radazo",
+    "register",
     "sparse_mezo",
     "zo_adam",
     "zo_adamm",
@@ -56,7 +59,7 @@ class Entry:
 
     Attributes:
         constructor: keyword arguments only, all with defaults; returns a :class:`Rule`.
-        paper: arXiv number.
+        paper: arXiv number; of a registered rule any source.
         memory: state in units of the tunable parameters (float32).
         forwards: forward passes per step, in terms of q queries.
         scale_free: whether multiplying the loss by a constant leaves the step unchanged.
@@ -94,6 +97,30 @@ REGISTRY: dict[str, Entry] = {
 ALIASES = {"mezo": "zo_sgd"}
 
 
+def register(name: str, constructor: Callable[..., Rule], *, paper: str, scale_free: bool = False) -> None:
+    """Add a rule from elsewhere to :data:`REGISTRY`: every command, ``zo_wrap`` and the trainer know it from then on.
+
+    Registering the same constructor again, a reloaded module's for example, replaces it. How much state the rule keeps
+    and how many forwards a step takes are read off the rule itself.
+
+    Args:
+        name: what users write, ``my_rule``; also the name of the :class:`Rule` that the constructor returns.
+        constructor: keyword arguments only, all with defaults, ``lr`` among them; the first line of its docstring is
+            what ``zowrap rules`` prints. Called without arguments it must return a rule whose ``hyper`` holds the
+            value of every other keyword, plain enough for JSON: a journal records them and builds the rule again.
+        paper: where the rule is from: an arXiv number, a title, your own name.
+        scale_free: whether multiplying the loss by a constant leaves the step unchanged.
+
+    Raises:
+        ZOError: the name is taken, or the constructor is not as above; nothing is registered then.
+    """
+    plugins.check_name(name, REGISTRY, ALIASES, constructor)
+    rule = plugins.check_constructor(name, constructor)
+    if not isinstance(paper, str) or not paper.strip():
+        raise ZOError(f"{name} cannot be registered: paper must say where the rule is from, got {paper!r}")
+    REGISTRY[name] = Entry(constructor, paper, plugins.memory(rule), plugins.forwards(rule), bool(scale_free))
+
+
 def get(rule: str | Rule, **hyper: Any) -> Rule:
     """The rule of that name with its defaults and ``hyper`` over them; a :class:`Rule` passes through.
 
@@ -106,12 +133,47 @@ def get(rule: str | Rule, **hyper: Any) -> Rule:
         return rule
     if not isinstance(rule, str):
         raise ZOError(f"rule is a name or a rule of zowrap.rules, got {type(rule).__name__}")
+    entry = find(rule)
     name = ALIASES.get(rule, rule)
-    if name not in REGISTRY:
-        raise ZOError(f"unknown rule {rule!r}{nearest(rule, [*REGISTRY, *ALIASES])}")
-    entry = REGISTRY[name]
     known = entry.defaults()
     for key in hyper:
         if key not in known:
             raise ZOError(f"{name} has no hyper-parameter {key!r}{nearest(key, known)}")
     return entry.constructor(**hyper)
+
+
+def find(name: str) -> Entry:
+    """The registered rule of that name or alias; installed packages are asked for one that is not known yet.
+
+    Raises:
+        ZOError: there is none.
+    """
+    known = ALIASES.get(name, name)
+    if known not in REGISTRY:
+        for sentence in plugins.load_installed():
+            warnings.warn(sentence, ZOWarning, stacklevel=3)
+    if known not in REGISTRY:
+        hint = nearest(name, [*REGISTRY, *ALIASES])
+        own = "" if "mean" in hint else "; a rule of your own must be registered first, on the command line by --plugin"
+        raise ZOError(f"unknown rule {name!r}{hint}{own}")
+    return REGISTRY[known]
+
+
+def find_recorded(name: str, where: object, named: Sequence[str] = ()) -> Entry:
+    """:func:`find` for a rule that a run on disk was made by.
+
+    Args:
+        where: the run, for the message.
+        named: the plugins that it was made with, for the message alone: what a run names is never imported.
+
+    Raises:
+        ZOError: the rule is not registered here; the message says what to do.
+    """
+    try:
+        return find(name)
+    except ZOError:
+        given = f" (then: {', '.join(named)})" if named else ""
+        raise ZOError(
+            f"{where} was made by the rule {name!r}, which is not registered here: give the file or module that "
+            f"registers it by --plugin{given}, or import it first in Python; what a run names is not imported by itself"
+        ) from None

@@ -171,10 +171,13 @@ def received_share(beta: float, n: Tensor) -> Tensor:
 
 
 def check_positive(rule: str, **values: float) -> None:
-    """Raise :class:`ZOError` unless every value is a positive finite number."""
+    """Raise :class:`ZOError` unless every value is a positive finite number, in float32 too: there it is used."""
+    float32 = torch.finfo(torch.float32)
     for name, value in values.items():
-        if not _is_number(value) or not math.isfinite(value) or value <= 0:
+        if not _is_number(value) or not 0 < value < math.inf:
             raise ZOError(f"{rule}: {name} must be a positive finite number, got {value!r}")
+        if not float32.tiny <= value <= float32.max:
+            raise ZOError(f"{rule}: {name} must lie in the range of float32, 1.2e-38 to 3.4e38, got {value!r}")
 
 
 def check_fraction(rule: str, **values: float) -> None:

@@ -1,0 +1,165 @@
+"""What ``zowrap bench step`` compares. Each contender is one callable that makes one step."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import zowrap
+from zowrap.errors import ZOError, nearest
+from zowrap.loss import LossModule
+from zowrap.modes import evaluation_mode
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Contender:
+    """One row of the table.
+
+    Attributes:
+        step: makes one step on the batch.
+        per_call: how many steps one call makes (a sweep over all blocks counts as so many).
+        compile_seconds: what its first call spent compiling; None where nothing is compiled.
+    """
+
+    name: str
+    step: Callable[[], Any]
+    per_call: int = 1
+    compile_seconds: float | None = None
+    close: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Row:
+    """How to make a contender of this library."""
+
+    name: str
+    options: dict[str, Any]
+    lora: bool = False
+
+
+OURS = (
+    Row("gaussian", {"rule": "zo_sgd"}),
+    Row("gaussian, sequential", {"rule": "zo_sgd", "memory": "sequential"}),
+    Row("rademacher", {"rule": "zo_sgd", "direction": "rademacher"}),
+    Row("lowrank(1)", {"rule": "zo_sgd", "direction": "lowrank(1)"}),
+    Row("population, lowrank(1)", {"rule": "zo_sgd", "estimator": "population"}),
+    Row("one layer per step", {"rule": "zo_sgd", "blocks": "layer"}),
+    Row("LoRA r8", {"rule": "zo_sgd"}, lora=True),
+    Row("meazo", {"rule": "meazo"}),
+    Row("conmezo", {"rule": "conmezo"}),
+    Row("zo_adam", {"rule": "zo_adam"}),
+    Row("radazo", {"rule": "radazo"}),
+    Row("lozo", {"rule": "lozo"}),
+    Row("sparse_mezo", {"rule": "sparse_mezo"}),
+)
+PLAIN = ("two eager forwards", "two compiled forwards", "classic MeZO")
+YARDSTICK = "two compiled forwards"
+NAMES = (*PLAIN, *(row.name for row in OURS))
+
+
+def make(name: str, model: torch.nn.Module, batch: Batch) -> Contender:
+    """The contender of that name around ``model``, which moves.
+
+    Raises:
+        ZOError: unknown name.
+    """
+    if name == "two eager forwards":
+        return Contender(name, lambda: (_loss(model, batch), _loss(model, batch)))
+    if name in PLAIN:
+        compiled, seconds = _compiled(model, batch)
+        if name == YARDSTICK:
+            return Contender(name, lambda: (compiled(batch), compiled(batch)), compile_seconds=seconds)
+        mezo = ClassicMeZO(model, lambda: compiled(batch))
+        return Contender(name, mezo.step, compile_seconds=seconds)
+    row = next((row for row in OURS if row.name == name), None)
+    if row is None:
+        raise ZOError(f"unknown row {name!r}{nearest(name, NAMES)}")
+    return _ours(row, model, batch)
+
+
+def _ours(row: Row, model: torch.nn.Module, batch: Batch) -> Contender:
+    if row.lora:
+        model = _with_adapters(model)
+    zm = zowrap.zo_wrap(model, lr=1e-7, engine="compiled", **row.options)
+    blocks = len(zm.inspect().blocks)
+    start = time.perf_counter()
+    for _ in range(blocks):
+        zm.step(**batch)
+    seconds = time.perf_counter() - start
+
+    def sweep() -> None:
+        for _ in range(blocks):
+            zm.step(**batch)
+
+    return Contender(row.name, sweep, per_call=blocks, compile_seconds=seconds)
+
+
+def _with_adapters(model: torch.nn.Module) -> torch.nn.Module:
+    try:
+        import peft
+    except ImportError:
+        raise ZOError("the LoRA row needs peft: pip install 'zowrap[peft]', or choose rows with --row") from None
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config).eval()  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    return model(**batch, use_cache=False).loss
+
+
+def _compiled(model: torch.nn.Module, batch: Batch) -> tuple[Callable[[Batch], torch.Tensor], float]:
+    """The plain loss by torch.compile, for this very batch size, and the seconds its first call took."""
+    module = LossModule(model)
+    function = torch.compile(lambda b: torch.sum(module(b)[0]), dynamic=False)
+
+    @torch.no_grad()
+    def call(given: Batch) -> torch.Tensor:
+        with evaluation_mode(module):
+            return function(given)
+
+    start = time.perf_counter()
+    call(batch)
+    return call, time.perf_counter() - start
+
+
+@dataclass
+class ClassicMeZO:
+    """The published algorithm as its pseudo-code reads (2305.17333, Algorithm 1): weights perturbed in place.
+
+    Noise comes from torch's generator under one seed a step and is drawn four times: +ε, −2ε, +ε, update.
+    """
+
+    model: torch.nn.Module
+    loss: Callable[[], torch.Tensor]
+    lr: float = 1e-7
+    eps: float = 1e-3
+    steps: int = 0
+    parameters: list[torch.Tensor] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self._move(self.eps)
+        higher = self.loss()
+        self._move(-2 * self.eps)
+        lower = self.loss()
+        self._move(self.eps)
+        projected_grad = float(higher - lower) / (2 * self.eps)
+        self._move(-self.lr * projected_grad)
+        self.steps += 1
+
+    def _move(self, coefficient: float) -> None:
+        torch.manual_seed(self.steps)
+        for p in self.parameters:
+            z = torch.normal(mean=0.0, std=1.0, size=p.shape, device=p.device, dtype=p.dtype)
+            p.add_(z, alpha=coefficient)

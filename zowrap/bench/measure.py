@@ -1,0 +1,102 @@
+"""Times and memory of contenders, measured so that they can be compared.
+
+Times are taken in one process, one step of each contender in turn, round after round, so that a slow minute of the
+machine slows all of them; a ratio is the median over rounds of (this one / the yardstick in the same round). Peak
+memory is the process's, in a process of its own per contender, above what it held before its first step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zowrap.bench.contenders import YARDSTICK, Contender
+
+
+def interleaved(contenders: Sequence[Contender], rounds: int) -> dict[str, list[float]]:
+    """Seconds per step of each contender in each round."""
+    times: dict[str, list[float]] = {c.name: [] for c in contenders}
+    for _ in range(rounds):
+        for contender in contenders:
+            _synchronise()
+            start = time.perf_counter()
+            contender.step()
+            _synchronise()
+            times[contender.name].append((time.perf_counter() - start) / contender.per_call)
+    return times
+
+
+def ratios(times: dict[str, list[float]], name: str) -> list[float]:
+    """This contender's time over the yardstick's, round by round."""
+    return [a / b for a, b in zip(times[name], times[YARDSTICK], strict=True)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    if len(values) < 2:
+        return {"median": values[0], "low": values[0], "high": values[0]}
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def peak_bytes(contender: Contender, steps: int = 3) -> int | None:
+    """Most memory held at once during some steps, above what is held between them; None where that is not known.
+
+    On Linux it is the resident set, with the allocator's free pages returned first; on CUDA the allocator's own peak.
+    """
+    contender.step()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(steps):
+            contender.step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        reset.write_text("5")  # forgets the peak of the resident set
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    for _ in range(steps):
+        contender.step()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    found = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
