@@ -145,7 +145,8 @@ def unmoved(zm: ZOModel) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(generators)
-        zm.load_state_dict({**state, "loss": zm.loss_module.form})
+        zm.load_state_dict({**state, "loss": zm.loss_module.form, "lr": zm.rule.lr})
+        zm._set(lr=state["lr"])  # which may not be chosen yet: no state to load
 
 
 @dataclass
