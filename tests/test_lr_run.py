@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 
 import zowrap
 from tests.tiny_run import rows, same_weights, tiny_llama, trainer_in
+from zowrap import plan as plan_module
 from zowrap import rules
-from zowrap import trainer as trainer_module
 from zowrap.errors import ZOError
 from zowrap.run import Run, replay_run
 from zowrap.trainer import ZOConfig
@@ -61,7 +61,7 @@ def no_search(monkeypatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the learning rate was chosen again")
 
-    monkeypatch.setattr(trainer_module, "tune_lr", refuse)
+    monkeypatch.setattr(plan_module, "tune_lr", refuse)
 
 
 def test_the_choice_is_recorded_used_and_told(tmp_path, capsys):

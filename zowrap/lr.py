@@ -72,8 +72,8 @@ class LearningRate:
     def __str__(self) -> str:
         return (
             f"lr {self.lr:.2e} chosen for {self.steps} steps with {self.forwards} forwards: a perturbation of "
-            f"{self.sigma:.2g} raises the loss of {self.loss:.3g} by {self.rise:.2g}, and at this rate the steps' noise "
-            f"adds up to that much by the end (|projected gradient| {self.projected_grad:.3g})"
+            f"{self.sigma:.2g} raises the loss of {self.loss:.3g} by {self.rise:.2g}, and at this rate the noise of "
+            f"the steps adds up to that by the end (|projected gradient| {self.projected_grad:.3g})"
         )
 
     def record(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def tune_lr(
     Args:
         zm: the wrapped model, before its first step.
         batches: training batches as ``zm.step(**batch)`` takes them, or lists of the micro-batches of one step. As
-            many are taken as are used (about a fiftieth of ``steps``, from 3 to 20), fewer are used again.
+            many are taken as are used, at most 20; fewer are used again.
         steps: steps planned.
         schedule: ``schedule(t)``, step t's rate in units of η; constant by default.
         watch: called before each evaluation with the number made and the most there will be.

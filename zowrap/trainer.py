@@ -7,28 +7,24 @@ What differs is what lies on the disk, see :mod:`zowrap.run`.
 
 from __future__ import annotations
 
-import itertools
-import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, get_scheduler
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from zowrap import evaluation, export
 from zowrap.config import ZOConfig
 from zowrap.errors import ZOError
 from zowrap.keeper import Interrupted, Keeper, KeeperCallback
-from zowrap.lr import tune_lr
 from zowrap.model import StepResult, ZOModel
+from zowrap.plan import settle_lr
 from zowrap.resume import Start, find_start, say
 from zowrap.run import Run, load_weights
 from zowrap.signals import stop_signals
@@ -206,7 +202,7 @@ class ZOTrainer(Trainer):
                     self._resuming = start
                     kwargs["resume_from_checkpoint"] = folder
                 try:
-                    self._settle_lr(start)
+                    settle_lr(self, self._keeper, start)
                     output = super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs)
                 except Interrupted:
                     self.is_in_train = False
@@ -224,68 +220,6 @@ class ZOTrainer(Trainer):
         if self.args.load_best_model_at_end and self.best_step is not None:
             self._load_best_model()
         return output._replace(training_loss=self._keeper.mean_loss())
-
-    def _settle_lr(self, start: Start) -> None:
-        """The run's learning rate: what it began with, else the one given, else the choice of :func:`tune_lr`."""
-        args, plan = self.args, start.plan
-        began_with = plan.get("learning_rate")
-        if began_with is None and args.auto_lr:
-            began_with = self.zm.lr if start.step else self._choose_lr(start)
-        elif began_with is not None and args.auto_lr:
-            say(f"going on with learning rate {began_with:g}, as it was chosen at the first start")
-        elif began_with is not None and not args.auto_lr and began_with != args.learning_rate:
-            say(f"going on with learning rate {began_with:g}, as the run began, not {args.learning_rate:g}")
-        if began_with is not None:
-            args.learning_rate = began_with
-        self._keeper.planned(learning_rate=args.learning_rate)
-        if not start.step:
-            self.zm.lr = float(args.learning_rate)  # type: ignore[arg-type]
-
-    def _choose_lr(self, start: Start) -> float:
-        """``lr="auto"``, on the batches that the first steps will see."""
-
-        def watch(done: int, most: int) -> None:
-            if self._keeper.signal.stopped:
-                raise Interrupted
-            for callback in self.callback_handler.callbacks:
-                if hasattr(callback, "on_choose_lr"):
-                    callback.on_choose_lr(done, most)
-
-        try:
-            with generators_kept():
-                choice = tune_lr(
-                    self.zm,
-                    self._first_batches(),
-                    start.state.max_steps,
-                    schedule=self._schedule(start.state.max_steps),
-                    watch=watch,
-                )
-        except ZOError:
-            self._keeper.failed_at_once()
-            raise
-        self._keeper.planned(choice=choice.record())
-        say(str(choice))
-        return choice.lr
-
-    def _first_batches(self) -> Iterator[list[dict[str, Any]]]:
-        """The micro-batches of the first steps, read past what counts them for the training loop."""
-        loader: Any = self.get_train_dataloader()
-        batches = iter(getattr(loader, "base_dataloader", loader))
-        while group := list(itertools.islice(batches, self.args.gradient_accumulation_steps)):
-            yield [self._prepare_inputs(batch) for batch in group]
-
-    def _schedule(self, steps: int) -> Callable[[int], float] | None:
-        """Step t's learning rate in units of the first; ``None`` where it follows from what is measured on the way."""
-        args: Any = self.args
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        scheduler: Any = get_scheduler(
-            args.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=args.get_warmup_steps(steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-        )
-        return scheduler.lr_lambdas[0] if hasattr(scheduler, "lr_lambdas") else None
 
     def _nothing_left(self, start: Start) -> TrainOutput:
         """Every step is done; of a run that was killed after its last one, the end is still to be written."""
@@ -391,18 +325,6 @@ class ZOTrainer(Trainer):
             logs.pop("grad_norm", None)
             logs.update(self._keeper.logged())
         super().log(logs, start_time)
-
-
-@contextmanager
-def generators_kept() -> Iterator[None]:
-    """Afterwards the global generators stand where they stood."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 def _check_arguments(model: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -302,7 +302,7 @@ def test_resume_uses_the_runs_own_options(
 def test_the_learning_rate_is_chosen_once(
     zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zowrap import trainer
+    from zowrap import plan
     from zowrap.cli import progress
 
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -332,7 +332,7 @@ def test_the_learning_rate_is_chosen_once(
     monkeypatch.setattr(progress, "Progress", Stop)
     assert zowrap_cli("tune", models["encoder"], *options, "--out", run).code == 1
     Stop.stop_at = -1
-    monkeypatch.setattr(trainer, "tune_lr", lambda *args, **kwargs: pytest.fail("chosen again"))
+    monkeypatch.setattr(plan, "tune_lr", lambda *args, **kwargs: pytest.fail("chosen again"))
     resumed = zowrap_cli("tune", "--resume", "--out", run, "--json")
     assert resumed.code == 0, resumed.err
     assert f"going on with learning rate {record['lr']:g}, as it was chosen at the first start" in resumed.err
