@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.papers.finetune import Cell, Workbench
 from benchmarks.papers.grid import best_of
+
 from zowrap.lr import SHARE, tune_lr
 
 RESULT = Path(__file__).parents[1] / "results" / "auto_lr.json"
