@@ -62,7 +62,7 @@ def test_the_choice_is_where_the_formula_puts_it():
     choice = tune_lr(bowl(), slopes(), 400)
     sigma = math.sqrt(2 * SHARE * HEIGHT / (CURVATURE * 800))  # F(σ) = ½ CURVATURE σ² d
     assert choice.sigma == pytest.approx(sigma, rel=0.1)
-    assert choice.rise == pytest.approx(SHARE * HEIGHT, rel=0.01)
+    assert choice.change == pytest.approx(SHARE * HEIGHT, rel=0.01)
     assert choice.loss == pytest.approx(HEIGHT, rel=0.01)
     assert choice.projected_grad == pytest.approx(5, rel=0.3)
     assert choice.lr == pytest.approx(sigma / math.sqrt(400), rel=0.15)  # meazo's steps are η z on average
@@ -78,7 +78,7 @@ def test_the_noise_of_a_run_at_the_chosen_rate_costs_what_was_allowed(name):
         zm.step(**next(batches))
     still = {"slope": torch.zeros(1, 800), "scale": torch.tensor(1.0)}
     rise = float(zm.loss(**still)) - HEIGHT  # there is nothing to learn: all of it is wandering
-    assert 0.3 * choice.rise < rise < 3 * choice.rise, (name, rise, choice)
+    assert 0.3 * choice.change < rise < 3 * choice.change, (name, rise, choice)
 
 
 @pytest.mark.parametrize("name", rules.REGISTRY)

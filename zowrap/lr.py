@@ -1,13 +1,13 @@
 """``lr="auto"``: a learning rate from a few forwards, before the first step, for any rule.
 
 A step of size η moves along the descent direction, and, because one direction tells so little of it, mostly at
-random: after T steps the weights have wandered σ_T away, measured in units of the perturbation. Learning is what is
-left of that; the wandering by itself raises the loss by
+random: after T steps the weights have wandered σ_T away, measured in units of the perturbation. A run may wander as far
+as the loss looks much the same from there. What a perturbation of that size changes beside the slope,
 
-    F(σ) = E_z f(θ + σz) − f(θ)
+    F(σ) = E_z | ½ f(θ + σz) + ½ f(θ − σz) − f(θ) |
 
-which forwards measure without a step. η is chosen so that the wandering of the whole run costs a fixed share of the
-loss, F(σ_T) = SHARE · f(θ). Two measurements answer that, and neither writes a weight:
+forwards measure without a step. η is chosen so that the wandering of the whole run would change the loss of a batch by
+a fixed share, F(σ_T) = SHARE · f(θ). Two measurements answer that, and neither writes a weight:
 
 1. σ* with F(σ*) = SHARE · f(θ), by forwards at growing ε along directions of the run, on batches of the training
    data (:func:`survey`). The same forwards give the size of the projected gradients.
@@ -34,17 +34,17 @@ from zowrap.errors import ZOError
 from zowrap.model import ZOModel
 from zowrap.rehearsal import Rehearsal
 
-SHARE = 0.05
+SHARE = 0.08
 # Evaluations of a step's points that the survey may make: this share of the steps planned, between two bounds. Four
-# are needed to find the scale; a dozen more, because the rise along one direction may be several times the mean, or
-# negative, where few directions of the loss are steep.
+# are needed to find the scale; a dozen more, because the change along one direction may be several times the mean where
+# few directions of the loss are steep.
 EVALUATIONS, LEAST, MOST = 0.05, 16, 40
 REACH = 4.0  # times ε: from there on the loss is no longer straight and projected gradients come out smaller
 GROWTH = math.sqrt(10.0)  # of ε, while σ* is looked for
 LEVELS = 12  # half decades tried: from ε = 1e-3, weights of size 1000
 OUTLIER = 10.0  # times the target: how much one direction may count in the mean
-REHEARSALS = 5
 NEAR = 3.5  # factor by which σ may lie below a sample's own for F ∝ σ² to be good enough; above, any
+REHEARSALS = 8  # at most; two where the distance is proportional to η
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class LearningRate:
         steps: steps planned.
         loss: mean loss at θ over the batches that were used.
         projected_grad: root mean square of the projected gradients, and the standard error of the mean on top.
-        sigma: σ*, the ε at which a perturbation raises the loss by ``rise``.
-        rise: the rise of the loss that was allowed.
+        sigma: σ*, the ε at which a perturbation changes the loss by ``change`` beside the slope.
+        change: the change of the loss that was allowed.
         forwards: forward passes made.
     """
 
@@ -66,14 +66,14 @@ class LearningRate:
     loss: float
     projected_grad: float
     sigma: float
-    rise: float
+    change: float
     forwards: int
 
     def __str__(self) -> str:
         return (
             f"lr {self.lr:.2e} chosen for {self.steps} steps with {self.forwards} forwards: a perturbation of "
-            f"{self.sigma:.2g} raises the loss of {self.loss:.3g} by {self.rise:.2g}, and at this rate the noise of "
-            f"the steps adds up to that by the end (|projected gradient| {self.projected_grad:.3g})"
+            f"{self.sigma:.2g} changes the loss of {self.loss:.3g} by {self.change:.2g}, and at this rate the noise "
+            f"of the steps adds up to that by the end (|projected gradient| {self.projected_grad:.3g})"
         )
 
     def record(self) -> dict[str, Any]:
@@ -116,15 +116,15 @@ def tune_lr(
         raise ZOError("lr='auto' needs losses away from the weights, and this estimator takes none: give lr a number")
     with unmoved(zm):
         found = survey(zm, batches, max(LEAST, min(MOST, round(EVALUATIONS * steps))), watch)
-    rehearsal = Rehearsal(zm, found.projected_grad, 2 * found.rise / found.sigma**2, found.rows)
+    rehearsal = Rehearsal(zm, found.projected_grad, 2 * found.change / found.sigma**2, found.rows)
     lr = zm.rule.lr
     for _ in range(REHEARSALS):  # the distance is proportional to η, or nearly so
         ratio = found.sigma / rehearsal.distance(lr, steps, schedule or (lambda t: 1.0))
         lr *= ratio
-        if abs(math.log(ratio)) < 0.1:
+        if abs(math.log(ratio)) < 0.03:
             break
     zm.lr = lr = float(f"{lr:.3g}")
-    return LearningRate(lr, steps, found.loss, found.projected_grad, found.sigma, found.rise, found.forwards)
+    return LearningRate(lr, steps, found.loss, found.projected_grad, found.sigma, found.change, found.forwards)
 
 
 def not_finite(losses: Tensor) -> ZOError:
@@ -160,7 +160,7 @@ class Survey:
     loss: float
     projected_grad: float
     sigma: float
-    rise: float
+    change: float
     forwards: int
     rows: int
 
@@ -232,18 +232,18 @@ class _Surveyor:
         self.places.append(_Place(step, batches, losses, g))
         return self.places[-1]
 
-    def rise(self, place: _Place, sigma: float) -> float:
-        """F(σ) − F(ε) on the place's batch, the slope taken out; infinite where the loss is not finite."""
+    def change(self, place: _Place, sigma: float) -> float:
+        """F(σ) on the place's batch, mean over the step's directions; infinite where the loss is not finite."""
         step = self.made if self._two_sided else place.step
         losses, _ = self.evaluate(step, place.batches, sigma)
-        rises = []
+        changes: dict[int, list[Tensor]] = {}
         for i, point in enumerate(self.zm.points):
             if point.coefficient:
-                rise = (losses[i] - place.losses[i]).double().mean()
+                change = (losses[i] - place.losses[i]).double().mean()
                 if not self._two_sided:
-                    rise -= point.coefficient * (sigma - self.eps) * place.projected_grad[point.direction].double()
-                rises.append(rise)
-        value = float(torch.stack(rises).mean())
+                    change -= point.coefficient * (sigma - self.eps) * place.projected_grad[point.direction].double()
+                changes.setdefault(point.direction, []).append(change)
+        value = float(torch.stack([torch.stack(both).mean().abs() for both in changes.values()]).mean())
         return value if math.isfinite(value) else math.inf
 
     @property
@@ -254,7 +254,7 @@ class _Surveyor:
 def survey(zm: ZOModel, batches: Iterable[Any], most: int, watch: Callable[[int, int], None] | None = None) -> Survey:
     """Find σ* with at most ``most`` evaluations of a step's points.
 
-    Half decades of σ on the first batch until the rise is passed, then further directions and batches at the best
+    Half decades of σ on the first batch until the change is passed, then further directions and batches at the best
     estimate so far: F grows as σ² close to θ and about so at σ*, where the estimate moves less and less.
     """
     at = _Surveyor(zm, batches, most, watch)
@@ -263,7 +263,7 @@ def survey(zm: ZOModel, batches: Iterable[Any], most: int, watch: Callable[[int,
     samples: list[tuple[float, float]] = []
     for _ in range(LEVELS):
         sigma *= GROWTH
-        samples.append((sigma, blocks * at.rise(first, sigma)))
+        samples.append((sigma, blocks * at.change(first, sigma)))
         if samples[-1][1] > SHARE * abs(at.loss):
             break
     else:
@@ -274,7 +274,7 @@ def survey(zm: ZOModel, batches: Iterable[Any], most: int, watch: Callable[[int,
     while at.made + 2 <= most:
         place = at.next_place()
         sigma = _crossing(samples, SHARE * abs(at.loss))
-        samples.append((sigma, blocks * at.rise(place, sigma)))
+        samples.append((sigma, blocks * at.change(place, sigma)))
     target = SHARE * abs(at.loss)
     rows = first.projected_grad.numel() if first.losses.ndim == 2 else 1
     squares = [float(g.double().square().mean()) for g in at.gradients]
@@ -282,19 +282,19 @@ def survey(zm: ZOModel, batches: Iterable[Any], most: int, watch: Callable[[int,
 
 
 def _crossing(samples: list[tuple[float, float]], target: float) -> float:
-    """σ at which the mean rise, and its standard error on top, is ``target``.
+    """σ at which the mean change, and its standard error on top, is ``target``.
 
-    Samples up to a little above σ are carried there along F ∝ σ² and averaged. One alone counts from 0 to a few times
-    the target: a rise is positive in the mean, and a rate that is too high does more harm than one that is too low.
+    Samples up to a little above σ are carried there along F ∝ σ² and averaged. A rate that is too high does more harm
+    than one that is too low.
     """
-    sigma, rise = samples[-1] if len(samples) == 1 else max(samples, key=lambda each: each[1])
-    sigma *= min(1.0, math.sqrt(target / max(rise, target)))
+    sigma, change = samples[-1] if len(samples) == 1 else max(samples, key=lambda each: each[1])
+    sigma *= min(1.0, math.sqrt(target / max(change, target)))
     for _ in range(20):
         near = [each for each in samples if each[0] < NEAR * sigma] or samples[:1]
-        rises = [min(max(rise * (sigma / at) ** 2, 0.0), OUTLIER * target) for at, rise in near]
-        change = math.sqrt(target / max(_upper(rises), target / OUTLIER))
-        sigma *= change
-        if abs(change - 1) < 0.005:
+        changes = [min(change * (sigma / at) ** 2, OUTLIER * target) for at, change in near]
+        factor = math.sqrt(target / max(_upper(changes), target / OUTLIER))
+        sigma *= factor
+        if abs(factor - 1) < 0.005:
             break
     return sigma
 
