@@ -62,7 +62,8 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, values: list[fx.Node], uses: list[
     if first.target is aten.addmm.default and first.args[2] is values[0] and not first.kwargs:
         _linear(graph, theta, uses, [u.args[1] for u in uses], [u.args[0] for u in uses], transposed=True)
         return "matrix products"
-    if first.target is aten.mm.default and first.args[1] is values[0]:
+    products = (aten.mm.default, aten.matmul.default)
+    if first.target in products and first.args[1] is values[0] and first.args[0] is not values[0]:
         _linear(graph, theta, uses, [u.args[0] for u in uses], [None] * points, transposed=True)
         return "matrix products"
     if first.target is torch.ops.zowrap.rows.default and first.args[0] is values[0]:

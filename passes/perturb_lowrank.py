@@ -19,6 +19,7 @@ from torch import fx
 from zowrap.passes.manager import Pass
 
 from zowrap.program import Program
+from zowrap.step import at_least_float32
 
 aten = torch.ops.aten
 # Up to this rank the outer product is written out, so that it fuses into what comes next.
@@ -60,6 +61,10 @@ class _Writer:
                 node.meta[name] = self.before.meta[name]
         return node
 
+    def to(self, node: Any, dtype: torch.dtype, wanted: torch.dtype) -> Any:
+        """``node``, which has ``dtype``, in the wanted one."""
+        return node if dtype == wanted else self(aten.to.dtype, node, wanted)
+
 
 def _rewrite(graph: fx.Graph, theta: fx.Node, value: fx.Node, use: fx.Node) -> str | None:
     """Replace one use of one point's perturbed weight; None where it has no thin form."""
@@ -73,6 +78,8 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, value: fx.Node, use: fx.Node) -> s
     coefficient = write(aten.select.int, coefficients, 0, value.args[1])
     rank = left.args[1][1]  # left is a view of the factors, [rows, rank]
     dtype = weight.meta["val"].dtype
+    wide = at_least_float32(weight.meta["val"]).dtype
+    left, right = write.to(left, torch.float32, wide), write.to(right, torch.float32, wide)
     if form == "embeddings":
         ids = use.args[1]
         plain = write(torch.ops.zowrap.rows.default, weight, ids)
@@ -80,15 +87,10 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, value: fx.Node, use: fx.Node) -> s
     else:
         x, transposed = _input(use)
         plain = write(use.target, *[weight if a is value else a for a in use.args])
-        wide = x if dtype == torch.float32 else write(aten.to.dtype, x, torch.float32)
         first, other = (left, right) if transposed else (right, left)
-        thin = write(aten.matmul.default, wide, first)
+        thin = write(aten.matmul.default, write.to(x, dtype, wide), first)
     change = write(aten.mul.Tensor, _outer(write, thin, other, rank), coefficient)
-    if dtype != torch.float32:
-        plain = write(aten.to.dtype, plain, torch.float32)
-    result = write(aten.add.Tensor, plain, change)
-    if dtype != torch.float32:
-        result = write(aten.to.dtype, result, dtype)
+    result = write.to(write(aten.add.Tensor, write.to(plain, dtype, wide), change), wide, dtype)
     result.meta.update(use.meta)
     use.replace_all_uses_with(result)
     graph.erase_node(use)
@@ -100,7 +102,7 @@ def _form(use: fx.Node, value: fx.Node) -> str | None:
         return "matrix products"
     if use.target is aten.addmm.default and use.args[2] is value and not use.kwargs and use.args[1] is not value:
         return "matrix products"
-    if use.target is aten.mm.default and use.args[1] is value and use.args[0] is not value:
+    if use.target in (aten.mm.default, aten.matmul.default) and use.args[1] is value and use.args[0] is not value:
         return "matrix products"
     if use.target is torch.ops.zowrap.rows.default and use.args[0] is value:
         return "embeddings"
@@ -133,11 +135,9 @@ def _vector(graph: fx.Graph, theta: fx.Node, value: fx.Node) -> None:
     shape = list(weight.meta["val"].shape)
     dtype = weight.meta["val"].dtype
     coefficient = write(aten.select.int, coefficients, 0, value.args[1])
+    wide = at_least_float32(weight.meta["val"]).dtype
     change = write(aten.mul.Tensor, write(aten.view.default, left, shape), coefficient)
-    base = weight if dtype == torch.float32 else write(aten.to.dtype, weight, torch.float32)
-    result = write(aten.add.Tensor, base, change)
-    if dtype != torch.float32:
-        result = write(aten.to.dtype, result, dtype)
+    result = write.to(write(aten.add.Tensor, write.to(weight, dtype, wide), change), wide, dtype)
     result.meta.update(value.meta)
     value.replace_all_uses_with(result)
     graph.erase_node(value)

@@ -17,9 +17,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from zowrap.passes.manager import Pass
 
+from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
 from zowrap.compiler import size_oblivious
 from zowrap.errors import ZOCaptureError, ZOInternalError
 from zowrap.program import Program
+from zowrap.step import at_least_float32
 
 
 class Population(Pass):
@@ -68,8 +70,9 @@ class Population(Pass):
             *tensors, causal, scale, grouped = node.args
             node.target = torch.ops.aten.scaled_dot_product_attention.default
             node.args, node.kwargs = (*tensors, 0.0, causal), {"scale": scale, "enable_gqa": grouped}
-        for node in traced.graph.find_nodes(op="call_function", target=torch.ops.zowrap.gather.default):
-            node.target = torch.ops.aten.gather.default
+        for ours, torchs in _PLAIN.items():
+            for node in traced.graph.find_nodes(op="call_function", target=ours):
+                node.target = torchs
         program.graph_module = traced
         return f"{sum(batch)} inputs per example"
 
@@ -89,12 +92,21 @@ class Population(Pass):
             return torch.empty((rows, *value.shape), dtype=value.dtype, device=value.device)
 
 
+# Stand-ins that have a form under vmap, and what they are once that is done.
+_PLAIN = {
+    torch.ops.zowrap.gather.default: torch.ops.aten.gather.default,
+    torch.ops.zowrap.cat.default: torch.ops.aten.cat.default,
+}
+
+
 class _Mapped(fx.Interpreter):
     """Runs a graph under vmap: in place of operators that have no form there for sizes that vary, ones that do."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.aten.sym_size.int:
             return args[0].shape[args[1]]
+        if target is torch.ops.aten.view.default:  # what is one block of memory for all examples may be several for one
+            return args[0].reshape(args[1])
         if target is torch.ops.aten.layer_norm.default:
             return _layer_norm(*args[:5])
         if target is torch.ops.aten.linear.default:
@@ -102,8 +114,14 @@ class _Mapped(fx.Interpreter):
             return product if len(args) < 3 or args[2] is None else product + args[2]
         if target is torch.ops.aten.scaled_dot_product_attention.default:
             return _attention(*args, **kwargs)
+        if target is torch.ops.aten.cross_entropy_loss.default and not args[1].is_floating_point():
+            loss = _cross_entropy(*args, **kwargs)
+            if loss is not None:
+                return loss
         if target is torch.ops.aten.gather.default:
             return torch.ops.zowrap.gather(*args[:3])
+        if target is torch.ops.aten.cat.default:
+            return torch.ops.zowrap.cat(args[0], args[1] if len(args) > 1 else 0)
         return super().call_function(target, args, kwargs)
 
 
@@ -123,6 +141,24 @@ def _attention(
     return torch.ops.zowrap.attention(query, key, value, mask, causal, scale, enable_gqa)
 
 
+def _cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    reduction: int = 1,
+    ignored: int = -100,
+    smoothing: float = 0.0,
+) -> torch.Tensor | None:
+    """By logsumexp, ``reduction`` 0 none, 1 mean, 2 sum; None for weighted classes and smoothed labels."""
+    if weight is not None or smoothing or logits.ndim < 2:
+        return None
+    counted = labels != ignored
+    index = torch.where(counted, labels, 0).unsqueeze(1)
+    picked = torch.ops.zowrap.gather(logits, 1, index).squeeze(1)
+    losses = torch.where(counted, logits.logsumexp(1) - picked, 0.0)
+    return (losses, losses.sum() / counted.sum(), losses.sum())[reduction]
+
+
 def _layer_norm(
     x: torch.Tensor,
     shape: list[int],
@@ -131,7 +167,7 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     dims = list(range(-len(shape), 0))
-    value = x.float()
+    value = at_least_float32(x)
     value = value - value.mean(dims, keepdim=True)
     value = value * torch.rsqrt(value.square().mean(dims, keepdim=True) + eps)
     value = value if weight is None else value * weight

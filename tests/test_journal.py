@@ -17,7 +17,7 @@ from zowrap.journal import Journal, Lines, describe, fingerprint
 
 
 def record(step: int, loss: float = 1.5) -> dict:
-    return {"step": step, "losses": [loss, 1.25], "projected_grad": [0.5], "lr": 0.1, "skipped": False}
+    return {"step": step, "loss": loss, "losses": [loss, 1.25], "projected_grad": [0.5], "lr": 0.1, "skipped": False}
 
 
 def journal_with(path: Path, steps: int) -> Journal:

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from zowrap import noise
 from zowrap.errors import ZOError, nearest
-from zowrap.rules.base import Rule
-from zowrap.rules.conmezo import along_cone
-from zowrap.rules.sparse_mezo import along_sparse
+from zowrap.rules.base import Rule, check_count
+from zowrap.rules.conmezo import along_cone, check_cone
+from zowrap.rules.sparse_mezo import along_sparse, check_sparse
 
 
 @dataclass(frozen=True)
@@ -97,41 +97,53 @@ DIRECTIONS: dict[str, Direction] = {
 }
 
 
-@functools.cache
 def lowrank(rank: int = 1, nu: int | None = None) -> Direction:
     """Products of thin gaussian matrices: unit variance, a forward for the price of the plain one.
 
     Args:
         rank: r from 1. 1: the cheapest, and the estimate is unbiased for every rank.
         nu: keep V for so many steps (the lazy sampling of LOZO); None draws it with every direction.
+
+    Raises:
+        ZOError: a value outside its range.
     """
-    _check_count("lowrank", rank=rank)
+    check_count("direction 'lowrank'", rank=rank)
     if nu is not None:
-        _check_count("lowrank", nu=nu)
+        check_count("direction 'lowrank'", nu=nu)
     name = f"lowrank({rank})" if nu is None else f"lowrank({rank}, nu={nu})"
-    return Direction(name, lowrank=LowRank(rank, nu, probe=rank**-0.5))
+    return _ours(Direction(name, lowrank=LowRank(rank, nu, probe=rank**-0.5)))
 
 
-@functools.cache
-def _lozo(rank: int, nu: int, scale: str) -> Direction:
-    """The probe and update of LOZO, which keeps U Vᵀ without 1/√r; reached through its rule."""
-    update = 1 / rank if scale == "paper" else 1.0
-    return Direction(f"lozo({rank}, {nu}, {scale})", lowrank=LowRank(rank, nu, probe=1.0, update=update))
-
-
-@functools.cache
 def sparse(sparsity: float = 0.75, refresh: int = 0) -> Direction:
     """Gaussian on the smallest weights of each parameter, zero elsewhere; see :mod:`zowrap.rules.sparse_mezo`."""
-    along = functools.partial(along_sparse, sparsity=sparsity, refresh=refresh)
-    return Direction(f"sparse({sparsity}" + (f", refresh={refresh})" if refresh else ")"), shape=along)
+    check_sparse("direction 'sparse'", sparsity, refresh)
+    along = functools.partial(along_sparse, sparsity=float(sparsity), refresh=refresh)
+    return _ours(Direction(f"sparse({float(sparsity)}" + (f", refresh={refresh})" if refresh else ")"), shape=along))
 
 
-@functools.cache
 def cone(theta: float = 1.35, beta: float = 0.99, warmup: bool | int = False) -> Direction:
     """Gaussian within an angle of the momentum; see :mod:`zowrap.rules.conmezo`."""
-    along = functools.partial(along_cone, theta=theta, beta=beta, warmup=warmup)
+    check_cone("direction 'cone'", theta, beta, warmup)
+    along = functools.partial(along_cone, theta=float(theta), beta=float(beta), warmup=warmup)
     extra = f", warmup={warmup}" if warmup is not False else ""
-    return Direction(f"cone(theta={theta}, beta={beta}{extra})", shape=along)
+    return _ours(Direction(f"cone(theta={float(theta)}, beta={float(beta)}{extra})", shape=along))
+
+
+def _lozo(rank: Any = None, nu: Any = None, scale: Any = None) -> Direction:
+    """The probe and update of LOZO, which keeps U Vᵀ without 1/√r; reached through its rule."""
+    if scale not in ("paper", "code"):
+        raise ZOError("lozo is a rule: rule='lozo'; its directions for other rules are direction='lowrank(r, nu=ν)'")
+    check_count("direction 'lozo'", rank=rank, nu=nu)
+    update = 1 / rank if scale == "paper" else 1.0
+    return _ours(Direction(f"lozo({rank}, {nu}, {scale})", lowrank=LowRank(rank, nu, probe=1.0, update=update)))
+
+
+_made: dict[str, Direction] = {}
+
+
+def _ours(direction: Direction) -> Direction:
+    """The one direction of that name, which says all there is to it."""
+    return _made.setdefault(direction.name, direction)
 
 
 _FAMILIES: dict[str, Callable[..., Direction]] = {"lowrank": lowrank, "sparse": sparse, "cone": cone, "lozo": _lozo}
@@ -146,7 +158,7 @@ def get(direction: str | Direction) -> Direction:
     """
     if isinstance(direction, Direction):
         return direction
-    if direction in DIRECTIONS:
+    if isinstance(direction, str) and direction in DIRECTIONS:
         return DIRECTIONS[direction]
     match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", direction) if isinstance(direction, str) else None
     if match and match[1] == "block":
@@ -176,18 +188,9 @@ def _value(text: str) -> Any:
     return text
 
 
-def _check_count(direction: str, **values: Any) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ZOError(f"direction {direction!r}: {name} must be a whole number from 1, got {value!r}")
-
-
 def is_ours(direction: Direction) -> bool:
     """Whether this is one of this module's, which their names determine."""
-    try:
-        return get(direction.name) is direction
-    except ZOError:
-        return False
+    return DIRECTIONS.get(direction.name, _made.get(direction.name)) is direction
 
 
 # ‖u‖² is summed in integers: u is a multiple of 2⁻¹⁴, so u² · 2²⁸ is an integer and any order of summation, any

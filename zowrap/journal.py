@@ -191,9 +191,17 @@ class Journal(Lines):
             if not isinstance(record.get("step"), int) or not isinstance(record.get("losses"), list):
                 raise ZOError(f"{self.path}, line {number}, is not the record of a step")
             # A loss that was not finite is null in JSON; the replayed step is skipped as the first one was.
-            for name in ("losses", "projected_grad"):
-                record[name] = [math.nan if value is None else value for value in record[name]]
+            for name in ("loss", "losses", "projected_grad", "weights"):
+                if name in record:
+                    record[name] = _with_nan(record[name])
             yield record
+
+
+def _with_nan(value: Any) -> Any:
+    """What :func:`zowrap.files.jsonable` made of numbers, with NaN for null again."""
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else value
 
 
 # --- what run a journal belongs to ------------------------------------------------------------------------------

@@ -342,8 +342,8 @@ class KeeperCallback(TrainerCallback):
 
 
 def _loss(record: dict[str, Any]) -> float:
-    """Mean over the step's evaluations."""
-    return sum(record["losses"]) / len(record["losses"])
+    """What the step reported: the mean over its evaluations."""
+    return record["loss"]
 
 
 def _projected_grad(record: dict[str, Any]) -> float:

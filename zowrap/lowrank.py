@@ -95,7 +95,7 @@ class Layout:
 def matrix_shape(w: Tensor, rank: int) -> tuple[int, int, int]:
     """(rows, columns, rank) of a tensor seen as a matrix; a vector is one column of rank 1."""
     if w.ndim < 2:
-        return max(w.numel(), 1), 1, 1
+        return w.numel(), 1, 1
     return w.shape[0], w.numel() // max(w.shape[0], 1), rank
 
 

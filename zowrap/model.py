@@ -55,6 +55,7 @@ class StepResult:
         return {
             **self._facts,
             **({} if self.weights is None else {"weights": self.weights.tolist()}),
+            "loss": float(self.loss),
             "losses": self.losses.tolist(),
             "projected_grad": self.projected_grad.reshape(-1).tolist(),
             "skipped": bool(self.skipped),
@@ -111,10 +112,12 @@ class ZOModel:
         self._values = values
         self._ids = torch.tensor([p.id for p in job.parameters], dtype=torch.int64, device=job.device)
         self._points = (job.rule.points or estimator.points)(job.queries)
+        self._sequential = sequential
         self._groups = _groups(self._points, job.device, sequential)
         self._engine = build_engine(engine, job, len(self._points))
         self._scalars: dict[str, Tensor] | None = None  # of the current step's directions, once it has begun
         self._streams: list[DirectionStream] | None = None
+        self._refreshed: list[tuple[Tensor, Tensor]] = []  # state that the current step renewed, and its value before
         self._measured = Measured()
 
     # --- one step ---------------------------------------------------------------------------------------------
@@ -169,10 +172,7 @@ class ZOModel:
             if job.rule.candidates is not None:
                 losses = torch.cat((losses, self._candidate_losses(losses, projected_grad)))
         losses, projected_grad = self._checked(losses, projected_grad)
-        if weights is not None:
-            weights = torch.as_tensor(weights, dtype=torch.float32, device=job.device)
-        elif per_example:
-            weights = torch.full_like(projected_grad if projected_grad is not None else losses[0], 1 / losses.shape[-1])
+        weights = self._checked_weights(losses, weights)
         streams = [self._population(range(losses.shape[1]))] if per_example else self._current_streams()
         block, points = streams[0].block, len(self._points)
         done = torch.tensor(float(self.step_count), device=job.device)
@@ -189,6 +189,9 @@ class ZOModel:
         )
         rounding = noise.derive_keys(self.seed, self.step_count, 0, self._ids, noise.TAG_ROUNDING)
         self._engine.update(streams, rounding, conclusion)
+        for slot, before in self._refreshed:  # a skipped step leaves all state as it was
+            slot.copy_(torch.where(conclusion.apply, slot, before))
+        self._refreshed = []
         facts = {"step": self.step_count, "seed": self.seed, **self._values}
         g = conclusion.projected_grad
         single = job.queries == 1 and not per_example
@@ -224,6 +227,8 @@ class ZOModel:
             if self._job.rule.candidates is not None:
                 raise ZOError(f"{self._job.rule.name} compares losses: give update() the losses of its candidates too")
             losses = torch.zeros((points, projected_grad.numel()) if per_example else (points,), device=device)
+        elif projected_grad is None and self._estimator.exact:
+            raise ZOError(f"losses alone do not give {self._estimator.name!r} its slopes: give projected_grad too")
         losses = torch.as_tensor(losses, dtype=torch.float32, device=device)
         if per_example:
             if losses.ndim != 2 or losses.shape[0] != points or not losses.shape[1]:
@@ -233,8 +238,23 @@ class ZOModel:
             raise ZOError(f"this step has {count} evaluations, got losses of shape {tuple(losses.shape)}")
         directions = losses.shape[1] if per_example else self._job.queries
         if projected_grad is not None and projected_grad.shape != (directions,):
-            raise ZOError(f"this step has {directions} queries, got {projected_grad.numel()} projected gradients")
+            what = "examples" if per_example else "queries"
+            raise ZOError(f"this step has {directions} {what}, got {projected_grad.numel()} projected gradients")
         return losses, projected_grad
+
+    def _checked_weights(self, losses: Tensor, weights: Tensor | None) -> Tensor | None:
+        """The examples' shares of a population; None where the directions of a step all count the same."""
+        if not self._estimator.per_example:
+            if weights is not None:
+                raise ZOError(f"weights are the examples' shares of a population, not of {self._estimator.name!r}")
+            return None
+        examples = losses.shape[1]
+        if weights is None:
+            return torch.full((examples,), 1 / examples, device=losses.device)
+        weights = torch.as_tensor(weights, dtype=torch.float32, device=losses.device)
+        if weights.shape != (examples,):
+            raise ZOError(f"this population has {examples} examples, got weights of shape {tuple(weights.shape)}")
+        return weights
 
     @functools.cached_property
     def _candidates(self) -> int:
@@ -251,8 +271,9 @@ class ZOModel:
         coefficients = job.rule.candidates(g, job.hyper)
         total: Any = 0.0
         for batch in self._measured.batches:
-            sums, _ = self._engine.losses(batch, self._current_streams()[0], coefficients)
-            total = total + sums.double().sum(-1)
+            parts = coefficients.split(1) if self._sequential else [coefficients]
+            sums = [self._engine.losses(batch, self._current_streams()[0], part)[0] for part in parts]
+            total = total + torch.cat(sums).double().sum(-1)
         return (total / self._measured.weight).float()
 
     def replay(self, record: dict[str, Any]) -> StepResult:
@@ -268,6 +289,8 @@ class ZOModel:
             losses = torch.tensor(losses, dtype=torch.float32)
             weights = record.get("weights")
             weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+            if weights is None and self._estimator.per_example:
+                raise KeyError("weights")
         except (KeyError, TypeError, ValueError) as error:
             raise ZOError(f"this journal record cannot be replayed: {error!r} is missing or malformed") from None
         if seed != self.seed or step != self.step_count:
@@ -281,6 +304,9 @@ class ZOModel:
 
     def discard(self) -> None:
         """Forget the micro-batches accumulated so far."""
+        for slot, before in self._refreshed:
+            slot.copy_(before)
+        self._refreshed = []
         self._measured = Measured()
         self._scalars = self._streams = None
 
@@ -330,6 +356,7 @@ class ZOModel:
             if refresh is not None and self.step_count:
                 for i, parameter in enumerate(job.parameters):
                     for name, value in (refresh(parameter.tensor, self.step_count) or {}).items():
+                        self._refreshed.append((job.slots[name][i], job.slots[name][i].clone()))
                         job.slots[name][i].copy_(value)
             self._scalars = self._direction_scalars(self._block)
         return self._scalars
@@ -512,6 +539,7 @@ class ZOModel:
             ZOError: the state is of another rule, model or set of options (the message names it); nothing changes.
         """
         check_state(state, self.state_dict())
+        self.discard()
         self._set(**{name: float(state[name]) for name in self._values})
         job = self._job
         job.loss.settle_as(state["loss"])
@@ -522,7 +550,6 @@ class ZOModel:
             for parameter, tensor in zip(job.parameters, slot_tensors, strict=True):
                 tensor.copy_(state[f"slots/{slot}/{parameter.name}"])
         self.step_count, self.seed = state["step"], state["seed"]
-        self.discard()
 
     def save_pretrained(self, directory: str, metadata: dict[str, str] | None = None, **options: Any) -> None:
         """Write the model as safetensors in the Hugging Face layout; ``from_pretrained`` loads it."""

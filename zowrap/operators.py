@@ -147,6 +147,26 @@ def _(info, in_dims, x, dim, index):
     return gather(x, dim if dim < 0 else dim + 1, index), 0
 
 
+@torch.library.custom_op("zowrap::cat", mutates_args=())
+def cat(tensors: list[Tensor], dim: int) -> Tensor:
+    """``torch.cat`` in a form that ``vmap`` can take when sizes vary."""
+    return torch.cat(tensors, dim)
+
+
+@cat.register_fake
+def _(tensors, dim):
+    return torch.cat(tensors, dim)
+
+
+@torch.library.register_vmap("zowrap::cat")
+def _(info, in_dims, tensors, dim):
+    tensors = [
+        t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+        for t, d in zip(tensors, in_dims[0], strict=True)
+    ]
+    return cat(tensors, dim if dim < 0 else dim + 1), 0
+
+
 @torch.library.custom_op("zowrap::perturb_linear", mutates_args=())
 def perturb_linear(
     x: list[Tensor],
@@ -207,6 +227,15 @@ def perturb_lowrank(w: Tensor, left: Tensor, right: Tensor | None, coefficients:
 @perturb_lowrank.register_fake
 def _(w, left, right, coefficients):
     return [torch.empty_like(w, memory_format=torch.contiguous_format) for _ in range(coefficients.shape[0])]
+
+
+@torch.library.register_vmap("zowrap::perturb_lowrank")
+def _(info, in_dims, w, left, right, coefficients):
+    """Over the examples, each with its own factors: a copy of the parameter for each, so for small ones alone."""
+    left = left.movedim(in_dims[1], 0)
+    z = left if right is None else left @ right.movedim(in_dims[2], 0).mT
+    z = z.reshape(info.batch_size, *w.shape)
+    return [perturbed(w, z, c).contiguous() for c in coefficients.unbind()], [0] * coefficients.shape[0]
 
 
 @torch.library.custom_op("zowrap::update_lowrank_", mutates_args={"w", "slots"})

@@ -100,11 +100,8 @@ def zo_wrap(
         raise ZOError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
     probing = estimators.get(rule.defaults.estimator if estimator is None else estimator)
     law = directions.get(direction or ("lowrank(1)" if probing.per_example else rule.defaults.direction))
-    engine = _check_estimator(rule, law, probing, queries, engine)
     if law.shape is not None:
         rule = law.shape(rule)
-    if law.lowrank is not None and rule.shapes_directions:
-        raise ZOError(f"{rule.name} works on each element of a direction: {law.name} would lose its low rank")
     parameters = select(model, trainable)
     device = parameters[0].tensor.device
     partition = block_lib.partition(parameters, blocks)
@@ -113,6 +110,9 @@ def zo_wrap(
         parameters = [parameters[i] for i in moving]
         partition = block_lib.partition(parameters, blocks)
     rule.check(rules.Choice(law.name, probing.name, queries, len(partition)))
+    if law.lowrank is not None and rule.shapes_directions:
+        raise ZOError(f"{rule.name} works on each element of a direction: {law.name} would lose its low rank")
+    engine = _check_estimator(rule, law, probing, queries, engine)
     hyper = {"lr": math.nan if auto else float(value), "eps": float(eps), "weight_decay": float(weight_decay)}
     job = Job(
         loss=LossModule(model, loss_fn),

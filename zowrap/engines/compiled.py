@@ -245,7 +245,8 @@ class CompiledEngine:
 def _spec(job: Job) -> str:
     """Names the arithmetic of the kernels. A rule or direction from elsewhere may hide constants: it gets its own."""
     spec = f"{job.rule.describe()} direction={job.direction.name}:{job.direction.law} queries={job.queries}"
-    ours = job.rule.leaf.__module__.startswith("zowrap.rules.") and directions.is_ours(job.direction)
+    functions = (job.rule.leaf, job.rule.direction)
+    ours = all(f.__module__.startswith("zowrap.rules.") for f in functions) and directions.is_ours(job.direction)
     return f"{spec} decay={job.decays}" + ("" if ours else f" #{next(_foreign)}")
 
 

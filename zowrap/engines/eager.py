@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zowrap import lowrank, noise
 from zowrap.directions import integer_squares, squared_norm
 from zowrap.engines.base import DirectionStream, Job
+from zowrap.errors import ZOError
 from zowrap.loss import Batch, example, rows_of
 from zowrap.modes import evaluation_mode
 from zowrap.parameters import Parameter
@@ -79,7 +80,7 @@ class EagerEngine:
         """Loss sums at θ, their exact derivatives along z, and weights, by forward-mode differentiation: ``[rows]``.
 
         Raises:
-            NotImplementedError: torch has no forward-mode derivative for an operation of the model.
+            ZOError: torch has no forward-mode derivative for an operation of the model.
         """
         active = self.active(stream.block)
         point = {i: p.tensor.detach() for i, p in active}
@@ -91,9 +92,11 @@ class EagerEngine:
 
         # Fused attention has no forward-mode derivative; the plain formula does.
         with torch.no_grad(), evaluation_mode(self.job.loss), sdpa_kernel(SDPBackend.MATH):
-            sums, slopes, weights = cast(
-                "tuple[Tensor, ...]", torch.func.jvp(loss, (point,), (tangents,), has_aux=True)
-            )
+            try:
+                found = torch.func.jvp(loss, (point,), (tangents,), has_aux=True)
+            except NotImplementedError as error:
+                raise ZOError(f"this model has no exact forward gradient: use estimator='central' ({error})") from error
+        sums, slopes, weights = cast("tuple[Tensor, ...]", found)
         return sums, slopes, weights
 
     @torch.no_grad()
@@ -156,8 +159,12 @@ class EagerEngine:
             right = layout.places[index].right_of(streams[0].factors)
             z = lowrank.product(new, None if right is None else right[0], job.parameters[index].tensor.shape)
             return [factor * z], {**c, "g": torch.ones_like(c["g"][:1])}
-        count = streams[0].factors.shape[0]
-        return [factor * self.direction(stream, index, d) for stream in streams for d in range(count)], c
+        total, g = torch.zeros_like(job.parameters[index].tensor, dtype=torch.float32), iter(c["g"])
+        for stream in streams:
+            assert stream.factors is not None
+            for which in range(stream.factors.shape[0]):  # one at a time: a population has as many as examples
+                total += next(g) * factor * self.direction(stream, index, which)
+        return [total], {**c, "g": torch.ones_like(c["g"][:1])}
 
     def describe(self) -> dict[str, Any]:
         return {"engine": self.name, "program_hash": None, "compile_count": 0}

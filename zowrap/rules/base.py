@@ -187,6 +187,13 @@ def check_fraction(rule: str, **values: float) -> None:
             raise ZOError(f"{rule}: {name} must lie in [0, 1), got {value!r}")
 
 
+def check_count(rule: str, **values: int) -> None:
+    """Raise :class:`ZOError` unless every value is a whole number from 1."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ZOError(f"{rule}: {name} must be a whole number from 1, got {value!r}")
+
+
 def check_flag(rule: str, **values: bool) -> None:
     """Raise :class:`ZOError` unless every value is True or False."""
     for name, value in values.items():

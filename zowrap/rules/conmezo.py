@@ -76,12 +76,7 @@ def along_cone(
     Raises:
         ZOError: a value outside its range, or a rule that shapes its directions itself.
     """
-    check_positive(name, theta=theta)
-    check_fraction(name, beta=beta)
-    if theta > math.pi / 2:
-        raise ZOError(f"{name}: theta must lie in (0, π/2], got {theta!r}")
-    if warmup is not False and (not isinstance(warmup, int) or warmup is True or warmup < 1):
-        raise ZOError(f"{name}: warmup must be False or a whole number of steps from 1, got {warmup!r}")
+    check_cone(name, theta, beta, warmup)
     if rule.direction is not identity:
         raise ZOError(f"{rule.name} shapes its directions itself: it cannot look along a cone as well")
     along, across = math.sin(math.pi / 2 - theta), math.sin(theta)  # cosθ, exactly 0 at π/2
@@ -125,6 +120,8 @@ def along_cone(
         w, inner = rule.leaf(w, z if rule.leaf_takes_directions else combine(c["g"], z), inner, c, hyper)
         return w, {**inner, slot: m}
 
+    # The compiled engine shares kernels between rules of this package, which their names determine.
+    leaf.__module__ = rule.leaf.__module__
     return dataclasses.replace(
         rule,
         scalars=scalars,
@@ -138,3 +135,13 @@ def along_cone(
         direction_scalars=direction_scalars,
         reduce=reduce,
     )
+
+
+def check_cone(name: str, theta: float, beta: float, warmup: bool | int) -> None:
+    """Raise :class:`ZOError` for a value outside its range."""
+    check_positive(name, theta=theta)
+    check_fraction(name, beta=beta)
+    if theta > math.pi / 2:
+        raise ZOError(f"{name}: theta must lie in (0, π/2], got {theta!r}")
+    if warmup is not False and (not isinstance(warmup, int) or warmup is True or warmup < 1):
+        raise ZOError(f"{name}: warmup must be False or a whole number of steps from 1, got {warmup!r}")

@@ -30,6 +30,8 @@ def fzoo(*, lr: float = 3e-7) -> Rule:
     check_positive("fzoo", lr=lr)
 
     def check(choice: Choice) -> None:
+        if choice.estimator == "population":
+            raise ZOError("fzoo compares directions on the same examples: a population gives each example its own")
         if choice.queries < 2:
             raise ZOError(f"fzoo needs the spread of at least 2 losses: queries must be from 2, got {choice.queries}")
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from zowrap.errors import ZOError, nearest
-from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, check_fraction, check_positive
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, check_count, check_fraction, check_positive
 from zowrap.rules.zo_sgd import zo_sgd
 
 SCALES = ("paper", "code")
@@ -79,20 +79,21 @@ def lozo_m(*, lr: float = 1e-6, rank: int = 2, nu: int = 50, scale: str = "paper
 
 
 def _along_factors(rule: Rule, name: str, rank: int, nu: int, scale: str) -> Rule:
-    for key, value in (("rank", rank), ("nu", nu)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ZOError(f"{name}: {key} must be a whole number from 1, got {value!r}")
+    check_count(name, rank=rank, nu=nu)
     if scale not in SCALES:
         raise ZOError(f"{name}: unknown scale {scale!r}{nearest(scale, SCALES)}")
     own = f"lozo({rank}, {nu}, {scale})"
 
     def check(choice: Choice) -> None:
+        if choice.estimator == "population":
+            raise ZOError(
+                f"{name} scales and keeps the factors of one direction: use another rule for a population, for "
+                f"example zo_sgd with direction='lowrank({rank}, nu={nu})'"
+            )
         if choice.direction != own:
             raise ZOError(
                 f"{name} draws its own low-rank directions, by its rank and nu: leave direction out, or use another "
                 f"rule with direction={choice.direction!r}"
             )
-        if choice.estimator == "population":
-            raise ZOError(f"{name} keeps one right factor for all: a population needs one for each example")
 
     return dataclasses.replace(rule, defaults=Choice(direction=own), check=check)

@@ -48,9 +48,7 @@ def along_sparse(rule: Rule, *, sparsity: float = 0.75, refresh: int = 0, name: 
     Raises:
         ZOError: a value outside its range, or a rule that shapes its directions itself.
     """
-    check_fraction(name, sparsity=sparsity)
-    if not isinstance(refresh, int) or isinstance(refresh, bool) or refresh < 0:
-        raise ZOError(f"{name}: refresh must be a whole number of steps from 0, got {refresh!r}")
+    check_sparse(name, sparsity, refresh)
     if rule.direction is not identity:
         raise ZOError(f"{rule.name} shapes its directions itself: they cannot be sparse as well")
 
@@ -77,7 +75,16 @@ def along_sparse(rule: Rule, *, sparsity: float = 0.75, refresh: int = 0, name: 
     )
 
 
+def check_sparse(name: str, sparsity: float, refresh: int) -> None:
+    """Raise :class:`ZOError` for a value outside its range."""
+    check_fraction(name, sparsity=sparsity)
+    if not isinstance(refresh, int) or isinstance(refresh, bool) or refresh < 0:
+        raise ZOError(f"{name}: refresh must be a whole number of steps from 0, got {refresh!r}")
+
+
 def smallest(w: Tensor, share: float) -> Tensor:
     """The largest |w| among the ``share`` of elements that are smallest: 0-d float32, exact."""
+    if not w.numel():
+        return torch.zeros((), device=w.device)
     count = max(1, math.ceil(share * w.numel() - 1e-9))
     return torch.kthvalue(w.reshape(-1).abs().float(), min(count, w.numel())).values

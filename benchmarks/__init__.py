@@ -1,0 +1,1 @@
+"""Measurements: what the documentation's numbers come from. Not part of the installed package."""
