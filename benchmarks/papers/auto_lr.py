@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from benchmarks.papers.finetune import Cell, Workbench
-from benchmarks.papers.grid import best_of
+from typing import TYPE_CHECKING, Any
 
 from zowrap.lr import SHARE, tune_lr
+
+if TYPE_CHECKING:
+    from benchmarks.papers.finetune import Cell, Workbench
 
 RESULT = Path(__file__).parents[1] / "results" / "auto_lr.json"
 DOCS = Path(__file__).parents[2] / "docs" / "learning-rate.md"
@@ -39,6 +40,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def run(options: argparse.Namespace) -> None:
     """Make the runs that the file lacks, a task's model loaded and compiled once."""
+    from benchmarks.papers.finetune import Cell, Workbench  # which a report does without
+
     done = {(line["task"], line["rule"], line["steps"], line["seed"]) for line in read(options.autos)}
     benches: dict[str, Workbench] = {}
     for job in options.jobs:
@@ -72,7 +75,7 @@ def compare(cells: list[dict[str, Any]], autos: list[dict[str, Any]]) -> list[di
         grid = sorted((c for c in same if c["seed"] == 0), key=lambda c: c["lr"])
         if not grid:
             continue
-        best = best_of(grid)["lr"]
+        best = min(grid, key=_dev_loss)["lr"]
         runs = [c for c in same if c["lr"] == best and c["seed"] in {a["seed"] for a in auto}]
         rows.append(
             {
@@ -95,6 +98,10 @@ def compare(cells: list[dict[str, Any]], autos: list[dict[str, Any]]) -> list[di
             }
         )
     return rows
+
+
+def _dev_loss(cell: dict[str, Any]) -> float:
+    return math.inf if cell["dev_loss"] is None else cell["dev_loss"]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
