@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +55,50 @@ def check_options(options: TuneOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ZOError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    _check_zeroth_order(options)
-    _check_trackers(options.report_to)
-    to_config(options)
+    with users_words(options):
+        _check_zeroth_order(options)
+        _check_trackers(options.report_to)
+        to_config(options)
     _check_out(options)
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ZOError(f"unknown {option} {value!r}{nearest(value, choices)}")
+
+
+@contextmanager
+def users_words(options: TuneOptions) -> Iterator[None]:
+    """In an error of the library about a value, name the option of the command line that carried it."""
+    try:
+        yield
+    except ZOError as error:
+        about = re.match(r"(?:\w+: )?(\w+) (must .*)", str(error), re.DOTALL)
+        if about is None:
+            raise
+        name, rest = about.groups()
+        if name in {field.name for field in dataclasses.fields(TuneOptions)}:
+            raise ZOError(f"--{name.replace('_', '-')} {rest}") from error
+        if name in rule_options(options):
+            raise ZOError(f"--rule-option {name} {rest}") from error
+        raise
+
+
+def learning_rate(options: TuneOptions) -> float | str:
+    """``--lr`` as a number, or ``"auto"``.
+
+    Raises:
+        ZOError: it is neither, or not positive and finite.
+    """
+    if options.lr == "auto":
+        return "auto"
+    try:
+        lr = float(options.lr)
+    except ValueError:
+        lr = math.nan
+    if not math.isfinite(lr) or lr <= 0:
+        raise ZOError(f"--lr must be a positive finite number or auto, got {options.lr}")
+    return lr
 
 
 def _check_zeroth_order(options: TuneOptions) -> None:
@@ -75,7 +114,7 @@ def _check_zeroth_order(options: TuneOptions) -> None:
     zo_wrap(
         nn.Linear(1, 1),
         get(options.rule, **rule_options(options)),
-        lr=options.lr,
+        lr=learning_rate(options),
         eps=options.eps,
         seed=options.seed,
         direction=options.direction,
@@ -135,18 +174,11 @@ def to_config(options: TuneOptions) -> Any:
     schedule = options.lr_schedule
     if schedule == "constant" and options.warmup_steps:
         schedule = "constant_with_warmup"
-    chosen: dict[str, Any] = {
-        name: value
-        for name, value in (
-            ("learning_rate", options.lr),
-            ("eval_steps", options.eval_every if options.eval_data else None),
-            ("save_steps", options.save_every),
-        )
-        if value is not None
-    }
+    due = {"eval_steps": options.eval_every if options.eval_data else None, "save_steps": options.save_every}
     try:
         return ZOConfig(
             output_dir=str(options.out),
+            learning_rate=learning_rate(options),  # type: ignore[arg-type]
             rule=options.rule,
             rule_options=rule_options(options) or None,
             eps=options.eps,
@@ -173,7 +205,7 @@ def to_config(options: TuneOptions) -> Any:
             overwrite=options.overwrite,
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            **chosen,
+            **{name: value for name, value in due.items() if value is not None},  # type: ignore[arg-type]
         )
     except ZOError:
         raise
@@ -187,6 +219,7 @@ def to_config(options: TuneOptions) -> Any:
 def saved_options(options: TuneOptions) -> dict[str, Any]:
     """The options as ``zowrap.json`` keeps them: files by absolute path, so that a run goes on from anywhere."""
     values = {k: v for k, v in dataclasses.asdict(options).items() if k not in PER_CALL}
+    values["lr"] = learning_rate(options)
     for name in PATHS:
         if values[name] is not None and Path(values[name]).exists():
             values[name] = str(Path(values[name]).absolute())
@@ -223,7 +256,8 @@ def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions,
     asked = saved_options(options)
     for name, value in asked.items():
         if name not in ("out", "plugin") and name in saved and given(context, name) and value != saved[name]:
-            say(f"--{name.replace('_', '-')} {value} differs from the run's own {saved[name]}: the run's is used")
+            option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            say(f"{option} {value} differs from the run's own {saved[name]}, which is used: a run keeps its options")
     fields = {field.name for field in dataclasses.fields(TuneOptions)} - {*PER_CALL, "out"}
     kept = {name: value for name, value in saved.items() if name in fields}
     status = run.status()

@@ -132,7 +132,10 @@ class TuneOptions:
     rule_option: Annotated[
         list[str], option("--rule-option", "Hyper-parameter of the rule, name=value. Repeatable.", "Zeroth order")
     ] = dataclasses.field(default_factory=list)
-    lr: Annotated[float | None, option("--lr", "Learning rate; by default the rule's own.", "Zeroth order")] = None
+    # Text: a number, or "auto". A run keeps the number.
+    lr: Annotated[
+        str, option("--lr", "Learning rate; auto chooses it from a few forward passes before step 1.", "Zeroth order")
+    ] = "auto"
     # 1e-3: the field's choice for full tuning in float32; far above rounding, far below the weights.
     eps: Annotated[float, option("--eps", "Size of the perturbation.", "Zeroth order")] = 1e-3
     # None of these three: the rule's own. All but FZOO want gaussian directions, one a step, central differences.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from .console import say
+from .picture import read_metrics
 
 # Of an exponential mean over the logs, each the mean of a hundredth of the run: it follows a twentieth of the run.
 SMOOTHING = 0.8
@@ -27,9 +29,25 @@ class Progress(TrainerCallback):
         self.bar: Any = None
         self.line: Any = None
 
+    def on_choose_lr(self, done: int, most: int) -> None:
+        """Before each evaluation that ``lr="auto"`` makes, ahead of the first step."""
+        if not done:
+            self._open("choosing the learning rate", most, 0)
+            if self.bar is None:
+                say(f"choosing the learning rate, with at most {most} evaluations of a training batch")
+        if self.bar is not None:
+            self.bar.update(self.line, completed=done)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began, self.first = time.time(), state.global_step
         self.compiled = False
+        self.stop()
+        self._open("compiling", state.max_steps, state.global_step)
+        for loss in _logged_losses(args, state):
+            self._smooth(loss)
+
+    def _open(self, what: str, total: int, completed: int) -> None:
+        """A bar, on a terminal."""
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -39,7 +57,7 @@ class Progress(TrainerCallback):
                 BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=Console(stderr=True)
             )
             self.bar.start()
-            self.line = self.bar.add_task("compiling", total=state.max_steps, completed=state.global_step)
+            self.line = self.bar.add_task(what, total=total, completed=completed)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.compiled:  # the first step's time is the compiler's
@@ -50,8 +68,7 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         if "loss" in logs:
-            loss = float(logs["loss"])
-            self.loss = loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
+            self._smooth(float(logs["loss"]))
         self.facts.update({k: float(v) for k, v in logs.items() if isinstance(v, int | float)})
         # Ten lines in a run are enough for a log file; an evaluation always says its result.
         due = state.global_step - self.said >= state.max_steps / 10
@@ -77,6 +94,9 @@ class Progress(TrainerCallback):
             self.bar.stop()
             self.bar = None
 
+    def _smooth(self, loss: float) -> None:
+        self.loss = loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
+
     def _text(self, state: Any) -> str:
         done = state.global_step - self.first
         each = (time.time() - self.began) / max(done, 1)
@@ -89,6 +109,20 @@ class Progress(TrainerCallback):
         if done:
             parts += [f"{each:.2f} s/step", f"{_time(each * (state.max_steps - state.global_step))} left"]
         return "  ".join(parts)
+
+
+def _logged_losses(args: Any, state: Any) -> list[float]:
+    """What was logged up to the step that a resumed run goes on from: the mean of each window's finite losses."""
+    if not state.global_step:
+        return []
+    steps, _ = read_metrics(Path(args.output_dir) / "metrics.jsonl")
+    every = max(1, int(state.logging_steps))
+    windows: dict[int, list[float]] = {}
+    for line in steps:
+        window = (line["step"] - 1) // every
+        if line.get("loss") is not None and (window + 1) * every <= state.global_step:
+            windows.setdefault(window, []).append(line["loss"])
+    return [sum(losses) / len(losses) for _, losses in sorted(windows.items())]
 
 
 def _time(seconds: float) -> str:

@@ -38,7 +38,7 @@ def tune(context: typer.Context, options: TuneOptions) -> None:
     plan = prepare(options)
     model, options = load(plan, options)
     trainer = build_trainer(plan, model, options)
-    say(f"{len(plan.train)} examples, {trainer.zm.rule.describe()}, lr {trainer.zm.lr:g}, eps {options.eps:g}")
+    say(f"{len(plan.train)} examples, {trainer.zm.rule.describe()}, lr {options.lr}, eps {options.eps:g}")
     try:
         trainer.train(resume_from_checkpoint=options.resume)
     finally:
@@ -118,17 +118,14 @@ def show(examples: Any, source: Any, count: int) -> None:
 
 
 def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
-    """Load the weights. Returns the model, and the options with dtype and learning rate resolved."""
-    from zowrap.rules import get
+    """Load the weights. Returns the model, and the options with the dtype resolved."""
     from zowrap.tasks import choose_dtype
 
     dtype, why = choose_dtype(options.dtype, plan.source)
     name = str(dtype).removeprefix("torch.")
     model = plan.task.build(plan.source, dtype, options.seed)
     say(f"{plan.source.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights in {name} ({why})")
-    rule = get(options.rule)
-    lr = options.lr or plan.task.default_lr(rule.name) or rule.lr
-    return model, replace(options, dtype=name, lr=lr)
+    return model, replace(options, dtype=name)
 
 
 def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
@@ -176,10 +173,12 @@ def report(trainer: Any, options: TuneOptions, seconds: float) -> dict[str, Any]
     best = trainer.best_step
     final: dict[str, Any] = next((e for e in reversed(evaluations) if best is None or e["step"] == best), {})
     first: dict[str, Any] = next((e for e in evaluations if e["step"] == 0), {})
+    chosen_with = (trainer.lr_choice or {}).get("forwards", 0)
     recent = [s["loss"] for s in steps[-50:] if s.get("loss") is not None]
     return {
         "out": str(options.out),
         "rule": trainer.zm.rule.name,
+        "lr": trainer.args.learning_rate,
         "steps": done,
         "steps_run": done - trainer.resumed_from,
         "resumed_from": trainer.resumed_from,
@@ -188,7 +187,8 @@ def report(trainer: Any, options: TuneOptions, seconds: float) -> dict[str, Any]
         "loss_before": first.get("eval_loss"),
         "accuracy_before": first.get("eval_accuracy"),
         "best_step": best,
-        "forwards": done * facts.forwards * options.grad_accum,
+        "forwards": done * facts.forwards * options.grad_accum + chosen_with,
+        "lr_forwards": chosen_with,
         "engine": facts.engine,
         "seconds": round(seconds, 2),
     }

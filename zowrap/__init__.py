@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from zowrap import rules
     from zowrap.errors import ZOError, ZOInternalError
+    from zowrap.lr import LearningRate, tune_lr
     from zowrap.model import StepResult, ZOModel
     from zowrap.trainer import ZOConfig, ZOTrainer
     from zowrap.wrap import zo_wrap
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # Names are imported on first use, so that `zowrap --help` does not pay for torch.
 _HOME = {
     "zo_wrap": "zowrap.wrap",
+    "tune_lr": "zowrap.lr",
+    "LearningRate": "zowrap.lr",
     "ZOModel": "zowrap.model",
     "StepResult": "zowrap.model",
     "ZOConfig": "zowrap.trainer",
@@ -33,6 +36,7 @@ _HOME = {
 }
 
 __all__ = [
+    "LearningRate",
     "StepResult",
     "ZOConfig",
     "ZOError",
@@ -41,6 +45,7 @@ __all__ = [
     "ZOTrainer",
     "__version__",
     "rules",
+    "tune_lr",
     "zo_wrap",
 ]
 

@@ -28,7 +28,7 @@ class ZOConfig(TrainingArguments):
     ===========================  ==================================  ========================================
     argument                     the Trainer's default               here
     ===========================  ==================================  ========================================
-    learning_rate                5e-5                                the rule's own
+    learning_rate                5e-5                                the rule's own; ``"auto"`` chooses it
     lr_scheduler_type            linear                              constant
     max_grad_norm                1.0                                 0: there is no gradient to clip
     eval_strategy, eval_steps    never                               before the first step and ten times,
@@ -50,6 +50,8 @@ class ZOConfig(TrainingArguments):
         rule_options: its hyper-parameters, ``{"beta": 0.99}``, or the same as JSON.
         eps: perturbation size ε, in units of the weights.
         direction, queries, estimator, blocks, block_order, trainable, engine: as in :func:`zowrap.zo_wrap`.
+        lr: another name for ``learning_rate``. ``"auto"`` has :func:`zowrap.tune_lr` choose it from training batches
+            before the first step; a resumed run keeps the choice.
         save_every: another name for ``save_steps``.
         max_skipped: this many steps in a row with a loss that is not finite end the run.
         overwrite: allow a training from the start in an ``output_dir`` that holds another's steps; they are removed.
@@ -80,6 +82,8 @@ class ZOConfig(TrainingArguments):
     engine: str | None = field(
         default=None, metadata={"help": "compiled, eager, or compiled with eager behind it (default)."}
     )
+    # Text or a number: HfArgumentParser, which knows no union, makes text of what stands on a command line.
+    lr: str | None = field(default=None, metadata={"help": "Another name for learning_rate; 'auto' chooses it."})
     save_every: int | None = field(default=None, metadata={"help": "Another name for save_steps."})
     # Twenty skips in a row are no accident of the directions: their chance halves with each for a run that can go on.
     max_skipped: int = field(default=20, metadata={"help": "Skipped steps in a row that end the run."})
@@ -129,6 +133,7 @@ class ZOConfig(TrainingArguments):
         if self.blocks == ["layer"]:
             self.blocks = "layer"  # type: ignore[assignment]
         _ignore_and_refuse(self)
+        self.auto_lr = _settle_lr(self)
         self.unset = {name for name in _FILLED if getattr(self, name) is None}
         _check_numbers(self)
         if self.learning_rate is None:
@@ -161,12 +166,19 @@ class ZOConfig(TrainingArguments):
             )
             self._n_gpu = 1
 
-    def rule_object(self) -> rules.Rule:
-        """The rule with its hyper-parameters and the learning rate, if one is set."""
+    def rule_object(self, steps: int | None = None) -> rules.Rule:
+        """The rule with its hyper-parameters and the learning rate, if one is set.
+
+        Args:
+            steps: those planned: a rule that can warm up does so over them, unless ``warmup`` is given.
+        """
         options: dict[str, Any] = {**self.rule_options} if isinstance(self.rule_options, dict) else {}
         if "learning_rate" not in self.unset:
             options["lr"] = self.learning_rate
-        return rules.get(self.rule, **options)
+        rule = rules.get(self.rule, **options)
+        if steps and "warmup" not in options and rule.hyper.get("warmup") is False:
+            rule = rules.get(self.rule, **options, warmup=steps)
+        return rule
 
     def evaluates(self, has_eval_dataset: bool) -> None:
         """Settle what depends on the data: whether to evaluate at all, and before the first step."""
@@ -218,6 +230,25 @@ _REFUSED = {
     "optim_args": "give hyper-parameters to the rule: rule_options={'beta': ...}",
     "optim_target_modules": "name what moves instead: trainable=['*q_proj*', ...]",
 }
+
+
+def _settle_lr(config: ZOConfig) -> bool:
+    """Make one learning rate of the option's two names; returns whether it is to be chosen (``"auto"``)."""
+    given: list[Any] = [value for value in (config.lr, config.learning_rate) if value is not None]
+    rates = {value if value == "auto" else _number(value) for value in given}
+    if len(rates) > 1:
+        raise ZOError("lr and learning_rate are two names of one option: give one")
+    auto = rates == {"auto"}
+    config.lr = "auto" if auto else None
+    config.learning_rate = None if auto or not rates else rates.pop()
+    return auto
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ZOError(f"lr must be a positive finite number or 'auto', got {value!r}") from None
 
 
 def _ignore_and_refuse(config: ZOConfig) -> None:

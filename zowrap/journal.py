@@ -120,10 +120,10 @@ class Journal(Lines):
         write_text(path, json.dumps(header) + "\n")
         return cls(path, header)
 
-    def settle(self, environment: dict[str, Any]) -> None:
-        """Write the environment into the header of a journal that holds no step yet."""
+    def settle(self, **facts: Any) -> None:
+        """Write what is known only now into the header of a journal that holds no step yet."""
         self.close()
-        self.header = jsonable({**self.header, "environment": environment})
+        self.header = jsonable({**self.header, **facts})
         write_text(self.path, json.dumps(self.header) + "\n")
 
     @classmethod

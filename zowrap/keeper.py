@@ -15,6 +15,7 @@ from zowrap import export
 from zowrap.errors import ZOError
 from zowrap.files import remove
 from zowrap.journal import Journal, environment
+from zowrap.lr import not_finite
 from zowrap.model import StepResult
 from zowrap.resume import Start, by_epoch, say_differences, steps_per_epoch
 from zowrap.signals import StopSignal
@@ -37,6 +38,7 @@ class Keeper:
 
     Attributes:
         base: ``{"base_model": name}`` where the name is known.
+        plan: what was settled at the first start, see :class:`zowrap.resume.Start`.
         best_step, best_metric: of the model in the root of the run.
         signal: whether the run was asked to stop.
         flush_steps: results that may wait to be written.
@@ -61,6 +63,7 @@ class Keeper:
         self._failed_at_once = False
         self._settled = False
         self._began_with: dict[str, Any] = {}
+        self.plan: dict[str, Any] = {}
         self._skipped_in_a_row = 0
         self._total = self._count = 0.0
         self._window: list[tuple[float, float]] = []  # (loss, |projected gradient|) of the steps since the last log
@@ -84,7 +87,7 @@ class Keeper:
                 )
             if not start.step:
                 export.save_settings(trainer.zm.model, run.path, trainer.tokenizer())
-        self._settled, self._began_with = False, start.environment
+        self._settled, self._began_with, self.plan = False, start.environment, start.plan
         self._journal = start.journal or Journal.start(run.journal_file, start.header)
         self._cut_metrics(start)
         for line in start.evaluations:
@@ -148,6 +151,17 @@ class Keeper:
                     lines.sync()
                 lines.close()
 
+    def planned(self, **facts: Any) -> None:
+        """Take what was settled at the first start: it stays with the run, in the journal and the checkpoints."""
+        self.plan.update(facts)
+        if self._journal is not None and not self.trainer.zm.step_count:
+            self._journal.settle(plan=self.plan)
+        self._set_status(plan=self.plan)
+
+    def failed_at_once(self) -> None:
+        """The start came to nothing: :meth:`abandon` then leaves the folder as it was before."""
+        self._pending, self._failed_at_once = [], True
+
     # --- steps -------------------------------------------------------------------------------------------------
 
     def stepped(self, result: StepResult) -> None:
@@ -161,12 +175,8 @@ class Keeper:
         self._clock = now
         first = self.trainer.zm.step_count == 1
         if first and bool(result.skipped):
-            self._pending, self._failed_at_once = [], True
-            losses = ", ".join(f"{value:g}" for value in result.losses.flatten().tolist())
-            raise ZOError(
-                f"the loss is not finite from the start (it is {losses}): check the data and the labels, and whether "
-                "the model's own loss is finite; for a 16-bit model try dtype float32 or bfloat16"
-            )
+            self.failed_at_once()
+            raise not_finite(result.losses)
         self._settle_environment()
         if first or len(self._pending) >= self.flush_steps or now - self._flushed >= FLUSH_SECONDS:
             self.flush()
@@ -178,7 +188,7 @@ class Keeper:
         self._settled = True
         ours = environment(self.trainer.zm)
         if self.trainer.zm.step_count == 1:
-            self._journal.settle(ours)
+            self._journal.settle(environment=ours)
         elif self._began_with:
             say_differences(self._began_with, ours, ("engine",))
 
@@ -278,7 +288,11 @@ class Keeper:
             if isinstance(callback, ExportableState):
                 state.stateful_callbacks[type(callback).__name__] = callback.state()  # type: ignore[index,call-overload]
         trainer.run.save_checkpoint(
-            state.global_step, trainer.zm, dataclasses.asdict(state), keep=trainer.args.save_total_limit or 0
+            state.global_step,
+            trainer.zm,
+            dataclasses.asdict(state),
+            keep=trainer.args.save_total_limit or 0,
+            plan=self.plan,
         )
         self._set_status(step=state.global_step)
 

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -161,6 +161,10 @@ class ZOModel:
             ZOError: nothing was accumulated and nothing is given, or what is given has another shape.
         """
         job, per_example = self._job, self._estimator.per_example
+        if math.isnan(self.lr):
+            raise ZOError(
+                "lr='auto' is not chosen yet: zowrap.tune_lr(zm, batches, steps=...) chooses it, before step 1"
+            )
         if losses is None and self._measured.sums is not None:
             losses, weights = self._measured.losses(), self._measured.shares() if per_example else None
             if projected_grad is None:
@@ -195,6 +199,21 @@ class ZOModel:
         self.step_count += 1
         self.discard()
         return result
+
+    def peek(self) -> tuple[Tensor, Tensor]:
+        """What :meth:`update` would conclude from the accumulated micro-batches; nothing moves.
+
+        Returns:
+            float32 losses at :attr:`points` and projected gradients, shaped as in :class:`StepResult`, but
+            ``[queries]`` for one query, too.
+
+        Raises:
+            ZOError: nothing was accumulated.
+        """
+        if self._measured.sums is None:
+            raise ZOError("peek() has nothing to look at: call accumulate(**batch) first")
+        losses, g = self._measured.losses(), self._measured.slopes()
+        return losses, self._job.project(losses, self._job.hyper["eps"]) if g is None else g
 
     def _checked(self, losses: Tensor | None, projected_grad: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What :meth:`update` was given, as tensors of the shapes that this step has."""
@@ -422,6 +441,25 @@ class ZOModel:
     @property
     def rule(self) -> Rule:
         return self._job.rule
+
+    @property
+    def points(self) -> list[estimators.Point]:
+        """Where a step evaluates the loss, in order."""
+        return self._points
+
+    def options(self) -> dict[str, Any]:
+        """The options of ``zo_wrap`` under which a step probes; ``blocks`` by the names they have here."""
+        job = self._job
+        return {
+            "rule": job.rule,
+            "eps": self.eps,
+            "seed": self.seed,
+            "direction": replace(job.direction, shape=None),  # the rule has its shape already
+            "queries": job.queries,
+            "estimator": self._estimator.name,
+            "blocks": [block.name for block in job.blocks],
+            "block_order": self.block_order,
+        }
 
     @property
     def loss_module(self) -> LossModule:

@@ -21,7 +21,7 @@ from transformers import TrainerState
 from zowrap.errors import ZOError
 from zowrap.files import remove
 from zowrap.journal import Journal, describe
-from zowrap.run import check_start, checkpoint_environment, load_checkpoint, replay
+from zowrap.run import check_start, checkpoint_facts, load_checkpoint, replay
 
 if TYPE_CHECKING:
     from zowrap.config import ZOConfig
@@ -42,6 +42,8 @@ class Start:
         evaluations: the lines of metrics.jsonl that are evaluations, up to ``step``.
         metric: the metric that a plateau schedule follows.
         environment: what the run began with, see :func:`zowrap.journal.environment`.
+        plan: what was settled at the first start and stays: ``steps`` planned, ``learning_rate`` before any schedule,
+            and where it was chosen, ``choice`` (:meth:`zowrap.lr.LearningRate.record`).
     """
 
     step: int
@@ -52,6 +54,7 @@ class Start:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     metric: str | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
 
     def scheduler_steps(self, scheduler: Any) -> Iterable[tuple[float, ...]]:
         """The arguments of the calls of ``scheduler.step`` that were made so far."""
@@ -76,9 +79,13 @@ def find_start(trainer: ZOTrainer, resume: str | bool | None) -> Start:
     Raises:
         ZOError: the folder holds another run, or a run although it is to start from the first step.
     """
-    run = trainer.run
+    run, first = trainer.run, _first_state(trainer)
+    recorded_plan = _recorded_plan(trainer, resume)
+    plan = {"steps": first.max_steps} if recorded_plan is None else recorded_plan
+    trainer.wrap_for(plan.get("steps"))
     header = describe(trainer.zm, blocks=trainer.args.blocks, model_name=trainer._keeper.base.get("base_model"))
-    fresh = Start(0, _first_state(trainer), None, header)
+    header["plan"] = plan
+    fresh = Start(0, first, None, header, plan=plan)
     if not resume:
         return _from_the_first_step(trainer, fresh)
     if not isinstance(resume, bool) and not _same(Path(resume), run.path):
@@ -97,7 +104,7 @@ def find_start(trainer: ZOTrainer, resume: str | bool | None) -> Start:
         return _from_the_first_step(trainer, fresh, clear=True)
     began_with = (journal.header.get("environment") if journal else None) or {}
     if saved and not began_with:
-        began_with = checkpoint_environment(run.checkpoint(saved))
+        began_with = checkpoint_facts(run.checkpoint(saved), "environment")
     zm = _use_environment(trainer, began_with, header["environment"])
     if saved:
         state = _state_of(load_checkpoint(run.checkpoint(saved), zm))
@@ -111,7 +118,22 @@ def find_start(trainer: ZOTrainer, resume: str | bool | None) -> Start:
     state.global_step = step
     evaluations = [line for _, _, line in run.metrics.read() if line["step"] <= step and "projected_grad" not in line]
     done = step >= fresh.state.max_steps and status == "finished"
-    return Start(step, state, journal, header, done, evaluations, trainer.args.metric_for_best_model, began_with)
+    return Start(step, state, journal, header, done, evaluations, trainer.args.metric_for_best_model, began_with, plan)
+
+
+def _recorded_plan(trainer: ZOTrainer, resume: str | bool | None) -> dict[str, Any] | None:
+    """The plan of the run that is gone on with; ``None`` where there is none to go on with."""
+    run = trainer.run
+    if not resume:
+        return None
+    if not isinstance(resume, bool) and not _same(Path(resume), run.path):
+        return checkpoint_facts(Path(resume), "plan")
+    run.clean()
+    journal = Journal.read_from(run.journal_file)
+    if journal is not None:
+        return journal.header.get("plan") or {}
+    saved = max(run.checkpoints(), default=0)
+    return checkpoint_facts(run.checkpoint(saved), "plan") if saved else None
 
 
 def _from_the_first_step(trainer: ZOTrainer, fresh: Start, clear: bool = False) -> Start:
@@ -138,7 +160,7 @@ def _from_checkpoint(trainer: ZOTrainer, checkpoint: Path, header: dict[str, Any
     if not inside and run.exists():
         raise ZOError(f"{run.path} already holds a run: {checkpoint} of another one cannot go on there")
     journal = Journal.resume(run.journal_file, header) if inside else None
-    began_with = (journal.header.get("environment") if journal else None) or checkpoint_environment(checkpoint)
+    began_with = (journal.header.get("environment") if journal else None) or checkpoint_facts(checkpoint, "environment")
     zm = _use_environment(trainer, began_with, header["environment"])
     header = {**header, "environment": began_with or header["environment"]}  # of a journal that begins in the middle
     state = _state_of(load_checkpoint(checkpoint, zm))
@@ -151,7 +173,8 @@ def _from_checkpoint(trainer: ZOTrainer, checkpoint: Path, header: dict[str, Any
             remove(run.checkpoint(each))
         journal.keep(step)
     evaluations = [line for _, _, line in run.metrics.read() if line["step"] <= step and "projected_grad" not in line]
-    return Start(step, state, journal, header, False, evaluations, trainer.args.metric_for_best_model, began_with)
+    plan, metric = header["plan"], trainer.args.metric_for_best_model
+    return Start(step, state, journal, header, False, evaluations, metric, began_with, plan)
 
 
 def _use_environment(trainer: ZOTrainer, theirs: dict[str, Any], ours: dict[str, Any]) -> ZOModel:

@@ -105,8 +105,12 @@ class Run:
         steps = sorted(int(match[1]) for match in found if match)
         return [step for step in steps if (self.checkpoint(step) / STATE).is_file()]
 
-    def save_checkpoint(self, step: int, zm: ZOModel, trainer_state: dict[str, Any], keep: int = 1) -> Path:
+    def save_checkpoint(
+        self, step: int, zm: ZOModel, trainer_state: dict[str, Any], keep: int = 1, plan: dict[str, Any] | None = None
+    ) -> Path:
         """Write ``checkpoint-N``, whole or not at all, then remove the oldest beyond ``keep`` (0 keeps all).
+
+        ``plan`` is what the run settled at its first start, see :class:`zowrap.resume.Start`.
 
         Raises:
             ZOError: the disk is full; the earlier checkpoints are then as they were.
@@ -126,7 +130,7 @@ class Run:
             sync(beside / TENSORS)
             write_json(beside / TRAINER, trainer_state)
             rest = {name: value for name, value in state.items() if name not in tensors}
-            write_json(beside / STATE, {**rest, "environment": environment(zm)})
+            write_json(beside / STATE, {**rest, "environment": environment(zm), "plan": plan or {}})
             remove(place)
             os.replace(beside, place)
         if keep > 0:
@@ -140,9 +144,9 @@ class Run:
             remove(entry)
 
 
-def checkpoint_environment(directory: Path) -> dict[str, Any]:
-    """The environment that a checkpoint was written in; empty where it does not say."""
-    return _read_object(directory / STATE).get("environment") or {} if (directory / STATE).is_file() else {}
+def checkpoint_facts(directory: Path, name: str) -> dict[str, Any]:
+    """The ``"environment"`` that a checkpoint was written in, or its run's ``"plan"``; empty where it does not say."""
+    return _read_object(directory / STATE).get(name) or {} if (directory / STATE).is_file() else {}
 
 
 def load_checkpoint(directory: str | os.PathLike[str], zm: ZOModel) -> dict[str, Any]:

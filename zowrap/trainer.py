@@ -24,6 +24,7 @@ from zowrap.config import ZOConfig
 from zowrap.errors import ZOError
 from zowrap.keeper import Interrupted, Keeper, KeeperCallback
 from zowrap.model import StepResult, ZOModel
+from zowrap.plan import settle_lr
 from zowrap.resume import Start, find_start, say
 from zowrap.run import Run, load_weights
 from zowrap.signals import stop_signals
@@ -40,11 +41,12 @@ class ZOStep(torch.optim.Optimizer):
 
     Args:
         zm: the wrapped model.
+        lr: η before any schedule.
         done: called with each step's result.
     """
 
-    def __init__(self, zm: ZOModel, done: Callable[[StepResult], None]) -> None:
-        super().__init__([parameter.tensor for parameter in zm.parameters], {"lr": zm.lr})
+    def __init__(self, zm: ZOModel, lr: float, done: Callable[[StepResult], None]) -> None:
+        super().__init__([parameter.tensor for parameter in zm.parameters], {"lr": lr})
         self.zm = zm
         self.done = done
 
@@ -103,6 +105,7 @@ class ZOTrainer(Trainer):
         self.batch_metrics = batch_metrics
         self.run = Run(str(args.output_dir))
         self._bare, self._loss_fn = model, loss_fn
+        self._rule = args.rule_object()
         self.wrap(args.engine)
         self._keeper = Keeper(self, base_model or export.model_name(model), config, made_folder)
         self.add_callback(KeeperCallback(self._keeper))
@@ -116,8 +119,8 @@ class ZOTrainer(Trainer):
         args = self.args
         self.zm: ZOModel = zo_wrap(
             self._bare,
-            args.rule_object(),
-            lr=args.learning_rate,
+            self._rule,
+            lr="auto" if args.auto_lr else args.learning_rate,
             eps=args.eps,
             seed=args.seed,
             direction=args.direction,
@@ -132,6 +135,13 @@ class ZOTrainer(Trainer):
         )
         self._loss = self.zm.loss_module
 
+    def wrap_for(self, steps: int | None) -> None:
+        """Wrap again where the rule is another for a run of so many steps (a warm-up)."""
+        rule = self.args.rule_object(steps)
+        if rule.describe() != self._rule.describe() and not self.zm.step_count:
+            self._rule = rule
+            self.wrap(self.args.engine)
+
     # --- what a step is ----------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -145,7 +155,7 @@ class ZOTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = ZOStep(self.zm, self._keeper.stepped)
+            self.optimizer = ZOStep(self.zm, self.args.learning_rate, self._keeper.stepped)  # type: ignore[arg-type]
         return self.optimizer
 
     # --- the run -----------------------------------------------------------------------------------------------
@@ -185,12 +195,14 @@ class ZOTrainer(Trainer):
         evaluates_first = self.args.eval_on_start
         try:
             with stop_signals() as self._keeper.signal, tempfile.TemporaryDirectory() as folder:
+                self.state = start.state
                 if start.step:
                     start.state.save_to_json(str(Path(folder) / "trainer_state.json"))
                     self.args.eval_on_start = False
                     self._resuming = start
                     kwargs["resume_from_checkpoint"] = folder
                 try:
+                    settle_lr(self, self._keeper, start)
                     output = super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs)
                 except Interrupted:
                     self.is_in_train = False
@@ -216,6 +228,11 @@ class ZOTrainer(Trainer):
         if not start.finished:
             self._keeper.close(interrupted=False)
         return TrainOutput(start.step, self._keeper.mean_loss(), {"train_runtime": 0.0})
+
+    @property
+    def lr_choice(self) -> dict[str, Any] | None:
+        """The record of the choice that ``lr="auto"`` made for this run (:class:`zowrap.LearningRate`), if it did."""
+        return self._keeper.plan.get("choice")
 
     @property
     def best_step(self) -> int | None:

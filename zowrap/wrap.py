@@ -32,7 +32,7 @@ def zo_wrap(
     model: nn.Module,
     rule: str | Rule = "meazo",
     *,
-    lr: float | None = None,
+    lr: float | str | None = None,
     eps: float = 1e-3,
     seed: int = 0,
     direction: str | directions.Direction | None = None,
@@ -54,7 +54,8 @@ def zo_wrap(
     Args:
         model: a ``transformers`` model, a PEFT model (adapters move, the base stays), or any module with ``loss_fn``.
         rule: an update rule by name (``zowrap rules`` lists them) or from its constructor, ``rules.meazo(beta=0.9)``.
-        lr: learning rate η; by default the rule's own.
+        lr: learning rate η; by default the rule's own. ``"auto"`` leaves it open: no step is made until
+            :func:`zowrap.tune_lr` has chosen it, which needs data and the number of steps planned.
         eps: perturbation size ε in units of the weights. 1e-3 is the field's choice for full tuning in float32.
         seed: of all noise; 0 is a seed like any other.
         direction: law of the directions, see :mod:`zowrap.directions`; by default the rule's own, mostly gaussian.
@@ -77,8 +78,13 @@ def zo_wrap(
     """
     if not isinstance(model, nn.Module):
         raise ZOError(f"model must be a torch module, for example from from_pretrained, not {type(model).__name__}")
-    rule = rules.get(rule, **({"lr": lr} if lr is not None and not isinstance(rule, Rule) else {}))
-    check_positive("zo_wrap", lr=rule.lr if lr is None else lr, eps=eps)
+    auto = isinstance(lr, str)
+    if auto and lr != "auto":
+        raise ZOError(f"lr must be a positive finite number or 'auto', got {lr!r}")
+    value = None if lr is None or isinstance(lr, str) else lr
+    rule = rules.get(rule, **({"lr": value} if value is not None and not isinstance(rule, Rule) else {}))
+    value = rule.lr if value is None else value
+    check_positive("zo_wrap", lr=value, eps=eps)
     queries = rule.defaults.queries if queries is None else queries
     if not isinstance(queries, int) or isinstance(queries, bool) or queries < 1:
         raise ZOError(f"queries must be a whole number from 1, got {queries!r}")
@@ -107,7 +113,7 @@ def zo_wrap(
     if law.lowrank is not None and rule.shapes_directions:
         raise ZOError(f"{rule.name} works on each element of a direction: {law.name} would lose its low rank")
     engine = _check_estimator(rule, law, probing, queries, engine)
-    hyper = {"lr": float(rule.lr if lr is None else lr), "eps": float(eps), "weight_decay": float(weight_decay)}
+    hyper = {"lr": math.nan if auto else float(value), "eps": float(eps), "weight_decay": float(weight_decay)}
     job = Job(
         loss=LossModule(model, loss_fn),
         parameters=parameters,

@@ -137,7 +137,7 @@ def assert_refused(told: Outcome, message: str, as_json: bool = False) -> None:
         (("--rule", "meazzo"), "unknown rule 'meazzo'; did you mean 'meazo'?"),
         (("--rule-option", "betta=0.9"), "no hyper-parameter 'betta'; did you mean 'beta'?"),
         (("--rule-option", "beta"), "--rule-option takes name=value"),
-        (("--rule-option", "beta=1.5"), "beta must lie in [0, 1)"),
+        (("--rule-option", "beta=1.5"), "--rule-option beta must lie in [0, 1), got 1.5"),
         (("--direction", "gausian"), "did you mean 'gaussian'?"),
         (("--estimator", "centrall"), "did you mean 'central'?"),
         (("--block-order", "ascend"), "did you mean 'ascending'?"),
@@ -147,14 +147,16 @@ def assert_refused(told: Outcome, message: str, as_json: bool = False) -> None:
         (("--task", "clasification"), "did you mean 'classification'?"),
         (("--dtype", "bfloat"), "did you mean 'bfloat16'?"),
         (("--report-to", "tensorbord"), "tensorbord"),
-        (("--lr", "0"), "lr must be a positive finite number"),
-        (("--lr", "nan"), "lr must be a positive finite number"),
-        (("--eps", "-1"), "eps must be a positive finite number"),
-        (("--eps", "inf"), "eps must be a positive finite number"),
+        (("--lr", "0"), "--lr must be a positive finite number or auto, got 0"),
+        (("--lr", "nan"), "--lr must be a positive finite number or auto, got nan"),
+        (("--lr", "fast"), "--lr must be a positive finite number or auto, got fast"),
+        (("--eps", "-1"), "--eps must be a positive finite number, got -1.0"),
+        (("--eps", "inf"), "--eps must be a positive finite number, got inf"),
+        (("--weight-decay", "-1"), "--weight-decay must be a finite number from 0, got -1.0"),
         (("--eps", "small"), "Invalid value for '--eps'"),
         (("--steps", "0"), "--steps must be at least 1"),
         (("--batch-size", "0"), "--batch-size must be at least 1"),
-        (("--queries", "0"), "queries must be a whole number from 1"),
+        (("--queries", "0"), "--queries must be a whole number from 1, got 0"),
         (("--seed", "-1"), "--seed must be at least 0"),
         (("--max-length", "1"), "--max-length must be at least 2"),
         (("--labels", "a,,b"), "has an empty name"),
@@ -288,13 +290,61 @@ def test_resume_uses_the_runs_own_options(
     monkeypatch.chdir(tmp_path)
     told = zowrap_cli("tune", "--resume", "--out", "run", "--lr", "0.5", "--json")
     assert told.code == 0, told.err
-    assert "--lr 0.5 differs from the run's own 0.001" in told.err
+    assert "--lr 0.5 differs from the run's own 0.001, which is used: a run keeps its options" in told.err
     assert told.json["resumed_from"] > 0 and told.json["steps_run"] == 8 - told.json["resumed_from"]
     assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert json.loads((run / "zowrap.json").read_text())["task"]["form"] == "sentence"
 
     again = zowrap_cli("tune", "--resume", "--out", run, "--json")
     assert again.code == 0 and again.json["steps_run"] == 0 and again.json["accuracy"] == told.json["accuracy"]
+
+
+def test_the_learning_rate_is_chosen_once(
+    zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zowrap import plan
+    from zowrap.cli import progress
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = ("--data", data["train"], "--eval-data", data["test"], "--engine", "eager", "--steps", 20)
+    told = zowrap_cli("tune", models["encoder"], *options, "--out", whole, "--json")
+    assert told.code == 0, told.err
+    record = told.json
+    assert "choosing the learning rate, with at most 16 evaluations of a training batch" in told.err
+    assert f"lr {record['lr']:.2e} chosen for 20 steps with {record['lr_forwards']} forwards" in told.err
+    assert record["forwards"] == 40 + record["lr_forwards"] and 0 < record["lr_forwards"] <= 32
+    given = zowrap_cli("tune", models["encoder"], *options, "--lr", record["lr"], "--out", tmp_path / "given", "--json")
+    assert given.json["lr_forwards"] == 0 and given.json["loss"] == record["loss"]
+
+    smoothed: dict[int, float | None] = {}
+
+    class Stop(progress.Progress):
+        stop_at = 9
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            super().on_log(args, state, control, logs, **kwargs)
+            smoothed[state.global_step] = self.loss
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == self.stop_at:
+                raise RuntimeError("the machine went down")
+
+    monkeypatch.setattr(progress, "Progress", Stop)
+    assert zowrap_cli("tune", models["encoder"], *options, "--out", run).code == 1
+    Stop.stop_at = -1
+    monkeypatch.setattr(plan, "tune_lr", lambda *args, **kwargs: pytest.fail("chosen again"))
+    resumed = zowrap_cli("tune", "--resume", "--out", run, "--json")
+    assert resumed.code == 0, resumed.err
+    assert f"going on with learning rate {record['lr']:g}, as it was chosen at the first start" in resumed.err
+    assert (resumed.json["lr"], resumed.json["forwards"]) == (record["lr"], record["forwards"])
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    # What is shown as the smoothed loss goes on, too.
+    after = dict(smoothed)
+    smoothed.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(progress, "Progress", Stop)
+    assert zowrap_cli("tune", models["encoder"], *options, "--out", tmp_path / "again").code == 0
+    assert after[20] == pytest.approx(smoothed[20], rel=1e-6)
 
 
 def test_resume_of_nothing_starts_over_and_says_so(

@@ -117,10 +117,6 @@ class LanguageModelling:
         """None: everything moves."""
         return None
 
-    def default_lr(self, rule: str) -> float | None:
-        """None: the rule's own."""
-        return None
-
     def metrics(self, output: Any, batch: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
         """``{"accuracy": (right, counted)}`` over the label tokens of one batch."""
         wanted = batch["labels"][:, 1:]
