@@ -84,7 +84,7 @@ def feed(zm: Any, losses: list[torch.Tensor]) -> list[list[Seen]]:
     seen: list[list[Seen]] = [[] for _ in zm._job.blocks]
     for given in losses:
         step = zm.step_count
-        block = zm._current_streams()[0].block
+        block = zm._streams.queries[0].block
         zm.discard()
         values = given.double().numpy()
         g = slopes(zm._estimator.name, values[: len(zm._points)])

@@ -17,7 +17,7 @@ SIZES = (15, 5, 10, 2)  # of the parameters that ``wrap`` tunes
 
 def z_of(zm, stream=None) -> np.ndarray:
     """The direction of the current step, all parameters in one vector."""
-    stream = zm._current_streams()[0] if stream is None else stream
+    stream = zm._streams.queries[0] if stream is None else stream
     parts = [zm._engine.direction(stream, i).double().numpy().ravel() for i in range(len(zm.parameters))]
     return np.concatenate(parts)
 
@@ -27,7 +27,7 @@ def test_low_rank_directions_have_the_identity_for_covariance(rank) -> None:
     """For every rank: E[z zᵀ] = I and so ‖z‖² ≈ d. The sampling error of a diagonal entry is √(8/n) at rank 1."""
     zm = wrap("zo_sgd", direction=f"lowrank({rank})")
     count, parts = 20_000, []
-    factors = zm._lowrank_stream(torch.arange(count), per_example=True).factors
+    factors = zm._streams.lowrank(torch.arange(count), per_example=True).factors
     for place in (zm._job.layouts[0].places[i] for i in range(4)):
         left, right = place.left_of(factors), place.right_of(factors)
         parts.append(left.flatten(1) if right is None else torch.einsum("bir,bjr->bij", left, right).flatten(1))
@@ -39,7 +39,7 @@ def test_low_rank_directions_have_the_identity_for_covariance(rank) -> None:
 
 def test_a_direction_of_rank_r_has_rank_r() -> None:
     zm = wrap("zo_sgd", direction="lowrank(2)")
-    z = zm._engine.direction(zm._current_streams()[0], 0)
+    z = zm._engine.direction(zm._streams.queries[0], 0)
     assert z.shape == (5, 3) and torch.linalg.matrix_rank(z) == 2
 
 
@@ -214,7 +214,7 @@ def test_a_skipped_or_discarded_step_keeps_the_thresholds() -> None:
     for losses in draw_losses(zm, 2):
         zm.update(losses=losses)
     before = [t.clone() for t in zm._job.slots["threshold"]]
-    zm._current_streams()  # step 2 takes them anew
+    assert zm._streams.queries  # step 2 takes them anew
     assert any(not torch.equal(a, b) for a, b in zip(before, zm._job.slots["threshold"], strict=True))
     zm.discard()
     assert all(torch.equal(a, b) for a, b in zip(before, zm._job.slots["threshold"], strict=True))

@@ -165,7 +165,7 @@ def test_perturbation_noise_is_update_noise_is_replay_noise(direction, dtype) ->
     assert [p.name for p in zm.parameters] == ["embed.weight", "mix", "gain", "conv.weight", "conv.bias"] or len(
         zm.parameters
     ) == 5
-    (stream,) = zm._current_streams()
+    (stream,) = zm._streams.queries
     oracle = zm._engine.eager
     for i, parameter in enumerate(zm.parameters):
         zeros = torch.zeros_like(parameter.tensor, dtype=torch.float32)

@@ -44,7 +44,7 @@ def test_engines_agree_along_low_rank_directions(options) -> None:
 
 def factors(zm) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """(U, V) of every parameter at the current step."""
-    (stream,) = zm._current_streams()
+    (stream,) = zm._streams.queries
     places = zm._job.layouts[stream.block].places
     found = []
     for place in places.values():
@@ -101,7 +101,7 @@ def test_lozo_updates_along_its_probe_at_resampling_steps_too(rule, share, engin
     zm = wrap(rule, engine=engine, lr=1.0)
     oracle = getattr(zm._engine, "eager", zm._engine)
     for _ in range(7):  # V is drawn at steps 0, 3 and 6
-        (stream,) = zm._current_streams()
+        (stream,) = zm._streams.queries
         probes = [oracle.direction(stream, i) for i in range(len(zm.parameters))]
         for p in zm.parameters:
             p.tensor.data.zero_()
@@ -138,7 +138,7 @@ def test_tensors_of_any_number_of_dimensions(direction) -> None:
     zm = zowrap.zo_wrap(
         Unusual(), "zo_sgd", lr=0.5, direction=direction, loss_fn=unusual_loss, engine="eager", eps=1e-2
     )
-    (stream,) = zm._current_streams()
+    (stream,) = zm._streams.queries
     expected = []
     directions = [zm._engine.direction(stream, i) for i in range(len(zm.parameters))]
     for sign in (1e-2, -1e-2):

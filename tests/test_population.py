@@ -55,7 +55,7 @@ def tiny(**options):
 
 def directions(zm, examples: int) -> list[Tensor]:
     """z ``[examples, *shape]`` of every parameter, formed here from the factors."""
-    stream = zm._population(range(examples))
+    stream = zm._streams.population(range(examples))
     found = []
     for i, parameter in enumerate(zm.parameters):
         place = zm._job.layouts[stream.block].places[i]

@@ -164,7 +164,7 @@ def test_hizoo_evaluates_three_points_with_the_direction_it_updates_along() -> N
     assert [(p.direction, p.coefficient) for p in zm._points] == [(0, 0.0), (0, 1.0), (0, -1.0)]
     feed(zm, draw_losses(zm, 3))
     assert any((h - 1).abs().max() > 1e-3 for h in zm._job.slots["H"])
-    (stream,) = zm._current_streams()
+    (stream,) = zm._streams.queries
     probed = [zm._engine.direction(stream, i) for i in range(len(zm.parameters))]
     before = [p.tensor.detach().clone() for p in zm.parameters]
     zm.lr = 1.0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from zowrap import blocks as block_lib
 from zowrap import estimators, noise
-from zowrap.engines import DirectionStream, EagerEngine, Job, build_engine
+from zowrap.engines import EagerEngine, Job, build_engine
 from zowrap.errors import ZOError
 from zowrap.loss import LossModule, rows_of
 from zowrap.measured import Measured, Measurement
@@ -27,7 +27,8 @@ from zowrap.parameters import Parameter, parameters_hash
 from zowrap.rules import Rule
 from zowrap.rules.base import check_positive
 from zowrap.state import check_state
-from zowrap.step import conclude, reduced
+from zowrap.step import conclude
+from zowrap.streams import Streams
 
 
 @dataclass
@@ -115,9 +116,7 @@ class ZOModel:
         self._sequential = sequential
         self._groups = _groups(self._points, job.device, sequential)
         self._engine = build_engine(engine, job, len(self._points))
-        self._scalars: dict[str, Tensor] | None = None  # of the current step's directions, once it has begun
-        self._streams: list[DirectionStream] | None = None
-        self._refreshed: list[tuple[Tensor, Tensor]] = []  # state that the current step renewed, and its value before
+        self._begun: Streams | None = None  # the current step's directions
         self._measured = Measured()
 
     # --- one step ---------------------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ class ZOModel:
                 losses = torch.cat((losses, self._candidate_losses(losses, projected_grad)))
         losses, projected_grad = self._checked(losses, projected_grad)
         weights = self._checked_weights(losses, weights)
-        streams = [self._population(range(losses.shape[1]))] if per_example else self._current_streams()
+        streams = [self._streams.population(range(losses.shape[1]))] if per_example else self._streams.queries
         block, points = streams[0].block, len(self._points)
         done = torch.tensor(float(self.step_count), device=job.device)
         conclusion = conclude(
@@ -189,9 +188,7 @@ class ZOModel:
         )
         rounding = noise.derive_keys(self.seed, self.step_count, 0, self._ids, noise.TAG_ROUNDING)
         self._engine.update(streams, rounding, conclusion)
-        for slot, before in self._refreshed:  # a skipped step leaves all state as it was
-            slot.copy_(torch.where(conclusion.apply, slot, before))
-        self._refreshed = []
+        self._streams.keep(conclusion.apply)
         facts = {"step": self.step_count, "seed": self.seed, **self._values}
         g = conclusion.projected_grad
         single = job.queries == 1 and not per_example
@@ -272,7 +269,7 @@ class ZOModel:
         total: Any = 0.0
         for batch in self._measured.batches:
             parts = coefficients.split(1) if self._sequential else [coefficients]
-            sums = [self._engine.losses(batch, self._current_streams()[0], part)[0] for part in parts]
+            sums = [self._engine.losses(batch, self._streams.queries[0], part)[0] for part in parts]
             total = total + torch.cat(sums).double().sum(-1)
         return (total / self._measured.weight).float()
 
@@ -304,11 +301,9 @@ class ZOModel:
 
     def discard(self) -> None:
         """Forget the micro-batches accumulated so far."""
-        for slot, before in self._refreshed:
-            slot.copy_(before)
-        self._refreshed = []
-        self._measured = Measured()
-        self._scalars = self._streams = None
+        if self._begun is not None:
+            self._begun.undo()
+        self._measured, self._begun = Measured(), None
 
     @torch.no_grad()
     def loss(self, *batches: Any, **batch: Any) -> Tensor:
@@ -325,9 +320,9 @@ class ZOModel:
         """One micro-batch at the points of the step, points of one direction evaluated together."""
         if self._estimator.per_example:
             first = self._measured.examples
-            streams = [self._population(range(first, first + rows_of(batch)))]
+            streams = [self._streams.population(range(first, first + rows_of(batch)))]
         else:
-            streams = self._current_streams()
+            streams = self._streams.queries
         sums: list[Tensor] = []
         slopes: list[Tensor] = []
         weights = torch.zeros(())
@@ -344,82 +339,13 @@ class ZOModel:
         return Measurement(torch.cat(sums), weights.double() if self._estimator.per_example else weights.double().sum())
 
     @property
-    def _block(self) -> int:
-        """The block of the current step."""
-        return block_lib.active(self.step_count, len(self._job.blocks), self.block_order, self.seed)
-
-    @torch.no_grad()
-    def _begin(self) -> dict[str, Tensor]:
-        """What the current step's directions need beside noise; computed once per step."""
-        if self._scalars is None:
-            job, refresh = self._job, self._job.rule.refresh
-            if refresh is not None and self.step_count:
-                for i, parameter in enumerate(job.parameters):
-                    for name, value in (refresh(parameter.tensor, self.step_count) or {}).items():
-                        self._refreshed.append((job.slots[name][i], job.slots[name][i].clone()))
-                        job.slots[name][i].copy_(value)
-            self._scalars = self._direction_scalars(self._block)
-        return self._scalars
-
-    @torch.no_grad()
-    def _current_streams(self) -> list[DirectionStream]:
-        """The directions of the current step; computed once per step, whatever the number of micro-batches."""
-        if self._streams is None:
-            self._streams = [self._stream(query) for query in range(self._job.queries)]
-        return self._streams
-
-    def _stream(self, query: int) -> DirectionStream:
-        """The direction of one query."""
-        job, block, scalars = self._job, self._block, self._begin()
-        if job.direction.lowrank is not None:
-            return self._lowrank_stream(torch.tensor([query], device=job.device), per_example=False)
-        keys = noise.derive_keys(self.seed, self.step_count, query, self._ids, noise.TAG_DIRECTION)
-        scale = torch.ones((), device=job.device)
-        if job.direction.scale is not None:
-            count = sum(job.parameters[i].tensor.numel() for i in job.blocks[block].indices)
-            scale = job.direction.scale(self._engine.squared_norm(block, keys), count)
-        return DirectionStream(block, keys, scale, scalars)
-
-    def _population(self, examples: range) -> DirectionStream:
-        """The directions of some of the step's examples, by their index in the whole batch of the step."""
-        index = torch.arange(examples.start, examples.stop, device=self._job.device)
-        return self._lowrank_stream(index, per_example=True)
-
-    @torch.no_grad()
-    def _lowrank_stream(self, index: Tensor, per_example: bool) -> DirectionStream:
-        job, block, law = self._job, self._block, self._job.direction.lowrank
-        assert law is not None
-
-        def right_keys(step: int | Tensor, which: Tensor) -> Tensor:
-            return noise.derive_keys(self.seed, step, which, self._ids, noise.TAG_RIGHT)
-
-        index = index.unsqueeze(1)
-        keys = noise.derive_keys(self.seed, self.step_count, index, self._ids, noise.TAG_DIRECTION)
-        now = right_keys(self.step_count, index) if law.nu is None else right_keys(self.step_count // law.nu, 0 * index)
-        one = torch.ones((), device=job.device)
-        factors = self._engine.factors(block, keys, now)
-        stream = DirectionStream(block, keys, one, self._begin(), factors, per_example)
-        if job.rule.left is not None:
-            assert law.nu is not None
-            epoch = job.states[block]["epoch"]
-            old = right_keys(epoch.to(torch.int64), 0 * index[:1])
-            stream.old_factors = self._engine.factors(block, keys[:1], old)
-            stream.moved = epoch != self.step_count // law.nu
-        return stream
-
-    def _direction_scalars(self, block: int) -> dict[str, Tensor]:
-        """What the rule's direction needs to know: global sums over the active block's slots."""
-        job = self._job
-        if job.rule.direction_scalars is None:
-            return {}
-        sums: dict[str, Tensor] = {}
-        if job.rule.reduce is not None:
-            for i in job.blocks[block].indices:
-                for name, total in reduced(job.rule.reduce, job.slots_of(i)).items():
-                    sums[name] = sums[name] + total if name in sums else total
-        count = sum(job.parameters[i].tensor.numel() for i in job.blocks[block].indices)
-        sums["count"] = torch.tensor(float(count), dtype=torch.float64, device=job.device)
-        return job.rule.direction_scalars(job.states[block], sums, job.hyper)
+    def _streams(self) -> Streams:
+        """The directions of the current step."""
+        if self._begun is None:
+            job, step = self._job, self.step_count
+            block = block_lib.active(step, len(job.blocks), self.block_order, self.seed)
+            self._begun = Streams(job, self._engine, self._ids, self.seed, step, block)
+        return self._begun
 
     def _prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         inputs = {}

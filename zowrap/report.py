@@ -105,7 +105,7 @@ def report(zm: ZOModel) -> Report:
     """Collect the facts; runs nothing."""
     job, facts = zm._job, zm._engine.describe()
     moving = {id(p.tensor) for p in job.parameters}
-    blocks = [(b.name, sum(job.parameters[i].tensor.numel() for i in b.indices)) for b in job.blocks]
+    blocks = [(block.name, job.count(b)) for b, block in enumerate(job.blocks)]
     sixteen = (torch.bfloat16, torch.float16)
     state = [t for tensors in job.slots.values() for t in tensors] + [t for s in job.states for t in s.values()]
     result = Report(

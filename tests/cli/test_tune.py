@@ -302,8 +302,9 @@ def test_resume_uses_the_runs_own_options(
 def test_the_learning_rate_is_chosen_once(
     zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zowrap import plan
     from zowrap.cli import progress
+
+    from zowrap import plan
 
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = ("--data", data["train"], "--eval-data", data["test"], "--engine", "eager", "--steps", 20)

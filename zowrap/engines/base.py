@@ -52,6 +52,10 @@ class Job:
     def direction_slots_of(self, index: int) -> Scalars:
         return {name: self.slots[name][index] for name in self.rule.direction_slots}
 
+    def count(self, block: int) -> int:
+        """Number of elements d of a block."""
+        return sum(self.parameters[i].tensor.numel() for i in self.blocks[block].indices)
+
     @property
     def reads(self) -> list[str]:
         """The slots that the rule's direction reads, those of a parameter's shape first."""

@@ -256,8 +256,7 @@ _foreign = itertools.count()
 def _direction_scalar_names(job: Job) -> list[str]:
     if job.rule.direction_scalars is None:
         return []
-    count = sum(job.parameters[i].tensor.numel() for i in job.blocks[0].indices)
-    sums = {"count": torch.tensor(float(count), dtype=torch.float64, device=job.device)}
+    sums = {"count": torch.tensor(float(job.count(0)), dtype=torch.float64, device=job.device)}
     if job.rule.reduce is not None:
         one = {name: torch.zeros(1, device=job.device) for name in job.slots}
         sums.update({name: value.double().sum() for name, value in job.rule.reduce(one).items()})
