@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.papers import alignment, e6, e6_report, e7, e7_report
+from benchmarks.papers import alignment, docs, e6, e6_report, e7, e7_report
 from benchmarks.papers.finetune import Cell, Workbench, rule_of, variant
 from benchmarks.papers.spread import compare, resolution_of_accuracy
 from tests.conftest import reviews, write_rows
@@ -189,3 +190,37 @@ def test_a_variant_may_name_hyper_parameters():
     assert rule_of("conmezo(warmup=False)", 40).hyper["warmup"] is False
     with pytest.raises(ZOError, match="conmezo"):
         variant("conmezo(0.9)")
+
+
+# --- the committed results ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, dict[str, Any]]:
+    return docs.committed()
+
+
+def test_e6_is_committed_with_three_seeds_at_equal_forwards(committed):
+    result = committed["E6"]
+    assert not result["settings"]["quick"] and result["missing"] == []
+    assert {"trec", "banking77"} <= result["tasks"].keys()
+    assert result["tasks"]["trec"]["rules"].keys() == set(e6.RULES)
+    for task, facts in result["tasks"].items():
+        assert facts["rules"].keys() | facts["unfinished"] == set(e6.RULES), task
+        lines = [line for found in facts["rules"].values() for line in (*found["grid"], *found["seeds"])]
+        assert {line["forwards"] for line in lines} == {2 * facts["steps"]}
+        for rule, found in facts["rules"].items():
+            assert [line["seed"] for line in found["seeds"]] == [0, 1, 2], rule
+            finite = [line for line in found["grid"] if line["dev_loss"] is not None]
+            assert found["seeds"][0] == min(finite, key=lambda line: line["dev_loss"]), rule
+
+
+def test_the_verdicts_follow_the_numbers(committed):
+    """The committed comparison is that of the committed runs, and a rule that were far better would be named."""
+    facts = committed["E6"]["tasks"]["trec"]
+    assert e6.comparisons(facts) == committed["E6"]["comparison"]["trec"]
+    doctored = copy.deepcopy(committed["E6"])
+    for line in doctored["tasks"]["trec"]["rules"]["meazo"]["seeds"]:
+        line["test_accuracy"] += 0.3
+    doctored["comparison"]["trec"] = e6.comparisons(doctored["tasks"]["trec"])
+    assert "Test accuracy" in e6.report(doctored) and "better than zo_sgd: `meazo`" in e6.report(doctored)
