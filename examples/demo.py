@@ -98,9 +98,9 @@ def run_demo(steps: int, run: Path, folder: Path) -> None:
     labels = json.loads((run / "zowrap.json").read_text(encoding="utf-8"))["task"]["labels"]
     reloaded = accuracy_with_plain_transformers(run, rows, labels)
     print(f"\n{len(rows)} test messages in {len(labels)} categories")
-    print(f"accuracy before tuning             {before['accuracy']:.4f}")
-    print(f"accuracy after {steps} steps           {after['accuracy']:.4f}")
-    print(f"the same, by plain transformers    {reloaded:.4f}")
+    for when, found in (("before tuning", before), (f"after {steps} steps", after)):
+        print(f"{when:33}  loss {found['loss']:.3f}  accuracy {found['accuracy']:.4f}")
+    print(f"{'the same, by plain transformers':33}              accuracy {reloaded:.4f}")
     if abs(reloaded - after["accuracy"]) > 1e-9:
         sys.exit("the reloaded model does not give the same number")
 

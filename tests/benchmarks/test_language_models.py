@@ -224,3 +224,10 @@ def test_the_verdicts_follow_the_numbers(committed):
         line["test_accuracy"] += 0.3
     doctored["comparison"]["trec"] = e6.comparisons(doctored["tasks"]["trec"])
     assert "Test accuracy" in e6.report(doctored) and "better than zo_sgd: `meazo`" in e6.report(doctored)
+
+
+def test_e7_is_committed_and_v_is_noise(committed):
+    result = committed["E7"]
+    assert not result["settings"]["quick"]
+    assert result["directions"]["runs"].keys() == e7.DIRECTIONS.keys()
+    assert all(look["v"] == pytest.approx(look["noise"], rel=0.05) for look in result["second_moment"])
