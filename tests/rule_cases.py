@@ -190,7 +190,7 @@ def np_hizoo(w, history, a=1e-8):
     return w
 
 
-def np_sparse_mezo(w, history, sparsity=0.75, refresh=0):
+def np_sparse_mezo(w, history, sparsity=0.75, refresh=1):
     sizes = [15, 5, 10, 2] if len(w) == 32 else [15, 5] if len(w) == 20 else [10, 2]
 
     def thresholds(w):
@@ -212,7 +212,7 @@ def np_lozo(w, history, rank=2, nu=50, scale="paper"):
         change = []
         for left, right in factors:
             z = left[..., 0] if right is None else np.einsum("qir,qjr->qij", left, right)
-            change.append(np.tensordot(g, z, 1).ravel() / (1 if right is None or scale == "code" else rank))
+            change.append(np.tensordot(g, z, 1).ravel() / (1 if scale == "code" else rank))
         w = w - LR * np.concatenate(change) / len(g)
     return w
 
@@ -225,8 +225,8 @@ def np_lozo_m(w, history, rank=2, nu=50, scale="paper", beta1=0.9):
             if old is not None and not np.array_equal(old, right[0]):
                 n = n @ (old.T @ right[0]) / len(old)
             n = beta1 * n + (1 - beta1) * np.tensordot(g, left, 1) / len(g)
-            step = n[:, 0] if right is None else n @ right[0].T / (1 if scale == "code" else rank)
-            change.append(step.ravel())
+            step = n[:, 0] if right is None else n @ right[0].T
+            change.append(step.ravel() / (1 if scale == "code" else rank))
             new.append((n, None if right is None else right[0]))
         w, kept = w - LR * np.concatenate(change), new
     return w

@@ -220,3 +220,14 @@ def test_parameters_without_influence_are_named_as_the_reason():
     zm = zowrap.zo_wrap(Bowl(), loss_fn=lambda model, batch: batch["x"], engine="eager", lr="auto")
     with pytest.raises(ZOError, match="what moves does not change it"):
         tune_lr(zm, [{"x": torch.ones(4)}], 100)
+
+
+def test_an_objective_without_a_slope_is_told_in_a_sentence() -> None:
+    model = torch.nn.Linear(3, 1)
+    zm = zowrap.zo_wrap(
+        model, "meazo", lr="auto", eps=1e-6, loss_fn=lambda m, b: (m(b["x"])[:, 0] > 100).float(), engine="eager"
+    )
+    with pytest.raises(ZOError, match="nothing to go by"):
+        zowrap.tune_lr(zm, [{"x": torch.ones(4, 3)}], steps=50)
+    with pytest.raises(ZOError, match="several batches"):
+        zowrap.tune_lr(zm, {"x": torch.ones(4, 3)}, steps=50)

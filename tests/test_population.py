@@ -219,3 +219,11 @@ def test_every_family_takes_a_population(name) -> None:
             zm.discard()
             zm.accumulate(**inputs)
         assert torch.allclose(eager._measured.losses(), other._measured.losses(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_population_needs_the_loss_of_each_example() -> None:
+    zm = zowrap.zo_wrap(
+        Words(), "zo_sgd", loss_fn=lambda m, b: words_loss(m, b).mean(), estimator="population", engine="eager"
+    )
+    with pytest.raises(ZOError, match=r"\[batch\]"):
+        zm.step(**words())

@@ -114,11 +114,13 @@ def lowrank(rank: int = 1, nu: int | None = None) -> Direction:
     return _ours(Direction(name, lowrank=LowRank(rank, nu, probe=rank**-0.5)))
 
 
-def sparse(sparsity: float = 0.75, refresh: int = 0) -> Direction:
+def sparse(sparsity: float = 0.75, refresh: int = 1) -> Direction:
     """Gaussian on the smallest weights of each parameter, zero elsewhere; see :mod:`zowrap.rules.sparse_mezo`."""
     check_sparse("direction 'sparse'", sparsity, refresh)
     along = functools.partial(along_sparse, sparsity=float(sparsity), refresh=refresh)
-    return _ours(Direction(f"sparse({float(sparsity)}" + (f", refresh={refresh})" if refresh else ")"), shape=along))
+    return _ours(
+        Direction(f"sparse({float(sparsity)}" + (f", refresh={refresh})" if refresh != 1 else ")"), shape=along)
+    )
 
 
 def cone(theta: float = 1.35, beta: float = 0.99, warmup: bool | int = False) -> Direction:

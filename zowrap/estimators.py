@@ -100,8 +100,8 @@ def get(name: str) -> Estimator:
     Raises:
         ZOError: unknown name (the message names the nearest one).
     """
-    if name not in ESTIMATORS:
-        raise ZOError(f"unknown estimator {name!r}{nearest(name, ESTIMATORS)}")
+    if not isinstance(name, str) or name not in ESTIMATORS:
+        raise ZOError(f"unknown estimator {name!r}{nearest(str(name), ESTIMATORS)}")
     return ESTIMATORS[name]
 
 

@@ -106,10 +106,12 @@ class LossModule(nn.Module):
     Args:
         model: evaluated as it is; the caller puts it in evaluation mode.
         loss_fn: ``loss_fn(model, batch)`` returning a 0-d loss, or ``[batch]`` per-example losses.
+        per_example: each example's own loss is needed, so a given ``loss_fn`` must return them.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn | None = None) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFn | None = None, per_example: bool = False) -> None:
         super().__init__()
+        self.per_example = per_example
         self.model = model
         self.loss_fn = loss_fn
         self.settled = False
@@ -117,7 +119,12 @@ class LossModule(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.loss_fn is not None:
-            return self._as_rows(self.loss_fn(self.model, batch), batch)
+            given = self.loss_fn(self.model, batch)
+            if self.per_example and isinstance(given, Tensor) and not given.ndim:
+                raise ZOError(
+                    "a population needs the loss of each example: loss_fn must return [batch], not one number"
+                )
+            return self._as_rows(given, batch)
         if self.head is not None and "labels" in batch:
             return self.head(self._logits(batch), batch, self.model)
         output = self.model(**batch)

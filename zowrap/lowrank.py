@@ -87,10 +87,6 @@ class Layout:
         self.start = torch.tensor(starts, dtype=torch.int32, device=device)
         self.scale = torch.tensor(scales, dtype=torch.float32, device=device)
 
-    def update_factor(self, index: int) -> float:
-        """What z counts for in the update of that parameter."""
-        return 1.0 if self.places[index].right is None else self.law.update
-
 
 def matrix_shape(w: Tensor, rank: int) -> tuple[int, int, int]:
     """(rows, columns, rank) of a tensor seen as a matrix; a vector is one column of rank 1."""
@@ -144,11 +140,11 @@ def update_factors(
     """
     place = layout.places[index]
     left, right = place.left_of(buffer), place.right_of(buffer)
-    factor = layout.update_factor(index)
+    factor = layout.law.update
     if own is not None:
         return own * factor, None if right is None else right[0]
     if right is None:
-        return (g[:, None, None] * left).sum(0), None
+        return ((g * factor)[:, None, None] * left).sum(0), None
     left = left * (g * factor)[:, None, None]
     return left.transpose(0, 1).flatten(1), right.transpose(0, 1).flatten(1)
 

@@ -112,10 +112,17 @@ def tune_lr(
         raise ZOError(f"lr='auto' is chosen before the first step; this model has made {zm.step_count}")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ZOError(f"steps must be a whole number from 1, got {steps!r}")
+    if isinstance(batches, Mapping):
+        raise ZOError("tune_lr takes several batches, each a dictionary: a list of them, or a loader")
     if not any(point.coefficient for point in zm.points):
         raise ZOError("lr='auto' needs losses away from the weights, and this estimator takes none: give lr a number")
     with unmoved(zm):
         found = survey(zm, batches, max(LEAST, min(MOST, round(EVALUATIONS * steps))), watch)
+    if not found.projected_grad or not found.change:
+        raise ZOError(
+            f"lr='auto' found nothing to go by: the loss of {found.loss:.4g} is the same on both sides of every "
+            "direction tried (a larger eps may tell them apart), or give lr a number"
+        )
     rehearsal = Rehearsal(zm, found.projected_grad, 2 * found.change / found.sigma**2, found.rows)
     lr = zm.rule.lr
     for _ in range(REHEARSALS):  # the distance is proportional to η, or nearly so

@@ -48,6 +48,8 @@ def _check_fact(state: Mapping[str, Any], name: str, mine: Any) -> None:
         raise ZOError(f"this state is damaged: its {name} is of type {type(value).__name__}")
     if isinstance(value, int | float) and not math.isfinite(value):
         raise ZOError(f"this state is damaged: its {name} is {value}")
+    if name in ("step", "lr", "weight_decay") and value < 0:
+        raise ZOError(f"this state is damaged: its {name} is {value}")
 
 
 def _check_tensor(state: Mapping[str, Any], name: str, mine: Tensor) -> None:
@@ -58,3 +60,5 @@ def _check_tensor(state: Mapping[str, Any], name: str, mine: Tensor) -> None:
         raise ZOError(f"this state is of another model: {name} has another shape")
     if value.dtype != mine.dtype:
         raise ZOError(f"this state is damaged: {name} is {value.dtype}, not {mine.dtype}")
+    if not bool(value.isfinite().all()):
+        raise ZOError(f"this state is damaged: {name} holds values that are not finite")

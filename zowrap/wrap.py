@@ -90,8 +90,10 @@ def zo_wrap(
         raise ZOError(f"queries must be a whole number from 1, got {queries!r}")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ZOError(f"seed must be a whole number, got {seed!r}")
-    if not math.isfinite(weight_decay) or weight_decay < 0:
+    if not isinstance(weight_decay, int | float) or not math.isfinite(weight_decay) or weight_decay < 0:
         raise ZOError(f"weight_decay must be a finite number from 0, got {weight_decay!r}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise ZOError(f"loss_fn is a function of (model, batch), not {type(loss_fn).__name__}")
     if quantized is not None:
         raise ZOError(f"quantized={quantized!r} is not available yet: tune the model in 16 or 32 bit, or its adapters")
     if memory not in MEMORY:
@@ -99,7 +101,9 @@ def zo_wrap(
     if engine is not None and engine not in ENGINES:
         raise ZOError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
     probing = estimators.get(rule.defaults.estimator if estimator is None else estimator)
-    law = directions.get(direction or ("lowrank(1)" if probing.per_example else rule.defaults.direction))
+    if direction is None:
+        direction = "lowrank(1)" if probing.per_example else rule.defaults.direction
+    law = directions.get(direction)
     if law.shape is not None:
         rule = law.shape(rule)
     parameters = select(model, trainable)
@@ -115,7 +119,7 @@ def zo_wrap(
     engine = _check_estimator(rule, law, probing, queries, engine)
     hyper = {"lr": math.nan if auto else float(value), "eps": float(eps), "weight_decay": float(weight_decay)}
     job = Job(
-        loss=LossModule(model, loss_fn),
+        loss=LossModule(model, loss_fn, probing.per_example),
         parameters=parameters,
         rule=rule,
         project=rule.project or probing.project,

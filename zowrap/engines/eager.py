@@ -152,7 +152,7 @@ class EagerEngine:
         if streams[0].factors is None:
             return [self.direction(stream, index) for stream in streams], c
         layout = job.layouts[streams[0].block]
-        factor = layout.update_factor(index)
+        factor = layout.law.update
         slot = job.left_of(index)
         if slot is not None:
             new = carried_left(job, streams, index, slot, conclusion)

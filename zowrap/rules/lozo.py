@@ -1,6 +1,6 @@
 """LOZO: low-rank directions whose right factor stays for a while, so that the updates of ν steps share a subspace.
 
-    Z = U Vᵀ per matrix,   θ ← θ − η g U Vᵀ / r          vectors: z gaussian, θ ← θ − η g z
+    Z = U Vᵀ per matrix,   θ ← θ − η g U Vᵀ / r          vectors: z gaussian, θ ← θ − η g z / r
 
 with U drawn at every step and V at every ν-th, each from its own stream, so that the update is along the very probe,
 at resampling steps too. Source: 2410.07698, Algorithm 1; the official code omits the 1/r (``scale="code"``).
