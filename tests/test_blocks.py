@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import transformers
 
 import zowrap
@@ -79,3 +80,10 @@ def test_only_the_active_block_moves_and_it_keeps_its_own_state() -> None:
 def test_unknown_order_names_the_nearest() -> None:
     with pytest.raises(ZOError, match="did you mean 'ascending'"):
         zowrap.zo_wrap(make("llama"), blocks="layer", block_order="asscending", engine="eager")
+
+
+@pytest.mark.parametrize("options", [{"blocks": 3}, {"trainable": 3}, {"loss_fn": 3}, {"estimator": []}])
+def test_options_of_the_wrong_type_are_named(options) -> None:
+    (name,) = options
+    with pytest.raises(ZOError, match=name):
+        zowrap.zo_wrap(torch.nn.Linear(2, 2), "zo_sgd", **{"loss_fn": lambda m, b: m(b["x"]).sum(), **options})

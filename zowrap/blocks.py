@@ -45,6 +45,8 @@ def partition(parameters: Sequence[Parameter], blocks: str | Sequence[str] | Non
         if blocks != "layer":
             raise ZOError(f"unknown blocks {blocks!r}: use 'layer' or a list of name patterns")
         return _by_layer(parameters)
+    if not isinstance(blocks, Sequence):
+        raise ZOError(f"blocks is 'layer' or a list of name patterns, not {blocks!r}")
     if not blocks:
         raise ZOError("blocks is empty: give 'layer', a list of name patterns, or None for all at once")
     taken: set[int] = set()

@@ -105,6 +105,8 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
         key = _place(tensor)
         by_storage.setdefault(key, []).append(name)
         tensors.setdefault(key, tensor)
+    if trainable is not None and not callable(trainable) and not isinstance(trainable, Sequence):
+        raise ZOError(f"trainable is name patterns or a function of (name, tensor), not {trainable!r}")
     if trainable is not None and not callable(trainable):
         known = [canonical_name(n) for names in by_storage.values() for n in names]
         for pattern in [trainable] if isinstance(trainable, str) else trainable:
