@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 from zowrap.passes.manager import Pass
+from zowrap.passes.products import Product, product_with
 
 from zowrap.program import Program
 
@@ -54,17 +55,9 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, values: list[fx.Node], uses: list[
     if len(uses) != points or weight.meta["val"].ndim != 2:  # type: ignore[union-attr]
         return None
     first = uses[0]
-    if first.target is aten.linear.default and first.args[1] is values[0] and first.args[0] is not values[0]:
-        inputs = [u.args[0] for u in uses]
-        biases = [u.args[2] if len(u.args) > 2 else None for u in uses]
-        _linear(graph, theta, uses, inputs, biases, transposed=False)
-        return "matrix products"
-    if first.target is aten.addmm.default and first.args[2] is values[0] and not first.kwargs:
-        _linear(graph, theta, uses, [u.args[1] for u in uses], [u.args[0] for u in uses], transposed=True)
-        return "matrix products"
-    products = (aten.mm.default, aten.matmul.default)
-    if first.target in products and first.args[1] is values[0] and first.args[0] is not values[0]:
-        _linear(graph, theta, uses, [u.args[0] for u in uses], [None] * points, transposed=True)
+    products = [p for use, value in zip(uses, values, strict=True) if (p := product_with(use, value)) is not None]
+    if len(products) == points:
+        _linear(graph, theta, uses, products)
         return "matrix products"
     if first.target is torch.ops.zowrap.rows.default and first.args[0] is values[0]:
         ids = first.args[1]
@@ -79,17 +72,16 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, values: list[fx.Node], uses: list[
     return None
 
 
-def _linear(
-    graph: fx.Graph, theta: fx.Node, uses: list[fx.Node], inputs: list[Any], biases: list[Any], transposed: bool
-) -> None:
+def _linear(graph: fx.Graph, theta: fx.Node, uses: list[fx.Node], products: list[Product]) -> None:
     weight, *rest, spec = theta.args
+    inputs, transposed = [p.x for p in products], products[0].transposed
     shared = all(x is inputs[0] for x in inputs)
     with graph.inserting_before(uses[-1]):
         product = graph.call_function(
             torch.ops.zowrap.perturb_linear.default, (inputs[:1] if shared else inputs, weight, *rest, transposed, spec)
         )
     product.meta["nn_module_stack"] = uses[0].meta.get("nn_module_stack")
-    _replace(graph, uses, product, biases)
+    _replace(graph, uses, product, [p.bias for p in products])
 
 
 def _replace(graph: fx.Graph, uses: list[fx.Node], fused: fx.Node, biases: list[Any]) -> None:

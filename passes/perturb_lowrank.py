@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from zowrap.passes.manager import Pass
+from zowrap.passes.products import product_with
 
 from zowrap.program import Program
 from zowrap.step import at_least_float32
@@ -71,8 +72,9 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, value: fx.Node, use: fx.Node) -> s
     weight, left, right, coefficients = cast("tuple[Any, ...]", theta.args)
     if right is None or weight.meta["val"].ndim != 2:
         return None
-    form = _form(use, value)
-    if form is None:
+    product = product_with(use, value)
+    looked_up = use.target is torch.ops.zowrap.rows.default and use.args[0] is value
+    if product is None and not looked_up:
         return None
     write = _Writer(graph, use)
     coefficient = write(aten.select.int, coefficients, 0, value.args[1])
@@ -80,40 +82,20 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, value: fx.Node, use: fx.Node) -> s
     dtype = weight.meta["val"].dtype
     wide = at_least_float32(weight.meta["val"]).dtype
     left, right = write.to(left, torch.float32, wide), write.to(right, torch.float32, wide)
-    if form == "embeddings":
+    if product is None:
         ids = use.args[1]
         plain = write(torch.ops.zowrap.rows.default, weight, ids)
         thin, other = write(torch.ops.zowrap.rows.default, left, ids), right
     else:
-        x, transposed = _input(use)
         plain = write(use.target, *[weight if a is value else a for a in use.args])
-        first, other = (left, right) if transposed else (right, left)
-        thin = write(aten.matmul.default, write.to(x, dtype, wide), first)
+        first, other = (left, right) if product.transposed else (right, left)
+        thin = write(aten.matmul.default, write.to(product.x, dtype, wide), first)
     change = write(aten.mul.Tensor, _outer(write, thin, other, rank), coefficient)
     result = write.to(write(aten.add.Tensor, write.to(plain, dtype, wide), change), wide, dtype)
     result.meta.update(use.meta)
     use.replace_all_uses_with(result)
     graph.erase_node(use)
-    return form
-
-
-def _form(use: fx.Node, value: fx.Node) -> str | None:
-    if use.target is aten.linear.default and use.args[1] is value and use.args[0] is not value:
-        return "matrix products"
-    if use.target is aten.addmm.default and use.args[2] is value and not use.kwargs and use.args[1] is not value:
-        return "matrix products"
-    if use.target in (aten.mm.default, aten.matmul.default) and use.args[1] is value and use.args[0] is not value:
-        return "matrix products"
-    if use.target is torch.ops.zowrap.rows.default and use.args[0] is value:
-        return "embeddings"
-    return None
-
-
-def _input(use: fx.Node) -> tuple[Any, bool]:
-    """What is multiplied, and whether the weight stands as [inputs, outputs]."""
-    if use.target is aten.linear.default:
-        return use.args[0], False
-    return use.args[1 if use.target is aten.addmm.default else 0], True
+    return "embeddings" if product is None else "matrix products"
 
 
 def _outer(write: _Writer, thin: fx.Node, other: Any, rank: int) -> fx.Node:

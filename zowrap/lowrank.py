@@ -45,10 +45,9 @@ class Place:
         return buffer.narrow(-1, self.right, self.columns * self.rank).unflatten(-1, (self.columns, self.rank))
 
 
+# Factors start at multiples of GRAIN, so that whose an element is takes one number for so many elements.
 GRAIN_BITS = 5
-GRAIN = (
-    1 << GRAIN_BITS
-)  # factors start at multiples of this, so that whose an element is takes one number for so many elements
+GRAIN = 1 << GRAIN_BITS
 
 
 class Layout:

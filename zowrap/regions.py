@@ -66,7 +66,7 @@ class Regions:
     def __call__(self, *inputs: Any) -> list[Any]:
         values: list[Any] = [*inputs, *([None] * (self.slots - len(inputs)))]
         for function, arguments, results, last_used in self.calls:
-            given = [values[a.slot] if type(a) is _Slot else _fill(a, values) for a in arguments]
+            given = [_fill(a, values) for a in arguments]
             made = function(*given)
             if len(results) == 1 and not isinstance(made, tuple | list):
                 values[results[0]] = made
@@ -120,7 +120,7 @@ def compile_regions(program: Program, kinds: dict[str, Kind], min_layers: int = 
     for node in order:
         by_stage.setdefault(stages[node], []).append(node)
     pieces: list[fx.Node | _Region] = [n for n in graph.nodes if n in glue]
-    pieces += [_region(by_stage[stage], stages) for stage in sorted(by_stage)]
+    pieces += [_region(by_stage[stage]) for stage in sorted(by_stage)]
     return _link(program, pieces, kinds, start)
 
 
@@ -247,7 +247,7 @@ def _from_weights_alone(program: Program) -> set[fx.Node]:
     return result
 
 
-def _region(nodes: list[fx.Node], stages: dict[fx.Node, int]) -> _Region:
+def _region(nodes: list[fx.Node]) -> _Region:
     members = set(nodes)
     region = _Region(nodes)
     for node in nodes:

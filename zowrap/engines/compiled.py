@@ -199,8 +199,7 @@ class CompiledEngine:
         epilogue, layout = self._epilogues[block], job.layouts[block] if job.layouts else None
         inputs: list[Tensor] = [] if layout else [s.keys for s in streams] + [s.scale for s in streams]
         inputs += [streams[0].scalars[name] for name in self._scalar_names]
-        names = [name for name in epilogue.coefficient_names if not (layout and name == "g")]
-        inputs += [rounding_keys, *[conclusion.coefficients[name] for name in names]]
+        inputs += [rounding_keys, *[conclusion.coefficients[name] for name in epilogue.coefficient_names]]
         inputs += [job.hyper["lr"], job.hyper["eps"], job.hyper["weight_decay"], conclusion.apply]
         buffer = torch.cat([s.factors for s in streams if s.factors is not None]) if layout else None
         for i in job.blocks[block].indices:
