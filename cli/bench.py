@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
+from zowrap import cache
 from zowrap.errors import ZOError
 
 from .console import quiet_libraries, result, say
@@ -29,8 +34,11 @@ class BenchOptions:
     # 7: quartiles mean something, and a run over all rows at OPT-125M stays near ten minutes on two cores.
     rounds: Annotated[int, option("--rounds", "How many times each row is timed.")] = 7
     dtype: Annotated[str, option("--dtype", "float32, bfloat16 or float16.")] = "float32"
-    memory: Annotated[bool, option("--memory/--no-memory", "Measure peak memory, in a process for each row.")] = True
-    peak_of: Annotated[str | None, option("--peak-of", "Print the peak memory of one row.", hidden=True)] = None
+    alone: Annotated[
+        bool,
+        option("--alone/--together", "Also run each row in processes of its own: peak memory, first and second start."),
+    ] = True
+    only: Annotated[str | None, option("--only", "Print what one row takes in this process.", hidden=True)] = None
     json: Json = False
 
 
@@ -41,24 +49,27 @@ def step(context: typer.Context, options: BenchOptions) -> None:
     from zowrap.bench import contenders, measure
 
     _check(options)
-    if options.peak_of is not None:
-        result({"peak_bytes": measure.peak_bytes(_contender(options, options.peak_of))}, options.json)
+    make = _maker(options)
+    if options.only is not None:
+        contender = make(options.only)
+        facts = {"start_seconds": contender.start_seconds, "peak_bytes": measure.peak_bytes(contender)}
+        result(facts, options.json)
         return
     names = [*contenders.PLAIN, *options.row] if options.row else list(contenders.NAMES)
     rows = []
     for name in names:
         say(f"preparing: {name}")
-        rows.append(_contender(options, name))
+        rows.append(make(name))
     say(f"timing {len(rows)} rows, {options.rounds} rounds")
     times = measure.interleaved(rows, options.rounds)
     records = []
     for row in rows:
-        record: dict[str, Any] = {"row": row.name, "seconds": measure.spread(times[row.name])}
-        record["ratio"] = measure.spread(measure.ratios(times, row.name))
-        record["first_call_seconds"] = row.compile_seconds
-        if options.memory:
-            say(f"memory: {row.name}")
-            record["peak_bytes"] = _peak(options, row.name)
+        seconds, ratios = zip(*times[row.name], strict=True)
+        record: dict[str, Any] = {"row": row.name, "seconds": measure.spread(seconds)}
+        record["ratio"] = measure.spread(ratios)
+        if options.alone:
+            say(f"alone: {row.name}")
+            record.update(_alone(options, row.name))
         records.append(record)
     facts = {"arch": options.arch, "batch": options.batch, "seq": options.seq, "dtype": options.dtype}
     result(
@@ -68,13 +79,14 @@ def step(context: typer.Context, options: BenchOptions) -> None:
 
 def lines(records: list[dict[str, Any]]) -> list[str]:
     """The table for people."""
-    found = [f"{'':24} {'ms/step':>9} {'ratio':>7} {'quartiles':>15} {'first call':>11} {'peak':>9}"]
+    found = [f"{'':24} {'ms/step':>9} {'ratio':>7} {'quartiles':>13} {'first start':>12} {'second':>8} {'peak':>9}"]
     for r in records:
-        ratio, first, peak = r["ratio"], r["first_call_seconds"], r.get("peak_bytes")
+        ratio, first, second, peak = r["ratio"], r.get("first_start"), r.get("second_start"), r.get("peak_bytes")
         found.append(
             f"{r['row']:24} {r['seconds']['median'] * 1e3:9.1f} {ratio['median']:7.2f} "
-            f"{ratio['low']:7.2f}–{ratio['high']:<7.2f} "
-            f"{'' if first is None else f'{first:.1f} s':>11} {'' if peak is None else f'{peak / 2**20:.0f} MB':>9}"
+            f"{ratio['low']:6.2f}–{ratio['high']:<6.2f} "
+            f"{'' if first is None else f'{first:.1f} s':>12} {'' if second is None else f'{second:.1f} s':>8} "
+            f"{'' if peak is None else f'{peak / 2**20:.0f} MB':>9}"
         )
     return found
 
@@ -87,23 +99,43 @@ def _check(options: BenchOptions) -> None:
         raise ZOError(f"--dtype is float32, bfloat16 or float16, not {options.dtype!r}")
 
 
-def _contender(options: BenchOptions, name: str) -> Any:
+def _maker(options: BenchOptions) -> Callable[[str], Any]:
+    """Contenders by name; all that leave the model's modules as they are share one model."""
     import torch
 
     from zowrap.bench import architectures, contenders
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = architectures.build(options.arch, getattr(torch, options.dtype), device)
-    return contenders.make(name, model, architectures.batch_for(model, options.batch, options.seq))
+    build = functools.partial(architectures.build, options.arch, getattr(torch, options.dtype), device)
+    shared = functools.cache(build)
+
+    def make(name: str) -> Any:
+        model = build() if contenders.changes_modules(name) else shared()
+        return contenders.make(name, model, architectures.batch_for(model, options.batch, options.seq))
+
+    return make
 
 
-def _peak(options: BenchOptions, name: str) -> int | None:
-    """Peak memory of one row, in a process of its own."""
-    command = [sys.executable, "-m", "zowrap.cli", "bench", "step", "--json", "--peak-of", name]
+def _alone(options: BenchOptions, name: str) -> dict[str, Any]:
+    """Peak memory of one row, and the seconds until its first step is done, with no compiled code at hand and again.
+
+    Two processes of their own, one after the other, with a cache folder of their own.
+    """
+    command = [sys.executable, "-m", "zowrap.cli", "bench", "step", "--json", "--only", name]
     for key in ("arch", "batch", "seq", "dtype"):
         command += [f"--{key}", str(getattr(options, key))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        say(f"warning: the memory of {name!r} could not be measured: {done.stderr.strip()[-200:]}")
-        return None
-    return json.loads(done.stdout)["peak_bytes"]
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            env = {**os.environ, cache.OURS: folder}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+            if done.returncode:
+                say(f"warning: {name!r} could not be run alone: {done.stderr.strip()[-200:]}")
+                return {}
+            found.append(json.loads(done.stdout))
+    first, second = found
+    return {
+        "first_start": first["start_seconds"],
+        "second_start": second["start_seconds"],
+        "peak_bytes": second["peak_bytes"],
+    }

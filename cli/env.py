@@ -32,6 +32,7 @@ def env(context: typer.Context, options: EnvOptions) -> None:
     import torch
 
     import zowrap
+    from zowrap import cache
 
     versions = {name: _version(name) for name in _PACKAGES}
     devices = _devices(torch)
@@ -51,12 +52,13 @@ def env(context: typer.Context, options: EnvOptions) -> None:
         "devices": devices,
         "threads": torch.get_num_threads(),
         "compiler": compiler,
+        "cache": str(cache.folder()),
         "works": works,
     }
     lines = [f"zowrap {zowrap.__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"{name:14} {version or 'not installed'}" for name, version in versions.items()]
     lines += [f"device         {device}" for device in devices]
-    lines += [f"compiler       {compiler or 'none'}"]
+    lines += [f"compiler       {compiler or 'none'}", f"cache          {cache.folder()} (compiled code)"]
     lines += ["", *(f"{name:22} {answer}" for name, answer in works.items())]
     result(record, options.json, lines)
 

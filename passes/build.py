@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from zowrap.passes.check_lookups import CheckLookups
 from zowrap.passes.epilogue import AppendEpilogue, Epilogue
+from zowrap.passes.fuse_head import FuseHead
 from zowrap.passes.manager import Pass, run
 from zowrap.passes.perturb import Perturb
 from zowrap.passes.perturb_lowrank import PerturbLowRank
@@ -30,7 +31,7 @@ def build(
 
     ``points`` 0 leaves the plain loss at θ; with ``per_example`` every example has a direction of its own.
     """
-    passes: list[Pass] = [StripTraining(), CheckLookups()]
+    passes: list[Pass] = [StripTraining(), CheckLookups(), FuseHead()]
     if points:
         passes += [SelectTunable(job, block, spec, points, scalar_names), SplitStreams(points)]
         passes += [Perturb() if job.direction.lowrank is None else PerturbLowRank()]

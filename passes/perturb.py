@@ -5,6 +5,8 @@
     y_1 = linear(x_1, theta[1], b_1)                  y_0 = p[0] + b_0;  y_1 = p[1] + b_1
     e_0 = zowrap.rows(theta[0], ids)                  e = zowrap.perturb_rows(w, ids, key, …)
     e_1 = zowrap.rows(theta[1], ids)                  e_0 = e[0];  e_1 = e[1]
+    s_0 = zowrap.head(x_0, theta[0], …)               s = zowrap.perturb_head([x_0, x_1], w, key, …)
+    s_1 = zowrap.head(x_1, theta[1], …)               s_0 = s[0];  s_1 = s[1]
 
 Vectors keep ``zowrap.perturb``: they are small. So does any use without a cheaper form (convolutions, stacked expert
 weights): it costs one weight-sized temporary per point, and the note counts such uses.
@@ -35,7 +37,7 @@ class Perturb(Pass):
     def call(self, program: Program) -> str:
         graph = program.graph
         streams: dict[tuple[str, int], fx.Node] = {n.meta["stream"]: n for n in graph.nodes if "stream" in n.meta}
-        counts = {"matrix products": 0, "embeddings": 0, "whole vectors": 0, "whole tensors": 0}
+        counts = {"matrix products": 0, "embeddings": 0, "heads": 0, "whole vectors": 0, "whole tensors": 0}
         for theta in graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb.default):
             values = sorted((u for u in theta.users if u.target is operator.getitem), key=lambda n: n.args[1])  # type: ignore[arg-type]
             for use in list(values[0].users):
@@ -59,6 +61,9 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, values: list[fx.Node], uses: list[
     if len(products) == points:
         _linear(graph, theta, uses, products)
         return "matrix products"
+    if first.target is torch.ops.zowrap.head.default and first.args[1] is values[0]:
+        _head(graph, theta, uses)
+        return "heads"
     if first.target is torch.ops.zowrap.rows.default and first.args[0] is values[0]:
         ids = first.args[1]
         if any(u.args[1] is not ids for u in uses):
@@ -74,14 +79,29 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, values: list[fx.Node], uses: list[
 
 def _linear(graph: fx.Graph, theta: fx.Node, uses: list[fx.Node], products: list[Product]) -> None:
     weight, *rest, spec = theta.args
-    inputs, transposed = [p.x for p in products], products[0].transposed
-    shared = all(x is inputs[0] for x in inputs)
+    inputs, transposed = _once([p.x for p in products]), products[0].transposed
     with graph.inserting_before(uses[-1]):
         product = graph.call_function(
-            torch.ops.zowrap.perturb_linear.default, (inputs[:1] if shared else inputs, weight, *rest, transposed, spec)
+            torch.ops.zowrap.perturb_linear.default, (inputs, weight, *rest, transposed, spec)
         )
     product.meta["nn_module_stack"] = uses[0].meta.get("nn_module_stack")
     _replace(graph, uses, product, [p.bias for p in products])
+
+
+def _head(graph: fx.Graph, theta: fx.Node, uses: list[fx.Node]) -> None:
+    weight, *rest, spec = theta.args
+    inputs, biases, labels = _once([u.args[0] for u in uses]), _once([u.args[2] for u in uses]), uses[0].args[5]
+    with graph.inserting_before(uses[-1]):
+        loss = graph.call_function(
+            torch.ops.zowrap.perturb_head.default,
+            (inputs, weight, [b for b in biases if b is not None], *rest, labels, spec),
+        )
+    _replace(graph, uses, loss, [None] * len(uses))
+
+
+def _once(values: list[Any]) -> list[Any]:
+    """The value alone where all streams share it."""
+    return values[:1] if all(v is values[0] for v in values) else values
 
 
 def _replace(graph: fx.Graph, uses: list[fx.Node], fused: fx.Node, biases: list[Any]) -> None:

@@ -3,6 +3,7 @@
     before                                 after
     y_0 = linear(x_0, theta[0], b_0)       y_0 = linear(x_0, w, b_0) + ((x_0 right) leftᵀ) * c_0
     e_0 = zowrap.rows(theta[0], ids)       e_0 = rows(w, ids) + (rows(left, ids) rightᵀ) * c_0
+    s_0 = zowrap.head(x_0, theta[0], …)    s_0 = zowrap.head(x_0, w, (x_0 right) * c_0, left, …)
     theta[0] of a vector                   w + left * c_0
 
 with c_0 the first point's coefficient. The forward costs two thin products per matrix more than the plain one. Any
@@ -33,7 +34,7 @@ class PerturbLowRank(Pass):
     name = "perturb_lowrank"
 
     def call(self, program: Program) -> str:
-        counts = {"matrix products": 0, "embeddings": 0, "vectors": 0, "whole tensors": 0}
+        counts = {"matrix products": 0, "embeddings": 0, "heads": 0, "vectors": 0, "whole tensors": 0}
         for theta in program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_lowrank.default):
             for value in [u for u in theta.users if u.target is operator.getitem]:
                 for use in list(value.users):
@@ -74,7 +75,8 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, value: fx.Node, use: fx.Node) -> s
         return None
     product = product_with(use, value)
     looked_up = use.target is torch.ops.zowrap.rows.default and use.args[0] is value
-    if product is None and not looked_up:
+    is_head = use.target is torch.ops.zowrap.head.default and use.args[1] is value
+    if product is None and not looked_up and not is_head:
         return None
     write = _Writer(graph, use)
     coefficient = write(aten.select.int, coefficients, 0, value.args[1])
@@ -82,6 +84,11 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, value: fx.Node, use: fx.Node) -> s
     dtype = weight.meta["val"].dtype
     wide = at_least_float32(weight.meta["val"]).dtype
     left, right = write.to(left, torch.float32, wide), write.to(right, torch.float32, wide)
+    if is_head:
+        x, _, bias, _, _, labels = use.args
+        thin = write(aten.mul.Tensor, write(aten.matmul.default, write.to(x, dtype, wide), right), coefficient)
+        use.args = (x, weight, bias, thin, left, labels)
+        return "heads"
     if product is None:
         ids = use.args[1]
         plain = write(torch.ops.zowrap.rows.default, weight, ids)

@@ -50,14 +50,22 @@ def test_classic_mezo_is_the_published_step() -> None:
         assert torch.allclose(p, start[name] - 0.1 * g * z[name], atol=1e-9)
 
 
-def test_ratios_are_taken_round_by_round() -> None:
-    times = {contenders.YARDSTICK: [1.0, 2.0, 4.0], "ours": [1.5, 3.0, 6.0]}
-    assert measure.ratios(times, "ours") == [1.5, 1.5, 1.5]
+def test_a_ratio_is_to_the_yardstick_just_before_and_after(monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+
+    def lasting(*seconds: float):
+        given = iter(seconds)
+
+        def step() -> None:
+            clock[0] += next(given)
+
+        return step
+
+    yardstick = contenders.Contender(contenders.YARDSTICK, lasting(1.0, 3.0, 1.0, 1.0, 2.0, 2.0))
+    first = contenders.Contender("first", lasting(4.0, 1.0))
+    second = contenders.Contender("second", lasting(1.0, 8.0), per_call=4)
+    times = measure.interleaved([yardstick, first, second], 2)
+    assert [ratio for _, ratio in times["first"]] == [2.0, 2 / 3]
+    assert times["second"] == [(0.25, 0.125), (2.0, 1.0)]
     assert measure.spread([3.0, 1.0, 2.0])["median"] == 2.0
-
-
-def test_a_sweep_counts_as_its_steps() -> None:
-    slow = contenders.Contender("slow", lambda: None, per_call=4)
-    fast = contenders.Contender("fast", lambda: None)
-    times = measure.interleaved([slow, fast], 3)
-    assert {name: len(t) for name, t in times.items()} == {"slow": 3, "fast": 3}

@@ -2,6 +2,7 @@
 
 Dynamo is not involved, so there are no guards and nothing can recompile behind our back: a graph with symbolic sizes
 becomes one callable for every size, 0 and 1 included (``backed_size_oblivious``), and :data:`compile_count` counts.
+What was compiled is kept between processes (:mod:`zowrap.cache`).
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import counters
 from torch._inductor import standalone_compile
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from zowrap import cache
 from zowrap.errors import ZOCaptureError
 
-compile_count = 0  # graphs and kernels compiled by this process
+compile_count = 0  # graphs and kernels made ready by this process, from the cache or not
+cache.use()
 
 
 @dataclass
@@ -31,11 +35,13 @@ class Compiled:
     """A compiled graph. Call it with the graph's inputs in order; it returns a sequence of tensors.
 
     Attributes:
-        seconds: how long compilation took.
+        seconds: how long that took.
+        cached: whether the machine code was there from an earlier process.
     """
 
     call: Callable[..., Sequence[Any]]
     seconds: float
+    cached: bool
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         return self.call(*inputs)
@@ -58,7 +64,7 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compil
         ZOCaptureError: the compiler refused; the message says what is missing where that can be told.
     """
     global compile_count
-    start = time.perf_counter()
+    start, misses = time.perf_counter(), _misses()
     try:
         mode = next(x.fake_mode for x in inputs if isinstance(x, FakeTensor))
         context = torch._guards.TracingContext(mode)  # symbols keep the ranges that capture found for them
@@ -67,7 +73,13 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compil
     except Exception as error:
         raise ZOCaptureError(_why_not_compiled(error)) from error
     compile_count += 1
-    return Compiled(call, time.perf_counter() - start)
+    return Compiled(call, time.perf_counter() - start, cached=_misses() == misses)
+
+
+def _misses() -> int:
+    """How often torch's cache has failed to help so far; a graph that cannot be cached counts as well."""
+    found = counters["aot_autograd"]
+    return found["autograd_cache_miss"] + found["autograd_cache_bypass"]
 
 
 def trace(
@@ -90,7 +102,11 @@ def trace(
             example = torch.empty_like(example)  # one tensor given twice would become one input
             fakes.append(mode.from_tensor(example, symbolic_context=context, source=source))
         with mode:
-            return make_fx(function)(*fakes), fakes
+            traced = make_fx(function)(*fakes)
+    # An empty tuple would be written as an annotation that torch's compile cache cannot read: nothing would be kept.
+    traced.graph.output_node().type = None
+    traced.recompile()
+    return traced, fakes
 
 
 def compile_function(

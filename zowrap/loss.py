@@ -23,6 +23,14 @@ IGNORED = -100  # torch's and transformers' ignore_index
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy per row, :func:`token_sums`, and float32 ``[rows]`` numbers of counted positions."""
+    counts = (labels != IGNORED).sum(-1).float()
+    if torch.compiler.is_exporting():  # one node, which passes.fuse_head joins with the head or writes out
+        return torch.ops.zowrap.token_losses(logits, labels), counts
+    return token_sums(logits, labels), counts
+
+
+def token_sums(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy per row, in float32.
 
     Args:
@@ -31,7 +39,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             index error would end the process inside compiled code).
 
     Returns:
-        float32 ``[rows]`` sums over the positions, float32 ``[rows]`` numbers of counted positions.
+        float32 ``[rows]`` sums over the positions.
     """
     logits = logits.float()
     counted = labels != IGNORED
@@ -39,7 +47,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     picked = logits.gather(-1, labels.clamp(0, classes - 1).unsqueeze(-1)).squeeze(-1)
     picked = torch.where((labels < 0) | (labels >= classes), torch.nan, picked)
     losses = torch.where(counted, logits.logsumexp(-1) - picked, 0.0)
-    return losses.sum(-1), counted.sum(-1).float()
+    return losses.sum(-1)
 
 
 def _causal(output: Any, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,7 @@ def gaussian(bits: Tensor, table: Tensor) -> Tensor:
     Returns:
         float32 of the same shape; every value a multiple of ``GAUSSIAN_QUANTUM``.
     """
-    magnitude = table[_shift_right(bits, 32 - _TABLE_BITS)]
+    magnitude = torch.ops.aten._unsafe_index.Tensor(table, [_shift_right(bits, 32 - _TABLE_BITS)])
     return magnitude * ((bits << 31 >> 31) | 1).to(torch.float32)
 
 

@@ -17,20 +17,8 @@ import torch
 from torch import Tensor
 
 from zowrap import kernels, lowrank
+from zowrap.scratch import buffers, chunks, longest
 from zowrap.step import perturbed
-
-# Elements of scratch per point: 4 MB of float32 stays in a core's outer cache while the product reads it; measured
-# best between 2^18 and 2^21 on a [50272 × 768] head.
-SCRATCH_ELEMENTS = 1 << 20
-
-_scratch: dict[tuple[torch.dtype, torch.device, int], list[Tensor]] = {}
-
-
-def _scratch_for(dtype: torch.dtype, device: torch.device, points: int, size: int) -> list[Tensor]:
-    key = (dtype, device, points)
-    if key not in _scratch or _scratch[key][0].numel() < size:
-        _scratch[key] = [torch.empty(size, dtype=dtype, device=device) for _ in range(points)]
-    return _scratch[key]
 
 
 @torch.library.custom_op("zowrap::perturb", mutates_args=())
@@ -189,14 +177,13 @@ def perturb_linear(
     inputs = [t.reshape(-1, t.shape[-1]) for t in x]
     rows, columns = w.shape
     outputs = columns if transposed else rows
-    chunk = max(1, min(rows, SCRATCH_ELEMENTS // max(columns, 1)))
-    scratch = _scratch_for(w.dtype, w.device, points, chunk * columns)
+    chunk = longest(rows, columns)
+    scratch = buffers("weights", w.dtype, w.device, points, chunk * columns)
     flat, flat_slots = w.reshape(-1), [s.reshape(-1) for s in slots]
     # A transposed product adds up over the chunks: in float32, so that 16-bit sums do not lose the later chunks.
     sums = torch.float32 if transposed and chunk < rows else w.dtype
     out = [torch.empty((inputs[0].shape[0], outputs), dtype=sums, device=w.device) for _ in range(points)]
-    for first in range(0, rows, chunk):
-        last = min(first + chunk, rows)
+    for first, last in chunks(rows, columns):
         span = slice(first * columns, last * columns)
         parts = [s[: (last - first) * columns] for s in scratch]
         kernel.perturb(flat[span], [s[span] for s in flat_slots], key, scale, scalars, coefficients, parts, span.start)
@@ -260,10 +247,8 @@ def update_lowrank_(
     if right is None:
         return kernel.update_along(flat, flat_slots, left.reshape(-1), rounding_key, coefficients, hyper, apply, decay)
     rows, columns = left.shape[0], right.shape[0]
-    chunk = max(1, min(rows, SCRATCH_ELEMENTS // max(columns, 1)))
-    (scratch,) = _scratch_for(torch.float32, w.device, 1, chunk * columns)
-    for first in range(0, rows, chunk):
-        last = min(first + chunk, rows)
+    (scratch,) = buffers("gradient", torch.float32, w.device, 1, longest(rows, columns) * columns)
+    for first, last in chunks(rows, columns):
         span = slice(first * columns, last * columns)
         g = scratch[: (last - first) * columns]
         torch.mm(left[first:last], right.t(), out=g.view(last - first, columns))

@@ -51,8 +51,8 @@ class Regions:
     """A program as a sequence of calls. Call it with the program's inputs in order.
 
     Attributes:
-        seconds: spent compiling what was not compiled before.
-        compilations: how many kinds that were.
+        seconds: spent on the kinds of region that no program had before.
+        compilations: how many those were, and ``cached`` how many of them lay ready from an earlier process.
         count: regions that one call runs.
     """
 
@@ -61,6 +61,7 @@ class Regions:
     outputs: list[Any]
     seconds: float = 0.0
     compilations: int = 0
+    cached: int = 0
     count: int = 0
 
     def __call__(self, *inputs: Any) -> list[Any]:
@@ -130,7 +131,7 @@ def _link(program: Program, pieces: list[Any], kinds: dict[str, Kind], start: fl
     slots: dict[fx.Node, int] = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
     inputs = len(slots)
     calls: list[tuple[Any, list[Any], list[int], list[int]]] = []
-    compilations, count = 0, 0
+    compilations = cached = count = 0
 
     def slot_of(node: fx.Node) -> _Slot:
         return _Slot(slots[node])
@@ -147,6 +148,7 @@ def _link(program: Program, pieces: list[Any], kinds: dict[str, Kind], start: fl
             if text not in kinds:
                 kinds[text] = _compile(program, piece)
                 compilations += 1
+                cached += kinds[text].compiled.cached
             count += 1
             function, arguments, made = kinds[text].compiled, [slot_of(n) for n in piece.inputs], piece.outputs
             for node, value in zip(made, kinds[text].outputs, strict=True):
@@ -163,7 +165,7 @@ def _link(program: Program, pieces: list[Any], kinds: dict[str, Kind], start: fl
     for slot, i in last.items():
         if slot >= inputs and slot not in kept:
             calls[i][3].append(slot)
-    return Regions(calls, len(slots), outputs, time.perf_counter() - start, compilations, count)
+    return Regions(calls, len(slots), outputs, time.perf_counter() - start, compilations, cached, count)
 
 
 def _mapped(argument: Any, function: Any) -> Any:

@@ -23,6 +23,8 @@ class Report:
         program_hash: identifies the compiled programs; None before the first step and for the eager engine.
         compile_count: regions compiled so far (:mod:`zowrap.regions`): it does not grow with the number of layers, nor
             with lr, eps, step, batch size or length, nor with blocks once each kind has been met.
+        cached: how many of those lay ready from an earlier process (:mod:`zowrap.cache`).
+        trace_seconds, compile_seconds: spent on capture and passes, and on making machine code ready.
         blocks: ``(name, number of elements)``; one block per step is perturbed and updated.
         moves: ``(canonical name, shape, dtype, how it is rounded)`` of every parameter that moves.
         frozen: number of elements that stay as they are.
@@ -45,6 +47,8 @@ class Report:
     program_hash: str | None = None
     compile_count: int = 0
     compile_seconds: float = 0.0
+    cached: int = 0
+    trace_seconds: float = 0.0
     paper: str | None = None
     programs: dict[str, list[tuple[str, str]]] = field(default_factory=dict, repr=False)
     notes: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
@@ -62,6 +66,8 @@ class Report:
             "program_hash": self.program_hash,
             "compile_count": self.compile_count,
             "compile_seconds": round(self.compile_seconds, 3),
+            "cached": self.cached,
+            "trace_seconds": round(self.trace_seconds, 3),
             "rule": self.rule,
             "paper": self.paper,
             "direction": self.direction,
@@ -79,8 +85,11 @@ class Report:
         }
 
     def __str__(self) -> str:
+        ready = f"{self.compile_count} regions, {self.cached} of them from the cache, ready in"
         compiled = (
-            f", {self.compile_count} regions compiled in {self.compile_seconds:.1f} s" if self.compile_count else ""
+            f", traced in {self.trace_seconds:.1f} s, {ready} {self.compile_seconds:.1f} s"
+            if self.compile_count
+            else ""
         )
         lines = [
             f"engine     {self.engine}{compiled}" + (f" (fell back: {self.fallen_back})" if self.fallen_back else ""),
@@ -130,6 +139,8 @@ def report(zm: ZOModel) -> Report:
         program_hash=facts["program_hash"],
         compile_count=facts["compile_count"],
         compile_seconds=facts.get("compile_seconds", 0.0),
+        cached=facts.get("cached", 0),
+        trace_seconds=facts.get("trace_seconds", 0.0),
         paper=REGISTRY[job.rule.name].paper if job.rule.name in REGISTRY else None,
     )
     for name, program in facts.get("programs", {}).items():

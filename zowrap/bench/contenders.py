@@ -25,14 +25,13 @@ class Contender:
     Attributes:
         step: makes one step on the batch.
         per_call: how many steps one call makes (a sweep over all blocks counts as so many).
-        compile_seconds: what its first call spent compiling; None where nothing is compiled.
+        start_seconds: from the model to the end of the first step, with compilation; None where nothing is compiled.
     """
 
     name: str
     step: Callable[[], Any]
     per_call: int = 1
-    compile_seconds: float | None = None
-    close: Callable[[], None] = lambda: None
+    start_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,21 +74,26 @@ def make(name: str, model: torch.nn.Module, batch: Batch) -> Contender:
     if name in PLAIN:
         compiled, seconds = _compiled(model, batch)
         if name == YARDSTICK:
-            return Contender(name, lambda: (compiled(batch), compiled(batch)), compile_seconds=seconds)
+            return Contender(name, lambda: (compiled(batch), compiled(batch)), start_seconds=seconds)
         mezo = ClassicMeZO(model, lambda: compiled(batch))
-        return Contender(name, mezo.step, compile_seconds=seconds)
+        return Contender(name, mezo.step, start_seconds=seconds)
     row = next((row for row in OURS if row.name == name), None)
     if row is None:
         raise ZOError(f"unknown row {name!r}{nearest(name, NAMES)}")
     return _ours(row, model, batch)
 
 
+def changes_modules(name: str) -> bool:
+    """Whether that contender needs a model of its own."""
+    return any(row.lora for row in OURS if row.name == name)
+
+
 def _ours(row: Row, model: torch.nn.Module, batch: Batch) -> Contender:
     if row.lora:
         model = _with_adapters(model)
+    start = time.perf_counter()
     zm = zowrap.zo_wrap(model, lr=1e-7, engine="compiled", **row.options)
     blocks = len(zm.inspect().blocks)
-    start = time.perf_counter()
     for _ in range(blocks):
         zm.step(**batch)
     seconds = time.perf_counter() - start
@@ -98,7 +102,7 @@ def _ours(row: Row, model: torch.nn.Module, batch: Batch) -> Contender:
         for _ in range(blocks):
             zm.step(**batch)
 
-    return Contender(row.name, sweep, per_call=blocks, compile_seconds=seconds)
+    return Contender(row.name, sweep, per_call=blocks, start_seconds=seconds)
 
 
 def _with_adapters(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,7 +1,7 @@
 """Times and memory of contenders, measured so that they can be compared.
 
-Times are taken in one process, one step of each contender in turn, round after round, so that a slow minute of the
-machine slows all of them; a ratio is the median over rounds of (this one / the yardstick in the same round). Peak
+Times are taken in one process, round after round. Each contender's step stands between two of the yardstick's, and its
+ratio is to their mean, so that a slow second of the machine slows both; reported is the median over the rounds. Peak
 memory is the process's, in a process of its own per contender, above what it held before its first step.
 """
 
@@ -22,22 +22,29 @@ import torch
 from zowrap.bench.contenders import YARDSTICK, Contender
 
 
-def interleaved(contenders: Sequence[Contender], rounds: int) -> dict[str, list[float]]:
-    """Seconds per step of each contender in each round."""
-    times: dict[str, list[float]] = {c.name: [] for c in contenders}
+def interleaved(contenders: Sequence[Contender], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """For each contender and round: seconds per step, and their ratio to the yardstick's beside it."""
+    yardstick = next(c for c in contenders if c.name == YARDSTICK)
+    others = [c for c in contenders if c is not yardstick]
+    found: dict[str, list[tuple[float, float]]] = {c.name: [] for c in contenders}
     for _ in range(rounds):
-        for contender in contenders:
-            _synchronise()
-            start = time.perf_counter()
-            contender.step()
-            _synchronise()
-            times[contender.name].append((time.perf_counter() - start) / contender.per_call)
-    return times
+        before = _seconds(yardstick)
+        for contender in others:
+            own = _seconds(contender)
+            after = _seconds(yardstick)
+            found[contender.name].append((own, 2 * own / (before + after)))
+            found[YARDSTICK].append((after, 1.0))
+            before = after
+    return found
 
 
-def ratios(times: dict[str, list[float]], name: str) -> list[float]:
-    """This contender's time over the yardstick's, round by round."""
-    return [a / b for a, b in zip(times[name], times[YARDSTICK], strict=True)]
+def _seconds(contender: Contender) -> float:
+    """Of one step."""
+    _synchronise()
+    start = time.perf_counter()
+    contender.step()
+    _synchronise()
+    return (time.perf_counter() - start) / contender.per_call
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

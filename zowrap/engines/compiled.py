@@ -8,6 +8,7 @@ of the original modules.
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class CompiledEngine:
         self.job, self.fall_back = job, fall_back
         self.eager = EagerEngine(job)
         self.compile_count = 0
+        self.trace_seconds = 0.0
         self.executables: dict[tuple, Executable] = {}
         self._kinds: dict[str, Kind] = {}
         self.fallen_back: str | None = None
@@ -90,6 +92,7 @@ class CompiledEngine:
         return torch.stack(list(sums)), weights
 
     def _executable(self, batch: Batch, stream: DirectionStream | None, points: int) -> Executable:
+        start = time.perf_counter()
         captured = self._captured_for(batch)
         block, per_example = (-1, False) if stream is None else (stream.block, stream.per_example)
         key = (id(captured), block, points)
@@ -98,6 +101,7 @@ class CompiledEngine:
             program = build(
                 captured.clone(), self.job, block, self.spec, points, self._scalar_names, epilogue, per_example
             )
+            self.trace_seconds += time.perf_counter() - start
             compiled = compile_regions(program, self._kinds, min_layers=2 if len(self.job.blocks) > 1 else MIN_LAYERS)
             looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
             self._warm(block, points, rows=bool(looked_up))
@@ -234,6 +238,8 @@ class CompiledEngine:
             "program_hash": "-".join(hashes) or None,
             "compile_count": self.compile_count,
             "compile_seconds": sum(e.compiled.seconds for e in self.executables.values()),
+            "cached": sum(e.compiled.cached for e in self.executables.values()),
+            "trace_seconds": self.trace_seconds,
             "programs": {
                 f"{i}: {points} points, block {self.job.blocks[block].name}" if block >= 0 else f"{i}: loss": e.program
                 for i, ((_, block, points), e) in enumerate(self.executables.items())

@@ -1,0 +1,98 @@
+"""A vocabulary head and its cross-entropy → one operator that never holds the logits.
+
+    before                                          after
+    logits = linear(x, w)                           s = zowrap.head(slice(x, 1, 0, -1), w, None, …, labels)
+    shifted = slice(logits, 1, 0, -1)
+    s = zowrap.token_losses(shifted, labels)
+
+Where something stands between the product and the loss (a soft cap, a scale), or reads the logits as well, or where
+the classes are few, the loss is written out instead, and the compiler fuses it as it likes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from zowrap.passes.manager import Pass
+from zowrap.passes.products import product_with
+
+from zowrap import head  # noqa: F401  (registers torch.ops.zowrap.head)
+from zowrap.compiler import size_oblivious
+from zowrap.errors import ZOInternalError
+from zowrap.loss import token_sums
+from zowrap.program import Program
+
+aten = torch.ops.aten
+LEAST_CLASSES = 128  # with fewer, the logits are no larger than other activations
+_CONVERSIONS = {aten.to.dtype, aten._to_copy.default}
+_MARK = torch.ops.zowrap.token_losses.default
+
+
+class FuseHead(Pass):
+    """See the module."""
+
+    name = "fuse_head"
+
+    def call(self, program: Program) -> str:
+        fused = written = 0
+        for loss in program.graph.find_nodes(op="call_function", target=_MARK):
+            if _fuse(program, loss):
+                fused += 1
+            else:
+                _write_out(program, loss)
+                written += 1
+        return f"{fused} heads fused with their loss, {written} losses of logits"
+
+    def ensures(self, program: Program) -> None:
+        if program.graph.find_nodes(op="call_function", target=_MARK):
+            raise ZOInternalError("a mark for the loss of logits is left")
+
+
+def _fuse(program: Program, loss: fx.Node) -> bool:
+    graph = program.graph
+    slices: list[tuple[Any, ...]] = []
+    node, labels = cast("tuple[fx.Node, fx.Node]", loss.args)
+    while len(node.users) == 1:
+        if node.target is aten.slice.Tensor and node.args[1] in (0, 1):
+            slices.append(node.args[1:])
+        elif not (node.target in _CONVERSIONS and node.meta["val"].dtype == torch.float32):
+            break
+        node = cast("fx.Node", node.args[0])
+    weight = node.args[1] if node.target is aten.linear.default else None
+    if not isinstance(weight, fx.Node) or weight.op != "placeholder" or len(node.users) != 1:
+        return False
+    product = product_with(node, weight)
+    value = weight.meta["val"]
+    if product is None or value.ndim != 2 or not isinstance(value.shape[0], int) or value.shape[0] < LEAST_CLASSES:
+        return False
+    if product.x.meta["val"].ndim != 3 or value.dtype == torch.float64:
+        return False
+    with graph.inserting_before(loss):
+        x = product.x
+        for args in reversed(slices):
+            x = graph.call_function(aten.slice.Tensor, (x, *args))
+        fused = graph.call_function(
+            torch.ops.zowrap.head.default, (x, weight, product.bias, None, None, labels), name="head"
+        )
+    fused.meta["val"] = loss.meta["val"]
+    loss.replace_all_uses_with(fused)
+    graph.erase_node(loss)
+    return True
+
+
+def _write_out(program: Program, loss: fx.Node) -> None:
+    """Put the operations of :func:`token_sums` in the mark's place."""
+    given = cast("tuple[fx.Node, ...]", loss.args)
+    with torch.no_grad(), size_oblivious(use_duck_shape=False), program.fake_mode:
+        traced = make_fx(token_sums)(*[n.meta["val"] for n in given])
+    copies = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
+    with program.graph.inserting_before(loss):
+        result = program.graph.graph_copy(traced.graph, copies)
+    for node in copies.values():
+        if "nn_module_stack" in loss.meta:
+            node.meta.setdefault("nn_module_stack", loss.meta["nn_module_stack"])
+    loss.replace_all_uses_with(cast("fx.Node", result))
+    program.graph.erase_node(loss)
