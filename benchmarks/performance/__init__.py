@@ -1,0 +1,10 @@
+"""What a training step costs against two plain forwards: tables for ``docs/performance.md``.
+
+    python -m benchmarks.performance step         all rows of `zowrap bench step` at 8 × 64 tokens
+    python -m benchmarks.performance long         the main row at 8 × 256 tokens
+    python -m benchmarks.performance growth       parameters, tokens, queries and blocks, each by itself
+    python -m benchmarks.performance operators    what the noise and the chunked products cost, and what else was tried
+    python -m benchmarks.performance docs         the page, from the JSON of the others
+
+Nothing else may run on the machine's cores meanwhile.
+"""

@@ -1,0 +1,44 @@
+"""See the package."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks.papers.docs import write_json
+from benchmarks.performance import docs, growth, operators
+
+
+def bench(*options: str) -> dict[str, Any]:
+    """What ``zowrap bench step`` prints."""
+    command = [sys.executable, "-m", "zowrap.cli", "bench", "step", "--json", *options]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.performance", description=__doc__)
+    parser.add_argument("what", choices=("step", "long", "growth", "operators", "docs"))
+    parser.add_argument("--rounds", type=int, default=11, help="how often each row is timed")
+    parser.add_argument("--rows", nargs="+", default=[], help="of `zowrap bench step`; default: all")
+    options = parser.parse_args()
+    if options.what == "docs":
+        docs.write()
+        return
+    rounds = ["--rounds", str(options.rounds)]
+    rows = [part for row in options.rows for part in ("--row", row)]
+    if options.what == "step":
+        result = bench("--arch", "opt-125m", "--batch", "8", "--seq", "64", *rounds, *rows)
+    elif options.what == "long":
+        rows = rows or ["--row", "gaussian"]
+        result = bench("--arch", "opt-125m", "--batch", "8", "--seq", "256", "--together", *rounds, *rows)
+    else:
+        result = {"growth": growth, "operators": operators}[options.what].run(options.rounds)
+    docs.RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(result, docs.RESULTS / f"{options.what}.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""``docs/performance.md`` from the committed JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "performance"
+PAGE = ROOT / "docs" / "performance.md"
+
+HEAD = """# Performance
+
+The yardstick is two plain compiled forwards of the same model and batch: what a central difference cannot do without,
+unless it shares work between them. A ratio is that of a whole step, update included, to the yardstick's step just
+before and after it, in one process; the table gives the median over the rounds and the quartiles. "First start" is the
+time from the model to the end of the first step in a fresh process with an empty cache, "second start" the same once
+more; "peak" is the most memory that a step holds beyond what lies there between steps. The page is generated from
+`benchmarks/results/performance` by `python -m benchmarks.performance docs`.
+"""
+
+STEP = """## A step: OPT-125M, float32, 8 × 64 tokens
+
+`python -m benchmarks.performance step` (`zowrap bench step --arch opt-125m --batch 8 --seq 64 --json`)
+"""
+
+LONG = """## Longer rows: 8 × 256 tokens
+
+`python -m benchmarks.performance long`: noise and update cost the same whatever the batch, so their share falls.
+"""
+
+GROWTH = """## As the work grows
+
+`python -m benchmarks.performance growth`: an OPT of 8 layers, 4096 words, width 256, 8 × 64 tokens; one thing varied at
+a time. Gaussian directions, `zo_sgd`. The ratio is to two forwards for each query; a term that grew faster than the
+forwards would show as a ratio that rises down its column.
+"""
+
+OPERATORS = """## Where the rest goes, and what else was tried
+
+`python -m benchmarks.performance operators`
+"""
+
+DESIGNS = """\
+- *The gaussian law.* A table of 4096 half-normal quantiles stays in the first-level cache and is 6e-5 from normal
+  (Kolmogorov–Smirnov). The table below times it in the kernel that makes w ± εz. An odd polynomial would save the
+  look-up, but one of a uniform number is still 2e-3 from normal at degree 13, and one of a sum of four fields 2e-4 at
+  degree 5 with a lattice of its own on top; neither passes the test at 10⁷ draws with room to spare.
+- *Chunks.* Short chunks keep the scratch in the cache and make the products less efficient; long ones the reverse.
+- *The head.* Writing both streams' logits costs page faults and a second pass for the cross-entropy; their running
+  logsumexp costs neither, and tokens whose label is ignored are left out altogether. On a GPU all tokens take part:
+  finding out which ones count would wait for the device.
+- *One product for both streams.* Stacking the streams' rows where the weight is the same for both (a frozen base, the
+  layers above the active block) was measured at 512 tokens: 6.4–6.6 against 6.5 ms at [768 × 768], 27.9–28.0 against
+  27.9 at [3072 × 768], 25.0–26.4 against 25.1 at [768 × 3072]. The products are bound by arithmetic, not by reading the
+  weight, so the streams stay apart.
+- *The deferred update* (step t's update inside step t + 1's read of the weights) would save one pass over the weights,
+  but not the noise, which is most of the update's cost and would have to be made for both steps.
+"""
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A kept result, or None."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def page() -> str:
+    """The whole page; a measurement that is missing leaves its section out."""
+    parts = [HEAD]
+    for name, heading, body in (
+        ("step", STEP, _steps),
+        ("long", LONG, _steps),
+        ("growth", GROWTH, _growth),
+        ("operators", OPERATORS, _operators),
+    ):
+        if (result := load(name)) is not None:
+            parts += [heading, _machine(result), body(result)]
+    return "\n".join(parts)
+
+
+def write() -> None:
+    """The page from the kept results."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def _machine(result: dict[str, Any]) -> str:
+    m = result["machine"]
+    return f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}; {result['rounds']} rounds.\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _spread(values: dict[str, float], digits: int = 2) -> str:
+    return f"{values['median']:.{digits}f} ({values['low']:.{digits}f}–{values['high']:.{digits}f})"
+
+
+def _steps(result: dict[str, Any]) -> str:
+    def cell(value: float | None, unit: str, scale: float = 1.0, digits: int = 1) -> str:
+        return "" if value is None else f"{value * scale:.{digits}f} {unit}"
+
+    rows = [
+        [
+            r["row"],
+            cell(r["seconds"]["median"], "ms", 1e3, 0),
+            _spread(r["ratio"]),
+            cell(r.get("first_start"), "s"),
+            cell(r.get("second_start"), "s"),
+            cell(r.get("peak_bytes"), "MB", 2**-20, 0),
+        ]
+        for r in result["rows"]
+    ]
+    return _table(["", "a step", "ratio (quartiles)", "first start", "second start", "peak"], rows)
+
+
+def _growth(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            r["axis"],
+            f"{r['parameters'] / 1e6:.1f} M",
+            str(r["tokens"]),
+            str(r["queries"]),
+            str(r["blocks"]),
+            f"{r['seconds']['median'] * 1e3:.0f} ms",
+            _spread(r["ratio"]),
+        ]
+        for r in result["rows"]
+    ]
+    return _table(["varied", "parameters", "tokens", "queries", "blocks", "a step", "ratio (quartiles)"], rows)
+
+
+def _operators(result: dict[str, Any]) -> str:
+    laws = [[r["law"], f"{r['per_second'] / 1e6:.0f}"] for r in result["laws"]]
+    chunks = [
+        [r["part"], str(r["rows"] or "plain"), f"{r['seconds'] * 1e3:.0f} ms", f"{r['ratio']:.2f}"]
+        for r in result["chunks"]
+    ]
+    return "\n".join(
+        [
+            DESIGNS,
+            _table(["law", "million elements a second"], laws),
+            "Six layers' products and the head with its loss, both points, perturbed, against the plain ones:\n",
+            _table(["part", "rows a chunk", "time", "ratio"], chunks),
+        ]
+    )

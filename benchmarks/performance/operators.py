@@ -1,0 +1,146 @@
+"""The parts of a step by themselves, and the designs that were tried for them.
+
+Laws of the noise are timed in the kernel that perturbs a weight; products on the matrices of an OPT-125M layer and head
+against the same products with the weights as they are, as the length of the chunks varies.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zowrap
+from zowrap import head, noise, operators, scratch  # noqa: F401  (registers torch.ops.zowrap)
+from zowrap.bench import measure
+from zowrap.compiler import compile_function
+from zowrap.loss import token_sums
+
+ELEMENTS = 1 << 20
+TOKENS, WIDTH, INNER, VOCABULARY, LAYERS = 512, 768, 3072, 50272, 6
+CHUNKS = (256, 512, 1024, 2048)
+
+
+def checked_table(bits: Tensor, table: Tensor) -> Tensor:
+    """The gaussian law with the look-up as torch writes it: 64-bit indices, each checked."""
+    magnitude = table[noise._shift_right(bits, 20)]
+    return magnitude * ((bits << 31 >> 31) | 1).to(torch.float32)
+
+
+def sum_of_bytes(bits: Tensor, table: Tensor) -> Tensor:
+    """Four uniform bytes added: far from a normal law (kurtosis 2.7), for comparison."""
+    total = (bits & 255) + ((bits >> 8) & 255) + ((bits >> 16) & 255) + ((bits >> 24) & 255)
+    return (total - 510).to(torch.float32) * (1 / 147.8)
+
+
+def polynomial(bits: Tensor, table: Tensor) -> Tensor:
+    """What an odd polynomial of degree 13 costs; at this degree a uniform number is still 2e-3 from normal."""
+    x = bits.to(torch.float32) * 2.0**-31
+    y, value = x * x, torch.full_like(x, 1.1)
+    for coefficient in (0.2, 0.3, 0.4, 0.5, 0.6, 1.25):
+        value = value * y + coefficient
+    return x * value
+
+
+def nothing(bits: Tensor, table: Tensor) -> Tensor:
+    """The hash alone."""
+    return bits.to(torch.float32)
+
+
+LAWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "hash alone": nothing,
+    "rademacher": noise.rademacher,
+    "gaussian: table of 4096": noise.gaussian,
+    "gaussian: the same, checked look-up": checked_table,
+    "polynomial of degree 13": polynomial,
+    "sum of four bytes": sum_of_bytes,
+}
+
+
+def run(rounds: int) -> dict[str, Any]:
+    """Both tables."""
+    return {"machine": measure.machine(), "rounds": rounds, "laws": laws(rounds), "chunks": chunks(rounds)}
+
+
+def laws(rounds: int) -> list[dict[str, Any]]:
+    """Million elements per second of ``w ± εz`` at two points."""
+    calls: dict[str, Callable[[], Any]] = {}
+    w, above, below = torch.randn(ELEMENTS), torch.empty(ELEMENTS), torch.empty(ELEMENTS)
+    small = [torch.tensor([3, 4], dtype=torch.int32), torch.tensor([1e-3, -1e-3]), noise.gaussian_table()]
+    for name, law in LAWS.items():
+
+        def kernel(w, above, below, key, coefficients, table, law=law) -> tuple:
+            index = torch.arange(w.shape[0], dtype=torch.int32)
+            z = law(noise.hash_bits(index, 0, key), table)
+            above.copy_(w + coefficients[0] * z)
+            below.copy_(w + coefficients[1] * z)
+            return ()
+
+        compiled = compile_function(kernel, [w, above, below, *small], range(3))
+        calls[name] = functools.partial(compiled, w, above, below, *small)
+    seconds = interleaved(calls, rounds, repeats=8)
+    return [{"law": name, "per_second": ELEMENTS / statistics.median(s)} for name, s in seconds.items()]
+
+
+@torch.no_grad()
+def chunks(rounds: int) -> list[dict[str, Any]]:
+    """Seconds of the products, and of the head with its loss, for two points."""
+    zm = zowrap.zo_wrap(torch.nn.Linear(2, 2), "zo_sgd", lr=0.0, loss_fn=lambda m, b: m(b["x"]).sum(-1))
+    zm.step(x=torch.ones(2, 2))
+    spec: str = zm._engine.spec  # type: ignore[attr-defined]
+    key, coefficients = torch.tensor([1, 2], dtype=torch.int32), torch.tensor([1e-3, -1e-3])
+    given: tuple[Any, ...] = ([], key, torch.ones(()), [], coefficients)
+    shapes = [(WIDTH, WIDTH)] * 4 + [(INNER, WIDTH), (WIDTH, INNER)]
+    weights = [torch.randn(shape) for _ in range(LAYERS) for shape in shapes]
+    inputs = {size: [torch.randn(TOKENS, size) for _ in range(2)] for size in (WIDTH, INNER)}
+    vocabulary, labels = torch.randn(VOCABULARY, WIDTH), torch.randint(0, VOCABULARY, (8, TOKENS // 8))
+    hidden = [torch.randn(8, TOKENS // 8, WIDTH) for _ in range(2)]
+    plain_head = torch.compile(lambda x: token_sums(torch.nn.functional.linear(x, vocabulary), labels), dynamic=False)
+    perturb_linear, perturb_head = torch.ops.zowrap.perturb_linear, torch.ops.zowrap.perturb_head
+
+    def at(length: int, call: Callable[[], Any]) -> Callable[[], Any]:
+        def timed() -> None:
+            scratch.CHUNK_ROWS = length
+            call()
+
+        return timed
+
+    def products() -> None:
+        for w in weights:
+            perturb_linear(inputs[w.shape[1]], w, *given, False, spec)
+
+    calls: dict[tuple[str, int], Callable[[], Any]] = {
+        ("layers", 0): lambda: [torch.nn.functional.linear(x, w) for w in weights for x in inputs[w.shape[1]]],
+        ("head", 0): lambda: [plain_head(x) for x in hidden],
+    }
+    for length in CHUNKS:
+        calls["layers", length] = at(length, products)
+        calls["head", length] = at(length, lambda: perturb_head(hidden, vocabulary, [], *given, labels, spec))
+    kept = scratch.CHUNK_ROWS
+    try:
+        seconds = interleaved(calls, rounds)
+    finally:
+        scratch.CHUNK_ROWS = kept
+    plain = {part: statistics.median(seconds[part, 0]) for part in ("layers", "head")}
+    return [
+        {"part": part, "rows": length, "seconds": statistics.median(s), "ratio": statistics.median(s) / plain[part]}
+        for (part, length), s in seconds.items()
+    ]
+
+
+def interleaved(calls: dict[Any, Callable[[], Any]], rounds: int, repeats: int = 1) -> dict[Any, list[float]]:
+    """Seconds of one call of each, round after round, after one round that is not counted."""
+    found: dict[Any, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            if i:
+                found[name].append((time.perf_counter() - start) / repeats)
+    return found
