@@ -76,6 +76,14 @@ def test_fed_the_same_projected_gradients_the_weights_agree(pair) -> None:
         zm.lr = 1e-3
 
 
+def test_a_batch_may_be_views_of_larger_tensors() -> None:
+    zm = zowrap.zo_wrap(make("bert"), "zo_sgd", engine="compiled")
+    plain = batch("bert", 4, 9)
+    wide = {name: torch.stack([v, v], -1) for name, v in plain.items()}
+    expected, got = (zm.loss(**given) for given in (plain, {name: v[..., 0] for name, v in wide.items()}))
+    assert torch.equal(got, expected)
+
+
 def test_nothing_recompiles(pair) -> None:
     name, _, compiled = pair
     compiled.step(**batch(name, 8, 16))

@@ -133,7 +133,8 @@ class CompiledEngine:
         values: list[Any] = []
         for given in program.inputs:
             if given.kind == "batch":
-                values.append(batch[given.target])
+                value = batch[given.target]
+                values.append(value.contiguous() if isinstance(value, Tensor) else value)  # as it was compiled for
             elif given.kind == "stream":
                 assert stream is not None
                 values.append(self._stream_value(given.target, stream, coefficients))
