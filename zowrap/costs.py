@@ -1,0 +1,341 @@
+"""What a step costs, from shapes alone: operations, bytes, random numbers and peak memory, beside two plain forwards.
+
+Nothing is computed and no weight is read, so a model on the ``meta`` device serves: one that does not fit can be asked
+about. The programs are those that the compiled engine runs; what they hold in memory follows their regions
+(:mod:`zowrap.regions`) from call to call, and inside a region :mod:`zowrap.liveness`.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from zowrap import operators
+from zowrap.engines.compiled import CompiledEngine
+from zowrap.errors import ZOCaptureError
+from zowrap.liveness import Analysis, Work, analyse
+from zowrap.loss import Batch, rows_of
+from zowrap.program import Program
+from zowrap.regions import cut, text_of
+
+if TYPE_CHECKING:
+    from zowrap.model import ZOModel
+
+SAMPLED_BLOCKS = 5  # of many blocks so many are looked at; between them costs are taken to grow evenly
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of memory of a step.
+
+    Attributes:
+        weights: parameters and buffers, each storage once.
+        state: the rule's.
+        scratch: kept from step to step by the operators.
+        transient: activations and whatever else a step allocates and frees, at its peak.
+    """
+
+    weights: int
+    state: int
+    scratch: int
+    transient: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.state + self.scratch + self.transient
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one step on one batch costs.
+
+    Attributes:
+        sizes: of the batch's tensors, by name.
+        step: the whole step, the update included; with blocks the mean over all of them.
+        forwards: two plain forwards of the same batch.
+        memory: under the schedule in use; with blocks of the block that needs most.
+        schedules: peak bytes under ``"paired"`` and ``"sequential"``.
+        forward_transient: bytes that one plain forward allocates and frees.
+    """
+
+    sizes: dict[str, tuple[int, ...]]
+    step: Work
+    forwards: Work
+    memory: Memory
+    schedules: dict[str, int]
+    forward_transient: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON.
+
+        ``{"batch": {name: [sizes]}, "step": work, "two_forwards": work, "flops_ratio", "bytes_ratio", "memory":
+        {"weights", "state", "scratch", "transient", "peak", "forward_transient", "paired", "sequential"}}`` with
+        ``work`` being ``{"flops", "bytes", "weight_bytes", "activation_bytes", "update_bytes", "noise"}``: whole
+        numbers, memory in bytes; ``noise`` counts random numbers, ``paired`` and ``sequential`` are peaks.
+        """
+        return {
+            "batch": {name: list(shape) for name, shape in self.sizes.items()},
+            "step": _record(self.step),
+            "two_forwards": _record(self.forwards),
+            "flops_ratio": round(self.step.flops / max(self.forwards.flops, 1), 4),
+            "bytes_ratio": round(self.step.bytes / max(self.forwards.bytes, 1), 4),
+            "memory": {
+                **vars(self.memory),
+                "peak": self.memory.peak,
+                "forward_transient": self.forward_transient,
+                **self.schedules,
+            },
+        }
+
+
+def _record(work: Work) -> dict[str, int]:
+    return {"flops": round(work.flops), "bytes": round(work.bytes)} | {
+        name: round(value) for name, value in vars(work).items() if name != "flops"
+    }
+
+
+@dataclass
+class Laid:
+    """A program at given sizes.
+
+    Attributes:
+        pieces: ``(region, its analysis)`` in the order they run; regions that compute the same share one analysis.
+        transient: bytes allocated at the peak, above the program's inputs.
+    """
+
+    program: Program
+    pieces: list[tuple[Any, Analysis]]
+    transient: int
+    work: Work
+
+
+class Estimator:
+    """The costs of a wrapped model's step on batches of given sizes.
+
+    Args:
+        zm: a wrapped model under the compiled engine, on any device.
+        batch: tensors of the sizes asked about; on the ``meta`` device, and nothing is read of others either.
+
+    Raises:
+        ZOCaptureError: the model cannot be captured, or sizes follow from its data.
+    """
+
+    def __init__(self, zm: ZOModel, batch: Batch) -> None:
+        if not isinstance(zm._engine, CompiledEngine):
+            raise ZOCaptureError("costs are those of the compiled engine, and this model runs eagerly")
+        if zm._engine.fallen_back is not None:
+            raise ZOCaptureError(f"this model runs eagerly, because {zm._engine.fallen_back}")
+        self.zm, self.job, self.engine, self.batch = zm, zm._job, zm._engine, batch
+        self.per_example = zm._estimator.per_example
+        self.mode = FakeTensorMode()
+        self._laid: dict[tuple[int, int], Laid] = {}
+        self._analyses: dict[tuple, Analysis] = {}
+
+    # --- the step ---------------------------------------------------------------------------------------------
+
+    def costs(self) -> Costs:
+        zm, job = self.zm, self.job
+        plain = self.laid(-1, 0)
+        blocks = _sample(len(job.blocks))
+        steps = [self._step(block, zm._sequential) for block in blocks]
+        other = [self._step(block, not zm._sequential)[1] for block in blocks]
+        transient = max(transient for _, transient in steps)
+        state = [t for tensors in job.slots.values() for t in tensors] + [t for s in job.states for t in s.values()]
+        memory = Memory(weight_bytes(zm.model), sum(map(_size, state)), self._scratch(), transient)
+        peaks = (memory.peak, memory.peak - transient + max(other))
+        names = ("sequential", "paired") if zm._sequential else ("paired", "sequential")
+        return Costs(
+            {name: tuple(value.shape) for name, value in self.batch.items() if isinstance(value, Tensor)},
+            _mean([work for work, _ in steps], blocks, len(job.blocks)),
+            plain.work * 2,
+            memory,
+            dict(zip(names, peaks, strict=True)),
+            plain.transient,
+        )
+
+    def evaluations(self, sequential: bool) -> list[int]:
+        """How many points each evaluation of a step has; 0 is θ itself."""
+        from zowrap.model import _groups
+
+        groups = _groups(self.zm.points, self.job.device, sequential)
+        counts = [0 if direction is None else signs.shape[0] for direction, signs in groups]
+        candidates = self.zm._candidates
+        return counts + ([1] * candidates if sequential else [candidates] * (candidates > 0))
+
+    def _step(self, block: int, sequential: bool) -> tuple[Work, int]:
+        """A step that moves the block: its work, and the bytes it allocates at its peak."""
+        work, transient = Work(), 0
+        for points in self.evaluations(sequential):
+            laid = self.laid(block if points else -1, points)
+            work, transient = work + laid.work, max(transient, laid.transient)
+        update, temporary = self._update(block)
+        factors = self._factors(block)
+        return work + update, factors + max(transient, temporary)
+
+    def _update(self, block: int) -> tuple[Work, int]:
+        """The epilogue: every active weight and its state read and written once; and the bytes it allocates."""
+        job, work, pair = self.job, Work(), 0
+        directions = rows_of(self.batch) if self.per_example else job.queries
+        for i in job.blocks[block].indices:
+            w = job.parameters[i].tensor
+            work.update_bytes += 2 * sum(map(_size, (w, *job.slots_of(i).values())))
+            if not job.layouts:
+                work.noise += job.queries * w.numel()
+                continue
+            place = job.layouts[block].places[i]
+            pair = max(pair, 4 * directions * place.rank * (place.rows + (place.columns if place.right else 0)))
+            work.flops += 2 * directions * place.rank * w.numel()
+        if not job.layouts:
+            return work, 0
+        work.noise += directions * job.layouts[block].size
+        return work, self._factors(block) + pair  # the factors of all directions are put together once more
+
+    def _factors(self, block: int) -> int:
+        """Bytes of the factors of low-rank directions, which live as long as the step does."""
+        if not self.job.layouts:
+            return 0
+        directions = rows_of(self.batch) if self.per_example else self.job.queries
+        return 4 * directions * self.job.layouts[block].size * (2 if self.job.rule.left is not None else 1)
+
+    def _scratch(self) -> int:
+        """The reused buffers that pass row chunks of perturbed weights to products, see :mod:`zowrap.operators`."""
+        found: dict[tuple, int] = {}
+        for laid in self._laid.values():
+            for node in laid.program.graph.find_nodes(
+                op="call_function", target=torch.ops.zowrap.perturb_linear.default
+            ):
+                w, points = node.args[1].meta["val"], laid.program.points
+                rows, columns = (int(n) for n in w.shape)
+                size = max(1, min(rows, operators.SCRATCH_ELEMENTS // max(columns, 1))) * columns * w.element_size()
+                found[w.dtype, points] = max(found.get((w.dtype, points), 0), size * points)
+        return sum(found.values())
+
+    # --- one program ------------------------------------------------------------------------------------------
+
+    def laid(self, block: int, points: int) -> Laid:
+        """The program of so many points of a block at the batch's sizes; built on first need."""
+        key = (block, points)
+        if key not in self._laid:
+            program = self.engine.program(self.batch, block, points, self.per_example and points > 0)
+            try:
+                self._laid[key] = self._lay(program)
+            except (RuntimeError, TypeError, NotImplementedError) as error:
+                first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+                raise ZOCaptureError(
+                    f"the sizes inside this model follow from its data ({type(error).__name__}: {first[:160]})"
+                ) from error
+        return self._laid[key]
+
+    def _lay(self, program: Program) -> Laid:
+        values = self._inputs(program)
+        weights = {g.node for g in program.inputs if g.kind in ("parameter", "buffer", "constant")}
+        pieces: list[tuple[Any, Analysis]] = []
+        with torch.no_grad(), self.mode:
+            for piece in cut(program, self.engine.min_layers):
+                if isinstance(piece, fx.Node):
+                    args, kwargs = fx.map_arg((piece.args, piece.kwargs), lambda n: values[n])
+                    values[piece] = piece.target(*args, **kwargs)  # type: ignore[operator]
+                    continue
+                given = [values[n] for n in piece.inputs]
+                is_weight = [n.name in weights for n in piece.inputs]
+                key = (text_of(piece), *map(_described, given), *is_weight)
+                if key not in self._analyses:
+                    self._analyses[key] = analyse(
+                        piece.nodes, piece.inputs, piece.outputs, given, is_weight, self.mode
+                    )
+                analysis = self._analyses[key]
+                values.update(zip(piece.outputs, analysis.outputs, strict=True))
+                pieces.append((piece, analysis))
+        work = sum((analysis.work for _, analysis in pieces), Work())
+        return Laid(program, pieces, _transient(program, pieces), work)
+
+    def _inputs(self, program: Program) -> dict[fx.Node, Any]:
+        """Fake values of the program's inputs: the batch's sizes take the place of the symbols."""
+        placeholders = program.graph.find_nodes(op="placeholder")
+        sizes: dict[Any, int] = {}
+        for node, given in zip(placeholders, program.inputs, strict=True):
+            if given.kind == "batch" and isinstance(self.batch[given.target], Tensor):
+                for symbol, size in zip(node.meta["val"].shape, self.batch[given.target].shape, strict=True):
+                    if isinstance(symbol, torch.SymInt) and symbol.node.expr.is_symbol:
+                        sizes[symbol.node.expr] = size
+        values: dict[fx.Node, Any] = {}
+        with self.mode:
+            for node in placeholders:
+                value = node.meta["val"]
+                if isinstance(value, Tensor):
+                    shape = [int(s.node.expr.subs(sizes)) if isinstance(s, torch.SymInt) else s for s in value.shape]
+                    value = torch.empty(shape, dtype=value.dtype, device=value.device)
+                values[node] = value
+        return values
+
+
+def _transient(program: Program, pieces: Sequence[tuple[Any, Analysis]]) -> int:
+    """Most bytes that a program's regions and what passes between them take at one moment."""
+    lies_in: dict[fx.Node, Any] = {}  # value → its memory: (region, number), or absent for the program's inputs
+    last: dict[Any, int] = {}
+    sizes: dict[Any, int] = {}
+    for i, (region, analysis) in enumerate(pieces):
+        for node in region.inputs:
+            if node in lies_in:
+                last[lies_in[node]] = i
+        for node, owner in zip(region.outputs, analysis.owners, strict=True):
+            if owner is None:
+                continue
+            kind, number = owner
+            memory = lies_in.get(region.inputs[number]) if kind == "input" else (i, number)
+            if memory is None:
+                continue
+            lies_in[node] = memory
+            last[memory] = i
+            if kind == "own":
+                sizes[memory] = analysis.own[number]
+    for node in program.graph.output_node().all_input_nodes:
+        if node in lies_in:
+            last[lies_in[node]] = len(pieces)
+    live = peak = 0
+    for i, (_, analysis) in enumerate(pieces):
+        peak = max(peak, live + analysis.peak)
+        live += sum(size for memory, size in sizes.items() if memory[0] == i)
+        live -= sum(size for memory, size in sizes.items() if last[memory] == i)
+    return peak
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of parameters and buffers, tied ones once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(map(_size, tensors.values()))
+
+
+def _described(value: Any) -> Any:
+    return (value.dtype, tuple(value.shape), value.stride()) if isinstance(value, Tensor) else repr(value)
+
+
+def _size(value: Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _sample(count: int) -> list[int]:
+    """Which of ``count`` blocks are looked at: all, or both ends and the middle."""
+    if count <= SAMPLED_BLOCKS:
+        return list(range(count))
+    return [0, 1, count // 2, count - 2, count - 1]
+
+
+def _mean(values: Sequence[Work], blocks: Sequence[int], count: int) -> Work:
+    """Mean over all blocks of what is known of some, in between along a line."""
+    total = Work()
+    for block in range(count):
+        after = min(bisect.bisect_left(blocks, block), len(blocks) - 1)
+        if blocks[after] == block:
+            total += values[after]
+            continue
+        low, high = blocks[after - 1], blocks[after]
+        share = (block - low) / (high - low)
+        total += values[after - 1] * (1 - share) + values[after] * share
+    return total * (1 / count)
