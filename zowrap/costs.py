@@ -139,17 +139,19 @@ class Estimator:
 
     # --- the step ---------------------------------------------------------------------------------------------
 
-    def costs(self) -> Costs:
+    def costs(self, sequential: bool | None = None) -> Costs:
+        """Costs under a schedule, by default the model's own."""
         zm, job = self.zm, self.job
+        sequential = zm._sequential if sequential is None else sequential
         plain = self.laid(-1, 0)
         blocks = _sample(len(job.blocks))
-        steps = [self._step(block, zm._sequential) for block in blocks]
-        other = [self._step(block, not zm._sequential)[1] for block in blocks]
+        steps = [self._step(block, sequential) for block in blocks]
+        scratch = self._scratch()  # the other schedule's is not in use
+        other = [self._step(block, not sequential)[1] for block in blocks]
         transient = max(transient for _, transient in steps)
-        state = [t for tensors in job.slots.values() for t in tensors] + [t for s in job.states for t in s.values()]
-        memory = Memory(weight_bytes(zm.model), sum(map(_size, state)), self._scratch(), transient)
+        memory = Memory(weight_bytes(zm.model), job.state_bytes, scratch, transient)
         peaks = (memory.peak, memory.peak - transient + max(other))
-        names = ("sequential", "paired") if zm._sequential else ("paired", "sequential")
+        names = ("sequential", "paired") if sequential else ("paired", "sequential")
         return Costs(
             {name: tuple(value.shape) for name, value in self.batch.items() if isinstance(value, Tensor)},
             _mean([work for work, _ in steps], blocks, len(job.blocks)),
@@ -158,6 +160,16 @@ class Estimator:
             dict(zip(names, peaks, strict=True)),
             plain.transient,
         )
+
+    def programs(self, sequential: bool | None = None) -> list[tuple[str, Laid]]:
+        """``(name, program)`` of a step under a schedule: of one block, or of some of many."""
+        sequential = self.zm._sequential if sequential is None else sequential
+        found: dict[str, Laid] = {}
+        for block in _sample(len(self.job.blocks)):
+            for points in self.evaluations(sequential):
+                name = f"{points} points, block {self.job.blocks[block].name}" if points else "loss"
+                found.setdefault(name, self.laid(block if points else -1, points))
+        return list(found.items())
 
     def evaluations(self, sequential: bool) -> list[int]:
         """How many points each evaluation of a step has; 0 is θ itself."""
@@ -246,9 +258,7 @@ class Estimator:
                 is_weight = [n.name in weights for n in piece.inputs]
                 key = (text_of(piece), *map(_described, given), *is_weight)
                 if key not in self._analyses:
-                    self._analyses[key] = analyse(
-                        piece.nodes, piece.inputs, piece.outputs, given, is_weight, self.mode
-                    )
+                    self._analyses[key] = analyse(piece.nodes, piece.inputs, piece.outputs, given, is_weight, self.mode)
                 analysis = self._analyses[key]
                 values.update(zip(piece.outputs, analysis.outputs, strict=True))
                 pieces.append((piece, analysis))

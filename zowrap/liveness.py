@@ -32,7 +32,13 @@ _CALLED = {
     aten.sort.default, aten.sort.stable, aten.topk.default, aten.nonzero.default, aten.cumsum.default,
     aten.index_put.default, aten.bincount.default, aten.histc.default, aten.searchsorted.Tensor,
 }  # fmt: skip
-_LOOK_UPS = {ours.rows.default, ours.perturb_rows.default, aten.embedding.default, aten.index.Tensor, aten.gather.default}
+_LOOK_UPS = {
+    ours.rows.default,
+    ours.perturb_rows.default,
+    aten.embedding.default,
+    aten.index.Tensor,
+    aten.gather.default,
+}
 _NOISE = {ours.perturb.default: 0, ours.perturb_linear.default: 1}  # operator → which argument is the weight
 
 
@@ -298,4 +304,3 @@ FLOPS: dict[Any, Callable[..., int]] = {
     ours.perturb_linear: _perturbed_product,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
 }
-
