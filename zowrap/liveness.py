@@ -3,10 +3,10 @@
 A region's nodes are executed on fake tensors of the batch's sizes: shapes, dtypes and which tensors share memory come
 out exactly; nothing is computed. Which values Inductor writes to memory is a model of what it does:
 
-    a kernel of its own   products, attention, convolutions, this library's operators: reads its inputs from memory and
-                          writes its results
-    fused                 everything else: a value lives in registers, unless a kernel of its own or another region reads
-                          it, or a node that has to wait for such a kernel
+    a kernel of its own   products, attention, convolutions, this library's operators: reads its inputs from memory
+                          and writes its results
+    fused                 everything else: a value lives in registers, unless a kernel of its own or another region
+                          reads it, or a node that has to wait for such a kernel
     taken over            a fused kernel writes over an input of the same size that nothing reads afterwards
 
 Inputs of a region stay alive while it runs: the caller holds them.

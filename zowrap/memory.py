@@ -84,7 +84,7 @@ def choose_memory(paired: int, sequential: int, free: int) -> tuple[str, str]:
         ``"paired"``, the faster one, unless only ``"sequential"`` fits.
     """
     if fits(paired, free):
-        return "paired", f"it is faster and its {in_words(paired)} fit into the {in_words(free)} free"
+        return "paired", "it is faster, and fits"
     if sequential >= paired:
         return "paired", f"sequential would need no less than its {in_words(paired)}"
     needs = f"paired needs {in_words(paired)} and {in_words(free)} are free, sequential needs {in_words(sequential)}"

@@ -143,11 +143,11 @@ class Report:
 def _cost_lines(costs: Costs) -> list[str]:
     """For people."""
     step, forwards, memory = costs.step, costs.forwards, costs.memory
+    flops, moved = step.flops / max(forwards.flops, 1), step.bytes / max(forwards.bytes, 1)
     sizes = " × ".join(str(n) for n in next(iter(costs.sizes.values()), ()))
     return [
-        f"a step     {step.flops:.3g} FLOPs, {step.flops / max(forwards.flops, 1):.2f} of two plain forwards' (a batch of "
-        f"{sizes})",
-        f"           {in_words(step.bytes)} moved, {step.bytes / max(forwards.bytes, 1):.2f} of theirs: weights "
+        f"a step     {step.flops:.3g} FLOPs, {flops:.2f} of two plain forwards', for a batch of {sizes}",
+        f"           {in_words(step.bytes)} moved, {moved:.2f} of theirs: weights "
         f"{in_words(step.weight_bytes)}, activations {in_words(step.activation_bytes)}, update "
         f"{in_words(step.update_bytes)}; {step.noise:,.0f} random numbers",
         f"memory     {in_words(memory.peak)} at the peak: weights {in_words(memory.weights)}, state "

@@ -82,7 +82,8 @@ def _lane(same: list[tuple[Any, Analysis]], streams: dict[fx.Node, str], columns
     name = _layer_name(region.nodes)
     times = f" and {len(same) - 1} more like it" if len(same) > 1 else ""
     work = analysis.work
-    told = f"{len(region.nodes)} nodes, {work.flops:.3g} FLOPs, {in_words(work.bytes)} moved, {in_words(analysis.peak)} held"
+    moved, held = in_words(work.bytes), in_words(analysis.peak)
+    told = f"{len(region.nodes)} nodes, {work.flops:.3g} FLOPs, {moved} moved, {held} held"
     counts = {kind: 0 for kind in [SHARED, ALL, *(f"s{p}" for p in range(len(columns) - 1))]}
     for node in region.nodes:
         counts[streams[node]] += 1
@@ -125,7 +126,8 @@ def _chip(node: fx.Node, kind: str, analysis: Analysis | None = None, position: 
     flops = analysis.flops.get(position) if analysis is not None else None
     title = f"{node.target}{shape}" + (f", {flops:.3g} FLOPs" if flops else "") + (", in memory" if stored else "")
     reads = ", ".join(n.name for n in node.all_input_nodes)
-    return f"<span class='{kind}{stored}' title='{escape(title, quote=True)}'>{escape(node.name)}<i>{escape(reads)}</i></span>"
+    text = f"{escape(node.name)}<i>{escape(reads)}</i>"
+    return f"<span class='{kind}{stored}' title='{escape(title, quote=True)}'>{text}</span>"
 
 
 def _epilogue(graph: fx.Graph) -> list[str]:
