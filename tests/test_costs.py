@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -49,6 +50,7 @@ def tokens(kind: str, rows: int, length: int, device: str) -> dict[str, torch.Te
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids if kind == "opt" else ids[:, 0]}
 
 
+@functools.cache
 def predicted(kind: str, rows: int, length: int, **options: Any) -> Costs:
     zm = zowrap.zo_wrap(MODELS[kind]("meta"), **{"rule": "zo_sgd", **options})
     return Estimator(zm, tokens(kind, rows, length, "meta")).costs()
@@ -165,7 +167,7 @@ def test_a_population_costs_without_weights() -> None:
 
 
 def _shapes(family: str, device: str = "meta") -> dict[str, torch.Tensor]:
-    return {name: value.to(device) for name, value in batch(family).items()}
+    return {name: value.to(device) for name, value in batch(family, 4, 12).items()}
 
 
 # --- of a live model -----------------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ def _shapes(family: str, device: str = "meta") -> dict[str, torch.Tensor]:
 def test_a_live_model_tells_the_costs_of_its_last_batch() -> None:
     zm = zowrap.zo_wrap(make("opt"), "zo_sgd", engine="compiled")
     assert zm.inspect().costs is None and "no batch" in str(zm.inspect().as_dict()["costs_unknown"])
-    given = batch("opt")
+    given = batch("opt", 4, 12)
     zm.step(**given)
     compiled = zm.inspect().compile_count
     told = zm.inspect()
@@ -192,11 +194,11 @@ def test_a_live_model_tells_the_costs_of_its_last_batch() -> None:
 
 def test_a_model_that_runs_eagerly_says_so() -> None:
     zm = zowrap.zo_wrap(make("opt"), "zo_sgd", engine="eager")
-    zm.step(**batch("opt"))
+    zm.step(**batch("opt", 4, 12))
     told = zm.inspect().as_dict()
     assert told["costs"] is None and "runs eagerly" in told["costs_unknown"]
     with pytest.raises(ZOCaptureError, match="eagerly"):
-        Estimator(zm, batch("opt"))
+        Estimator(zm, batch("opt", 4, 12))
 
 
 # --- the schedule that fits ----------------------------------------------------------------------------------------

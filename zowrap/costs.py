@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
-from zowrap import operators
 from zowrap.engines.compiled import CompiledEngine
 from zowrap.errors import ZOCaptureError
-from zowrap.liveness import Analysis, Work, analyse
+from zowrap.laying import Laid, Sizes
 from zowrap.loss import Batch, rows_of
-from zowrap.program import Program
-from zowrap.regions import cut, text_of
+from zowrap.work import Work, kept_scratch
 
 if TYPE_CHECKING:
     from zowrap.model import ZOModel
@@ -100,21 +97,6 @@ def _record(work: Work) -> dict[str, int]:
     }
 
 
-@dataclass
-class Laid:
-    """A program at given sizes.
-
-    Attributes:
-        pieces: ``(region, its analysis)`` in the order they run; regions that compute the same share one analysis.
-        transient: bytes allocated at the peak, above the program's inputs.
-    """
-
-    program: Program
-    pieces: list[tuple[Any, Analysis]]
-    transient: int
-    work: Work
-
-
 class Estimator:
     """The costs of a wrapped model's step on batches of given sizes.
 
@@ -133,9 +115,8 @@ class Estimator:
             raise ZOCaptureError(f"this model runs eagerly, because {zm._engine.fallen_back}")
         self.zm, self.job, self.engine, self.batch = zm, zm._job, zm._engine, batch
         self.per_example = zm._estimator.per_example
-        self.mode = FakeTensorMode()
+        self._sizes = Sizes(batch, zm._engine.min_layers)
         self._laid: dict[tuple[int, int], Laid] = {}
-        self._analyses: dict[tuple, Analysis] = {}
 
     # --- the step ---------------------------------------------------------------------------------------------
 
@@ -146,7 +127,7 @@ class Estimator:
         plain = self.laid(-1, 0)
         blocks = _sample(len(job.blocks))
         steps = [self._step(block, sequential) for block in blocks]
-        scratch = self._scratch()  # the other schedule's is not in use
+        scratch = kept_scratch([laid.program for laid in self._laid.values()])  # the other schedule's is not in use
         other = [self._step(block, not sequential)[1] for block in blocks]
         transient = max(transient for _, transient in steps)
         memory = Memory(weight_bytes(zm.model), job.state_bytes, scratch, transient)
@@ -215,19 +196,6 @@ class Estimator:
         directions = rows_of(self.batch) if self.per_example else self.job.queries
         return 4 * directions * self.job.layouts[block].size * (2 if self.job.rule.left is not None else 1)
 
-    def _scratch(self) -> int:
-        """The reused buffers that pass row chunks of perturbed weights to products, see :mod:`zowrap.operators`."""
-        found: dict[tuple, int] = {}
-        for laid in self._laid.values():
-            for node in laid.program.graph.find_nodes(
-                op="call_function", target=torch.ops.zowrap.perturb_linear.default
-            ):
-                w, points = node.args[1].meta["val"], laid.program.points
-                rows, columns = (int(n) for n in w.shape)
-                size = max(1, min(rows, operators.SCRATCH_ELEMENTS // max(columns, 1))) * columns * w.element_size()
-                found[w.dtype, points] = max(found.get((w.dtype, points), 0), size * points)
-        return sum(found.values())
-
     # --- one program ------------------------------------------------------------------------------------------
 
     def laid(self, block: int, points: int) -> Laid:
@@ -235,95 +203,14 @@ class Estimator:
         key = (block, points)
         if key not in self._laid:
             program = self.engine.program(self.batch, block, points, self.per_example and points > 0)
-            try:
-                self._laid[key] = self._lay(program)
-            except (RuntimeError, TypeError, NotImplementedError) as error:
-                first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-                raise ZOCaptureError(
-                    f"the sizes inside this model follow from its data ({type(error).__name__}: {first[:160]})"
-                ) from error
+            self._laid[key] = self._sizes.lay(program)
         return self._laid[key]
-
-    def _lay(self, program: Program) -> Laid:
-        values = self._inputs(program)
-        weights = {g.node for g in program.inputs if g.kind in ("parameter", "buffer", "constant")}
-        pieces: list[tuple[Any, Analysis]] = []
-        with torch.no_grad(), self.mode:
-            for piece in cut(program, self.engine.min_layers):
-                if isinstance(piece, fx.Node):
-                    args, kwargs = fx.map_arg((piece.args, piece.kwargs), lambda n: values[n])
-                    values[piece] = piece.target(*args, **kwargs)  # type: ignore[operator]
-                    continue
-                given = [values[n] for n in piece.inputs]
-                is_weight = [n.name in weights for n in piece.inputs]
-                key = (text_of(piece), *map(_described, given), *is_weight)
-                if key not in self._analyses:
-                    self._analyses[key] = analyse(piece.nodes, piece.inputs, piece.outputs, given, is_weight, self.mode)
-                analysis = self._analyses[key]
-                values.update(zip(piece.outputs, analysis.outputs, strict=True))
-                pieces.append((piece, analysis))
-        work = sum((analysis.work for _, analysis in pieces), Work())
-        return Laid(program, pieces, _transient(program, pieces), work)
-
-    def _inputs(self, program: Program) -> dict[fx.Node, Any]:
-        """Fake values of the program's inputs: the batch's sizes take the place of the symbols."""
-        placeholders = program.graph.find_nodes(op="placeholder")
-        sizes: dict[Any, int] = {}
-        for node, given in zip(placeholders, program.inputs, strict=True):
-            if given.kind == "batch" and isinstance(self.batch[given.target], Tensor):
-                for symbol, size in zip(node.meta["val"].shape, self.batch[given.target].shape, strict=True):
-                    if isinstance(symbol, torch.SymInt) and symbol.node.expr.is_symbol:
-                        sizes[symbol.node.expr] = size
-        values: dict[fx.Node, Any] = {}
-        with self.mode:
-            for node in placeholders:
-                value = node.meta["val"]
-                if isinstance(value, Tensor):
-                    shape = [int(s.node.expr.subs(sizes)) if isinstance(s, torch.SymInt) else s for s in value.shape]
-                    value = torch.empty(shape, dtype=value.dtype, device=value.device)
-                values[node] = value
-        return values
-
-
-def _transient(program: Program, pieces: Sequence[tuple[Any, Analysis]]) -> int:
-    """Most bytes that a program's regions and what passes between them take at one moment."""
-    lies_in: dict[fx.Node, Any] = {}  # value → its memory: (region, number), or absent for the program's inputs
-    last: dict[Any, int] = {}
-    sizes: dict[Any, int] = {}
-    for i, (region, analysis) in enumerate(pieces):
-        for node in region.inputs:
-            if node in lies_in:
-                last[lies_in[node]] = i
-        for node, owner in zip(region.outputs, analysis.owners, strict=True):
-            if owner is None:
-                continue
-            kind, number = owner
-            memory = lies_in.get(region.inputs[number]) if kind == "input" else (i, number)
-            if memory is None:
-                continue
-            lies_in[node] = memory
-            last[memory] = i
-            if kind == "own":
-                sizes[memory] = analysis.own[number]
-    for node in program.graph.output_node().all_input_nodes:
-        if node in lies_in:
-            last[lies_in[node]] = len(pieces)
-    live = peak = 0
-    for i, (_, analysis) in enumerate(pieces):
-        peak = max(peak, live + analysis.peak)
-        live += sum(size for memory, size in sizes.items() if memory[0] == i)
-        live -= sum(size for memory, size in sizes.items() if last[memory] == i)
-    return peak
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of parameters and buffers, tied ones once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(map(_size, tensors.values()))
-
-
-def _described(value: Any) -> Any:
-    return (value.dtype, tuple(value.shape), value.stride()) if isinstance(value, Tensor) else repr(value)
 
 
 def _size(value: Tensor) -> int:

@@ -14,62 +14,16 @@ Inputs of a region stay alive while it runs: the caller holds them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
-from zowrap import operators
-
-aten, ours = torch.ops.aten, torch.ops.zowrap
-
-# Inductor has no code of its own for these: they are called, with their inputs and results in memory.
-_CALLED = {
-    aten.sort.default, aten.sort.stable, aten.topk.default, aten.nonzero.default, aten.cumsum.default,
-    aten.index_put.default, aten.bincount.default, aten.histc.default, aten.searchsorted.Tensor,
-}  # fmt: skip
-_LOOK_UPS = {
-    ours.rows.default,
-    ours.perturb_rows.default,
-    aten.embedding.default,
-    aten.index.Tensor,
-    aten.gather.default,
-}
-_NOISE = {ours.perturb.default: 0, ours.perturb_linear.default: 1}  # operator → which argument is the weight
-
-
-@dataclass
-class Work:
-    """What is computed and moved.
-
-    Attributes:
-        flops: floating-point operations of products, convolutions and attention; a multiplication and an addition are
-            two. What fuses into their neighbours is limited by memory and counted in bytes alone.
-        weight_bytes: read of parameters and buffers.
-        activation_bytes: read and written of everything between.
-        update_bytes: read and written of weights and rule state by the update.
-        noise: random numbers drawn.
-    """
-
-    flops: float = 0
-    weight_bytes: float = 0
-    activation_bytes: float = 0
-    update_bytes: float = 0
-    noise: float = 0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(**{name: value + getattr(other, name) for name, value in vars(self).items()})
-
-    def __mul__(self, factor: float) -> Work:
-        return Work(**{name: value * factor for name, value in vars(self).items()})
-
-    @property
-    def bytes(self) -> float:
-        return self.weight_bytes + self.activation_bytes + self.update_bytes
+from zowrap.work import CALLED, FLOPS, LOOK_UPS, Work, noise_of, scratch_of
 
 
 @dataclass
@@ -161,14 +115,14 @@ class _Run:
             self.flops[i] = flops
         before = [self.memory[m].made_by for n in node.all_input_nodes for m in self.place.get(n, ())]
         level = max((self.level[p] + self.own_kernel[p] for p in before if p >= 0), default=0)
-        called = bool(flops) or node.target in _CALLED or getattr(node.target, "namespace", "") == "zowrap"
+        called = bool(flops) or node.target in CALLED or getattr(node.target, "namespace", "") == "zowrap"
         self.level.append(level)
         self.own_kernel.append(called)
         if self._place(node, value, i, level) or called:
             for number in {m for n in node.all_input_nodes for m in self.place.get(n, ())}:
                 self.memory[number].readers.append(i)
         if called:
-            self.scratch[i] = _scratch(node, args)
+            self.scratch[i] = scratch_of(node, args)
 
     def _place(self, node: fx.Node, value: Any, made_by: int, level: int) -> bool:
         """Find where a value (or a list of them) lies; False where it is a view of what was there before."""
@@ -231,7 +185,7 @@ class _Run:
             peak = max(peak, live + self.scratch.get(i, 0) + (0 if over else new))
             live += new - freed
             peak = max(peak, live)
-            work.noise += _noise(self.nodes[i], self.values)
+            work.noise += noise_of(self.nodes[i], self.values)
             work.activation_bytes += new
             for number in bases[i]:
                 # Fused kernels of one level are one loop, as a rule: what they read, they read once.
@@ -239,7 +193,7 @@ class _Run:
                 if group not in read:
                     read.add(group)
                     size = self.memory[number].bytes
-                    if self.nodes[i].target in _LOOK_UPS:
+                    if self.nodes[i].target in LOOK_UPS:
                         size = min(size, new)
                     if number in weights:
                         work.weight_bytes += size
@@ -249,58 +203,3 @@ class _Run:
                 if n not in last and n not in kept:
                     live -= self.memory[n].bytes
         return peak, work
-
-
-def _noise(node: fx.Node, values: dict[fx.Node, Any]) -> int:
-    """Random numbers that a node draws: one for each element, whatever the number of points."""
-    if node.target in _NOISE:
-        return values[node.args[_NOISE[node.target]]].numel()  # type: ignore[index]
-    return values[node][0].numel() if node.target is ours.perturb_rows.default else 0
-
-
-def _scratch(node: fx.Node, args: Any) -> int:
-    """Bytes that an operator holds beside its inputs and results while it runs, and frees."""
-    if node.target is ours.perturb_linear.default:
-        xs, w, transposed = args[0], args[1], args[7]
-        copied = sum(_size(x) for x in xs if not x.is_contiguous())
-        if not transposed or w.shape[0] <= operators.SCRATCH_ELEMENTS // max(w.shape[1], 1):
-            return copied
-        rows = xs[0].numel() // xs[0].shape[-1]  # sums over chunks: one more product, in float32 beside 16-bit results
-        wide = 4 * args[6].shape[0] * rows * w.shape[1] if w.element_size() == 2 else 0
-        return copied + wide + rows * w.shape[1] * w.element_size()
-    if node.target is ours.perturb_rows.default:
-        return args[2].numel() * args[0].shape[1] * (args[0].element_size() + 4 * len(args[1]))
-    if node.target is aten.scaled_dot_product_attention.default:
-        mask = args[3] if len(args) > 3 else None
-        weights = args[0].numel() // args[0].shape[-1] * 4  # the logarithm of each row's sum
-        return weights + (mask.numel() * args[0].element_size() if mask is not None and mask.dtype == torch.bool else 0)
-    return 0
-
-
-def _size(value: Tensor) -> int:
-    return value.numel() * value.element_size()
-
-
-def _perturbed_product(x: Any, w: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
-    """Two operations for each element of the weight, for every row at every point."""
-    transposed = rest[5]
-    outputs = w[1] if transposed else w[0]
-    inputs = w[0] if transposed else w[1]
-    return sum(2 * inputs * outputs * _product(shape[:-1]) for shape in out_shape)
-
-
-def _attention(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _product(numbers: Iterable[int]) -> int:
-    result = 1
-    for n in numbers:
-        result *= n
-    return result
-
-
-FLOPS: dict[Any, Callable[..., int]] = {
-    ours.perturb_linear: _perturbed_product,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-}

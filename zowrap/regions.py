@@ -213,7 +213,7 @@ def _stages(program: Program, glue: set[fx.Node], min_layers: int) -> dict[fx.No
     nodes = [n for n in program.graph.nodes if n.op == "call_function" and n not in glue]
     layers: dict[str, int] = {}
     for node in nodes:
-        if (name := _layer(node)) is not None:
+        if (name := layer_of(node)) is not None:
             layers.setdefault(name, len(layers))
     stages: dict[fx.Node, int] = {}
     if len(layers) < min_layers:
@@ -221,7 +221,7 @@ def _stages(program: Program, glue: set[fx.Node], min_layers: int) -> dict[fx.No
     weights_only = _from_weights_alone(program)
     for node in nodes:
         before = max((stages.get(n, 0) for n in node.all_input_nodes if n not in weights_only), default=0)
-        name = _layer(node)
+        name = layer_of(node)
         if name is not None:
             stages[node] = max(2 * layers[name] + 1, before)
         else:
@@ -233,7 +233,7 @@ def _stages(program: Program, glue: set[fx.Node], min_layers: int) -> dict[fx.No
     return stages
 
 
-def _layer(node: fx.Node) -> str | None:
+def layer_of(node: fx.Node) -> str | None:
     """Path of the outermost numbered module that a node came from."""
     stack = node.meta.get("nn_module_stack")
     if not stack:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from zowrap.costs import Laid
+from zowrap.laying import Laid
 from zowrap.liveness import Analysis
 from zowrap.memory import in_words
+from zowrap.regions import layer_of
 
 ours = torch.ops.zowrap
 _FOR_ALL = {ours.perturb.default, ours.perturb_linear.default, ours.perturb_rows.default, ours.perturb_lowrank.default}
@@ -111,12 +112,14 @@ def _lane(same: list[tuple[Any, Analysis]], streams: dict[fx.Node, str], columns
 
 
 def _layer_name(nodes: Sequence[fx.Node]) -> str:
-    """The module that most nodes of a region came from."""
-    paths = [path for node in nodes for path, _ in [*(node.meta.get("nn_module_stack") or {}).values()][2:3]]
-    deepest = [p for node in nodes for p, _ in [*(node.meta.get("nn_module_stack") or {}).values()]]
-    numbered = [p for p in deepest if p and p.rsplit(".", 1)[-1].isdigit()]
-    found = numbered or paths or ["the program"]
-    return max(set(found), key=found.count).removeprefix("L['self'].")
+    """The layer that nodes of a region came from."""
+    layers = [name for node in nodes if (name := layer_of(node)) is not None]
+    first = (
+        max(set(layers), key=layers.count, default="outside of layers")
+        .removeprefix("L['self'].")
+        .removeprefix("model.")
+    )
+    return first if len(set(layers)) < 2 else f"{len(set(layers))} layers in one"
 
 
 def _chip(node: fx.Node, kind: str, analysis: Analysis | None = None, position: int = -1) -> str:
