@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from zowrap.engines.compiled import CompiledEngine
 from zowrap.errors import ZOCaptureError
 from zowrap.laying import Laid, Sizes
 from zowrap.loss import Batch, rows_of
+from zowrap.model import ZOModel, _groups
 from zowrap.work import Work, kept_scratch
-
-if TYPE_CHECKING:
-    from zowrap.model import ZOModel
 
 SAMPLED_BLOCKS = 5  # of many blocks so many are looked at; between them costs are taken to grow evenly
 
@@ -124,23 +122,23 @@ class Estimator:
         """Costs under a schedule, by default the model's own."""
         zm, job = self.zm, self.job
         sequential = zm._sequential if sequential is None else sequential
-        plain = self.laid(-1, 0)
-        blocks = _sample(len(job.blocks))
+        plain, blocks = self.laid(-1, 0), _sample(len(job.blocks))
         steps = [self._step(block, sequential) for block in blocks]
-        scratch = kept_scratch([laid.program for laid in self._laid.values()])  # the other schedule's is not in use
-        other = [self._step(block, not sequential)[1] for block in blocks]
-        transient = max(transient for _, transient in steps)
-        memory = Memory(weight_bytes(zm.model), job.state_bytes, scratch, transient)
-        peaks = (memory.peak, memory.peak - transient + max(other))
-        names = ("sequential", "paired") if sequential else ("paired", "sequential")
+        memory = Memory(weight_bytes(zm.model), job.state_bytes, self._scratch(sequential), max(t for _, t in steps))
+        transient = max(self._step(block, not sequential)[1] for block in blocks)
+        other = replace(memory, scratch=self._scratch(not sequential), transient=transient)
+        paired, alone = (other, memory) if sequential else (memory, other)
         return Costs(
             {name: tuple(value.shape) for name, value in self.batch.items() if isinstance(value, Tensor)},
             _mean([work for work, _ in steps], blocks, len(job.blocks)),
             plain.work * 2,
             memory,
-            dict(zip(names, peaks, strict=True)),
+            {"paired": paired.peak, "sequential": alone.peak},
             plain.transient,
         )
+
+    def _scratch(self, sequential: bool) -> int:
+        return kept_scratch([laid.program for _, laid in self.programs(sequential)])
 
     def programs(self, sequential: bool | None = None) -> list[tuple[str, Laid]]:
         """``(name, program)`` of a step under a schedule: of one block, or of some of many."""
@@ -154,8 +152,6 @@ class Estimator:
 
     def evaluations(self, sequential: bool) -> list[int]:
         """How many points each evaluation of a step has; 0 is θ itself."""
-        from zowrap.model import _groups
-
         groups = _groups(self.zm.points, self.job.device, sequential)
         counts = [0 if direction is None else signs.shape[0] for direction, signs in groups]
         candidates = self.zm._candidates

@@ -91,7 +91,6 @@ class _Run:
         self, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], given: Sequence[Any], mode: FakeTensorMode
     ) -> None:
         self.nodes = nodes
-        self.position = {node: i for i, node in enumerate(nodes)}
         self.values: dict[fx.Node, Any] = dict(zip(inputs, given, strict=True))
         self.memory: list[_Memory] = []
         self.place: dict[fx.Node, tuple[int, ...]] = {}
@@ -102,16 +101,15 @@ class _Run:
         self._known: dict[int, int] = {}  # identity of a storage → index of its memory
         for node in inputs:
             self._place(node, self.values[node], -1, 0)
-        with torch.no_grad(), mode:
+        with torch.no_grad(), mode, FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
             for i, node in enumerate(nodes):
-                self._execute(i, node)
+                self._execute(i, node, counter)
 
-    def _execute(self, i: int, node: fx.Node) -> None:
+    def _execute(self, i: int, node: fx.Node, counter: FlopCounterMode) -> None:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
-        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
-        self.values[node] = value
-        if flops := counter.get_total_flops():
+        so_far = counter.get_total_flops()
+        value = self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        if flops := counter.get_total_flops() - so_far:
             self.flops[i] = flops
         before = [self.memory[m].made_by for n in node.all_input_nodes for m in self.place.get(n, ())]
         level = max((self.level[p] + self.own_kernel[p] for p in before if p >= 0), default=0)

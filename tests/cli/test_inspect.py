@@ -87,7 +87,6 @@ def test_auto_takes_the_schedule_that_fits(
         ("causal", ("--task", "classification", "--labels", "good,bad")),
         ("encoder", ("--task", "classification", "--labels", "good,bad")),
         ("sequence", ("--task", "classification")),
-        ("sequence", ()),
         ("sequence", ("--estimator", "population")),
         ("causal", ("--blocks", "layer", "--rule", "zo_adam")),
     ],
@@ -106,7 +105,6 @@ def test_programs_are_printed_after_each_pass(zowrap_cli: Cli, bare: dict[str, P
     (history,) = told.json["programs"].values()
     assert history[0][0] == "capture" and history[-1][0] == "epilogue"
     assert all("def " in text for _, text in history)
-    assert "# 2 points, block all, after perturb" in zowrap_cli("inspect", bare["causal"], "--programs").out
 
 
 def test_a_picture_tells_streams_apart(zowrap_cli: Cli, bare: dict[str, Path], tmp_path: Path) -> None:
@@ -153,7 +151,6 @@ def test_bad_input_is_one_sentence(zowrap_cli: Cli, bare: dict[str, Path], tmp_p
     ):
         told = zowrap_cli("inspect", *options)
         assert told.code == 2 and sentence in told.err and told.err.count("\n") == 1, (options, told)
-        assert zowrap_cli("inspect", *options, "--json").code == 2
     assert not (tmp_path / "step.html").exists()
 
 
@@ -162,7 +159,6 @@ def test_without_a_loss_what_moves_is_still_told(zowrap_cli: Cli, bare: dict[str
     assert told.code == 0, told.err
     assert told.json["costs"] is None and "no loss of its own" in told.json["costs_unknown"]
     assert told.json["moves"] and told.json["needed_bytes"] > 0
-    assert "without activations" in zowrap_cli("inspect", bare["encoder"]).out
 
 
 def test_what_cannot_be_captured_is_said(zowrap_cli: Cli, tmp_path: Path) -> None:
