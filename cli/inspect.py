@@ -55,8 +55,10 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
     _check(options)
     quiet_libraries()
     from zowrap.report import report
-    from zowrap.tasks import choose_dtype, open_source
+    from zowrap.tasks import check_kind, choose_dtype, open_source
 
+    if options.task is not None:
+        check_kind(options.task)
     source = open_source(options.model, options.trust_remote_code, empty=True)
     dtype, why = choose_dtype(options.dtype, source)
     shapes, zm = _wrapped(options, source, dtype)
@@ -89,10 +91,6 @@ def _check(options: InspectOptions) -> None:
         file = Path(options.html)
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise ZOError(f"--html {options.html} cannot be written: give a file in a folder that exists")
-    if options.task is not None:
-        from zowrap.tasks import check_kind
-
-        check_kind(options.task)
 
 
 def _wrapped(options: InspectOptions, source: Any, dtype: Any) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zowrap.errors import ZOError
+from zowrap.loss import token_losses
 from zowrap.tasks.classification import TEMPLATES, Classification, choose_form, pooling_of
 from zowrap.tasks.lm import LanguageModelling
 from zowrap.tasks.loading import Source, load
@@ -71,7 +72,13 @@ def shapes(
         length -= task.label_words(source)[0].shape[1]
         if length < 1:
             raise ZOError("--max-length leaves no room for the text beside the label's words")
-    return Shapes(model, _tokens(rows, length), task.loss_fn, task.default_trainable(model))
+    return Shapes(model, _tokens(rows, length), _loss, task.default_trainable(model))
+
+
+def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """What ``task.loss_fn`` computes: torch loses the shape of its own cross-entropy where sizes vary on ``meta``."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return token_losses(logits.unsqueeze(1), batch["labels"].unsqueeze(1))[0]
 
 
 def _own(source: Source, dtype: torch.dtype, rows: int, length: int) -> Shapes:
