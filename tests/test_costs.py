@@ -17,7 +17,7 @@ from torch import nn
 
 import zowrap
 from tests.families import batch, make
-from zowrap import memory
+from zowrap import memory, scratch
 from zowrap.bench import measure
 from zowrap.bench.contenders import Contender
 from zowrap.costs import Costs, Estimator, weight_bytes
@@ -29,14 +29,14 @@ SIZES = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 192}
 
 
 def opt(device: str) -> nn.Module:
-    """Its logits take most of the memory."""
-    config = T.OPTConfig(vocab_size=8192, ffn_dim=768, max_position_embeddings=256, word_embed_proj_dim=192, **SIZES)
+    """A language model, whose head and loss are one operator."""
+    config = T.OPTConfig(vocab_size=1024, ffn_dim=768, max_position_embeddings=256, word_embed_proj_dim=192, **SIZES)
     with torch.device(device):
         return T.OPTForCausalLM(config).eval()
 
 
 def bert(device: str) -> nn.Module:
-    """Its layers take most of the memory."""
+    """A classifier."""
     config = T.BertConfig(vocab_size=512, intermediate_size=768, max_position_embeddings=256, num_labels=3, **SIZES)
     with torch.device(device):
         return T.BertForSequenceClassification(config).eval()
@@ -56,13 +56,14 @@ def predicted(kind: str, rows: int, length: int, **options: Any) -> Costs:
     return Estimator(zm, tokens(kind, rows, length, "meta")).costs()
 
 
-def measure_here(kind: str, sizes: list[list[int]]) -> list[int | None]:
-    """Bytes that a step on each size of batch allocates at its peak, in this process."""
+def measure_here(kind: str, sizes: list[list[int]]) -> list[tuple[int | None, int]]:
+    """For each size of batch, bytes that a step allocates at its peak here, and that it keeps for the next."""
     zm = zowrap.zo_wrap(MODELS[kind]("cpu"), "zo_sgd", engine="compiled")
     found = []
     for rows, length in sizes:
         given = tokens(kind, rows, length, "cpu")
-        found.append(measure.peak_bytes(Contender(kind, lambda given=given: zm.step(**given))))
+        peak = measure.peak_bytes(Contender(kind, lambda given=given: zm.step(**given)))
+        found.append((peak, sum(t.nbytes for tensors in scratch._kept.values() for t in tensors)))
     return found
 
 
@@ -78,8 +79,9 @@ def test_predicted_memory_is_the_measured_one(kind: str) -> None:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr
-    for (rows, length), transient in zip(sizes, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    for (rows, length), (transient, kept) in zip(sizes, json.loads(done.stdout.splitlines()[-1]), strict=True):
         told = predicted(kind, rows, length).memory
+        assert told.scratch == kept
         rest = told.peak - told.transient
         assert transient >= 0.3 * (rest + transient)  # else the weights, which are exact, would hide what is predicted
         assert told.peak == pytest.approx(rest + transient, rel=0.1)
@@ -88,12 +90,12 @@ def test_predicted_memory_is_the_measured_one(kind: str) -> None:
 
 def test_schedules_differ_by_one_stream() -> None:
     told = predicted("opt", 16, 128)
-    logits = 16 * 128 * 8192 * 4
+    inner = 16 * 128 * 768 * 4  # the widest activation of a stream
     assert told.memory.peak == told.schedules["paired"]
-    assert told.schedules["paired"] - told.schedules["sequential"] == pytest.approx(logits, rel=0.1)
-    assert told.forward_transient == pytest.approx(logits, rel=0.1)
+    assert told.forward_transient >= inner
     alone = predicted("opt", 16, 128, memory="sequential")
-    assert alone.memory.peak == alone.schedules["sequential"]
+    assert alone.memory.peak == alone.schedules["sequential"] == told.schedules["sequential"]
+    assert told.memory.transient - alone.memory.transient == pytest.approx(alone.memory.transient, rel=0.25)
     assert alone.step.flops == told.step.flops and alone.step.noise > told.step.noise
 
 
@@ -110,9 +112,10 @@ def test_state_and_weights_are_exact() -> None:
 
 
 def test_operations_are_those_of_the_products() -> None:
-    rows, length, width, layers, vocabulary = 4, 32, 192, 3, 8192
+    rows, length, width, layers, vocabulary = 4, 32, 192, 3, 1024
     told = predicted("opt", rows, length)
-    products = 2 * rows * length * (layers * (4 * width**2 + 2 * width * 768) + width * vocabulary)
+    products = 2 * rows * length * layers * (4 * width**2 + 2 * width * 768)
+    products += 2 * rows * (length - 1) * width * vocabulary  # the last token predicts nothing
     attention = layers * 4 * rows * length**2 * width
     assert told.forwards.flops == 2 * (products + attention)
     assert told.step.flops == told.forwards.flops  # no operation but theirs
@@ -126,7 +129,7 @@ def test_noise_is_drawn_once_for_both_streams_and_once_for_the_update() -> None:
     tables = sum(count for name, count in elements.items() if "embed_positions" in name)
     total = sum(elements.values())
     assert predicted("opt", rows, length).step.noise == total + total - tables + looked_up
-    assert predicted("opt", rows, length, direction="lowrank(1)").step.noise < total / 50
+    assert predicted("opt", rows, length, direction="lowrank(1)").step.noise < total / 20
 
 
 def test_every_weight_is_read_once_for_both_streams() -> None:

@@ -20,7 +20,7 @@ from zowrap.errors import ZOCaptureError
 from zowrap.laying import Laid, Sizes
 from zowrap.loss import Batch, rows_of
 from zowrap.model import ZOModel, _groups
-from zowrap.work import Work, kept_scratch
+from zowrap.work import Work, kept_for_update, merged
 
 SAMPLED_BLOCKS = 5  # of many blocks so many are looked at; between them costs are taken to grow evenly
 
@@ -138,7 +138,11 @@ class Estimator:
         )
 
     def _scratch(self, sequential: bool) -> int:
-        return kept_scratch([laid.program for _, laid in self.programs(sequential)])
+        """Bytes that the operators of a step keep for the next one."""
+        kept = [laid.kept for _, laid in self.programs(sequential)]
+        if self.job.layouts:
+            kept += [kept_for_update(parameter.tensor) for parameter in self.job.parameters]
+        return sum(merged(kept).values())
 
     def programs(self, sequential: bool | None = None) -> list[tuple[str, Laid]]:
         """``(name, program)`` of a step under a schedule: of one block, or of some of many."""

@@ -15,7 +15,7 @@ from zowrap.liveness import Analysis, analyse
 from zowrap.loss import Batch
 from zowrap.program import Program
 from zowrap.regions import cut, text_of
-from zowrap.work import Work
+from zowrap.work import Kept, Work, merged
 
 
 @dataclass
@@ -25,12 +25,14 @@ class Laid:
     Attributes:
         pieces: ``(region, its analysis)`` in the order they run; regions that compute the same share one analysis.
         transient: bytes allocated at the peak, above the program's inputs.
+        kept: buffers that its operators keep from step to step.
     """
 
     program: Program
     pieces: list[tuple[Any, Analysis]]
     transient: int
     work: Work
+    kept: Kept
 
 
 class Sizes:
@@ -60,7 +62,8 @@ class Sizes:
                 f"the sizes inside this model follow from its data ({type(error).__name__}: {first[:160]})"
             ) from error
         work = sum((analysis.work for _, analysis in pieces), Work())
-        return Laid(program, pieces, _transient(program, pieces), work)
+        kept = merged(analysis.kept for _, analysis in pieces)
+        return Laid(program, pieces, _transient(program, pieces), work, kept)
 
     def _pieces(self, program: Program) -> list[tuple[Any, Analysis]]:
         values = self._inputs(program)

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from zowrap.work import CALLED, FLOPS, LOOK_UPS, Work, noise_of, scratch_of
+from zowrap.work import CALLED, FLOPS, LOOK_UPS, Kept, Work, kept_of, merged, noise_of, scratch_of
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Analysis:
         own: bytes of each piece of memory that the region allocates and its outputs lie in.
         peak: most bytes allocated by the region at one moment, its outputs included.
         work: what it computes and moves.
+        kept: buffers that its operators keep from step to step.
         flops: of each node, by position, where there are any.
         stored: positions of the nodes whose values are written to memory.
     """
@@ -45,6 +46,7 @@ class Analysis:
     own: dict[int, int]
     peak: int
     work: Work
+    kept: Kept
     flops: dict[int, float] = field(default_factory=dict)
     stored: set[int] = field(default_factory=set)
 
@@ -81,7 +83,7 @@ def analyse(
     peak, work = run.replay(kept, fixed)
     own = {m: run.memory[m].bytes for m in kept if m not in of_inputs}
     stored = {m.made_by for m in run.memory if m.stored and m.made_by >= 0}
-    return Analysis([run.values[n] for n in outputs], owners, own, peak, work, run.flops, stored)
+    return Analysis([run.values[n] for n in outputs], owners, own, peak, work, merged(run.kept), run.flops, stored)
 
 
 class _Run:
@@ -96,6 +98,7 @@ class _Run:
         self.place: dict[fx.Node, tuple[int, ...]] = {}
         self.flops: dict[int, float] = {}
         self.scratch: dict[int, int] = {}
+        self.kept: list[Kept] = []
         self.level: list[int] = []
         self.own_kernel: list[bool] = []
         self._known: dict[int, int] = {}  # identity of a storage → index of its memory
@@ -121,6 +124,7 @@ class _Run:
                 self.memory[number].readers.append(i)
         if called:
             self.scratch[i] = scratch_of(node, args)
+            self.kept.append(kept_of(node, args))
 
     def _place(self, node: fx.Node, value: Any, made_by: int, level: int) -> bool:
         """Find where a value (or a list of them) lies; False where it is a view of what was there before."""

@@ -21,7 +21,13 @@ from zowrap.memory import in_words
 from zowrap.regions import layer_of
 
 ours = torch.ops.zowrap
-_FOR_ALL = {ours.perturb.default, ours.perturb_linear.default, ours.perturb_rows.default, ours.perturb_lowrank.default}
+_FOR_ALL = {
+    ours.perturb.default,
+    ours.perturb_linear.default,
+    ours.perturb_head.default,
+    ours.perturb_rows.default,
+    ours.perturb_lowrank.default,
+}
 SHARED, ALL = "shared", "all"
 
 
