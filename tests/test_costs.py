@@ -166,8 +166,8 @@ def test_every_rule_can_be_wrapped_without_weights() -> None:
 def test_families_cost_the_same_with_and_without_weights(family: str) -> None:
     live = zowrap.zo_wrap(make(family), "zo_sgd", engine="compiled")
     live._job.loss.settled = True  # a model without values has nothing to compare losses on
-    empty = zowrap.zo_wrap(empty(family), "zo_sgd", engine="compiled")
-    one, other = (Estimator(zm, _shapes(family, device)).costs() for zm, device in ((live, "cpu"), (empty, "meta")))
+    other_zm = zowrap.zo_wrap(empty(family), "zo_sgd", engine="compiled")
+    one, other = (Estimator(zm, _shapes(family, device)).costs() for zm, device in ((live, "cpu"), (other_zm, "meta")))
     assert one.step.flops == other.step.flops > 0
     assert one.memory.peak == pytest.approx(other.memory.peak, rel=0.02)
 

@@ -353,7 +353,7 @@ class ZOModel:
         inputs = {}
         for name, value in batch.items():
             if isinstance(value, Tensor):
-                inputs[name] = value.to(self._job.device)
+                inputs[name] = value.to(self._job.device).contiguous()  # compiled code relies on the strides
             elif value is not None:
                 inputs[name] = value
         tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
