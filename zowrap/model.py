@@ -118,6 +118,7 @@ class ZOModel:
         self._engine = build_engine(engine, job, len(self._points))
         self._begun: Streams | None = None  # the current step's directions
         self._measured = Measured()
+        self._shapes: dict[str, Any] | None = None  # the last batch, on the meta device
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -257,7 +258,8 @@ class ZOModel:
     def _candidates(self) -> int:
         """How many losses the rule asks for once the projected gradient is known."""
         candidates = self._job.rule.candidates
-        return 0 if candidates is None else candidates(torch.zeros(1), self._job.hyper).numel()
+        one = torch.zeros(1, device=self._job.device)
+        return 0 if candidates is None else candidates(one, self._job.hyper).numel()
 
     @torch.no_grad()
     def _candidate_losses(self, losses: Tensor, projected_grad: Tensor | None) -> Tensor:
@@ -351,7 +353,7 @@ class ZOModel:
         inputs = {}
         for name, value in batch.items():
             if isinstance(value, Tensor):
-                inputs[name] = value.to(self._job.device)
+                inputs[name] = value.to(self._job.device).contiguous()  # compiled code relies on the strides
             elif value is not None:
                 inputs[name] = value
         tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
@@ -360,6 +362,7 @@ class ZOModel:
         if any(t.ndim and t.shape[0] == 0 for t in tensors):
             raise ZOError("this batch has no rows")
         self._job.loss.settle(inputs)
+        self._shapes = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in inputs.items()}
         return inputs
 
     # --- what can be read and set -----------------------------------------------------------------------------

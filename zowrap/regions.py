@@ -113,16 +113,23 @@ def compile_regions(program: Program, kinds: dict[str, Kind], min_layers: int = 
         ZOCaptureError: the compiler refused a region.
     """
     start = time.perf_counter()
-    graph = program.graph
+    return _link(program, cut(program, min_layers), kinds, start)
+
+
+def cut(program: Program, min_layers: int = MIN_LAYERS) -> list[Any]:
+    """The pieces of a program in the order they run: nodes of glue, then regions (``nodes``, ``inputs``, ``outputs``).
+
+    Args:
+        min_layers: with fewer layers the program is one region.
+    """
     glue = _glue(program)
     stages = _stages(program, glue, min_layers)
-    order = [n for n in graph.nodes if n.op == "call_function" and n not in glue]
     by_stage: dict[int, list[fx.Node]] = {}
-    for node in order:
-        by_stage.setdefault(stages[node], []).append(node)
-    pieces: list[fx.Node | _Region] = [n for n in graph.nodes if n in glue]
-    pieces += [_region(by_stage[stage]) for stage in sorted(by_stage)]
-    return _link(program, pieces, kinds, start)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node not in glue:
+            by_stage.setdefault(stages[node], []).append(node)
+    pieces: list[fx.Node | _Region] = [n for n in program.graph.nodes if n in glue]
+    return pieces + [_region(by_stage[stage]) for stage in sorted(by_stage)]
 
 
 def _link(program: Program, pieces: list[Any], kinds: dict[str, Kind], start: float) -> Regions:
@@ -144,7 +151,7 @@ def _link(program: Program, pieces: list[Any], kinds: dict[str, Kind], start: fl
             arguments = [_mapped(a, slot_of) for a in piece.args]
             made = [piece]
         else:
-            text = _text(piece)
+            text = text_of(piece)
             if text not in kinds:
                 kinds[text] = _compile(program, piece)
                 compilations += 1
@@ -206,7 +213,7 @@ def _stages(program: Program, glue: set[fx.Node], min_layers: int) -> dict[fx.No
     nodes = [n for n in program.graph.nodes if n.op == "call_function" and n not in glue]
     layers: dict[str, int] = {}
     for node in nodes:
-        if (name := _layer(node)) is not None:
+        if (name := layer_of(node)) is not None:
             layers.setdefault(name, len(layers))
     stages: dict[fx.Node, int] = {}
     if len(layers) < min_layers:
@@ -214,7 +221,7 @@ def _stages(program: Program, glue: set[fx.Node], min_layers: int) -> dict[fx.No
     weights_only = _from_weights_alone(program)
     for node in nodes:
         before = max((stages.get(n, 0) for n in node.all_input_nodes if n not in weights_only), default=0)
-        name = _layer(node)
+        name = layer_of(node)
         if name is not None:
             stages[node] = max(2 * layers[name] + 1, before)
         else:
@@ -226,7 +233,7 @@ def _stages(program: Program, glue: set[fx.Node], min_layers: int) -> dict[fx.No
     return stages
 
 
-def _layer(node: fx.Node) -> str | None:
+def layer_of(node: fx.Node) -> str | None:
     """Path of the outermost numbered module that a node came from."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
@@ -261,7 +268,7 @@ def _region(nodes: list[fx.Node]) -> _Region:
     return region
 
 
-def _text(region: _Region) -> str:
+def text_of(region: _Region) -> str:
     """What a region computes, with its values numbered: equal texts compute the same."""
     names: dict[fx.Node, str] = {}
     lines = []

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zowrap.errors import ZOCaptureError
+from zowrap.memory import in_words
 from zowrap.rules import REGISTRY
 
 if TYPE_CHECKING:
+    from zowrap.costs import Costs
     from zowrap.model import ZOModel
 
 
@@ -32,6 +37,8 @@ class Report:
         forwards: evaluations per step.
         programs: ``(pass, program as Python)`` after each pass, for each compiled program.
         notes: what each pass did.
+        estimate: works out :attr:`costs`; None before the first batch.
+        costs_unknown: why there are no costs, once they were asked for.
     """
 
     engine: str
@@ -52,6 +59,22 @@ class Report:
     paper: str | None = None
     programs: dict[str, list[tuple[str, str]]] = field(default_factory=dict, repr=False)
     notes: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
+    estimate: Callable[[], Costs] | None = field(default=None, repr=False)
+    costs_unknown: str | None = "no batch was seen yet"
+
+    @functools.cached_property
+    def costs(self) -> Costs | None:
+        """What a step on the last batch's sizes costs, worked out when first asked for (a second or two).
+
+        None before the first batch, and where :attr:`costs_unknown` says why.
+        """
+        if self.estimate is None:
+            return None
+        try:
+            found, self.costs_unknown = self.estimate(), None
+        except ZOCaptureError as error:
+            found, self.costs_unknown = None, str(error)
+        return found
 
     @property
     def elements(self) -> int:
@@ -59,7 +82,11 @@ class Report:
         return sum(count for _, count in self.blocks)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the programs' texts, ready for JSON."""
+        """Everything but the programs' texts, ready for JSON.
+
+        ``"costs"`` is :meth:`zowrap.costs.Costs.as_dict`, or None and ``"costs_unknown"`` says why.
+        """
+        costs = self.costs
         return {
             "engine": self.engine,
             "fallen_back": self.fallen_back,
@@ -82,6 +109,8 @@ class Report:
                 for name, shape, dtype, rounding in self.moves
             ],
             "passes": self.notes,
+            "costs": None if costs is None else costs.as_dict(),
+            "costs_unknown": self.costs_unknown if costs is None else None,
         }
 
     def __str__(self) -> str:
@@ -104,19 +133,41 @@ class Report:
             lines.append(f"  {name}  {list(shape)}  {dtype}{'  ' + rounding if rounding != 'exact' else ''}")
         if len(self.moves) > 12:
             lines.append(f"  … and {len(self.moves) - 12} more")
+        lines += _cost_lines(self.costs) if self.costs else []
         for program, notes in self.notes.items():
             lines.append(f"program    {program}")
             lines += [f"  {name:<16} {note}" for name, note in notes.items()]
         return "\n".join(lines)
 
 
-def report(zm: ZOModel) -> Report:
-    """Collect the facts; runs nothing."""
+def _cost_lines(costs: Costs) -> list[str]:
+    """For people."""
+    step, forwards, memory = costs.step, costs.forwards, costs.memory
+    flops, moved = step.flops / max(forwards.flops, 1), step.bytes / max(forwards.bytes, 1)
+    sizes = " × ".join(str(n) for n in next(iter(costs.sizes.values()), ()))
+    return [
+        f"a step     {step.flops:.3g} FLOPs, {flops:.2f} of two plain forwards', for a batch of {sizes}",
+        f"           {in_words(step.bytes)} moved, {moved:.2f} of theirs: weights "
+        f"{in_words(step.weight_bytes)}, activations {in_words(step.activation_bytes)}, update "
+        f"{in_words(step.update_bytes)}; {step.noise:,.0f} random numbers",
+        f"memory     {in_words(memory.peak)} at the peak: weights {in_words(memory.weights)}, state "
+        f"{in_words(memory.state)}, scratch {in_words(memory.scratch)}, activations {in_words(memory.transient)} "
+        f"(one forward: {in_words(costs.forward_transient)})",
+    ]
+
+
+def report(zm: ZOModel, estimate: Callable[[], Costs] | None = None) -> Report:
+    """Collect the facts; runs nothing.
+
+    Args:
+        estimate: works out the costs; by default those of a step on a batch like the last one.
+    """
+    if estimate is None and zm._shapes is not None:
+        estimate = functools.partial(_costs, zm, zm._shapes)
     job, facts = zm._job, zm._engine.describe()
     moving = {id(p.tensor) for p in job.parameters}
     blocks = [(block.name, job.count(b)) for b, block in enumerate(job.blocks)]
     sixteen = (torch.bfloat16, torch.float16)
-    state = [t for tensors in job.slots.values() for t in tensors] + [t for s in job.states for t in s.values()]
     result = Report(
         engine=facts["engine"],
         rule=job.rule.describe(),
@@ -133,7 +184,7 @@ def report(zm: ZOModel) -> Report:
             for p in job.parameters
         ],
         frozen=sum(p.numel() for p in zm.model.parameters() if id(p) not in moving),
-        state_bytes=sum(t.numel() * t.element_size() for t in state),
+        state_bytes=job.state_bytes,
         hyper={"lr": zm.lr, "eps": zm.eps, "weight_decay": zm._values["weight_decay"]},
         fallen_back=facts.get("fallen_back"),
         program_hash=facts["program_hash"],
@@ -142,8 +193,15 @@ def report(zm: ZOModel) -> Report:
         cached=facts.get("cached", 0),
         trace_seconds=facts.get("trace_seconds", 0.0),
         paper=REGISTRY[job.rule.name].paper if job.rule.name in REGISTRY else None,
+        estimate=estimate,
     )
     for name, program in facts.get("programs", {}).items():
         result.programs[name] = program.history
         result.notes[name] = program.notes
     return result
+
+
+def _costs(zm: ZOModel, batch: dict[str, Any]) -> Costs:
+    from zowrap.costs import Estimator
+
+    return Estimator(zm, batch).costs()

@@ -121,16 +121,6 @@ def test_inspect(zowrap_cli: Cli, models: dict[str, Path]) -> None:
     assert told.code == 2 and "nothing is left to tune" in told.err
 
 
-def test_inspect_prints_the_programs(zowrap_cli: Cli, models: dict[str, Path]) -> None:
-    told = zowrap_cli("inspect", models["encoder"], "--programs")
-    assert told.code == 2 and "a model with a loss of its own" in told.err
-    told = zowrap_cli("inspect", models["causal"], "--programs", "--json")
-    assert told.code == 0, told.err
-    assert told.json["compile_count"] > 0 or told.json["fallen_back"]
-    if told.json["compile_count"]:
-        assert all("def " in text for history in told.json["programs"].values() for _, text in history)
-
-
 def test_stdout_is_one_object_whatever_libraries_print(
     models: dict[str, Path], data: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -57,6 +57,12 @@ class Job:
         return sum(self.parameters[i].tensor.numel() for i in self.blocks[block].indices)
 
     @property
+    def state_bytes(self) -> int:
+        """Memory of the rule's state."""
+        tensors = [*(t for each in self.slots.values() for t in each), *(t for s in self.states for t in s.values())]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
     def reads(self) -> list[str]:
         """The slots that the rule's direction reads, those of a parameter's shape first."""
         return sorted(self.rule.direction_slots, key=lambda name: self.rule.slots[name].kind != "element")

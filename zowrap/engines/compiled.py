@@ -97,17 +97,30 @@ class CompiledEngine:
         block, per_example = (-1, False) if stream is None else (stream.block, stream.per_example)
         key = (id(captured), block, points)
         if key not in self.executables:
-            epilogue = self._epilogues[block]
-            program = build(
-                captured.clone(), self.job, block, self.spec, points, self._scalar_names, epilogue, per_example
-            )
+            program = self.program(batch, block, points, per_example)
             self.trace_seconds += time.perf_counter() - start
-            compiled = compile_regions(program, self._kinds, min_layers=2 if len(self.job.blocks) > 1 else MIN_LAYERS)
+            compiled = compile_regions(program, self._kinds, self.min_layers)
             looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
             self._warm(block, points, rows=bool(looked_up))
             self.compile_count += compiled.compilations
             self.executables[key] = Executable(program, compiled)
         return self.executables[key]
+
+    @property
+    def min_layers(self) -> int:
+        """With fewer layers a program is compiled as a whole, see :mod:`zowrap.regions`."""
+        return 2 if len(self.job.blocks) > 1 else MIN_LAYERS
+
+    def program(self, batch: Batch, block: int, points: int, per_example: bool = False) -> Program:
+        """The program of so many evaluations along one direction of a block, not compiled; ``points`` 0: of θ itself.
+
+        It depends on the kind of ``batch`` alone, so that a batch on the ``meta`` device serves a model there.
+
+        Raises:
+            ZOCaptureError: the model cannot be captured.
+        """
+        captured, epilogue = self._captured_for(batch), self._epilogues[block]
+        return build(captured.clone(), self.job, block, self.spec, points, self._scalar_names, epilogue, per_example)
 
     def _captured_for(self, batch: Batch) -> Program:
         """The captured loss for this kind of batch; captured on first need."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from zowrap.errors import ZOError, nearest
+from zowrap.memory import free_memory
 
 log = logging.getLogger("zowrap")
 
@@ -26,14 +29,16 @@ class Source:
     Attributes:
         name: directory or hub name, as the user gave it.
         config: the transformers configuration.
-        tokenizer: the tokenizer; it always has a padding token.
+        tokenizer: the tokenizer; it always has a padding token. None where only shapes are asked for and there is none.
         trust_remote_code: run code that the model's repository brings.
+        empty: :func:`load` gives the model's shapes alone, on the ``meta`` device; its weights need not be there.
     """
 
     name: str
     config: Any
     tokenizer: Any
     trust_remote_code: bool = False
+    empty: bool = False
 
     @property
     def architectures(self) -> list[str]:
@@ -59,35 +64,44 @@ class Source:
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "xmod", "data2vec-text"}
 
 
-def open_source(name: str, trust_remote_code: bool = False) -> Source:
+def open_source(name: str, trust_remote_code: bool = False, empty: bool = False) -> Source:
     """Find a model: read its configuration and tokenizer, and check that its weights are loadable.
+
+    Args:
+        empty: its shapes are all that is wanted: neither weights nor a tokenizer have to be there.
 
     Raises:
         ZOError: no such directory or hub model, no weights, weights only as pickle, no tokenizer.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    check_directory(name)
+    check_directory(name, weights=not empty)
     with _sentences(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    with _sentences(name, "the tokenizer of "):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    if len(tokenizer) == 0:
-        raise ZOError(f"{name} has no tokenizer files beside its weights")
+    try:
+        with _sentences(name, "the tokenizer of "):
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if len(tokenizer) == 0:
+            raise ZOError(f"{name} has no tokenizer files beside its weights")
+    except ZOError:
+        if not empty:
+            raise
+        return Source(name, config, None, trust_remote_code, empty)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-    return Source(name, config, tokenizer, trust_remote_code)
+    return Source(name, config, tokenizer, trust_remote_code, empty)
 
 
-def check_directory(name: str) -> None:
-    """Raise :class:`ZOError` for a path that cannot be a model; a hub name passes."""
+def check_directory(name: str, weights: bool = True) -> None:
+    """Raise :class:`ZOError` for a path that cannot be a model, without ``weights`` too; a hub name passes."""
     from zowrap.export import require_safetensors
 
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ZOError(f"{name} is not a model directory: it has no config.json")
-        require_safetensors(path)
+        if weights:
+            require_safetensors(path)
     elif path.exists():
         raise ZOError(f"{name} is a file; give the model's directory or its name on the hub")
     elif not may_be_of_the_hub(name):
@@ -189,32 +203,35 @@ def _own_dtype(config: Any) -> torch.dtype:
 def parameter_count(source: Source) -> int:
     """Number of weights, from the safetensors headers of a directory; else from an empty model of that shape."""
     path = Path(source.name).expanduser()
-    if path.is_dir():
-        from zowrap.weights import opened
-
-        count = 0
-        for file in sorted(path.glob("*.safetensors")):
-            with opened(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    size = 1
-                    for n in tensors.get_slice(name).get_shape():
-                        size *= n
-                    count += size
-        return count
+    if path.is_dir() and (files := sorted(path.glob("*.safetensors"))):
+        try:
+            return sum(map(_elements, files))
+        except ZOError:
+            if not source.empty:
+                raise
     from transformers import AutoModel
 
-    with torch.device("meta"):
-        model = AutoModel.from_config(source.config, trust_remote_code=source.trust_remote_code)
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in _empty(source, AutoModel, torch.float32).parameters())
 
 
-def free_memory() -> int:
-    """Bytes free where the model will live: the first GPU, else main memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    import psutil  # a requirement of accelerate
+def _elements(file: Path) -> int:
+    """Number of weights in a safetensors file, from its header."""
+    from zowrap.weights import opened
 
-    return psutil.virtual_memory().available
+    with opened(file) as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 (no dict)
+
+
+def _empty(source: Source, auto_class: Any, dtype: torch.dtype, **changes: Any) -> nn.Module:
+    """The model of that class without weights: its tensors are on the ``meta`` device."""
+    config = copy.deepcopy(source.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    # A class of one architecture has the constructor that those which choose one show without the underscore.
+    build = getattr(auto_class, "from_config", None)
+    options = {"trust_remote_code": source.trust_remote_code} if build is not None else {}
+    with _sentences(source.name), torch.device("meta"):
+        return (build or auto_class._from_config)(config, dtype=dtype, **options).eval()
 
 
 def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **changes: Any) -> nn.Module:
@@ -226,6 +243,9 @@ def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **c
     Args:
         changes: attributes of the configuration to set first (``num_labels`` …).
     """
+    if source.empty:
+        changes.pop("ignore_mismatched_sizes", None)
+        return _empty(source, auto_class, dtype, **changes)
     torch.manual_seed(seed)
     with _sentences(source.name):
         model, report = auto_class.from_pretrained(

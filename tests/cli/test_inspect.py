@@ -1,0 +1,174 @@
+"""``zowrap inspect``: from a configuration alone, what fits, what it costs, and a picture of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers as T
+
+from tests.conftest import Outcome
+from zowrap import memory
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def bare(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The models' directories without their weights."""
+    root = tmp_path_factory.mktemp("bare")
+    for kind, path in models.items():
+        shutil.copytree(path, root / kind, ignore=shutil.ignore_patterns("*.safetensors"))
+    return {kind: root / kind for kind in models}
+
+
+def test_it_needs_no_weights_and_reads_none(
+    zowrap_cli: Cli, models: dict[str, Path], bare: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(T.PreTrainedModel, "from_pretrained", refuse)
+    whole, without = (zowrap_cli("inspect", paths["causal"], "--json") for paths in (models, bare))
+    assert whole.code == without.code == 0, without.err
+    one, other = whole.json, without.json
+    assert one["model"] == str(models["causal"]) and one["moves"] == other["moves"] and one["costs"] == other["costs"]
+    assert one["fits"] is True and one["needed_bytes"] == one["costs"]["memory"]["peak"] < one["free_bytes"]
+    assert one["costs"]["batch"]["input_ids"] == [16, 64]  # all that the model reads
+
+
+def test_a_model_far_too_large_is_inspected(zowrap_cli: Cli, tmp_path: Path) -> None:
+    config = T.LlamaConfig(
+        hidden_size=16384, intermediate_size=53248, num_hidden_layers=2, num_attention_heads=128, vocab_size=128256
+    )
+    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    config.num_hidden_layers = 8
+    config.save_pretrained(tmp_path)
+    told = zowrap_cli("inspect", tmp_path, "--batch-size", "2", "--max-length", "16", "--dtype", "float32")
+    assert told.code == 0, told.err
+    assert "does not fit: needs" in told.out and "what would help: --dtype bfloat16" in told.out
+
+
+def test_sizes_and_schedule_are_options(zowrap_cli: Cli, bare: dict[str, Path]) -> None:
+    def costs(*options: str) -> dict:
+        told = zowrap_cli("inspect", bare["causal"], "--json", *options)
+        assert told.code == 0, told.err
+        return told.json
+
+    small, large = costs("--batch-size", "2"), costs("--batch-size", "4")
+    assert large["costs"]["step"]["flops"] == 2 * small["costs"]["step"]["flops"]
+    assert small["schedule"] == "paired" and small["schedule_why"]
+    alone = costs("--batch-size", "4", "--memory", "sequential")
+    assert alone["schedule"] == "sequential" and alone["needed_bytes"] < large["needed_bytes"]
+    half = costs("--dtype", "bfloat16")
+    assert half["dtype"] == "bfloat16" and all(m["rounding"] == "stochastic rounding" for m in half["moves"])
+
+
+def test_auto_takes_the_schedule_that_fits(
+    zowrap_cli: Cli, bare: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memories = zowrap_cli("inspect", bare["causal"], "--json").json["costs"]["memory"]
+    monkeypatch.setattr(memory, "free_memory", lambda: int(memories["sequential"] * 1.2))
+    told = zowrap_cli("inspect", bare["causal"])
+    assert told.code == 0 and "fits: needs" in told.out and "sequential: paired needs" in told.out
+    monkeypatch.setattr(memory, "free_memory", lambda: memories["sequential"] // 2)
+    told = zowrap_cli("inspect", bare["causal"], "--memory", "paired")
+    assert told.code == 0 and "does not fit" in told.out and "--memory sequential" in told.out
+    assert "a smaller --batch-size" in told.out
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("causal", ("--task", "lm")),
+        ("causal", ("--task", "classification", "--labels", "good,bad")),
+        ("encoder", ("--task", "classification", "--labels", "good,bad")),
+        ("sequence", ("--task", "classification")),
+        ("sequence", ("--estimator", "population")),
+        ("causal", ("--blocks", "layer", "--rule", "zo_adam")),
+    ],
+)
+def test_tasks_are_built_as_tune_builds_them(
+    zowrap_cli: Cli, bare: dict[str, Path], kind: str, options: tuple[str, ...]
+) -> None:
+    told = zowrap_cli("inspect", bare[kind], *options, "--json")
+    assert told.code == 0, told.err
+    assert told.json["costs"]["flops_ratio"] > 0.5 and told.json["costs_unknown"] is None
+
+
+def test_programs_are_printed_after_each_pass(zowrap_cli: Cli, bare: dict[str, Path]) -> None:
+    told = zowrap_cli("inspect", bare["causal"], "--programs", "--json")
+    assert told.code == 0, told.err
+    (history,) = told.json["programs"].values()
+    assert history[0][0] == "capture" and history[-1][0] == "epilogue"
+    assert all("def " in text for _, text in history)
+
+
+def test_a_picture_tells_streams_apart(zowrap_cli: Cli, bare: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "step.html"
+    told = zowrap_cli("inspect", bare["causal"], "--html", file)
+    assert told.code == 0 and "step.html written" in told.err
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>") and "<script" not in text and "http" not in text
+    for kind in ("shared", "s0", "s1", "all", "weight", "update"):
+        assert f"class='{kind}" in text or f"class={kind}" in text, kind
+    assert "more like it" not in text  # two layers are one region
+    assert text.count("<section>") == text.count("</section>") == 2 and "epilogue" in text
+
+
+def test_a_picture_of_many_layers_is_short(zowrap_cli: Cli, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_attention_heads": 2, "word_embed_proj_dim": 16, "vocab_size": 40}
+    lengths = []
+    for layers in (4, 8):
+        config = T.OPTConfig(num_hidden_layers=layers, max_position_embeddings=64, **sizes)
+        config.architectures = ["OPTForCausalLM"]
+        config.save_pretrained(tmp_path)
+        assert zowrap_cli("inspect", tmp_path, "--html", tmp_path / "step.html").code == 0
+        text = (tmp_path / "step.html").read_text(encoding="utf-8")
+        assert f"and {layers - 1} more like it" in text
+        lengths.append(len(text))
+    assert lengths[1] < 1.3 * lengths[0]
+
+
+def test_bad_input_is_one_sentence(zowrap_cli: Cli, bare: dict[str, Path], tmp_path: Path) -> None:
+    for options, sentence in (
+        ((tmp_path / "nowhere",), "no such model directory"),
+        ((tmp_path,), "it has no config.json"),
+        ((bare["causal"], "--batch-size", "0"), "--batch-size must be at least 1"),
+        ((bare["causal"], "--max-length", "1"), "--max-length must be at least 2"),
+        ((bare["causal"], "--html", tmp_path / "missing" / "step.html"), "cannot be written"),
+        ((bare["causal"], "--html", tmp_path), "cannot be written"),
+        ((bare["causal"], "--memory", "much"), "unknown memory"),
+        ((bare["causal"], "--task", "chess"), "unknown --task"),
+        ((bare["causal"], "--task", "classification"), "--labels"),
+        ((bare["causal"], "--rule", "nothing"), "nothing"),
+        ((bare["encoder"], "--programs"), "no loss of its own"),
+        ((bare["encoder"], "--html", tmp_path / "step.html"), "no loss of its own"),
+        ((bare["causal"], "--programs", "--engine", "eager"), "eager"),
+    ):
+        told = zowrap_cli("inspect", *options)
+        assert told.code == 2 and sentence in told.err and told.err.count("\n") == 1, (options, told)
+    assert not (tmp_path / "step.html").exists()
+
+
+def test_without_a_loss_what_moves_is_still_told(zowrap_cli: Cli, bare: dict[str, Path]) -> None:
+    told = zowrap_cli("inspect", bare["encoder"], "--json")
+    assert told.code == 0, told.err
+    assert told.json["costs"] is None and "no loss of its own" in told.json["costs_unknown"]
+    assert told.json["moves"] and told.json["needed_bytes"] > 0
+
+
+def test_what_cannot_be_captured_is_said(zowrap_cli: Cli, tmp_path: Path) -> None:
+    config = T.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4)
+    config.architectures = ["MambaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    told = zowrap_cli("inspect", tmp_path, "--json")
+    assert told.code == 0, told.err
+    record = json.loads(told.out)
+    assert record["moves"] and record["needed_bytes"] > 0
+    if record["costs"] is None:
+        assert record["costs_unknown"]
+        assert zowrap_cli("inspect", tmp_path, "--programs").code == 2

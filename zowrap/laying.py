@@ -1,0 +1,140 @@
+"""A whole program at given sizes: its regions one after another, and what passes between them in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from zowrap.errors import ZOCaptureError
+from zowrap.liveness import Analysis, analyse
+from zowrap.loss import Batch
+from zowrap.program import Program
+from zowrap.regions import cut, text_of
+from zowrap.work import Kept, Work, merged
+
+
+@dataclass
+class Laid:
+    """A program at given sizes.
+
+    Attributes:
+        pieces: ``(region, its analysis)`` in the order they run; regions that compute the same share one analysis.
+        transient: bytes allocated at the peak, above the program's inputs.
+        kept: buffers that its operators keep from step to step.
+    """
+
+    program: Program
+    pieces: list[tuple[Any, Analysis]]
+    transient: int
+    work: Work
+    kept: Kept
+
+
+class Sizes:
+    """Lays out programs for batches of one size; regions that compute the same are looked at once.
+
+    Args:
+        batch: tensors of the sizes asked about, on any device; nothing of them is read.
+        min_layers: as the programs are compiled with, see :func:`zowrap.regions.cut`.
+    """
+
+    def __init__(self, batch: Batch, min_layers: int) -> None:
+        self.batch, self.min_layers = batch, min_layers
+        self.mode = FakeTensorMode()
+        self._analyses: dict[tuple, Analysis] = {}
+
+    def lay(self, program: Program) -> Laid:
+        """The program at these sizes.
+
+        Raises:
+            ZOCaptureError: sizes inside the program follow from its data.
+        """
+        try:
+            pieces = self._pieces(program)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            raise ZOCaptureError(
+                f"the sizes inside this model follow from its data ({type(error).__name__}: {first[:160]})"
+            ) from error
+        work = sum((analysis.work for _, analysis in pieces), Work())
+        kept = merged(analysis.kept for _, analysis in pieces)
+        return Laid(program, pieces, _transient(program, pieces), work, kept)
+
+    def _pieces(self, program: Program) -> list[tuple[Any, Analysis]]:
+        values = self._inputs(program)
+        weights = {g.node for g in program.inputs if g.kind in ("parameter", "buffer", "constant")}
+        pieces: list[tuple[Any, Analysis]] = []
+        with torch.no_grad(), self.mode:
+            for piece in cut(program, self.min_layers):
+                if isinstance(piece, fx.Node):
+                    args, kwargs = fx.map_arg((piece.args, piece.kwargs), lambda n: values[n])
+                    values[piece] = piece.target(*args, **kwargs)  # type: ignore[operator]
+                    continue
+                given = [values[n] for n in piece.inputs]
+                is_weight = [n.name in weights for n in piece.inputs]
+                key = (text_of(piece), *map(_described, given), *is_weight)
+                if key not in self._analyses:
+                    self._analyses[key] = analyse(piece.nodes, piece.inputs, piece.outputs, given, is_weight, self.mode)
+                analysis = self._analyses[key]
+                values.update(zip(piece.outputs, analysis.outputs, strict=True))
+                pieces.append((piece, analysis))
+        return pieces
+
+    def _inputs(self, program: Program) -> dict[fx.Node, Any]:
+        """Fake values of the program's inputs: the batch's sizes take the place of the symbols."""
+        placeholders = program.graph.find_nodes(op="placeholder")
+        sizes: dict[Any, int] = {}
+        for node, given in zip(placeholders, program.inputs, strict=True):
+            if given.kind == "batch" and isinstance(self.batch[given.target], Tensor):
+                for symbol, size in zip(node.meta["val"].shape, self.batch[given.target].shape, strict=True):
+                    if isinstance(symbol, torch.SymInt) and symbol.node.expr.is_symbol:
+                        sizes[symbol.node.expr] = size
+        values: dict[fx.Node, Any] = {}
+        with self.mode:
+            for node in placeholders:
+                value = node.meta["val"]
+                if isinstance(value, Tensor):
+                    shape = [int(s.node.expr.subs(sizes)) if isinstance(s, torch.SymInt) else s for s in value.shape]
+                    value = torch.empty(shape, dtype=value.dtype, device=value.device)
+                values[node] = value
+        return values
+
+
+def _transient(program: Program, pieces: Sequence[tuple[Any, Analysis]]) -> int:
+    """Most bytes that a program's regions and what passes between them take at one moment."""
+    lies_in: dict[fx.Node, Any] = {}  # value → its memory: (region, number), or absent for the program's inputs
+    last: dict[Any, int] = {}
+    sizes: dict[Any, int] = {}
+    for i, (region, analysis) in enumerate(pieces):
+        for node in region.inputs:
+            if node in lies_in:
+                last[lies_in[node]] = i
+        for node, owner in zip(region.outputs, analysis.owners, strict=True):
+            if owner is None:
+                continue
+            kind, number = owner
+            memory = lies_in.get(region.inputs[number]) if kind == "input" else (i, number)
+            if memory is None:
+                continue
+            lies_in[node] = memory
+            last[memory] = i
+            if kind == "own":
+                sizes[memory] = analysis.own[number]
+    for node in program.graph.output_node().all_input_nodes:
+        if node in lies_in:
+            last[lies_in[node]] = len(pieces)
+    live = peak = 0
+    for i, (_, analysis) in enumerate(pieces):
+        peak = max(peak, live + analysis.peak)
+        live += sum(size for memory, size in sizes.items() if memory[0] == i)
+        live -= sum(size for memory, size in sizes.items() if last[memory] == i)
+    return peak
+
+
+def _described(value: Any) -> Any:
+    return (value.dtype, tuple(value.shape), value.stride()) if isinstance(value, Tensor) else repr(value)
