@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zowrap.quant import ways
 from zowrap.rules import REGISTRY
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Report:
         forwards: evaluations per step.
         programs: ``(pass, program as Python)`` after each pass, for each compiled program.
         notes: what each pass did.
+        quantized: how quantised weights move, why so, and whether rows of codes are full; None where there are none.
     """
 
     engine: str
@@ -46,6 +48,7 @@ class Report:
     compile_count: int = 0
     compile_seconds: float = 0.0
     paper: str | None = None
+    quantized: str | None = None
     programs: dict[str, list[tuple[str, str]]] = field(default_factory=dict, repr=False)
     notes: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
 
@@ -67,6 +70,7 @@ class Report:
             "direction": self.direction,
             "forwards_per_step": self.forwards,
             "hyper": self.hyper,
+            "quantized": self.quantized,
             "elements": self.elements,
             "frozen": self.frozen,
             "state_bytes": self.state_bytes,
@@ -89,6 +93,8 @@ class Report:
             f"state      {self.state_bytes:,} bytes",
             f"blocks     {len(self.blocks)}: " + ", ".join(f"{name} ({count:,})" for name, count in self.blocks[:8]),
         ]
+        if self.quantized is not None:
+            lines.insert(3, f"quantised  {self.quantized}")
         if len(self.blocks) > 8:
             lines[-1] += f", … {self.blocks[-1][0]} ({self.blocks[-1][1]:,})"
         for name, shape, dtype, rounding in self.moves[:12]:
@@ -119,7 +125,7 @@ def report(zm: ZOModel) -> Report:
                 p.name,
                 tuple(p.tensor.shape),
                 str(p.tensor.dtype).removeprefix("torch."),
-                "stochastic rounding" if p.tensor.dtype in sixteen else "exact",
+                "stochastic rounding" if p.codes or p.tensor.dtype in sixteen else "exact",
             )
             for p in job.parameters
         ],
@@ -130,6 +136,7 @@ def report(zm: ZOModel) -> Report:
         program_hash=facts["program_hash"],
         compile_count=facts["compile_count"],
         compile_seconds=facts.get("compile_seconds", 0.0),
+        quantized=None if job.way is None else ways.explain(job.way, job.parameters),
         paper=REGISTRY[job.rule.name].paper if job.rule.name in REGISTRY else None,
     )
     for name, program in facts.get("programs", {}).items():

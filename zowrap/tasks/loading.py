@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zowrap.errors import ZOError, nearest
+from zowrap.weights import adapters_base
 
 log = logging.getLogger("zowrap")
 
@@ -28,12 +29,14 @@ class Source:
         config: the transformers configuration.
         tokenizer: the tokenizer; it always has a padding token.
         trust_remote_code: run code that the model's repository brings.
+        quantization: arguments of ``BitsAndBytesConfig`` to load the weights with; None loads them as they are.
     """
 
     name: str
     config: Any
     tokenizer: Any
     trust_remote_code: bool = False
+    quantization: dict[str, Any] | None = None
 
     @property
     def architectures(self) -> list[str]:
@@ -69,7 +72,7 @@ def open_source(name: str, trust_remote_code: bool = False) -> Source:
 
     check_directory(name)
     with _sentences(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(adapters_base(name) or name, trust_remote_code=trust_remote_code)
     with _sentences(name, "the tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if len(tokenizer) == 0:
@@ -85,7 +88,7 @@ def check_directory(name: str) -> None:
 
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and adapters_base(path) is None:
             raise ZOError(f"{name} is not a model directory: it has no config.json")
         require_safetensors(path)
     elif path.exists():
@@ -227,6 +230,10 @@ def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **c
         changes: attributes of the configuration to set first (``num_labels`` …).
     """
     torch.manual_seed(seed)
+    if source.quantization is not None:
+        from transformers import BitsAndBytesConfig
+
+        changes["quantization_config"] = BitsAndBytesConfig(**source.quantization)
     with _sentences(source.name):
         model, report = auto_class.from_pretrained(
             source.name,
