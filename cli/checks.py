@@ -40,6 +40,7 @@ def check_options(options: TuneOptions) -> None:
     _one_of("--lr-schedule", options.lr_schedule, SCHEDULES)
     if options.dtype is not None:
         _one_of("--dtype", options.dtype, (*DTYPES, "auto"))
+    check_quantization(options)
     for name, least in (
         ("steps", 1),
         ("batch_size", 1),
@@ -51,6 +52,8 @@ def check_options(options: TuneOptions) -> None:
         ("save_every", 1),
         ("save_total_limit", 0),
         ("seed", 0),
+        ("lora_r", 1),
+        ("lora_alpha", 1),
     ):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -60,6 +63,24 @@ def check_options(options: TuneOptions) -> None:
         _check_trackers(options.report_to)
         to_config(options)
     _check_out(options)
+
+
+def check_quantization(options: TuneOptions) -> None:
+    """Raise :class:`ZOError` for options about quantisation and adapters that exclude or need one another."""
+    from zowrap.quant.ways import WAYS
+
+    if options.load_in_8bit and options.load_in_4bit:
+        raise ZOError("--load-in-8bit and --load-in-4bit are two ways to load a model: give one")
+    if options.quantized is not None:
+        _one_of("--quantized", options.quantized, WAYS)
+    if options.load_in_4bit and options.quantized not in (None, "adapters"):
+        raise ZOError(f"--quantized {options.quantized} is for 8-bit weights: 4-bit ones take adapters")
+    if options.use_peft and options.quantized not in (None, "adapters"):
+        raise ZOError(f"--use-peft moves adapters, --quantized {options.quantized} something else: give one of them")
+    if options.lora_target_modules and not (
+        options.use_peft or options.quantized == "adapters" or options.load_in_4bit
+    ):
+        raise ZOError("--lora-target-modules names layers for adapters: add --use-peft")
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -182,6 +203,7 @@ def to_config(options: TuneOptions) -> Any:
             rule=options.rule,
             rule_options=rule_options(options) or None,
             eps=options.eps,
+            quantized=options.quantized,
             direction=options.direction,
             queries=options.queries,
             estimator=options.estimator,

@@ -62,7 +62,9 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
         raise ZOError(f"--batch-size must be at least 1, got {options.batch_size}")
     quiet_libraries()
     from zowrap.data import read_rows, sample
+    from zowrap.quant import quantization
     from zowrap.tasks import choose_dtype, open_source
+    from zowrap.weights import ADAPTER
 
     rows = sample(read_rows(options.data, default_split="test"), options.max_eval_examples)
     saved = saved_task(options.model)
@@ -78,6 +80,8 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
     say_counts(examples, task.max_length)
     if not len(examples):
         raise ZOError(f"{options.data}: no row has anything to predict")
+    if saved is not None and Path(options.model, ADAPTER).is_file():  # the base is loaded as it was for tuning
+        source.quantization = quantization(_options_of(options.model))
     model = task.build(source, dtype)
     say(f"{dtype}".removeprefix("torch.") + f" ({reason})")
     record = measure(model, task, examples, source, options.batch_size, options.predictions)
@@ -91,6 +95,13 @@ def saved_task(model: str) -> dict[str, Any] | None:
 
     run = Run(model)
     return (run.config().get("task") or None) if run.config_file.is_file() else None
+
+
+def _options_of(model: str) -> dict[str, Any]:
+    """The options that a run was made with."""
+    from zowrap.run import Run
+
+    return dict(Run(model).config().get("options") or {})
 
 
 def _check_finished(model: str) -> None:

@@ -22,6 +22,9 @@ class ExportOptions:
     ]
     to: Annotated[str | None, option("--to", "Directory to write: new or empty.")] = None
     dtype: Annotated[str | None, option("--dtype", "float32, bfloat16 or float16; by default as it is.")] = None
+    format: Annotated[
+        str, option("--format", "same, bf16 or fp32 (quantised weights become plain ones), adapters, merged.")
+    ] = "same"
     max_shard_size: Annotated[str | None, option("--max-shard-size", "Split above this size, e.g. 2GB.")] = None
     allow_pickle: Annotated[
         bool, option("--allow-pickle", "Convert pickled weights (tensors only; nothing in them is run).")
@@ -37,17 +40,32 @@ def export(context: typer.Context, options: ExportOptions) -> None:
         raise ZOError("where to? give --to DIR")
     quiet_libraries()
     from zowrap.export import convert_pickle, export_run, pickled_weights, weight_files
+    from zowrap.quant.convert import check_format
 
+    check_format(options.format)
+    if options.format != "same" and (options.dtype or options.allow_pickle):
+        raise ZOError("--format says what the weights become: leave out --dtype and --allow-pickle")
     source = _directory(options)
-    if options.allow_pickle and pickled_weights(source) and not weight_files(source):
+    errors: dict[str, float] = {}
+    if options.format == "merged":
+        from zowrap.export import export_merged
+
+        files, errors = export_merged(source, options.to, options.max_shard_size, overwrite=options.overwrite)
+    elif options.allow_pickle and pickled_weights(source) and not weight_files(source):
         if options.dtype or options.max_shard_size:
             raise ZOError("--allow-pickle converts as it is: give --dtype or --max-shard-size to a second export")
         files = convert_pickle(source, options.to, overwrite=options.overwrite)
     else:
-        files = export_run(source, options.to, options.dtype, options.max_shard_size, overwrite=options.overwrite)
+        files = export_run(
+            source, options.to, options.dtype, options.max_shard_size, overwrite=options.overwrite, form=options.format
+        )
     size = sum(file.stat().st_size for file in files)
     record = {"to": options.to, "files": [file.name for file in files], "bytes": size}
-    result(record, options.json, [f"wrote {options.to}: {len(files)} files, {size / 2**20:.1f} MiB"])
+    lines = [f"wrote {options.to}: {len(files)} files, {size / 2**20:.1f} MiB"]
+    if errors:
+        record["merge_error"] = max(errors.values())
+        lines.append(f"of the adapters, rounding took at most {record['merge_error']:.1%} of a layer's change")
+    result(record, options.json, lines)
 
 
 def _directory(options: ExportOptions) -> Path:

@@ -136,8 +136,11 @@ class TuneOptions:
     lr: Annotated[
         str, option("--lr", "Learning rate; auto chooses it from a few forward passes before step 1.", "Zeroth order")
     ] = "auto"
-    # 1e-3: the field's choice for full tuning in float32; far above rounding, far below the weights.
-    eps: Annotated[float, option("--eps", "Size of the perturbation.", "Zeroth order")] = 1e-3
+    # None: 1e-3, the field's choice for full tuning in float32; of quantised weights, that of the way they move.
+    eps: Annotated[
+        float | None,
+        option("--eps", "Size of the perturbation; by default 1e-3, or quantised weights' own.", "Zeroth order"),
+    ] = None
     # None of these three: the rule's own. All but FZOO want gaussian directions, one a step, central differences.
     direction: Annotated[
         str | None,
@@ -200,6 +203,24 @@ class TuneOptions:
         int, option("--show-examples", "Print this many tokenised rows with their mask.", "Data")
     ] = 0
     dtype: Dtype = None
+    load_in_8bit: Annotated[bool, option("--load-in-8bit", "Quantise the weights to 8 bit on loading.", "Model")] = (
+        False
+    )
+    load_in_4bit: Annotated[bool, option("--load-in-4bit", "Quantise the weights to 4 bit (nf4).", "Model")] = False
+    quantized: Annotated[
+        str | None, option("--quantized", "How quantised weights move: scales, codes or adapters.", "Model")
+    ] = None
+    use_peft: Annotated[bool, option("--use-peft", "Put LoRA adapters on the model: they alone move.", "Model")] = False
+    lora_r: Annotated[int, option("--lora-r", "Rank of the adapters.", "Model")] = 8
+    lora_alpha: Annotated[int, option("--lora-alpha", "Scale of the adapters, over their rank.", "Model")] = 16
+    lora_target_modules: Annotated[
+        list[str],
+        option(
+            "--lora-target-modules",
+            "Names of the layers that get one; by default all linear ones. Repeatable.",
+            "Model",
+        ),
+    ] = dataclasses.field(default_factory=list)
     trust_remote_code: Trust = False
     plugin: Plugin = dataclasses.field(default_factory=list)
     resume: Annotated[bool, option("--resume", "Go on from --out with its own options.")] = False

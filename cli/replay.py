@@ -32,6 +32,7 @@ def replay(context: typer.Context, options: ReplayOptions) -> None:
         raise ZOError("where to? give --to DIR")
     check_target(options.to, options.overwrite, "--to")
     quiet_libraries()
+    from zowrap.quant import adapters, quantization
     from zowrap.rules import find_recorded
     from zowrap.run import Run, replay_run
     from zowrap.tasks import choose_dtype, from_record, open_source
@@ -43,7 +44,12 @@ def replay(context: typer.Context, options: ReplayOptions) -> None:
     task = from_record(config["task"])
     source = open_source(options.model, options.trust_remote_code)
     dtype, _ = choose_dtype(config["options"].get("dtype"), source)
-    model = task.build(source, dtype, int(config["options"].get("seed") or 0))
+    source.quantization = quantization(config["options"])
+    seed = int(config["options"].get("seed") or 0)
+    model = task.build(source, dtype, seed)
+    if config["options"].get("use_peft"):
+        rank, alpha, targets = (config["options"].get(f"lora_{name}") for name in ("r", "alpha", "target_modules"))
+        adapters.attach(model, rank, alpha, targets, seed)
     zm = replay_run(model, options.run, options.to, tokenizer=source.tokenizer)
     record = {"to": options.to, "steps": zm.step_count, "rule": zm.rule.name}
     result(record, options.json, [f"wrote {options.to}: {zm.step_count} steps of {zm.rule.name} replayed"])

@@ -7,6 +7,7 @@ Whatever can be wrong is found before the first write; the loop itself is :class
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,13 +120,23 @@ def show(examples: Any, source: Any, count: int) -> None:
 
 def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     """Load the weights. Returns the model, and the options with the dtype resolved."""
+    from zowrap.quant import adapters, quantization, ways
     from zowrap.tasks import choose_dtype
 
     dtype, why = choose_dtype(options.dtype, plan.source)
     name = str(dtype).removeprefix("torch.")
+    plan.source.quantization = quantization(dataclasses.asdict(options))
     model = plan.task.build(plan.source, dtype, options.seed)
     say(f"{plan.source.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights in {name} ({why})")
-    return model, replace(options, dtype=name)
+    quantized, eps = options.quantized, options.eps
+    if options.use_peft:
+        adapters.attach(model, options.lora_r, options.lora_alpha, options.lora_target_modules, options.seed)
+    way = ways.choose(model, quantized)
+    if way is not None:
+        quantized = way.name
+        say(f"{quantized} move ({way.why})")
+    eps = eps if eps is not None else ways.EPS_PLAIN if quantized is None else ways.EPS[quantized]
+    return model, replace(options, dtype=name, quantized=quantized, eps=eps)
 
 
 def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
@@ -138,7 +149,7 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
     from .progress import Progress
 
     config = to_config(options)
-    if not options.trainable:
+    if not options.trainable and options.quantized is None and not options.use_peft:
         config.trainable = plan.task.default_trainable(model)
     trainer = ZOTrainer(
         model=model,

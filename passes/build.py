@@ -5,6 +5,7 @@ from __future__ import annotations
 from zowrap.passes.check_lookups import CheckLookups
 from zowrap.passes.epilogue import AppendEpilogue, Epilogue
 from zowrap.passes.fuse_head import FuseHead
+from zowrap.passes.lower_quantized import LowerQuantized
 from zowrap.passes.manager import Pass, run
 from zowrap.passes.perturb import Perturb
 from zowrap.passes.perturb_lowrank import PerturbLowRank
@@ -35,6 +36,7 @@ def build(
     if points:
         passes += [SelectTunable(job, block, spec, points, scalar_names), SplitStreams(points)]
         passes += [Perturb() if job.direction.lowrank is None else PerturbLowRank()]
+        passes += [LowerQuantized()] if job.way is not None else []
         passes += [Population()] if per_example else []
         passes += [AppendEpilogue(epilogue)]
     return run(program, passes)

@@ -23,9 +23,14 @@ from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
 from zowrap.engines.base import Job
 from zowrap.errors import ZOInternalError
 from zowrap.program import Program
+from zowrap.quant import code_operators  # noqa: F401  (registers torch.ops.zowrap)
 from zowrap.step import conclude
 
-UPDATES = (torch.ops.zowrap.update_.default, torch.ops.zowrap.update_lowrank_.default)
+UPDATES = (
+    torch.ops.zowrap.update_.default,
+    torch.ops.zowrap.update_lowrank_.default,
+    torch.ops.zowrap.update_codes_.default,
+)
 
 
 @dataclass
@@ -34,8 +39,8 @@ class Epilogue:
 
     Attributes:
         graph_module: inputs ``keys…, scales…, scalars…, rounding_keys, coefficients…, lr, eps, weight_decay, apply``,
-            then each active parameter followed by its slots; along low-rank directions no keys and scales, and the
-            two factors of ĝ after each parameter's slots.
+            then each active parameter followed by its slots, and by its rows' scales where it holds codes; along
+            low-rank directions no keys and scales, and the two factors of ĝ after each parameter's slots.
         coefficient_names: order of the rule's coefficients.
     """
 
@@ -87,9 +92,12 @@ def build_epilogue(job: Job, block: int, spec: str, names: list[str], scalar_nam
             continue
         own_keys = [graph.call_function(select, (k, 0, i)) for k in keys]
         rounding_key = graph.call_function(select, (rounding_keys, 0, i))
+        target, weight = torch.ops.zowrap.update_.default, [w]
+        if job.parameters[i].codes:
+            target, weight = torch.ops.zowrap.update_codes_.default, [w, graph.placeholder(f"row_scale_{i}")]
         graph.call_function(
-            torch.ops.zowrap.update_.default,
-            (w, slots, own_keys, scales, [*scalars, *own], rounding_key, coefficients, hyper, apply, decay, spec),
+            target,
+            (*weight, slots, own_keys, scales, [*scalars, *own], rounding_key, coefficients, hyper, apply, decay, spec),
         )
     graph.output(())
     # Placeholders were created where they are needed; a function's arguments come first.

@@ -26,6 +26,7 @@ from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
 from zowrap.engines.base import Job
 from zowrap.errors import ZOCaptureError
 from zowrap.program import Program
+from zowrap.quant import code_operators  # noqa: F401  (registers torch.ops.zowrap)
 
 
 class SelectTunable(Pass):
@@ -101,7 +102,9 @@ class SelectTunable(Pass):
             key = graph.call_function(torch.ops.aten.select.int, (keys, 0, index))
         with graph.inserting_after(key):
             return graph.call_function(
-                torch.ops.zowrap.perturb.default,
+                torch.ops.zowrap.perturb_codes.default
+                if job.parameters[index].codes
+                else torch.ops.zowrap.perturb.default,
                 (weight, slots, key, scale, numbers, coefficients, self.spec),
                 name=f"theta_{index}",
             )
@@ -130,7 +133,11 @@ class SelectTunable(Pass):
             )
 
 
-PERTURBATIONS = (torch.ops.zowrap.perturb.default, torch.ops.zowrap.perturb_lowrank.default)
+PERTURBATIONS = (
+    torch.ops.zowrap.perturb.default,
+    torch.ops.zowrap.perturb_lowrank.default,
+    torch.ops.zowrap.perturb_codes.default,
+)
 
 
 def tunable_values(graph: fx.Graph) -> list[fx.Node]:

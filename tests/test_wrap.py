@@ -155,7 +155,7 @@ def test_a_population_of_options_is_checked() -> None:
         ({"trainable": ["*mlp*", "nosuchname"]}, "nosuchname"),
         ({"blocks": []}, "blocks is empty"),
         ({"memory": "sequental"}, "did you mean 'sequential'"),
-        ({"quantized": "scales"}, "not available yet"),
+        ({"quantized": "scales"}, "this model has none"),
     ]:
         before = snapshot(model)
         with pytest.raises(ZOError, match=words):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
@@ -48,7 +48,8 @@ class ZOConfig(TrainingArguments):
     Args:
         rule: an update rule by name, see :mod:`zowrap.rules`.
         rule_options: its hyper-parameters, ``{"beta": 0.99}``, or the same as JSON.
-        eps: perturbation size ε, in units of the weights.
+        eps: perturbation size ε, by default as in :func:`zowrap.zo_wrap`.
+        quantized: how quantised weights move, by default as in :func:`zowrap.zo_wrap`.
         direction, queries, estimator, blocks, block_order, trainable, engine: as in :func:`zowrap.zo_wrap`.
         lr: another name for ``learning_rate``. ``"auto"`` has :func:`zowrap.tune_lr` choose it from training batches
             before the first step; a resumed run keeps the choice.
@@ -64,7 +65,12 @@ class ZOConfig(TrainingArguments):
     rule_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Hyper-parameters of the rule, by name; as JSON on a command line."}
     )
-    eps: float = field(default=1e-3, metadata={"help": "Perturbation size, in units of the weights."})
+    eps: float | None = field(
+        default=None, metadata={"help": "Perturbation size; by default 1e-3, for quantised models that of their way."}
+    )
+    quantized: str | None = field(
+        default=None, metadata={"help": "How quantised weights move: scales, codes or adapters."}
+    )
     direction: str | None = field(default=None, metadata={"help": "Law of the directions; by default the rule's."})
     queries: int | None = field(default=None, metadata={"help": "Directions per step; by default the rule's."})
     estimator: str | None = field(
@@ -291,6 +297,6 @@ def _check_numbers(config: ZOConfig) -> None:
     engines = ("compiled", "eager")
     if config.engine not in (None, *engines):
         raise ZOError(f"unknown engine {config.engine!r}{nearest(str(config.engine), engines)}")
-    if not torch.isfinite(torch.tensor(float(config.eps))) or config.eps <= 0:
+    if config.eps is not None and not (math.isfinite(config.eps) and config.eps > 0):
         raise ZOError(f"eps must be a positive finite number, got {config.eps!r}")
     config.rule_object()

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import zowrap
+from zowrap import quant
 from zowrap.errors import ZOError, nearest
 from zowrap.files import TMP, move_into, read_json, remove, write_json, writing
+from zowrap.quant import convert
 from zowrap.weights import (
     ADAPTER,
     INDEX,
@@ -93,7 +95,7 @@ def save_model(
     part, _ = saved_part(model)
     facts = {"zowrap": zowrap.__version__, **_base_model(part), **(metadata or {})}
     with fresh_files(directory) as beside:
-        with _quiet():
+        with _quiet(), quant.raised(model):
             _write(part, beside, max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
@@ -106,7 +108,9 @@ def save_settings(model: nn.Module, directory: Path_, tokenizer: Any = None) -> 
     directory = Path(directory)
     part, _ = saved_part(model)
     holders: list[Any]
-    if isinstance(getattr(part, "peft_config", None), dict) and not _is_a(part, "PreTrainedModel"):
+    # A folder of adapters has no config.json: with one, transformers would look for a whole model in it.
+    plain = _is_a(part, "PreTrainedModel") and not getattr(part, "_hf_peft_config_loaded", False)
+    if isinstance(getattr(part, "peft_config", None), dict) and not plain:
         adapters: Any = part.peft_config
         holders = [adapters[name] for name in adapters if name == "default"]
     else:
@@ -193,6 +197,7 @@ def export_run(
     max_shard_size: int | str | None = None,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    form: str = "same",
 ) -> list[Path]:
     """Copy the model out of a RUN, or of any model folder: weights, config, tokenizer, generation settings.
 
@@ -203,6 +208,7 @@ def export_run(
         max_shard_size: split the weights anew.
         metadata: strings to add to the header.
         overwrite: allow ``to`` to hold files already.
+        form: ``"same"`` quantisation, ``"bf16"``, ``"fp32"`` or ``"adapters"``, see :mod:`zowrap.quant.convert`.
 
     Returns:
         The files written.
@@ -218,15 +224,47 @@ def export_run(
         raise ZOError(f"{run} holds no finished model yet: go on with its training, or export one of its checkpoints")
     require_safetensors(run)
     with fresh_files(to) as beside:
-        _copy_settings(run, beside)
-        if dtype is None and max_shard_size is None:
-            for file in _weights_and_index(run):
-                shutil.copyfile(file, beside / file.name)
-        else:
-            _rewrite(run, beside, DTYPES.get(dtype or ""), max_shard_size or MAX_SHARD_SIZE)
+        _write_copy(run, beside, form, DTYPES.get(dtype or ""), max_shard_size)
         for file in sorted(beside.glob("*.safetensors")) if metadata else []:
             add_metadata(file, metadata or {})
     return sorted(p for p in to.iterdir() if p.is_file())
+
+
+def _write_copy(run: Path, to: Path, form: str, dtype: torch.dtype | None, max_shard_size: int | str | None) -> None:
+    if form == "adapters":
+        return convert.copy_adapters(run, to)
+    _copy_settings(run, to)
+    if form != "same" and convert.is_quantized_folder(run) and not (run / ADAPTER).is_file():
+        convert.write_dequantized(run, to, form, max_shard_size or MAX_SHARD_SIZE)
+    elif form == "same" and dtype is None and max_shard_size is None:
+        for file in _weights_and_index(run):
+            shutil.copyfile(file, to / file.name)
+    else:
+        _rewrite(run, to, convert.DTYPES.get(form, dtype), max_shard_size or MAX_SHARD_SIZE)
+
+
+def export_merged(
+    run: Path_, to: Path_, max_shard_size: int | str | None = None, overwrite: bool = False
+) -> tuple[list[Path], dict[str, float]]:
+    """Write the base of a RUN's adapters with them merged in, in the base's own precision.
+
+    Returns:
+        The files written, and for each layer the part of its change that rounding took.
+
+    Raises:
+        ZOError: there are no adapters, the base is 4-bit, or ``to`` is not empty.
+    """
+    run, to = Path(run), Path(to)
+    _check_target(run, to, overwrite)
+    options = read_json(run / "zowrap.json").get("options", {}) if (run / "zowrap.json").is_file() else {}
+    model, errors = convert.merged(run, options)
+    with fresh_files(to) as beside:
+        _copy_settings(run, beside)
+        for name in ("adapter_config.json", "config.json"):
+            (beside / name).unlink(missing_ok=True)
+        with _quiet():
+            _write(model, beside, max_shard_size or MAX_SHARD_SIZE)
+    return sorted(p for p in to.iterdir() if p.is_file()), errors
 
 
 def convert_pickle(model_dir: Path_, to: Path_, overwrite: bool = False) -> list[Path]:

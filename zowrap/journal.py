@@ -225,6 +225,7 @@ def describe(
         "estimator": state["estimator"],
         "blocks": blocks,
         "block_order": state["block_order"],
+        "quantized": zm.quantized,
         "parameters_hash": parameters_hash(zm),
         "environment": environment(zm),
         "weights": fingerprint(zm),
@@ -252,8 +253,9 @@ def fingerprint(zm: ZOModel, samples: int = 64) -> str:
     digest = hashlib.sha256()
     for parameter in zm.parameters:
         flat = parameter.tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // samples)][:samples]
-        digest.update(picked.float().cpu().contiguous().numpy().tobytes())
+        for each in [flat] if parameter.scale is None else [flat, parameter.scale.detach().reshape(-1)]:
+            picked = each[:: max(1, each.numel() // samples)][:samples]
+            digest.update(picked.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

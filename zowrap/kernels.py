@@ -177,6 +177,7 @@ class Kernels:
         hyper,
         apply,
         decay: bool,
+        start: int = 0,
     ) -> None:
         """Write the rule's update of one parameter: noise, rule, rounding and write in one loop.
 
@@ -186,6 +187,7 @@ class Kernels:
             coefficients: in the order of ``coefficient_names``.
             hyper: ``(lr, eps, weight_decay)``, 0-d float32.
             apply: 0-d bool.
+            start: which element of the parameter ``w`` begins with, where it is a part.
         """
         queries, slot_count = len(keys), len(slots)
         rounds = w.dtype in (torch.bfloat16, torch.float16)
@@ -210,8 +212,9 @@ class Kernels:
                 named[name].copy_(value)
             return ()
 
-        for first, size in _segments(0, w.numel()):
-            arrays = [t[first : first + size] for t in (w, *slots)]
+        for first, size in _segments(start, w.numel()):
+            a, b = first - start, first - start + size
+            arrays = [t[a:b] for t in (w, *slots)]
             small = [
                 *keys,
                 *scales,

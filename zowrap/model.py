@@ -391,6 +391,11 @@ class ZOModel:
         }
 
     @property
+    def quantized(self) -> str | None:
+        """How the model's quantised weights move, see :mod:`zowrap.quant.ways`; None where it has none."""
+        return None if self._job.way is None else self._job.way.name
+
+    @property
     def loss_module(self) -> LossModule:
         """The model and its loss as they are evaluated: ``loss_module(batch) -> (sums, weights)``."""
         return self._job.loss

@@ -35,12 +35,20 @@ class Parameter:
         names: every state-dict name of the storage in the wrapped model, the first one first.
         tensor: the tensor that moves, in place.
         id: signed 64-bit noise id, a hash of ``name``.
+        scale: float32 ``[rows]``, of a quantised weight: the scales that its integer codes are multiples of, or that
+            its logarithms of scales are relative to. Else None.
     """
 
     name: str
     names: tuple[str, ...]
     tensor: Tensor
     id: int
+    scale: Tensor | None = None
+
+    @property
+    def codes(self) -> bool:
+        """Whether the tensor holds integer codes, see :mod:`zowrap.quant.codes`."""
+        return not self.tensor.is_floating_point()
 
     @property
     def decays(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from zowrap.errors import ZOCaptureError
 from zowrap.memory import in_words
+from zowrap.quant import ways
 from zowrap.rules import REGISTRY
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Report:
         notes: what each pass did.
         estimate: works out :attr:`costs`; None before the first batch.
         costs_unknown: why there are no costs, once they were asked for.
+        quantized: how quantised weights move, why so, and whether rows of codes are full; None where there are none.
     """
 
     engine: str
@@ -57,6 +59,7 @@ class Report:
     cached: int = 0
     trace_seconds: float = 0.0
     paper: str | None = None
+    quantized: str | None = None
     programs: dict[str, list[tuple[str, str]]] = field(default_factory=dict, repr=False)
     notes: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
     estimate: Callable[[], Costs] | None = field(default=None, repr=False)
@@ -100,6 +103,7 @@ class Report:
             "direction": self.direction,
             "forwards_per_step": self.forwards,
             "hyper": self.hyper,
+            "quantized": self.quantized,
             "elements": self.elements,
             "frozen": self.frozen,
             "state_bytes": self.state_bytes,
@@ -127,6 +131,8 @@ class Report:
             f"state      {self.state_bytes:,} bytes",
             f"blocks     {len(self.blocks)}: " + ", ".join(f"{name} ({count:,})" for name, count in self.blocks[:8]),
         ]
+        if self.quantized is not None:
+            lines.insert(3, f"quantised  {self.quantized}")
         if len(self.blocks) > 8:
             lines[-1] += f", … {self.blocks[-1][0]} ({self.blocks[-1][1]:,})"
         for name, shape, dtype, rounding in self.moves[:12]:
@@ -179,7 +185,7 @@ def report(zm: ZOModel, estimate: Callable[[], Costs] | None = None) -> Report:
                 p.name,
                 tuple(p.tensor.shape),
                 str(p.tensor.dtype).removeprefix("torch."),
-                "stochastic rounding" if p.tensor.dtype in sixteen else "exact",
+                "stochastic rounding" if p.codes or p.tensor.dtype in sixteen else "exact",
             )
             for p in job.parameters
         ],
@@ -192,6 +198,7 @@ def report(zm: ZOModel, estimate: Callable[[], Costs] | None = None) -> Report:
         compile_seconds=facts.get("compile_seconds", 0.0),
         cached=facts.get("cached", 0),
         trace_seconds=facts.get("trace_seconds", 0.0),
+        quantized=None if job.way is None else ways.explain(job.way, job.parameters),
         paper=REGISTRY[job.rule.name].paper if job.rule.name in REGISTRY else None,
         estimate=estimate,
     )

@@ -27,7 +27,7 @@ from zowrap import export, weights
 from zowrap.errors import ZOError
 from zowrap.files import TMP, read_json, remove, sync, write_json, writing
 from zowrap.journal import Journal, Lines, environment, fingerprint
-from zowrap.parameters import canonical_name
+from zowrap.parameters import Parameter, canonical_name
 
 if TYPE_CHECKING:
     from zowrap.model import ZOModel
@@ -202,17 +202,33 @@ def _stored_weights(directory: Path, zm: ZOModel, apart: dict[str, Tensor]) -> I
     for index, parameter in enumerate(zm.parameters):
         stored = apart.get(parameter.name)
         if stored is None:
-            if index not in found:
+            if index not in found and parameter.scale is not None:
+                stored = _log_scale(directory, zm, parameter)
+            elif index not in found:
                 raise ZOError(f"{directory} is of another model: it has no {parameter.name}")
-            file, name = found[index]
-            with weights.opened(file) as opened:
-                stored = opened.get_tensor(name)
+            else:
+                file, name = found[index]
+                with weights.opened(file) as opened:
+                    stored = opened.get_tensor(name)
         if stored.shape != parameter.tensor.shape or stored.dtype != parameter.tensor.dtype:
             raise ZOError(
                 f"{directory} is of another model: {parameter.name} is {stored.dtype} of shape "
                 f"{tuple(stored.shape)} there, {parameter.tensor.dtype} of shape {tuple(parameter.tensor.shape)} here"
             )
         yield index, stored
+
+
+def _log_scale(directory: Path, zm: ZOModel, parameter: Parameter) -> Tensor:
+    """log(stored scale / the base's scale): a file of an 8-bit model holds the scales that tuning left."""
+    _, prefix = export.saved_part(zm.model)
+    wanted = parameter.name.removesuffix("log_scale") + "SCB"
+    for file in weights.weight_files(directory):
+        with weights.opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if canonical_name(prefix + name) == wanted and parameter.scale is not None:
+                    ratio = opened.get_tensor(name).float() / parameter.scale.cpu()
+                    return torch.where(parameter.scale.cpu() > 0, ratio, 1.0).log()
+    raise ZOError(f"{directory} is of another model: it has no {wanted}")
 
 
 def _stored_parameters(zm: ZOModel, directory: Path) -> dict[int, tuple[Path, str]]:
@@ -299,6 +315,7 @@ def replay_run(
         blocks=head["blocks"],
         block_order=head["block_order"],
         trainable=lambda name, tensor: name in moves,
+        quantized=head.get("quantized"),
         # A replay evaluates nothing; a weight decay is read from each record, this says that there may be one.
         weight_decay=_weight_decay(journal),
         engine="eager",

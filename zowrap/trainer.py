@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from zowrap import evaluation, export
+from zowrap import evaluation, export, quant
 from zowrap.config import ZOConfig
 from zowrap.errors import ZOError
 from zowrap.keeper import Interrupted, Keeper, KeeperCallback
@@ -101,7 +101,8 @@ class ZOTrainer(Trainer):
         eval_dataset = kwargs.get("eval_dataset", positional[2] if len(positional) > 2 else None)
         args.evaluates(eval_dataset is not None)
         made_folder = not Path(str(args.output_dir)).exists()  # the Trainer makes it
-        super().__init__(model, args, *positional, **kwargs)
+        with quant.accepted_by_the_trainer(model):
+            super().__init__(model, args, *positional, **kwargs)
         self.batch_metrics = batch_metrics
         self.run = Run(str(args.output_dir))
         self._bare, self._loss_fn = model, loss_fn
@@ -122,6 +123,7 @@ class ZOTrainer(Trainer):
             self._rule,
             lr="auto" if args.auto_lr else args.learning_rate,
             eps=args.eps,
+            quantized=args.quantized,
             seed=args.seed,
             direction=args.direction,
             queries=args.queries,

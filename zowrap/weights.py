@@ -19,7 +19,7 @@ from zowrap.files import TMP, read_json, write_json, writing
 
 Path_ = str | os.PathLike[str]
 
-WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
+WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 INDEX = WEIGHTS + ".index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PICKLED_WEIGHTS = ("pytorch_model", "adapter_model", "model", "consolidated")
@@ -67,6 +67,13 @@ def add_metadata(file: Path, metadata: Mapping[str, str]) -> None:
 
 
 # --- what is in a folder -----------------------------------------------------------------------------------------
+
+
+def adapters_base(directory: Path_) -> str | None:
+    """The base model that a folder of adapters names; None for any other folder."""
+    file = Path(directory) / ADAPTER_CONFIG
+    named = read_json(file).get("base_model_name_or_path") if file.is_file() else None
+    return named if named and not (Path(directory) / "config.json").is_file() else None
 
 
 def weight_files(directory: Path_) -> list[Path]:

@@ -22,6 +22,7 @@ from zowrap.loss import LossFn, LossModule
 from zowrap.lowrank import matrix_shape
 from zowrap.model import ZOModel
 from zowrap.parameters import Parameter, TrainableSpec, select
+from zowrap.quant import ways
 from zowrap.rules import Rule
 from zowrap.rules.base import check_positive
 
@@ -33,7 +34,7 @@ def zo_wrap(
     rule: str | Rule = "meazo",
     *,
     lr: float | str | None = None,
-    eps: float = 1e-3,
+    eps: float | None = None,
     seed: int = 0,
     direction: str | directions.Direction | None = None,
     queries: int | None = None,
@@ -56,7 +57,8 @@ def zo_wrap(
         rule: an update rule by name (``zowrap rules`` lists them) or from its constructor, ``rules.meazo(beta=0.9)``.
         lr: learning rate η; by default the rule's own. ``"auto"`` leaves it open: no step is made until
             :func:`zowrap.tune_lr` has chosen it, which needs data and the number of steps planned.
-        eps: perturbation size ε in units of the weights. 1e-3 is the field's choice for full tuning in float32.
+        eps: perturbation size ε, by default 1e-3 in units of the weights, the field's choice for full tuning in
+            float32; for quantised models that of the way they move, :data:`zowrap.quant.ways.EPS`.
         seed: of all noise; 0 is a seed like any other.
         direction: law of the directions, see :mod:`zowrap.directions`; by default the rule's own, mostly gaussian.
         queries: directions per step, averaged (n-SPSA); by default the rule's own, mostly 1: most steps per forward.
@@ -69,7 +71,9 @@ def zo_wrap(
         loss_fn: ``loss_fn(model, batch)``, 0-d or ``[batch]``; by default the model's own loss.
         engine: ``"compiled"``, ``"eager"``, or None: compiled where possible, else eager with one warning.
         weight_decay: decoupled, on matrices only. 0: zeroth-order runs are short and start from trained weights.
-        quantized: how quantised weights move; none of the ways is available yet, so anything but None is refused.
+        quantized: how quantised weights move: ``"scales"``, ``"codes"`` or ``"adapters"``
+            (:mod:`zowrap.quant.ways`); by default the first for 8-bit weights, the last for others and where the model
+            has adapters. The model's quantised layers are lowered in place; :func:`zowrap.quant.raise_back` undoes it.
         memory: ``"paired"`` evaluates both sides of a direction in one program, ``"sequential"`` one after the other
             (activations of one side at a time, noise drawn twice), ``"auto"`` is paired: it is faster.
 
@@ -84,6 +88,9 @@ def zo_wrap(
     value = None if lr is None or isinstance(lr, str) else lr
     rule = rules.get(rule, **({"lr": value} if value is not None and not isinstance(rule, Rule) else {}))
     value = rule.lr if value is None else value
+    way = ways.choose(model, quantized)
+    if eps is None:
+        eps = ways.EPS_PLAIN if way is None else ways.EPS[way.name]
     check_positive("zo_wrap", lr=value, eps=eps)
     queries = rule.defaults.queries if queries is None else queries
     if not isinstance(queries, int) or isinstance(queries, bool) or queries < 1:
@@ -94,8 +101,6 @@ def zo_wrap(
         raise ZOError(f"weight_decay must be a finite number from 0, got {weight_decay!r}")
     if loss_fn is not None and not callable(loss_fn):
         raise ZOError(f"loss_fn is a function of (model, batch), not {type(loss_fn).__name__}")
-    if quantized is not None:
-        raise ZOError(f"quantized={quantized!r} is not available yet: tune the model in 16 or 32 bit, or its adapters")
     if memory not in MEMORY:
         raise ZOError(f"unknown memory {memory!r}{nearest(memory, MEMORY)}")
     if engine is not None and engine not in ENGINES:
@@ -106,7 +111,7 @@ def zo_wrap(
     law = directions.get(direction)
     if law.shape is not None:
         rule = law.shape(rule)
-    parameters = select(model, trainable)
+    parameters = select(model, trainable) if way is None else ways.parameters(model, way, trainable, seed)
     device = parameters[0].tensor.device
     partition = block_lib.partition(parameters, blocks)
     moving = sorted(i for block in partition for i in block.indices)
@@ -117,12 +122,16 @@ def zo_wrap(
     if law.lowrank is not None and rule.shapes_directions:
         raise ZOError(f"{rule.name} works on each element of a direction: {law.name} would lose its low rank")
     engine = _check_estimator(rule, law, probing, queries, engine)
+    project = rule.project or probing.project
+    if way is not None:
+        ways.check(way, rule, law, probing, queries, eps)
+        project = ways.clipped(project) if way.name == "scales" else project
     hyper = {"lr": math.nan if auto else float(value), "eps": float(eps), "weight_decay": float(weight_decay)}
     job = Job(
         loss=LossModule(model, loss_fn, probing.per_example),
         parameters=parameters,
         rule=rule,
-        project=rule.project or probing.project,
+        project=project,
         direction=law,
         queries=queries,
         blocks=partition,
@@ -131,6 +140,7 @@ def zo_wrap(
         hyper={name: torch.tensor(value, device=device) for name, value in hyper.items()},
         decays=weight_decay > 0,
         device=device,
+        way=way,
     )
     return ZOModel(model, job, hyper, seed, probing, block_lib.check_order(block_order), engine, memory == "sequential")
 

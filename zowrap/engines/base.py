@@ -15,6 +15,7 @@ from zowrap.directions import Direction
 from zowrap.loss import Batch, LossModule
 from zowrap.lowrank import Layout
 from zowrap.parameters import Parameter
+from zowrap.quant.ways import Way
 from zowrap.rules.base import Rule, Scalars
 from zowrap.step import Conclusion
 
@@ -30,6 +31,7 @@ class Job:
         states: scalar state of the rule, 0-d float32 tensors by name, for each block.
         hyper: 0-d float32 tensors ``lr``, ``eps``, ``weight_decay``; their values change, the tensors stay.
         decays: whether a weight decay was asked for at all.
+        way: how quantised weights move; None where the model has none.
     """
 
     loss: LossModule
@@ -44,6 +46,7 @@ class Job:
     hyper: Scalars
     decays: bool
     device: torch.device
+    way: Way | None = None
 
     def slots_of(self, index: int) -> Scalars:
         """The state of a parameter that has its shape."""

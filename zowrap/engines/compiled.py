@@ -27,6 +27,7 @@ from zowrap.loss import Batch
 from zowrap.passes.build import build
 from zowrap.passes.epilogue import build_epilogue, coefficient_shapes
 from zowrap.program import Program
+from zowrap.quant import code_operators
 from zowrap.regions import MIN_LAYERS, Kind, Regions, compile_regions
 from zowrap.step import Conclusion
 
@@ -170,12 +171,18 @@ class CompiledEngine:
         """Compile every kernel that a step of the block needs, before anything is evaluated or written."""
         job = self.job
         kinds = {
-            (job.parameters[i].tensor.dtype, job.decays and job.parameters[i].decays) for i in job.blocks[block].indices
+            (
+                torch.float32 if job.parameters[i].codes else job.parameters[i].tensor.dtype,
+                job.decays and job.parameters[i].decays,
+            )
+            for i in job.blocks[block].indices
         }
         for dtype, decay in sorted(kinds, key=str):
             if (kind := (dtype, decay, points, rows)) not in self._warmed:
                 self.kernels.warm(dtype, job.device, job.queries, points, decay, rows)
                 self._warmed.add(kind)
+        if any(job.parameters[i].codes for i in job.blocks[block].indices):
+            code_operators.warm(self.kernels, job.device)
 
     # --- falling back -----------------------------------------------------------------------------------------
 
@@ -223,6 +230,8 @@ class CompiledEngine:
         for i in job.blocks[block].indices:
             inputs += [job.parameters[i].tensor, *job.slots_of(i).values()]
             inputs += [job.slots[name][i] for name in job.rule.slot_names("parameter")]
+            if job.parameters[i].codes and (row_scale := job.parameters[i].scale) is not None:
+                inputs.append(row_scale)
             if layout and buffer is not None:
                 slot = job.left_of(i)
                 left = None if slot is None else carried_left(job, streams, i, slot, conclusion)

@@ -20,6 +20,7 @@ from zowrap.errors import ZOError
 from zowrap.loss import Batch, example, rows_of
 from zowrap.modes import evaluation_mode
 from zowrap.parameters import Parameter
+from zowrap.quant import codes
 from zowrap.step import Conclusion, at_least_float32, perturbed, update_leaf
 
 
@@ -70,6 +71,10 @@ class EagerEngine:
             torch.set_rng_state(generator)  # a model that draws random numbers draws the same ones at every point
             copies = {}
             for i, p in self.active(stream.block):
+                if p.codes:  # the layer adds what the weights of its codes are moved by
+                    copy = coefficient * self.direction(stream, i, which)
+                    copies.update({f"model.{name.removesuffix('weight')}delta": copy for name in p.names})
+                    continue
                 copy = perturbed(p.tensor, self.direction(stream, i, which), coefficient)
                 copies.update({f"model.{name}": copy for name in p.names})
             sums, weights = torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=True)
@@ -120,10 +125,13 @@ class EagerEngine:
     def update(self, streams: Sequence[DirectionStream], rounding_keys: Tensor, conclusion: Conclusion) -> None:
         job, block = self.job, streams[0].block
         for i, parameter in self.active(block):
-            w = parameter.tensor
+            w = old = parameter.tensor
             slots = job.slots_of(i)
             bits = None
-            if w.dtype in (torch.bfloat16, torch.float16):
+            if parameter.scale is not None and parameter.codes:
+                unit = codes.unit_of(parameter.scale)
+                w = old = codes.values(parameter.tensor, unit)
+            if parameter.codes or w.dtype in (torch.bfloat16, torch.float16):
                 index = torch.arange(w.numel(), dtype=torch.int64, device=w.device)
                 bits = noise.hash_bits(*noise.split_index(index), rounding_keys[i]).reshape(w.shape)
             directions, coefficients = self._update_directions(streams, i, conclusion)
@@ -135,10 +143,12 @@ class EagerEngine:
                 coefficients,
                 job.hyper,
                 conclusion.apply,
-                bits,
+                None if parameter.codes else bits,
                 job.decays and parameter.decays,
             )
-            w.copy_(new_w)
+            if parameter.codes and bits is not None:
+                new_w = codes.written(parameter.tensor, new_w - old, unit, bits, conclusion.apply)
+            parameter.tensor.copy_(new_w)
             for name, value in new_slots.items():
                 slots[name].copy_(value)
         for name, value in conclusion.state.items():

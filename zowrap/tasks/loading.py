@@ -16,6 +16,7 @@ from torch import nn
 
 from zowrap.errors import ZOError, nearest
 from zowrap.memory import free_memory
+from zowrap.weights import adapters_base
 
 log = logging.getLogger("zowrap")
 
@@ -32,6 +33,7 @@ class Source:
         tokenizer: the tokenizer; it always has a padding token. None where only shapes are asked for and there is none.
         trust_remote_code: run code that the model's repository brings.
         empty: :func:`load` gives the model's shapes alone, on the ``meta`` device; its weights need not be there.
+        quantization: arguments of ``BitsAndBytesConfig`` to load the weights with; None loads them as they are.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Source:
     tokenizer: Any
     trust_remote_code: bool = False
     empty: bool = False
+    quantization: dict[str, Any] | None = None
 
     @property
     def architectures(self) -> list[str]:
@@ -77,7 +80,7 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
 
     check_directory(name, weights=not empty)
     with _sentences(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(adapters_base(name) or name, trust_remote_code=trust_remote_code)
     try:
         with _sentences(name, "the tokenizer of "):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -98,7 +101,7 @@ def check_directory(name: str, weights: bool = True) -> None:
 
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and adapters_base(path) is None:
             raise ZOError(f"{name} is not a model directory: it has no config.json")
         if weights:
             require_safetensors(path)
@@ -247,6 +250,10 @@ def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **c
         changes.pop("ignore_mismatched_sizes", None)
         return _empty(source, auto_class, dtype, **changes)
     torch.manual_seed(seed)
+    if source.quantization is not None:
+        from transformers import BitsAndBytesConfig
+
+        changes["quantization_config"] = BitsAndBytesConfig(**source.quantization)
     with _sentences(source.name):
         model, report = auto_class.from_pretrained(
             source.name,

@@ -1,0 +1,203 @@
+"""What each way of tuning a quantised model comes to: MiniLM on TREC, accuracy and memory side by side.
+
+    python -m benchmarks.quantized run --data-dir DATA     the cells of the table that are missing (minutes each)
+    python -m benchmarks.quantized noise --data-dir DATA   the rounding of 8-bit activations against ε
+    python -m benchmarks.quantized floor                   the noise of rounded codes on a quadratic (a minute)
+    python -m benchmarks.quantized docs                    docs/quantized.md from the committed figures
+
+A cell is a run of 2,400 forward passes at most; the learning rate is the one of the grid with the best dev accuracy of
+seed 0, and the test accuracy is of rows that nothing was chosen on. Lines are kept in ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import zowrap
+from benchmarks.papers.finetune import Cell, Workbench
+from benchmarks.quantized_floor import measure
+from benchmarks.quantized_report import write_docs
+from zowrap import quant, rules
+from zowrap.quant.codes import saturated_rows
+from zowrap.quant.noise_floor import noise_floor
+
+RESULTS = Path(__file__).parent / "results"
+CELLS, NOISE, FLOOR = (RESULTS / f"quantized{end}.json" for end in ("", "_noise", "_floor"))
+INT8: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A row of the table: how the weights are held and how they move.
+
+    Attributes:
+        rates: the grid of learning rates.
+        queries: directions per step; the steps are so many fewer.
+    """
+
+    rates: tuple[float, ...]
+    eps: float
+    quantization: dict[str, Any] | None = None
+    quantized: str | None = None
+    dtype: torch.dtype = torch.float32
+    queries: int = 1
+    wrap: dict[str, Any] = field(default_factory=dict)
+
+
+FORMS = {
+    "fp32": Form((3e-4, 1e-3), 1e-3),
+    "bf16": Form((3e-4, 1e-3), 1e-2, dtype=torch.bfloat16),
+    "int8 scales": Form((5e-3, 2e-3, 1e-2), 1e-2, INT8, "scales"),
+    "int8 adapters": Form((3e-3, 1e-3, 1e-2), 1e-2, INT8, "adapters"),
+    "int8 codes": Form((1e-3, 3e-4), 1e-3, INT8, "codes"),
+    "int8 codes, 64 queries": Form((1e-2, 3e-3), 1e-3, INT8, "codes", queries=64),
+    "int8 codes, one layer": Form((1e-3, 3e-3), 1e-3, INT8, "codes", wrap={"blocks": "layer"}),
+    "nf4 adapters": Form((1e-3, 3e-3), 1e-2, NF4, "adapters"),
+}
+FORWARDS = 2400
+SEEDS = (0, 1, 2)
+
+
+class QuantizedBench(Workbench):
+    """A model in one form and a task's rows, ready to run cells one after the other."""
+
+    def __init__(self, name: str, data_dir: Path, engine: str | None = None) -> None:
+        self.form_name, self.way = name, FORMS[name]
+        super().__init__(self.cell(0.0, 0), data_dir, engine)
+        if self.way.quantization is not None or self.way.dtype != torch.float32:
+            self.source.quantization = self.way.quantization
+            self.model = self.task.build(self.source, self.way.dtype)
+            self.untuned = self.evaluate(self.dev)
+        quant.lower(self.model)
+        self.memory = sum(t.numel() * t.element_size() for t in [*self.model.parameters(), *self.model.buffers()])
+        self.zero_shot = self.evaluate(self.test)["accuracy"]
+        self._zm: zowrap.ZOModel | None = None
+
+    def cell(self, lr: float, seed: int) -> Cell:
+        steps = FORWARDS // (2 * self.way.queries)
+        return Cell("trec", "meazo", lr, seed, steps, eps=self.way.eps)
+
+    def reset(self, cell: Cell) -> zowrap.ZOModel:
+        """The wrapped model before its first step, what moves as it was then."""
+        if self._zm is None:
+            self._zm = zowrap.zo_wrap(
+                self.model,
+                rules.get("meazo"),
+                eps=cell.eps,
+                trainable=self.trainable if self.way.quantized is None else None,
+                loss_fn=self.task.loss_fn,
+                quantized=self.way.quantized,
+                queries=self.way.queries,
+                engine=self.engine,
+                **self.way.wrap,
+            )
+            self._state = self._zm.state_dict()
+            self.start = {p.name: p.tensor.detach().clone() for p in self._zm.parameters}
+        zm = self._zm
+        with torch.no_grad():
+            for parameter in zm.parameters:
+                parameter.tensor.copy_(self.start[parameter.name])
+        zm.load_state_dict({**self._state, "seed": cell.seed, "lr": cell.lr})
+        return zm
+
+    def line(self, cell: Cell) -> dict[str, Any]:
+        """Run a cell; its line also says what moved and what it weighs."""
+        found = self.run(cell)
+        assert self._zm is not None
+        codes = [p for p in self._zm.parameters if p.codes]
+        moved = sum(float((p.tensor != self.start[p.name]).float().mean()) for p in codes)
+        return {
+            "form": self.form_name,
+            "queries": self.way.queries,
+            **found,
+            "zero_shot": self.zero_shot,
+            "bytes": self.memory,
+            "elements": self._zm.inspect().elements,
+            **({"codes_moved": moved / len(codes)} if codes else {}),
+            **({"saturated_rows": sum(saturated_rows(p.tensor) for p in codes)} if codes else {}),
+        }
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The lines kept so far."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def write(file: Path, lines: list[dict[str, Any]]) -> None:
+    file.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n", encoding="utf-8")
+
+
+def best_rate(lines: list[dict[str, Any]], form: str) -> float:
+    """The learning rate with the best dev accuracy of seed 0."""
+    first = [line for line in lines if line["form"] == form and line["seed"] == 0]
+    return float(max(first, key=lambda line: line["dev_accuracy"] or 0.0)["lr"])
+
+
+def run(data_dir: Path, only: list[str], seeds: int, rates: int, engine: str | None) -> None:
+    """Every cell that is missing, the grid of seed 0 first."""
+    lines = read(CELLS)
+    done = {(line["form"], line["lr"], line["seed"]) for line in lines}
+    for name in only or FORMS:
+        bench: QuantizedBench | None = None
+        wanted = [(lr, 0) for lr in FORMS[name].rates[:rates]]
+        for lr, seed in [*wanted, *[(None, s) for s in SEEDS[1:seeds]]]:
+            lr = best_rate(lines, name) if lr is None else lr
+            if (name, lr, seed) in done:
+                continue
+            bench = bench or QuantizedBench(name, data_dir, engine)
+            lines.append(bench.line(bench.cell(lr, seed)))
+            write(CELLS, lines)
+            print(
+                name,
+                lr,
+                seed,
+                lines[-1]["zero_shot"],
+                lines[-1]["dev_accuracy"],
+                lines[-1]["test_accuracy"],
+                flush=True,
+            )
+
+
+def noise(data_dir: Path) -> None:
+    """Projected gradients over ε: where the rounding of 8-bit activations takes over."""
+    lines = []
+    for name in ("int8 scales", "int8 adapters", "int8 codes"):
+        bench = QuantizedBench(name, data_dir)
+        zm = bench.reset(bench.cell(1e-3, 0))
+        batch = next(bench.stream(16, 0))
+        for eps in (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4):
+            found = noise_floor(zm, batch, eps=eps, directions=24)
+            lines.append({"form": name, "eps": eps, **found.record()})
+            print(lines[-1], flush=True)
+        write(NOISE, [line for line in read(NOISE) if line["form"] != name] + lines)
+        lines = []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("run", "noise", "floor", "docs"))
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--rates", type=int, default=3, help="learning rates of each grid that are tried")
+    parser.add_argument("--engine", choices=("compiled", "eager"), help="by default compiled")
+    options = parser.parse_args()
+    if options.what == "run":
+        run(options.data_dir, options.only, options.seeds, options.rates, options.engine)
+    elif options.what == "noise":
+        noise(options.data_dir)
+    elif options.what == "floor":
+        write(FLOOR, measure())
+    else:
+        write_docs(read(CELLS), read(NOISE), read(FLOOR))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The points of a step share one product of each quantised weight: its codes are read once.
+
+    before                                                  after
+    y_0 = zowrap.int8_linear(x_0, codes, scale_0, b, t)     p = zowrap.int8_points([x_0, x_1], codes, [scale_0, …], …)
+    y_1 = zowrap.int8_linear(x_1, codes, scale_1, b, t)     y_0 = p[0];  y_1 = p[1]
+
+    theta = zowrap.perturb_codes(codes, key, …)             p = zowrap.codes_points([x_0, x_1], codes, scale, …, key, …)
+    y_0 = zowrap.int8_linear(x_0, theta[0], scale, b, t)    y_0 = p[0];  y_1 = p[1]
+
+Integers add up exactly in any order and each row has its own scale, so the results are those of separate products.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from zowrap.passes.manager import Pass
+
+from zowrap.errors import ZOInternalError
+from zowrap.program import Program
+from zowrap.quant import code_operators, operators  # noqa: F401  (registers torch.ops.zowrap)
+
+
+class LowerQuantized(Pass):
+    """See the module."""
+
+    name = "lower_quantized"
+
+    def call(self, program: Program) -> str:
+        graph = program.graph
+        uses = graph.find_nodes(op="call_function", target=torch.ops.zowrap.int8_linear.default)
+        twins: dict[str, list[fx.Node]] = {}
+        for use in uses:
+            if "stream" in use.meta:
+                twins.setdefault(use.meta["stream"][0], []).append(use)
+        stacked = perturbed = 0
+        for group in twins.values():
+            group.sort(key=lambda use: use.meta["stream"][1])
+            theta = _theta(group[0].args[1])
+            if theta is not None:
+                _perturbed(graph, theta, group)
+                perturbed += 1
+            elif len(group) > 1:
+                _stacked(graph, group)
+                stacked += 1
+        return f"{stacked} products shared, {perturbed} along perturbed codes, {len(uses)} before"
+
+    def ensures(self, program: Program) -> None:
+        if program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_codes.default):
+            raise ZOInternalError("perturbed codes are left in the program")
+
+
+def _theta(codes: Any) -> fx.Node | None:
+    """The ``perturb_codes`` that a point's codes come from."""
+    source = codes.args[0] if codes.target is operator.getitem else None
+    return source if source is not None and source.target is torch.ops.zowrap.perturb_codes.default else None
+
+
+def _stacked(graph: fx.Graph, uses: list[fx.Node]) -> None:
+    x, codes, scale, bias, threshold = zip(*(use.args for use in uses), strict=True)
+    if len(set(codes)) > 1:
+        raise ZOInternalError("the points of a step multiply by different codes")
+    biases = [] if bias[0] is None else _each(bias)
+    _replace(
+        graph, uses, torch.ops.zowrap.int8_points.default, (_each(x), codes[0], _each(scale), biases, threshold[0])
+    )
+
+
+def _perturbed(graph: fx.Graph, theta: fx.Node, uses: list[fx.Node]) -> None:
+    x, _, scale, bias, threshold = zip(*(use.args for use in uses), strict=True)
+    codes, *direction = theta.args
+    biases = [] if bias[0] is None else _each(bias)
+    arguments = (_each(x), codes, scale[0], biases, threshold[0], *direction)
+    _replace(graph, uses, torch.ops.zowrap.codes_points.default, arguments)
+
+
+def _each(nodes: tuple[Any, ...]) -> list[Any]:
+    """One for each point, or a single one where all points share it."""
+    return [nodes[0]] if all(node is nodes[0] for node in nodes) else list(nodes)
+
+
+def _replace(graph: fx.Graph, uses: list[fx.Node], target: Any, arguments: tuple[Any, ...]) -> None:
+    with graph.inserting_before(uses[-1]):
+        fused = after = graph.call_function(target, arguments)
+    fused.meta["nn_module_stack"] = uses[0].meta.get("nn_module_stack")
+    for p, use in enumerate(uses):
+        with graph.inserting_after(after):
+            after = graph.call_function(operator.getitem, (fused, p))
+        after.meta = dict(use.meta)
+        use.replace_all_uses_with(after)
+    for use in uses:
+        graph.erase_node(use)

@@ -1,0 +1,120 @@
+"""Quantised runs on the disk: checkpoints, the trainer, replay, export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zowrap
+from tests.families import batch
+from tests.quant.models import logits, plain, quantized
+from zowrap import quant
+from zowrap.errors import ZOError
+from zowrap.export import export_run
+from zowrap.model import ZOModel
+from zowrap.quant import adapters, codes
+from zowrap.run import Run, load_checkpoint, load_weights, replay_run
+from zowrap.trainer import ZOConfig, ZOTrainer
+
+
+def wrap(way: str) -> ZOModel:
+    return zowrap.zo_wrap(quantized("opt"), "meazo", lr=1e-2, quantized=way, engine="eager", seed=3)
+
+
+@pytest.mark.parametrize("way", ["scales", "codes", "adapters"])
+def test_a_resumed_run_has_the_same_weights(way: str, tmp_path) -> None:
+    inputs = batch("opt", 4, 9)
+    whole = wrap(way)
+    for _ in range(2):
+        whole.step(**inputs)
+    checkpoint = Run(tmp_path).save_checkpoint(2, whole, {})
+    whole.step(**inputs)
+    resumed = wrap(way)
+    load_checkpoint(checkpoint, resumed)
+    resumed.step(**inputs)
+    for p, q in zip(whole.parameters, resumed.parameters, strict=True):
+        assert torch.equal(p.tensor, q.tensor), p.name
+
+
+def test_scales_are_taken_from_a_saved_model(tmp_path) -> None:
+    zm, other = wrap("scales"), wrap("scales")
+    zm.update(projected_grad=torch.tensor(1.0))
+    zm.save_pretrained(str(tmp_path))
+    load_weights(tmp_path, other)
+    for p, q in zip(zm.parameters, other.parameters, strict=True):
+        assert torch.allclose(p.tensor, q.tensor, atol=1e-6)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {name: value[0] for name, value in batch("opt", 1, 7, seed=i).items()}
+
+
+@pytest.mark.parametrize("way", ["scales", "codes"])
+def test_the_trainer_takes_a_purely_quantised_model_and_its_run_is_replayed(way: str, tmp_path) -> None:
+    model = quantized("opt")
+    args = ZOConfig(output_dir=str(tmp_path / "run"), max_steps=4, save_steps=2, lr="1e-2", rule="meazo",
+                    quantized=way, engine="eager", report_to="none", per_device_train_batch_size=4)  # fmt: skip
+    trainer = ZOTrainer(model, args, train_dataset=Rows())
+    trainer.train()
+    assert model.is_quantized
+    inputs = batch("opt", 4, 9)
+    tuned = logits(model, inputs)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "run"), inputs), tuned)
+    zm = replay_run(quantized("opt"), tmp_path / "run")
+    for p, q in zip(zm.parameters, trainer.zm.parameters, strict=True):
+        assert torch.equal(p.tensor, q.tensor), p.name
+    with pytest.raises(ZOError, match="other weights"):
+        replay_run(_other(quantized("opt")), tmp_path / "run")
+
+
+def _other(model: nn.Module) -> nn.Module:
+    for layer in quant.lower(model).values():
+        layer.SCB.mul_(2)
+    quant.raise_back(model)
+    return model
+
+
+# --- export ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "nf4 twice"])
+@pytest.mark.parametrize("form, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_dequantised_checkpoints_are_plain_ones(scheme: str, form: str, dtype: torch.dtype, tmp_path) -> None:
+    model = quantized("llama", scheme)
+    model.save_pretrained(tmp_path / "model")
+    export_run(tmp_path / "model", tmp_path / "plain", form=form)
+    other: Any = type(model).from_pretrained(tmp_path / "plain")
+    assert other.dtype == dtype and not getattr(other, "is_quantized", False)
+    weight = other.model.layers[0].mlp.up_proj.weight.float()
+    exact = plain("llama").model.layers[0].mlp.up_proj.weight
+    assert (weight - exact).norm() < (0.02 if scheme == "int8" else 0.2) * exact.norm()
+    if scheme == "int8" and form == "fp32":
+        layer = quant.lower(model)["model.layers.0.mlp.up_proj"]
+        assert torch.equal(weight, codes.values(layer.weight, codes.unit_of(layer.SCB)))
+
+
+def test_a_folder_without_adapters_has_none_to_export(tmp_path) -> None:
+    quantized("llama").save_pretrained(tmp_path / "model")
+    with pytest.raises(ZOError, match="holds no adapters"):
+        export_run(tmp_path / "model", tmp_path / "adapters", form="adapters")
+
+
+def test_merging_adapters_requantises_and_says_what_it_lost() -> None:
+    model, inputs = quantized("opt"), batch("opt", 4, 9)
+    zm = zowrap.zo_wrap(model, "zo_sgd", lr=0.5, quantized="adapters", engine="eager")
+    zm.update(projected_grad=torch.tensor(1.0))
+    tuned = logits(model, inputs)
+    errors = adapters.merge(model)
+    assert len(errors) == 12 and all(0 < error < 1 for error in errors.values())
+    assert not adapters.present(model)
+    spread = (logits(model, inputs) - tuned).abs().mean() / tuned.std()
+    assert 0 < spread < 0.1
+    with pytest.raises(ZOError, match="no adapters to merge"):
+        adapters.merge(model)

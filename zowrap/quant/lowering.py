@@ -1,0 +1,186 @@
+"""Lowering: quantised layers of a model ⇄ plain modules that can be captured and tuned, in place.
+
+    before                                     after
+    (q_proj): Linear8bitLt                     (q_proj): Int8Linear       the same codes and scales, as tensors
+
+No weight is copied and nothing of the library is changed; :func:`raise_back` puts the library's layers back, with the
+values that tuning left, so that the model saves and loads as the library's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from zowrap.errors import ZOError
+from zowrap.quant.linear import Int8Linear, Lowered, Nf4Linear
+from zowrap.quant.torchao import TorchaoLinear, is_int8_weight_only
+
+SUPPORTED = "bitsandbytes 8-bit (load_in_8bit) and 4-bit (load_in_4bit: nf4, fp4), torchao int8 weight-only"
+# Packages of other schemes, by the module that their layers come from.
+_OTHERS = {
+    "gptqmodel": "GPTQ",
+    "auto_gptq": "GPTQ",
+    "awq": "AWQ",
+    "eetq": "EETQ",
+    "hqq": "HQQ",
+    "quanto": "Quanto",
+    "aqlm": "AQLM",
+    "compressed_tensors": "compressed-tensors",
+    "fbgemm": "FBGEMM fp8",
+}
+
+
+def lowered(model: nn.Module) -> dict[str, Lowered]:
+    """The lowered layers of a model by name; one that stands in several places, by the first."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Lowered)}
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any layer of the model is quantised, lowered or not.
+
+    Raises:
+        ZOError: it is, in a way that is not supported.
+    """
+    check_scheme(model)
+    return any(isinstance(module, Lowered) or _lowering_of(module) is not None for module in model.modules())
+
+
+def lower(model: nn.Module) -> dict[str, Lowered]:
+    """Put a plain module in the place of every quantised layer. Returns all lowered layers by name.
+
+    Raises:
+        ZOError: a scheme that is not supported, or quantised layers on several devices.
+    """
+    check_scheme(model)
+    made: dict[int, Lowered] = {}
+
+    def replacement(module: nn.Module) -> nn.Module | None:
+        lowering = _lowering_of(module)
+        if lowering is None:
+            return None
+        if id(module) not in made:
+            made[id(module)] = lowering(module)
+        return made[id(module)]
+
+    if replacement(model) is not None:
+        raise ZOError("the model is a single quantised layer: put it into a module, which lowering can change")
+    _swap(model, replacement)
+    found = lowered(model)
+    devices = sorted({str(module.weight.device) for module in found.values()})
+    if len(devices) > 1:
+        raise_back(model)
+        raise ZOError(f"the quantised layers lie on several devices ({', '.join(devices)}): load the model onto one")
+    return found
+
+
+def raise_back(model: nn.Module) -> None:
+    """Put the library's own layers back, with the present values. The inverse of :func:`lower`."""
+    for module in lowered(model).values():
+        module.write_back()
+    _swap(model, lambda module: module.original if isinstance(module, Lowered) else None)
+
+
+@contextmanager
+def raised(model: nn.Module) -> Iterator[None]:
+    """The library's own layers inside, as for saving; afterwards the very same lowered ones."""
+    again = {id(module.original): module for module in lowered(model).values()}
+    raise_back(model)
+    try:
+        yield
+    finally:
+        for module in again.values():
+            module.take_again()
+        _swap(model, lambda module: again.get(id(module)))
+
+
+@contextmanager
+def accepted_by_the_trainer(model: nn.Module) -> Iterator[None]:
+    """Inside, a quantised model does not say that it is: ``transformers.Trainer`` refuses those without adapters.
+
+    What it refuses them for, a gradient of integers, is not needed here.
+    """
+    said = model.__dict__.get("is_quantized")
+    if said:
+        model.is_quantized = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if said:
+            model.is_quantized = said
+
+
+def _swap(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            other = None if child is None else replacement(child)
+            if other is not None:
+                parent._modules[name] = other
+
+
+# --- schemes --------------------------------------------------------------------------------------------------------
+
+
+def _lowering_of(module: nn.Module) -> Callable[[Any], Lowered] | None:
+    name = type(module).__name__
+    if _from(module, "bitsandbytes") or name in ("Linear8bitLt", "Linear4bit"):
+        import bitsandbytes.nn as library
+
+        if isinstance(module, library.Linear8bitLt):
+            return Int8Linear
+        if isinstance(module, library.Linear4bit):
+            return Nf4Linear
+    if isinstance(module, nn.Linear) and is_int8_weight_only(module.weight):
+        return TorchaoLinear
+    return None
+
+
+def _from(module: nn.Module, package: str) -> bool:
+    return any(base.__module__.split(".")[0] == package for base in type(module).__mro__)
+
+
+def check_scheme(model: nn.Module) -> None:
+    """Raise :class:`ZOError`, naming the scheme, unless every quantised layer is of a supported kind."""
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    name = str(getattr(method, "value", method) or "")
+    if name and name.lower() not in ("bitsandbytes", "torchao"):
+        raise _unsupported(name.upper() if len(name) <= 5 else name)
+    for where, module in model.named_modules():
+        for package, scheme in _OTHERS.items():
+            if _from(module, package):
+                raise _unsupported(scheme, where)
+        if not module._parameters and not module._buffers:
+            continue
+        if _from(module, "bitsandbytes"):
+            _check_bitsandbytes(where, module)
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            kind = type(tensor)
+            if tensor is None or isinstance(module, Lowered):
+                continue
+            if "float8" in str(tensor.dtype):
+                raise _unsupported("fp8", where)
+            if kind.__module__.startswith("torchao") and not is_int8_weight_only(tensor):
+                raise _unsupported(f"torchao {kind.__name__}", where)
+
+
+def _check_bitsandbytes(where: str, module: Any) -> None:
+    kind = type(module).__name__
+    if "Embedding" in kind:
+        raise _unsupported(f"bitsandbytes {kind}", where)
+    if hasattr(module, "state") and getattr(module.state, "has_fp16_weights", False):
+        raise ZOError(
+            f"{where} keeps 16-bit weights (llm_int8_has_fp16_weight) and rounds them in each forward: load the model "
+            "with BitsAndBytesConfig(load_in_8bit=True) alone"
+        )
+
+
+def _unsupported(scheme: str, where: str = "") -> ZOError:
+    at = f" ({where})" if where else ""
+    return ZOError(
+        f"this model is quantised by {scheme}{at}, which cannot be tuned here; these can: {SUPPORTED}. Or load it in "
+        "16 bit, or dequantise it first"
+    )

@@ -1,0 +1,189 @@
+"""The ways in which quantised weights move, and which one a model gets.
+
+    scales      the scale of each row moves, by its logarithm: W = codes · scale · exp(s) / 127       codes stay
+    codes       the integer codes move, by stochastic rounding (:mod:`zowrap.quant.codes`)            scales stay
+    adapters    LoRA on the quantised base moves (:mod:`zowrap.quant.adapters`)                       both stay
+
+*Scales* is QZO (2505.13430) in relative form: the probe scale · exp(±εz) and the update scale · exp(−η·clip(g, ±C)·z)
+keep every scale positive. The paper's own form, scale ± εz, does not. s is a tunable parameter like any other, so every
+rule applies. *Codes* is after QuZO (2502.12346).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from zowrap.errors import ZOError, ZOWarning, nearest
+from zowrap.noise import parameter_id
+from zowrap.parameters import Parameter, TrainableSpec, canonical_name, matches, select
+from zowrap.quant import adapters
+from zowrap.quant.codes import saturated_rows
+from zowrap.quant.linear import Int8Linear, Lowered
+from zowrap.quant.lowering import is_quantized, lower, lowered
+
+if TYPE_CHECKING:
+    from zowrap.directions import Direction
+    from zowrap.estimators import Estimator
+    from zowrap.rules import Rule
+
+WAYS = ("scales", "codes", "adapters")
+EPS = {"scales": 1e-2, "codes": 1e-3, "adapters": 1e-2}
+EPS_PLAIN = 1e-3  # in units of the weights: the field's choice for full tuning in float32
+# Below this the 8-bit activations' rounding is as large as the differences it hides (measured: docs/quantized.md).
+EPS_FLOOR = {"scales": 3e-3, "codes": 1e-4, "adapters": 1e-3}
+CLIP = 100.0  # C of the paper
+CODE_QUERIES = 64  # from here on a quadratic descends in codes nearly as in exact arithmetic; with 8 it does not
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the quantised weights of a model move.
+
+    Attributes:
+        name: one of :data:`WAYS`.
+        why: the reason, in words, where it was not asked for.
+    """
+
+    name: str
+    why: str
+
+
+def choose(model: nn.Module, asked: str | None) -> Way | None:
+    """The way for a model; None where nothing in it is quantised.
+
+    Raises:
+        ZOError: the way is unknown or not possible for the model's scheme, or the scheme is not supported.
+    """
+    if asked is not None and (not isinstance(asked, str) or asked not in WAYS):
+        raise ZOError(f"unknown quantized {asked!r}{nearest(str(asked), WAYS)}")
+    if not is_quantized(model):
+        if asked is not None:
+            raise ZOError(
+                f"quantized={asked!r} says how quantised weights move, and this model has none: load it with "
+                "quantization_config=BitsAndBytesConfig(load_in_8bit=True), or leave quantized out"
+            )
+        return None
+    layers = lower(model)
+    fixed = sorted({layer.scheme for layer in layers.values() if not hasattr(layer, "free_scales")})
+    if asked is None:
+        if adapters.present(model):
+            return Way("adapters", "the model has adapters")
+        if fixed:
+            return Way("adapters", f"the scales of {fixed[0]} weights are themselves rounded, and cannot move")
+        return Way("scales", "the default of 8-bit weights: one number per row moves, and the codes stay as they are")
+    if asked == "scales" and fixed:
+        raise ZOError(
+            f"quantized='scales' needs exact scales, and those of {fixed[0]} weights are rounded to 8 or 16 bit when "
+            "saved or computed with: use quantized='adapters'"
+        )
+    if asked == "codes" and not all(isinstance(layer, Int8Linear) for layer in layers.values()):
+        raise ZOError(
+            "quantized='codes' is for bitsandbytes 8-bit weights: one step of a 4-bit code is up to a quarter of the "
+            "largest weight of its block, and rounding to it drowns any update; use quantized='adapters'"
+        )
+    return Way(asked, "as asked")
+
+
+def parameters(model: nn.Module, way: Way, trainable: TrainableSpec, seed: int = 0) -> list[Parameter]:
+    """What moves, in state-dict order. Without ``trainable``: the scales, codes or adapters alone.
+
+    Where adapters are to move and there are none, fresh ones are put on the model, drawn by ``seed``. A pattern that
+    names a quantised weight means its scales or codes; unquantised weights move along where named.
+
+    Raises:
+        ZOError: nothing is left to tune.
+    """
+    if way.name == "adapters":
+        if not adapters.present(model):
+            adapters.attach(model, seed=seed)
+        return select(model, trainable)
+    layers = lowered(model)
+    chosen = _chooser(model, layers, trainable)
+    if way.name == "scales":
+        freed = {f"{name}.log_scale": (name, layer.free_scales()) for name, layer in layers.items()}  # type: ignore[operator]
+        found = select(model, lambda name, tensor: tensor.is_floating_point() and chosen(name))
+        scales = {id(tensor): layers[name].get_buffer("SCB" if isinstance(layers[name], Int8Linear) else "row_scale")
+                  for name, tensor in freed.values()}  # fmt: skip
+        return [Parameter(p.name, p.names, p.tensor, p.id, scales.get(id(p.tensor))) for p in found]
+    moving = []
+    for name, layer in layers.items():
+        layer.fix_scales()  # type: ignore[operator]
+        full = canonical_name(f"{name}.weight")
+        if chosen(full):
+            names = tuple(f"{n}.weight" for n, m in model.named_modules(remove_duplicate=False) if m is layer)
+            moving.append(Parameter(full, names, layer.weight, parameter_id(full), layer.get_buffer("SCB")))  # type: ignore[arg-type]
+    beside = trainable is not None
+    floats = _select_or_none(model, lambda name, tensor: beside and tensor.is_floating_point() and chosen(name))
+    if not moving and not floats:
+        raise ZOError("nothing is left to tune: trainable matches none of the model's parameters")
+    order = {name: i for i, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    return sorted([*moving, *floats], key=lambda p: order[p.names[0]])
+
+
+def _select_or_none(model: nn.Module, predicate: Callable[[str, Tensor], bool]) -> list[Parameter]:
+    if not any(predicate(canonical_name(name), tensor) for name, tensor in model.named_parameters()):
+        return []
+    return select(model, predicate)
+
+
+def _chooser(model: nn.Module, layers: dict[str, Lowered], trainable: TrainableSpec) -> Callable[[str], bool]:
+    """Whether a parameter of that canonical name moves; ``log_scale`` answers to ``weight`` as well."""
+    quantized = {canonical_name(f"{name}.{kind}") for name in layers for kind in ("weight", "log_scale")}
+    tensors: dict[str, Any] = {canonical_name(name): tensor for name, tensor in model.named_parameters()}
+
+    def chosen(name: str) -> bool:
+        known = [name, name.replace(".log_scale", ".weight")] if name in quantized else [name]
+        if trainable is None:
+            return name in quantized
+        if callable(trainable):
+            return any(bool(trainable(n, tensors.get(n))) for n in known)  # type: ignore[arg-type]
+        patterns = [trainable] if isinstance(trainable, str) else trainable
+        return any(matches(pattern, n) for n in known for pattern in patterns)
+
+    return chosen
+
+
+def check(way: Way, rule: Rule, law: Direction, estimator: Estimator, queries: int, eps: float) -> None:
+    """Raise :class:`ZOError` for what a way cannot do; warn of an ε or a write that rounding drowns."""
+    if way.name == "codes":
+        if law.lowrank is not None or estimator.per_example:
+            raise ZOError(f"quantized='codes' moves along directions of full rank: {law.name} is not one of them")
+        if rule.refresh is not None:
+            raise ZOError(f"quantized='codes' has no weights in floating point, which {rule.name} looks at")
+        if estimator.exact:
+            raise ZOError(f"integer codes have no derivative: estimator {estimator.name!r} does not apply")
+        if queries < CODE_QUERIES:
+            warnings.warn(
+                f"quantized='codes' rounds every write, and with queries={queries} the rounding outgrows the progress: "
+                f"take fewer, better steps, queries={CODE_QUERIES} or more (docs/quantized.md)",
+                ZOWarning,
+                stacklevel=4,
+            )
+    floor = EPS_FLOOR[way.name]
+    if eps < floor:
+        warnings.warn(
+            f"eps={eps:g} with quantized={way.name!r} is below {floor:g}, where the rounding of 8-bit activations "
+            "hides what the loss does: zowrap.quant.noise_floor measures it for a model and a batch",
+            ZOWarning,
+            stacklevel=4,
+        )
+
+
+def explain(way: Way, moving: Sequence[Parameter]) -> str:
+    """One sentence for ``inspect``: what moves, why so, and how many rows of codes have no room left."""
+    text = f"{way.name} move ({way.why})"
+    matrices = [p.tensor for p in moving if p.codes]
+    if matrices:
+        full, rows = sum(saturated_rows(codes) for codes in matrices), sum(len(codes) for codes in matrices)
+        text += f"; experimental; {full:,} of {rows:,} rows are full: their codes end at ±127"
+    return text
+
+
+def clipped(project: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Projected gradients cut to ±:data:`CLIP`: one wild difference must not move every scale by a factor."""
+    return lambda losses, eps: project(losses, eps).clamp(-CLIP, CLIP)
