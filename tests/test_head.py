@@ -66,6 +66,12 @@ def test_one_very_large_logit_is_no_overflow() -> None:
     assert torch.allclose(zo.head(1e4 * x, w, None, None, None, y), expected, rtol=1e-5)
 
 
+def test_labels_may_be_a_view_with_gaps() -> None:
+    x, w, y = given(length=2)
+    expected = token_sums(nn.functional.linear(x[:, 1:], w), y[:, 1:])
+    assert torch.allclose(zo.head(x[:, 1:], w, None, None, None, y[:, 1:]), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["shared factors", "factors of each row"])
 @pytest.mark.parametrize("labels", ["all", "some"])
 def test_low_rank_factors_join_the_logits(own, labels) -> None:

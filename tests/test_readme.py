@@ -60,7 +60,7 @@ def test_every_command_runs(models, data, tmp_path, zowrap_cli) -> None:
             words[words.index("--steps") + 1] = "2"
             words += ["--engine", "eager", "--batch-size", "4"]
         if words[0] == "bench":
-            words += ["--batch", "2", "--seq", "8", "--row", "gaussian", "--rounds", "1", "--no-memory"]
+            words += ["--batch", "2", "--seq", "8", "--row", "gaussian", "--rounds", "1", "--together"]
         outcome = zowrap_cli(*words)
         assert outcome.code == 0, (command, outcome.err[-2000:])
 

@@ -153,7 +153,7 @@ class _Tokens:
 
     def __init__(self, labels: Tensor, everything: bool = False) -> None:
         self.shape = labels.shape
-        flat = labels.reshape(-1)
+        flat = labels.reshape(-1).contiguous()  # of rows of one token the view has gaps
         counted = flat != IGNORED
         self.index = None
         if not everything and labels.device.type == "cpu" and not bool(counted.all()):
