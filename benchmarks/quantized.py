@@ -25,7 +25,7 @@ from benchmarks.quantized_floor import measure
 from benchmarks.quantized_report import write_docs
 from zowrap import quant, rules
 from zowrap.quant.codes import saturated_rows
-from zowrap.quant.noise_floor import noise_floor
+from zowrap.quant.floor import noise_floor
 
 RESULTS = Path(__file__).parent / "results"
 CELLS, NOISE, FLOOR = (RESULTS / f"quantized{end}.json" for end in ("", "_noise", "_floor"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from zowrap.quant.lowering import SUPPORTED, accepted_by_the_trainer, is_quantized, lower, lowered, raise_back, raised
 
 if TYPE_CHECKING:
-    from zowrap.quant.noise_floor import noise_floor
+    from zowrap.quant.floor import noise_floor
 
 __all__ = [
     "SUPPORTED",
@@ -25,7 +25,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "noise_floor":  # it needs the engines, which need this package
-        from zowrap.quant.noise_floor import noise_floor
+        from zowrap.quant.floor import noise_floor
 
         return noise_floor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
