@@ -91,8 +91,5 @@ def _write_out(program: Program, loss: fx.Node) -> None:
     copies = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
     with program.graph.inserting_before(loss):
         result = program.graph.graph_copy(traced.graph, copies)
-    for node in copies.values():
-        if "nn_module_stack" in loss.meta:
-            node.meta.setdefault("nn_module_stack", loss.meta["nn_module_stack"])
     loss.replace_all_uses_with(cast("fx.Node", result))
     program.graph.erase_node(loss)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 from zowrap.passes.manager import Pass
+from zowrap.passes.twins import once, replace
 
 from zowrap.errors import ZOInternalError
 from zowrap.program import Program
@@ -63,33 +64,20 @@ def _stacked(graph: fx.Graph, uses: list[fx.Node]) -> None:
     x, codes, scale, bias, threshold = zip(*(use.args for use in uses), strict=True)
     if len(set(codes)) > 1:
         raise ZOInternalError("the points of a step multiply by different codes")
-    biases = [] if bias[0] is None else _each(bias)
-    _replace(
-        graph, uses, torch.ops.zowrap.int8_points.default, (_each(x), codes[0], _each(scale), biases, threshold[0])
-    )
+    biases = [] if bias[0] is None else once(bias)
+    _fuse(graph, uses, torch.ops.zowrap.int8_points.default, (once(x), codes[0], once(scale), biases, threshold[0]))
 
 
 def _perturbed(graph: fx.Graph, theta: fx.Node, uses: list[fx.Node]) -> None:
     x, _, scale, bias, threshold = zip(*(use.args for use in uses), strict=True)
     codes, *direction = theta.args
-    biases = [] if bias[0] is None else _each(bias)
-    arguments = (_each(x), codes, scale[0], biases, threshold[0], *direction)
-    _replace(graph, uses, torch.ops.zowrap.codes_points.default, arguments)
+    biases = [] if bias[0] is None else once(bias)
+    arguments = (once(x), codes, scale[0], biases, threshold[0], *direction)
+    _fuse(graph, uses, torch.ops.zowrap.codes_points.default, arguments)
 
 
-def _each(nodes: tuple[Any, ...]) -> list[Any]:
-    """One for each point, or a single one where all points share it."""
-    return [nodes[0]] if all(node is nodes[0] for node in nodes) else list(nodes)
-
-
-def _replace(graph: fx.Graph, uses: list[fx.Node], target: Any, arguments: tuple[Any, ...]) -> None:
+def _fuse(graph: fx.Graph, uses: list[fx.Node], target: Any, arguments: tuple[Any, ...]) -> None:
     with graph.inserting_before(uses[-1]):
-        fused = after = graph.call_function(target, arguments)
+        fused = graph.call_function(target, arguments)
     fused.meta["nn_module_stack"] = uses[0].meta.get("nn_module_stack")
-    for p, use in enumerate(uses):
-        with graph.inserting_after(after):
-            after = graph.call_function(operator.getitem, (fused, p))
-        after.meta = dict(use.meta)
-        use.replace_all_uses_with(after)
-    for use in uses:
-        graph.erase_node(use)
+    replace(graph, uses, fused)

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
 from zowrap.passes.manager import Pass
 from zowrap.passes.products import Product, product_with
+from zowrap.passes.twins import once, replace
 
 from zowrap.program import Program
 
@@ -72,48 +72,28 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, values: list[fx.Node], uses: list[
         with graph.inserting_before(uses[0]):
             rows = graph.call_function(torch.ops.zowrap.perturb_rows.default, (weight, slots, ids, *rest))
         rows.meta["nn_module_stack"] = uses[0].meta.get("nn_module_stack")
-        _replace(graph, uses, rows, [None] * points)
+        replace(graph, uses, rows)
         return "embeddings"
     return None
 
 
 def _linear(graph: fx.Graph, theta: fx.Node, uses: list[fx.Node], products: list[Product]) -> None:
     weight, *rest, spec = theta.args
-    inputs, transposed = _once([p.x for p in products]), products[0].transposed
+    inputs, transposed = once([p.x for p in products]), products[0].transposed
     with graph.inserting_before(uses[-1]):
         product = graph.call_function(
             torch.ops.zowrap.perturb_linear.default, (inputs, weight, *rest, transposed, spec)
         )
     product.meta["nn_module_stack"] = uses[0].meta.get("nn_module_stack")
-    _replace(graph, uses, product, [p.bias for p in products])
+    replace(graph, uses, product, [p.bias for p in products])
 
 
 def _head(graph: fx.Graph, theta: fx.Node, uses: list[fx.Node]) -> None:
     weight, *rest, spec = theta.args
-    inputs, biases, labels = _once([u.args[0] for u in uses]), _once([u.args[2] for u in uses]), uses[0].args[5]
+    inputs, biases, labels = once([u.args[0] for u in uses]), once([u.args[2] for u in uses]), uses[0].args[5]
     with graph.inserting_before(uses[-1]):
         loss = graph.call_function(
             torch.ops.zowrap.perturb_head.default,
             (inputs, weight, [b for b in biases if b is not None], *rest, labels, spec),
         )
-    _replace(graph, uses, loss, [None] * len(uses))
-
-
-def _once(values: list[Any]) -> list[Any]:
-    """The value alone where all streams share it."""
-    return values[:1] if all(v is values[0] for v in values) else values
-
-
-def _replace(graph: fx.Graph, uses: list[fx.Node], fused: fx.Node, biases: list[Any]) -> None:
-    after = fused
-    for p, use in enumerate(uses):
-        with graph.inserting_after(after):
-            value = after = graph.call_function(operator.getitem, (fused, p))
-        if biases[p] is not None:
-            value.meta["nn_module_stack"] = use.meta.get("nn_module_stack")
-            with graph.inserting_after(value):
-                value = after = graph.call_function(aten.add.Tensor, (value, biases[p]))
-        value.meta = dict(use.meta)
-        use.replace_all_uses_with(value)
-    for use in uses:
-        graph.erase_node(use)
+    replace(graph, uses, loss)

@@ -108,18 +108,13 @@ def perturb_head(
     Args:
         x: ``[rows, length, inputs]`` for each point, or one that all points share; ``bias`` likewise, or none.
     """
-    kernel, points, columns = kernels.get(spec), coefficients.shape[0], w.shape[1]
     tokens = _Tokens(labels)
     inputs = [tokens.of(t) for t in x]
-    running = [_Running(tokens.labels) for _ in range(points)]
-    flat, flat_slots = w.reshape(-1), [s.reshape(-1) for s in slots]
-    for first, last in _vocabulary(w, inputs[0].shape[0]):
-        span = slice(first * columns, last * columns)
-        scratch = buffers("weights", w.dtype, w.device, points, (last - first) * columns)
-        parts = [s[: (last - first) * columns] for s in scratch]
-        kernel.perturb(flat[span], [s[span] for s in flat_slots], key, scale, scalars, coefficients, parts, span.start)
-        for p in range(points):
-            logits = _product(inputs[p % len(inputs)], parts[p].view(last - first, columns), p)
+    running = [_Running(tokens.labels) for _ in range(coefficients.shape[0])]
+    runs, kernel = _vocabulary(w, inputs[0].shape[0]), kernels.get(spec)
+    for first, last, weights in kernel.perturbed_chunks(w, slots, key, scale, scalars, coefficients, runs):
+        for p, weight in enumerate(weights):
+            logits = _product(inputs[p % len(inputs)], weight, p)
             running[p].add(logits + bias[p % len(bias)][first:last] if bias else logits, first)
     return [tokens.sums(r.losses()) for r in running]
 
@@ -185,7 +180,7 @@ class _Running:
         """``logits``: ``[tokens, classes]`` of the classes ``first …``."""
         key = (logits.dtype, logits.device)
         tensors = [logits, self.labels, self.highest, self.total, self.picked]
-        start = torch.tensor([first], device=logits.device)
+        start = kernels.offset(first, logits.device)
         if key not in _compiled:
             sizes: Sequence[tuple[int, ...]] = ((64, 96), (64,), (64,), (64,), (64,))
             examples = [t.new_zeros(size) for t, size in zip(tensors, sizes, strict=True)]
@@ -203,7 +198,7 @@ def _add(logits: Tensor, labels: Tensor, highest: Tensor, total: Tensor, picked:
     new = torch.maximum(highest, logits.amax(1))
     total.copy_(total * (highest - new).exp() + (logits - new.unsqueeze(1)).exp().sum(1))
     highest.copy_(new)
-    place = labels - first
+    place = labels - first[0]
     here = (place >= 0) & (place < logits.shape[1])
     own = logits.gather(1, place.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
     picked.copy_(torch.where(here, own, picked))

@@ -9,7 +9,7 @@ number of queries, weight decay), so that programs can refer to them and caches 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from zowrap.compiler import Compiled, compile_function
 from zowrap.directions import Direction, integer_squares
 from zowrap.lowrank import Layout, draw
 from zowrap.rules.base import Rule
+from zowrap.scratch import buffers
 from zowrap.step import at_least_float32, perturbed, update_leaf
 
 # Largest run of elements handled by one call. It divides 2³², so the high half of the element index is constant within
@@ -84,8 +85,36 @@ class Kernels:
             a, b = first - start, first - start + size
             part = [out_p[a:b] for out_p in out]
             inputs = [w[a:b], *[s[a:b] for s in slots], *part]
-            offset = _offset(first, w.device)
-            self._perturb_kernel(w.dtype, len(out), inputs, [key, scale, *scalars, coefficients, offset])
+            self._perturb_kernel(
+                w.dtype, len(out), inputs, [key, scale, *scalars, coefficients, offset(first, w.device)]
+            )
+
+    def perturbed_chunks(
+        self,
+        w: Tensor,
+        slots: Sequence[Tensor],
+        key,
+        scale,
+        scalars,
+        coefficients,
+        runs: Iterable[tuple[int, int]],
+    ) -> Iterator[tuple[int, int, list[Tensor]]]:
+        """``(first, last, rows at every point)`` for each run of rows of a matrix; the next run overwrites the scratch.
+
+        Args:
+            w: ``[rows, columns]``, ``slots`` likewise.
+            runs: ``(first, last)``.
+        """
+        columns, points = w.shape[1], coefficients.shape[0]
+        flat, flat_slots = w.reshape(-1), [s.reshape(-1) for s in slots]
+        for first, last in runs:
+            span = slice(first * columns, last * columns)
+            scratch = buffers("weights", w.dtype, w.device, points, span.stop - span.start)
+            parts = [s[: span.stop - span.start] for s in scratch]
+            self.perturb(
+                flat[span], [s[span] for s in flat_slots], key, scale, scalars, coefficients, parts, span.start
+            )
+            yield first, last, [part.view(last - first, columns) for part in parts]
 
     def _perturb_kernel(self, dtype: torch.dtype, points: int, arrays: list[Tensor], small: list[Tensor]) -> None:
         slots = len(self.read_names)
@@ -158,9 +187,7 @@ class Kernels:
         total = torch.zeros((), dtype=torch.int64, device=like.device)
         for first, size in _segments(0, like.numel()):
             part = like[first : first + size]
-            total = (
-                total + self._run(("norm", like.dtype), kernel, [part], [key, _offset(first, like.device), table])[0]
-            )
+            total = total + self._run(("norm", like.dtype), kernel, [part], [key, offset(first, like.device), table])[0]
         return total
 
     # --- update -----------------------------------------------------------------------------------------------
@@ -223,7 +250,7 @@ class Kernels:
                 *hyper,
                 rounding_key,
                 apply,
-                _offset(first, w.device),
+                offset(first, w.device),
                 table,
             ]
             self._run(("update", w.dtype, queries, decay), kernel, arrays, small)
@@ -266,7 +293,7 @@ class Kernels:
         for first, size in _segments(start, w.numel()):
             a, b = first - start, first - start + size
             arrays = [t[a:b] for t in (w, *slots, g)]
-            small = [*coefficients, *hyper, rounding_key, apply, _offset(first, w.device)]
+            small = [*coefficients, *hyper, rounding_key, apply, offset(first, w.device)]
             self._run(("along", w.dtype, decay), kernel, arrays, small)
 
     def warm(
@@ -338,7 +365,7 @@ def _segments(start: int, count: int) -> Iterator[tuple[int, int]]:
 _offsets: dict[tuple[int, torch.device], Tensor] = {}
 
 
-def _offset(first: int, device: torch.device) -> Tensor:
+def offset(first: int, device: torch.device) -> Tensor:
     """int32 ``[2]``: low and high half of an element index, kept per device (chunk starts recur every step)."""
     key = (first, device)
     if key not in _offsets:

@@ -177,18 +177,13 @@ def perturb_linear(
     inputs = [t.reshape(-1, t.shape[-1]) for t in x]
     rows, columns = w.shape
     outputs = columns if transposed else rows
-    chunk = longest(rows, columns)
-    scratch = buffers("weights", w.dtype, w.device, points, chunk * columns)
-    flat, flat_slots = w.reshape(-1), [s.reshape(-1) for s in slots]
     # A transposed product adds up over the chunks: in float32, so that 16-bit sums do not lose the later chunks.
-    sums = torch.float32 if transposed and chunk < rows else w.dtype
+    sums = torch.float32 if transposed and longest(rows, columns) < rows else w.dtype
     out = [torch.empty((inputs[0].shape[0], outputs), dtype=sums, device=w.device) for _ in range(points)]
-    for first, last in chunks(rows, columns):
-        span = slice(first * columns, last * columns)
-        parts = [s[: (last - first) * columns] for s in scratch]
-        kernel.perturb(flat[span], [s[span] for s in flat_slots], key, scale, scalars, coefficients, parts, span.start)
-        for p in range(points):
-            weight, source = parts[p].view(last - first, columns), inputs[p % len(inputs)]
+    runs = chunks(rows, columns)
+    for first, last, weights in kernel.perturbed_chunks(w, slots, key, scale, scalars, coefficients, runs):
+        for p, weight in enumerate(weights):
+            source = inputs[p % len(inputs)]
             if not transposed:
                 torch.mm(source, weight.t(), out=out[p][:, first:last])
             elif first == 0:

@@ -33,8 +33,8 @@ def longest(rows: int, columns: int) -> int:
 
 
 def buffers(purpose: str, dtype: torch.dtype, device: torch.device, count: int, size: int) -> list[Tensor]:
-    """``count`` flat tensors of at least ``size`` elements, the same ones at every call of that purpose."""
+    """``count`` flat tensors of at least ``size`` elements, zeros when made, the same at every call of that purpose."""
     key = (purpose, dtype, device, count)
     if key not in _kept or _kept[key][0].numel() < size:
-        _kept[key] = [torch.empty(size, dtype=dtype, device=device) for _ in range(count)]
+        _kept[key] = [torch.zeros(size, dtype=dtype, device=device) for _ in range(count)]
     return _kept[key]

@@ -14,17 +14,8 @@ from torch import Tensor
 
 from zowrap import kernels, noise
 from zowrap.quant import codes as integer
-from zowrap.quant.operators import products, rows_at_once
-
-_scratch: dict[tuple[str, torch.device], Tensor] = {}
-
-
-def _scratch_of(name: str, device: torch.device, size: int) -> Tensor:
-    """float32 ``[size]``, kept between calls; zeros when it is made."""
-    kept = _scratch.get((name, device))
-    if kept is None or kept.numel() < size:
-        kept = _scratch[name, device] = torch.zeros(size, device=device)
-    return kept[:size]
+from zowrap.quant.operators import products
+from zowrap.scratch import buffers, chunks, longest
 
 
 @torch.library.custom_op("zowrap::perturb_codes", mutates_args=())
@@ -72,13 +63,12 @@ def codes_points(
     rows = [t.reshape(-1, t.shape[-1]).float() for t in x]
     stacked = rows[0] if len(rows) == 1 else torch.cat(rows)
     outputs, columns = codes.shape
-    chunk = min(outputs, rows_at_once(columns))
-    zeros, z = (_scratch_of(name, codes.device, chunk * columns) for name in ("zeros", "direction"))
+    most = longest(outputs, columns) * columns
+    zeros, z = (buffers(name, torch.float32, codes.device, 1, most)[0] for name in ("zeros", "direction"))
     one = torch.ones(1, device=codes.device)
     change = torch.empty((stacked.shape[0], outputs), device=codes.device)
     flat_slots = [s.reshape(-1) for s in slots]
-    for first in range(0, outputs, chunk):
-        last = min(first + chunk, outputs)
+    for first, last in chunks(outputs, columns):
         size, start = (last - first) * columns, first * columns
         parts = [s[start : start + size] for s in flat_slots]
         kernel.perturb(zeros[:size], parts, key, scale, scalars, one, [z[:size]], start)
@@ -116,11 +106,10 @@ def update_codes_(
     """The rule's update of one matrix of codes, in place; see :meth:`zowrap.kernels.Kernels.update`."""
     kernel, unit = kernels.get(spec), integer.unit_of(row_scale)
     outputs, columns = codes.shape
-    chunk = min(outputs, rows_at_once(columns))
-    old, new = (_scratch_of(name, codes.device, chunk * columns) for name in ("old weights", "new weights"))
+    most = longest(outputs, columns) * columns
+    old, new = (buffers(name, torch.float32, codes.device, 1, most)[0] for name in ("old weights", "new weights"))
     flat_slots = [s.view(-1) for s in slots]
-    for first in range(0, outputs, chunk):
-        last = min(first + chunk, outputs)
+    for first, last in chunks(outputs, columns):
         size, start = (last - first) * columns, first * columns
         old[:size].copy_(integer.values(codes[first:last], unit[first:last]).view(-1))
         new[:size].copy_(old[:size])

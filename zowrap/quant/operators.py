@@ -11,7 +11,6 @@ bitsandbytes 0.50, LLM.int8() (2208.07339), QLoRA (2305.14314).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -92,8 +91,3 @@ def nf4_linear(
 @nf4_linear.register_fake
 def _(x, packed, absmax, code, shape, blocksize, bias):
     return x.new_empty((*x.shape[:-1], shape[0]))
-
-
-def rows_at_once(columns: int, elements: int = 1 << 20) -> int:
-    """Rows of a matrix whose float32 copy is a scratch of a few MB."""
-    return max(1, math.floor(elements / max(columns, 1)))
