@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow bench-gpu lint format clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,10 @@ test: $(VENV)/ready  ## the default suite, in parallel
 
 test-slow: $(VENV)/ready  ## the cases that take minutes
 	$(BIN)/python -m pytest -m slow
+
+bench-gpu: $(VENV)/ready  ## an hour on one NVIDIA GPU: benchmarks/results/gpu and docs/gpu.md
+	$(BIN)/python -m benchmarks.gpu run
+	$(BIN)/python -m benchmarks.gpu docs
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -181,11 +181,16 @@ class _Running:
         key = (logits.dtype, logits.device)
         tensors = [logits, self.labels, self.highest, self.total, self.picked]
         start = kernels.offset(first, logits.device)
+        if logits.is_cuda:
+            from zowrap.gpu import cross_entropy
+
+            return cross_entropy.add(logits, self.labels, self.highest, self.total, self.picked, start)
         if key not in _compiled:
             sizes: Sequence[tuple[int, ...]] = ((64, 96), (64,), (64,), (64,), (64,))
             examples = [t.new_zeros(size) for t, size in zip(tensors, sizes, strict=True)]
             _compiled[key] = compile_function(_add, [*examples, start], range(5))
         _compiled[key](*tensors, start)
+        return None
 
     def losses(self) -> Tensor:
         """float32, one per token; 0 where the label is ignored."""

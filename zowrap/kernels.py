@@ -9,7 +9,8 @@ number of queries, weight decay), so that programs can refer to them and caches 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ class Kernels:
         own = {name: numbers.pop(name) for name in self.rule.slot_names("parameter")}
         seen = {**dict(zip(self.read_names, slots, strict=True)), **own}
         return self.rule.direction(u, at_least_float32(w), seen, numbers)
+
+    def points(self, w, low, high, slots, key, scale, scalars, coefficients, table, count: int) -> tuple[Tensor, ...]:
+        """``w + coefficients[p] · z`` for so many points, elementwise; ``low``, ``high``: int32 halves of the index."""
+        z = self._direction(low, high, key, scale, w, slots, scalars, table)
+        return tuple(perturbed(w, z, coefficients[p]) for p in range(count))
 
     def _flat_index(self, like: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         return torch.arange(like.shape[0], dtype=torch.int32, device=like.device) + offset[0], offset[1]
@@ -124,9 +130,9 @@ class Kernels:
             w, slot_values, out = inputs[0], inputs[1 : 1 + slots], inputs[1 + slots : 1 + slots + points]
             key, scale, *scalars, coefficients, offset, table = inputs[1 + slots + points :]
             low, high = self._flat_index(w, offset)
-            z = self._direction(low, high, key, scale, w, slot_values, scalars, table)
-            for p in range(points):
-                out[p].copy_(perturbed(w, z, coefficients[p]))
+            values = self.points(w, low, high, slot_values, key, scale, scalars, coefficients, table, points)
+            for out_p, value in zip(out, values, strict=True):
+                out_p.copy_(value)
             return ()
 
         self._run(("perturb", dtype, points), kernel, arrays, [*small, table])
@@ -151,8 +157,7 @@ class Kernels:
             key, scale, *scalars, coefficients, table = inputs[2 + count :]
             columns = torch.arange(w.shape[1], dtype=torch.int64, device=w.device)
             low, high = noise.split_index(rows.unsqueeze(1) * w.shape[1] + columns)
-            z = self._direction(low, high, key, scale, w, slot_values, scalars, table)
-            return tuple(perturbed(w, z, coefficients[p]) for p in range(points))
+            return self.points(w, low, high, slot_values, key, scale, scalars, coefficients, table, points)
 
         small = [key, scale, *scalars, coefficients, table]
         return list(self._run(("rows", w.dtype, points), kernel, [w, rows, *slots], small))
@@ -336,9 +341,18 @@ class Kernels:
             rows_kernel = arrays[0].ndim == 2
             sizes = {1: (64,) if rows_kernel else (_EXAMPLE,), 2: (64, 96)}  # equal sizes here become one symbol
             examples = [a.new_zeros(sizes[a.ndim]) for a in arrays]
-            self._compiled[key] = compile_function(kernel, [*examples, *small], range(len(arrays)))
+            self._compiled[key] = compile_loop(kernel, [*examples, *small], range(len(arrays)))
         with torch.no_grad():
             return self._compiled[key](*arrays, *small)
+
+
+def compile_loop(function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]) -> Compiled:
+    """An elementwise function as a loop: in C++ for a CPU, in Triton for a GPU."""
+    if examples[0].is_cuda:
+        from zowrap.gpu import loops
+
+        return loops.compile_loop(function, examples, dynamic)
+    return compile_function(function, examples, dynamic)
 
 
 _registry: dict[str, Kernels] = {}

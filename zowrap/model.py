@@ -24,6 +24,7 @@ from zowrap.errors import ZOError
 from zowrap.loss import LossModule, rows_of
 from zowrap.measured import Measured, Measurement
 from zowrap.parameters import Parameter, parameters_hash
+from zowrap.recorded import recorder_for
 from zowrap.rules import Rule
 from zowrap.rules.base import check_positive
 from zowrap.state import check_state
@@ -119,6 +120,8 @@ class ZOModel:
         self._begun: Streams | None = None  # the current step's directions
         self._measured = Measured()
         self._shapes: dict[str, Any] | None = None  # the last batch, on the meta device
+        self._device_step: Tensor | None = None  # the step's number, 0-d int64, while a step is recorded
+        self._recorder = recorder_for(self)
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -130,6 +133,10 @@ class ZOModel:
                 reaches ``loss_fn`` as a dictionary. One dictionary may be given instead: ``step(batch)``.
         """
         self.discard()
+        if self._recorder is not None:
+            result = self._recorder.step(_named(batches, batch))
+            if result is not None:
+                return result
         self.accumulate(*batches, **batch)
         return self.update()
 
@@ -175,7 +182,9 @@ class ZOModel:
         weights = self._checked_weights(losses, weights)
         streams = [self._streams.population(range(losses.shape[1]))] if per_example else self._streams.queries
         block, points = streams[0].block, len(self._points)
-        done = torch.tensor(float(self.step_count), device=job.device)
+        done = torch.full((), float(self.step_count), device=job.device)
+        if self._device_step is not None:
+            done = self._device_step.float()
         conclusion = conclude(
             job.rule,
             job.project,
@@ -187,16 +196,20 @@ class ZOModel:
             weights,
             losses[points:] if job.rule.candidates else None,
         )
-        rounding = noise.derive_keys(self.seed, self.step_count, 0, self._ids, noise.TAG_ROUNDING)
+        rounding = noise.derive_keys(self.seed, self._now, 0, self._ids, noise.TAG_ROUNDING)
         self._engine.update(streams, rounding, conclusion)
         self._streams.keep(conclusion.apply)
-        facts = {"step": self.step_count, "seed": self.seed, **self._values}
+        facts = self._facts()
         g = conclusion.projected_grad
         single = job.queries == 1 and not per_example
         result = StepResult(conclusion.loss, g[0] if single else g, ~conclusion.apply, losses, weights, facts)
         self.step_count += 1
         self.discard()
         return result
+
+    def _facts(self) -> dict[str, Any]:
+        """What the journal says of the current step beside its losses."""
+        return {"step": self.step_count, "seed": self.seed, **self._values}
 
     def peek(self) -> tuple[Tensor, Tensor]:
         """What :meth:`update` would conclude from the accumulated micro-batches; nothing moves.
@@ -344,10 +357,18 @@ class ZOModel:
     def _streams(self) -> Streams:
         """The directions of the current step."""
         if self._begun is None:
-            job, step = self._job, self.step_count
-            block = block_lib.active(step, len(job.blocks), self.block_order, self.seed)
-            self._begun = Streams(job, self._engine, self._ids, self.seed, step, block)
+            self._begun = Streams(self._job, self._engine, self._ids, self.seed, self._now, self._block)
         return self._begun
+
+    @property
+    def _block(self) -> int:
+        """The block that the current step moves."""
+        return block_lib.active(self.step_count, len(self._job.blocks), self.block_order, self.seed)
+
+    @property
+    def _now(self) -> int | Tensor:
+        """The current step as what noise is derived from."""
+        return self.step_count if self._device_step is None else self._device_step
 
     def _prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         inputs = {}

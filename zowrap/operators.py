@@ -177,6 +177,12 @@ def perturb_linear(
     inputs = [t.reshape(-1, t.shape[-1]) for t in x]
     rows, columns = w.shape
     outputs = columns if transposed else rows
+    if w.is_cuda:
+        from zowrap.gpu import product
+
+        if product.applies(inputs, w):
+            out = product.perturbed_products(inputs, w, slots, key, scale, scalars, coefficients, transposed, spec)
+            return [o.view(*x[p % len(x)].shape[:-1], outputs) for p, o in enumerate(out)]
     # A transposed product adds up over the chunks: in float32, so that 16-bit sums do not lose the later chunks.
     sums = torch.float32 if transposed and longest(rows, columns) < rows else w.dtype
     out = [torch.empty((inputs[0].shape[0], outputs), dtype=sums, device=w.device) for _ in range(points)]

@@ -38,3 +38,8 @@ def buffers(purpose: str, dtype: torch.dtype, device: torch.device, count: int, 
     if key not in _kept or _kept[key][0].numel() < size:
         _kept[key] = [torch.zeros(size, dtype=dtype, device=device) for _ in range(count)]
     return _kept[key]
+
+
+def all_buffers() -> list[Tensor]:
+    """Every buffer there is: whoever refers to them by address keeps them alive with this."""
+    return [tensor for tensors in _kept.values() for tensor in tensors]

@@ -21,10 +21,11 @@ class Streams:
 
     Args:
         ids: int64 ``[parameters]``.
+        step: a number, or 0-d int64 on the device while the step is recorded.
         block: the active block.
     """
 
-    def __init__(self, job: Job, engine: Engine, ids: Tensor, seed: int, step: int, block: int) -> None:
+    def __init__(self, job: Job, engine: Engine, ids: Tensor, seed: int, step: int | Tensor, block: int) -> None:
         self.job, self.engine, self.ids, self.seed, self.step, self.block = job, engine, ids, seed, step, block
         self._refreshed: list[tuple[Tensor, Tensor]] = []  # state that the step renewed, and its value before
 
@@ -90,6 +91,7 @@ class Streams:
         """What the rule's direction needs beside noise: renewed numbers, and global sums over the block's state."""
         job = self.job
         if job.rule.refresh is not None and self.step:
+            assert isinstance(self.step, int)  # such a step is not recorded
             for i, parameter in enumerate(job.parameters):
                 for name, value in (job.rule.refresh(parameter.tensor, self.step) or {}).items():
                     self._refreshed.append((job.slots[name][i], job.slots[name][i].clone()))
@@ -101,5 +103,5 @@ class Streams:
             for i in job.blocks[self.block].indices:
                 for name, total in reduced(job.rule.reduce, job.slots_of(i)).items():
                     sums[name] = sums[name] + total if name in sums else total
-        sums["count"] = torch.tensor(float(job.count(self.block)), dtype=torch.float64, device=job.device)
+        sums["count"] = torch.full((), float(job.count(self.block)), dtype=torch.float64, device=job.device)
         return job.rule.direction_scalars(job.states[self.block], sums, job.hyper)

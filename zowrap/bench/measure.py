@@ -38,6 +38,11 @@ def interleaved(contenders: Sequence[Contender], rounds: int) -> dict[str, list[
     return found
 
 
+def seconds(contender: Contender, rounds: int) -> list[float]:
+    """Seconds per step, one round after another."""
+    return [_seconds(contender) for _ in range(rounds)]
+
+
 def _seconds(contender: Contender) -> float:
     """Of one step."""
     _synchronise()

@@ -1,0 +1,80 @@
+"""``docs/gpu.md`` from the committed JSON, one section for each GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.performance.docs import _spread, _table
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+PAGE = ROOT / "docs" / "gpu.md"
+
+HEAD = """# On a GPU
+
+`make bench-gpu` measures all of it on the machine it runs on: whole steps against two plain forwards compiled with
+`mode="reduce-overhead"`, in one process, each between two of the yardstick's; the classic in-place MeZO step; and AdamW
+with gradient checkpointing on all weights and on LoRA adapters. Beside each stands what bounds it from below: bytes
+moved against those of two forwards, and the integer operations of its noise. Tables are generated from
+`benchmarks/results/gpu` by `python -m benchmarks.gpu docs`.
+
+What is different on a GPU:
+
+- *Kernels are Triton*, written from the same functions as the C++ loops and the eager engine, and rounding after every
+  operation as these do: noise, perturbed weights and updates are bit for bit those of a CPU, given the same losses.
+  The tests run every kernel through Triton's interpreter on a CPU.
+- *Products of up to 128 tokens* read a weight once for both sides of a direction and make its perturbed forms in
+  registers. With more tokens each block of them would make the noise again: there row chunks pass through a scratch.
+  The choice follows the shape alone, so a resumed run adds up in the same order.
+- *A step is one CUDA graph* from the second batch of a kind on (names, shapes, dtypes): batch, step number, η, ε and
+  state lie on the device, a step that is not finite is skipped there, and nothing waits. Eight kinds are kept; others
+  run as they are. `sparse_mezo`, which renews its thresholds on some steps alone, is not recorded.
+"""
+
+NOTHING = """## No figures yet
+
+Nothing on this page has been measured on a GPU. The arithmetic of the kernels is tested in Triton's interpreter and the
+recording of steps with a trace in place of a CUDA graph; their speed is not known.
+"""
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *(map(_section, results) if results else [NOTHING])])
+
+
+def write() -> None:
+    """The page from the kept results."""
+    paths = sorted(RESULTS.glob("*.json"))
+    PAGE.write_text(page([load(path) for path in paths]), encoding="utf-8")
+
+
+def _section(result: dict[str, Any]) -> str:
+    machine, cases = result["machine"], dict.fromkeys(row["case"] for row in result["rows"])
+    parts = [f"## {machine['gpu']}\n", f"torch {machine['torch']}, {result['rounds']} rounds.\n"]
+    for case in cases:
+        rows = [_cells(row) for row in result["rows"] if row["case"] == case]
+        head = ["", "a step", "ratio (quartiles)", "peak", "of inference", "bytes", "integer operations"]
+        parts += [f"### {case}\n", _table(head, rows)]
+    return "\n".join(parts)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if "error" in row:
+        return [row["row"], row["error"], "", "", "", "", ""]
+    costs, peak = row.get("costs"), row["peak"]
+    return [
+        row["row"],
+        f"{row['seconds']['median'] * 1e3:.1f} ms",
+        _spread(row["ratio"]) if "ratio" in row else "",
+        "" if peak is None else f"{peak / 1e9:.2f} GB",
+        "" if peak is None else f"{peak / (row['resting'] + row['inference']):.2f}",
+        "" if costs is None else f"{costs['bytes'] / costs['bytes_of_two_forwards']:.2f}",
+        "" if costs is None else f"{costs['integer_operations'] / 1e9:.0f} G",
+    ]

@@ -1,0 +1,44 @@
+"""Triton's interpreter, made to treat bfloat16 as hardware does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter cuts off the bits that a GPU rounds, and multiplies matrices of the bit patterns."""
+    pytest.importorskip("triton", reason="the kernels for a GPU are written in Triton")
+    if torch.cuda.is_available():
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cut = interpreter._convert_float
+
+    def convert(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source, target) == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(values.copy()).to(torch.bfloat16)
+            return rounded.view(torch.int16).numpy().view("uint16")
+        return cut(values, source, target, mode)
+
+    def wide(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle(cut(handle.data, tl.bfloat16, tl.float32, None).view("float32"), tl.float32)
+
+    def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return multiply(builder, wide(a), wide(b), *rest)
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the kernels run: on a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

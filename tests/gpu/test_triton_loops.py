@@ -1,0 +1,171 @@
+"""Kernels over elements, written as Triton, against the functions that they were written from: bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import zowrap
+from zowrap import kernels, noise
+from zowrap.compiler import Compiled
+from zowrap.errors import ZOInternalError
+from zowrap.gpu import loops
+from zowrap.quant import code_operators
+from zowrap.rules import REGISTRY
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DIRECTIONS = ("rademacher", "sphere", "cone", "sparse(0.5)", "lowrank(1)")
+CASES = [
+    *((rule, None, dtype) for rule in REGISTRY for dtype in DTYPES[:2]),
+    *((rule, None, dtype) for rule in ("zo_sgd", "meazo") for dtype in DTYPES[2:]),
+    *((rule, direction, torch.bfloat16) for rule in ("zo_sgd", "zo_adam") for direction in DIRECTIONS),
+]
+
+
+class RoundedRoots(TorchDispatchMode):
+    """Eager torch takes roots through a library that errs by a bit here and there; compiled code rounds correctly."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.sqrt.default and not args[0].is_cuda:
+            return torch.from_numpy(np.sqrt(args[0].numpy()))
+        return func(*args, **(kwargs or {}))
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit, NaN included."""
+    return one.dtype == other.dtype and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every kernel runs twice, as Triton and as the plain function; the names of what was compared."""
+    names: list[str] = []
+
+    def compile_both(function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]) -> Compiled:
+        loop = loops.compile_loop(function, examples, dynamic)
+
+        def call(*inputs: Tensor) -> Sequence[Tensor]:
+            copies = [t.clone() if i in dynamic else t for i, t in enumerate(inputs)]
+            returned = loop(*inputs)
+            with RoundedRoots():
+                expected = function(*copies)
+            assert all(map(same, inputs, copies)) and all(map(same, returned, expected))
+            assert len(returned) == len(expected)
+            names.append(function.__qualname__)
+            return returned
+
+        return Compiled(call, 0.0, False)
+
+    monkeypatch.setattr(kernels, "compile_loop", compile_both)
+    monkeypatch.setattr(kernels, "_registry", {})
+    monkeypatch.setattr(loops, "BLOCK", 256)
+    return names
+
+
+def kernels_of(rule: str, direction: str | None, dtype: torch.dtype, device: torch.device) -> Any:
+    """A wrapped layer, which holds them; skipped where the rule does not take the direction."""
+    layer = torch.nn.Linear(5, 3).to(device, dtype)
+    try:
+        return zowrap.zo_wrap(
+            layer, rule, lr=1e-2, direction=direction, loss_fn=lambda m, b: m(b["x"]).sum(-1), weight_decay=0.1
+        )
+    except zowrap.ZOError as error:
+        pytest.skip(f"refused: {error}")
+
+
+@pytest.mark.parametrize(("rule", "direction", "dtype"), CASES, ids=str)
+def test_every_rule_perturbs_and_updates_as_the_reference(
+    rule: str, direction: str | None, dtype: torch.dtype, checked: list[str], device: torch.device
+) -> None:
+    zm = kernels_of(rule, direction, dtype, device)
+    kernel, job = zm._engine.kernels, zm._job
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, of)
+
+    key = torch.tensor([123456789, -987654321], dtype=torch.int32, device=device)
+    shapes = {name: tuple(shape) for name, shape in kernel.coefficient_shapes.items()}
+    hyper = [torch.tensor(v, device=device) for v in (1e-2, 1e-3, 0.1)]
+    # From the middle of a parameter that is longer than 2³² elements.
+    w, start = random(1003, of=dtype), (1 << 32) + 77
+    slots = [random(1003).abs() for _ in kernel.slot_names]
+    for apply in (torch.tensor(True, device=device), torch.tensor(False, device=device)):
+        if job.direction.lowrank is not None:
+            coefficients = [random(*shape).abs() for name, shape in shapes.items() if name != "g"]
+            kernel.update_along(w, slots, random(1003), key, coefficients, hyper, apply, True, start)
+            continue
+        scalars = [random().abs() for _ in kernel.scalar_names]
+        seen = [slots[kernel.slot_names.index(name)] for name in kernel.read_names]
+        points = random(3)
+        kernel.perturb(w, seen, key, hyper[0], scalars, points, [torch.empty_like(w) for _ in range(3)], start)
+        ids = torch.tensor([7, 0, 4_000_000_000], device=device)
+        table = [t[:51].view(3, 17) for t in (w, *seen)]
+        kernel.perturb_rows(table[0], table[1:], ids, key, hyper[0], scalars, points, 3)
+        if job.direction.needs_norm:
+            kernel.squared_norm(w, key)
+        named = [random(*shape).abs() for shape in shapes.values()]
+        keys = [key + i for i in range(job.queries)]
+        kernel.update(w, slots, keys, [hyper[0]] * job.queries, scalars, key, named, hyper, apply, True, start)
+    written = 2 if job.direction.lowrank is not None else 6
+    assert len(checked) >= written and torch.isfinite(w).all()
+
+
+def test_codes_are_written_as_the_reference_writes_them(checked: list[str], device: torch.device) -> None:
+    zm = kernels_of("zo_sgd", None, torch.float32, device)
+    codes = torch.randint(-127, 128, (6, 33), dtype=torch.int8, device=device)
+    before, old = codes.clone(), torch.randn(6, 33, device=device)
+    unit = torch.rand(6, device=device)
+    unit[2] = 0
+    key = torch.tensor([1, 2], dtype=torch.int32, device=device)
+    args = (old, old + 0.3 * torch.randn_like(old), unit, 0, key)
+    code_operators._write(zm._engine.kernels, codes, *args, torch.tensor(False, device=device))
+    assert torch.equal(codes, before)
+    code_operators._write(zm._engine.kernels, codes, *args, torch.tensor(True, device=device))
+    assert len(checked) == 2 and not torch.equal(codes, before) and torch.equal(codes[2], before[2])
+
+
+@pytest.mark.parametrize("law", noise.LAWS)
+def test_noise_has_the_bits_of_the_reference(law: str, device: torch.device) -> None:
+    def draw(out: Tensor, key: Tensor, table: Tensor) -> tuple:
+        index = torch.arange(out.shape[0], dtype=torch.int32, device=out.device)
+        out.copy_(noise.LAWS[law](noise.hash_bits(index, 0, key), table))
+        return ()
+
+    key = torch.tensor([-5, 77], dtype=torch.int32, device=device)
+    out = torch.empty(5000, device=device)
+    table = noise.gaussian_table(device)
+    loops.compile_loop(draw, [torch.empty(64, device=device), key, table], [0])(out, key, table)
+    assert torch.equal(out.cpu(), noise.draw(law, key.cpu(), (5000,)))
+
+
+def test_nothing_beyond_the_end_is_touched(device: torch.device) -> None:
+    def fill(out: Tensor) -> tuple:
+        out.copy_(torch.arange(out.shape[0], dtype=torch.int32, device=out.device).to(torch.float32))
+        return ()
+
+    room = torch.full((3000,), -1.0, device=device)
+    loops.compile_loop(fill, [torch.empty(64, device=device)], [0])(room[:1500])
+    assert torch.equal(room[:1500], torch.arange(1500.0, device=device)) and bool((room[1500:] == -1).all())
+
+
+def test_an_empty_array_is_left_alone(device: torch.device) -> None:
+    def double(x: Tensor) -> tuple:
+        return (x * 2,)
+
+    (out,) = loops.compile_loop(double, [torch.empty(64, device=device)], [0])(torch.empty(0, device=device))
+    assert out.shape == (0,)
+
+
+def test_what_cannot_be_written_says_so(device: torch.device) -> None:
+    with pytest.raises(ZOInternalError, match="sin"):
+        loops.compile_loop(lambda x: (x.sin(),), [torch.empty(64, device=device)], [0])
+    double = loops.compile_loop(lambda x: (x * 2,), [torch.empty(64, device=device)], [0])
+    with pytest.raises(ZOInternalError, match="contiguous"):
+        double(torch.empty(8, device=device)[::2])

@@ -1,0 +1,245 @@
+"""Recorded steps: a trace of every tensor operation stands in for a CUDA graph, and keeps what Python knew as it was.
+
+Whatever a step takes from Python, its number above all, is a constant of the trace: a replay that equals the step as it
+runs, for many steps, batches and settings, has taken all of it from tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import zowrap
+from zowrap import kernels, recorded, rules
+from zowrap.compiler import Compiled
+from zowrap.engines import compiled as compiled_engine
+from zowrap.errors import ZOWarning
+
+
+@dataclass
+class Interpreted:
+    """A program run node by node: its operations are seen by a trace, those of machine code would not be."""
+
+    program: Any
+    seconds: float = 0.0
+    cached: bool = False
+    compilations: int = 0
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.program(inputs)
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_it_is(function: Callable[..., Any], *_: Any, **__: Any) -> Compiled:
+        return Compiled(function, 0.0, False)
+
+    def interpreted(program: Any, *_: Any) -> Interpreted:
+        return Interpreted(program)
+
+    monkeypatch.setattr(kernels, "_registry", {})
+    monkeypatch.setattr(kernels, "compile_loop", as_it_is)
+    monkeypatch.setattr(kernels, "compile_function", as_it_is)
+    monkeypatch.setattr(compiled_engine, "compile_regions", interpreted)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.nn.functional.gelu(self.inner(self.norm(x)))
+
+
+class Words(nn.Module):
+    """A small language model: embedding, layers, head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(60, 16), nn.ModuleList(Layer() for _ in range(2))
+        self.head = nn.Linear(16, 60, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    chosen = model(batch["ids"]).log_softmax(-1).gather(-1, batch["ids"].unsqueeze(-1))
+    return -chosen.squeeze(-1).mean(-1)
+
+
+def wrapped(**options: Any) -> zowrap.ZOModel:
+    torch.manual_seed(0)
+    given: dict[str, Any] = {"rule": "zo_sgd", "lr": 1e-3, "engine": "compiled", **options}
+    return zowrap.zo_wrap(Words().eval(), loss_fn=loss, **given)
+
+
+def batch_of(rows: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    ids = torch.randint(0, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return {"ids": ids}
+
+
+def by_tracing(zm: zowrap.ZOModel) -> recorded.Record:
+    """Unlike a CUDA graph a trace executes what it records: what that changed is put back."""
+
+    def record(step: Callable[[], Any]) -> recorded.Replay:
+        job = zm._job
+        held = [p.tensor for p in job.parameters] + [t for s in job.states for t in s.values()]
+        held += [t for tensors in job.slots.values() for t in tensors]
+        before = [t.detach().clone() for t in held]
+
+        def body() -> list[Tensor]:
+            result = step()
+            outputs = (result.loss, result.projected_grad, result.skipped, result.losses)
+            results.extend(t.detach() for t in outputs)
+            return list(outputs)
+
+        results: list[Tensor] = []
+        with torch.no_grad():
+            traced = make_fx(body)()
+            for tensor, value in zip(held, before, strict=True):
+                tensor.copy_(value)
+
+        def replay() -> None:
+            with torch.no_grad():
+                for tensor, value in zip(results, traced(), strict=True):
+                    tensor.copy_(value)
+
+        return replay
+
+    return record
+
+
+def recording(zm: zowrap.ZOModel) -> recorded.Recorder:
+    zm._recorder = recorded.Recorder(zm, by_tracing(zm))
+    return zm._recorder
+
+
+def same(one: zowrap.ZOModel, other: zowrap.ZOModel) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    tensors = [(mine[k], theirs[k]) for k in mine if isinstance(mine[k], Tensor)]
+    tensors += [(p.tensor, q.tensor) for p, q in zip(one.parameters, other.parameters, strict=True)]
+    return all(torch.equal(a, b) for a, b in tensors) and one.step_count == other.step_count
+
+
+class Waits(TorchDispatchMode):
+    """What a GPU would have to be waited for: reading a number, and sizes that follow from data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+# Rules of every structure: without state, with slots, with scalars of a block, with sums over state, with state in the
+# shape of a factor, with three points, and with evaluations that follow from the others.
+RULES = ("zo_sgd", "zo_adam", "meazo", "conmezo", "lozo_m", "hizoo")
+CASES = [
+    *({"rule": rule} for rule in RULES),
+    {"rule": rules.zo_sgd(conservative=True)},
+    {"rule": "zo_sgd", "direction": "lowrank(2)"},
+    {"rule": "zo_sgd", "direction": "sphere"},
+    {"rule": "zo_sgd", "queries": 2},
+    {"rule": "zo_sgd", "estimator": "forward"},
+    {"rule": "zo_sgd", "blocks": "layer", "block_order": "descending"},
+    {"rule": "zo_sgd", "memory": "sequential"},
+    {"rule": "zo_adam", "weight_decay": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(str(getattr(v, "name", v)) for v in o.values()))
+def test_a_replayed_step_is_the_step(options: dict[str, Any]) -> None:
+    ours, plain = wrapped(**options), wrapped(**options)
+    recorder = recording(ours)
+    for i in range(10):
+        if i == 6:
+            ours.lr = plain.lr = 3e-4
+            ours.eps = plain.eps = 2e-3
+        mine = ours.step(**batch_of(2, 6, seed=i))
+        with Waits() as waits:
+            theirs = plain.step(**batch_of(2, 6, seed=i))
+        assert not waits.found or not i  # the first step captures the program
+        assert mine.record() == theirs.record() and same(ours, plain)
+    assert len(recorder.recordings) == len(ours._job.blocks) and not recorder.failed
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_the_recording_itself() -> None:
+    ours, plain = wrapped(rule="zo_adam"), wrapped(rule="zo_adam")
+    recorder = recording(ours)
+    for zm in (ours, plain):
+        for i in range(4):
+            if i == 3:
+                zm.eps = 1e38
+            result = zm.step(**batch_of(2, 6))
+            assert bool(result.skipped) == (i == 3)
+    assert recorder.recordings and same(ours, plain)
+
+
+def test_each_kind_of_batch_is_recorded_when_it_comes_again_and_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "MOST", 2)
+    ours, plain = wrapped(), wrapped()
+    recorder = recording(ours)
+    counts = []
+    for length in (5, 5, 6, 7, 6, 7, 7, 5):
+        ours.step(**batch_of(2, length)), plain.step(**batch_of(2, length))
+        counts.append(len(recorder.recordings))
+    assert counts == [0, 1, 1, 1, 2, 2, 2, 2] and same(ours, plain)
+
+
+def test_accumulated_steps_run_as_they_are_and_leave_recordings_right() -> None:
+    ours, plain = wrapped(), wrapped()
+    recording(ours)
+    for zm in (ours, plain):
+        for i in range(6):
+            if i % 2:
+                zm.accumulate(**batch_of(2, 6, seed=1))
+                zm.accumulate(**batch_of(1, 6, seed=2))
+                zm.update()
+            else:
+                zm.step(**batch_of(2, 6, seed=i))
+    assert same(ours, plain)
+
+
+def test_a_recording_that_fails_leaves_the_step_as_it_was() -> None:
+    ours, plain = wrapped(), wrapped()
+
+    def refuse(step: Callable[[], Any]) -> recorded.Replay:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    ours._recorder = recorded.Recorder(ours, refuse)
+    ours.step(**batch_of(2, 6)), plain.step(**batch_of(2, 6))
+    with pytest.warns(ZOWarning, match="not recorded as CUDA graphs"):
+        ours.step(**batch_of(2, 6))
+    ours.step(**batch_of(2, 6))
+    for _ in range(2):
+        plain.step(**batch_of(2, 6))
+    assert same(ours, plain)
+
+
+def test_reading_a_number_counts_as_waiting() -> None:
+    with Waits() as waits:
+        float(torch.ones(()))
+    assert waits.found
+
+
+def test_thresholds_that_are_renewed_on_some_steps_are_not_recorded() -> None:
+    assert recorded.can_be_recorded(wrapped()) and not recorded.can_be_recorded(wrapped(rule="sparse_mezo"))
+
+
+def test_a_cpu_records_nothing() -> None:
+    assert wrapped()._recorder is None

@@ -1,0 +1,249 @@
+"""An elementwise function, traced to an fx graph, written as statements of Triton.
+
+The traced functions (:mod:`zowrap.kernels`) are built from three dozen operations on three kinds of inputs: arrays, one
+element for each that is computed; small tensors, of which single numbers are read; and tables. Every operation is
+written so that it rounds once, as a CPU does: true division and square root, and no product and sum made one (kernels
+are launched without fusing them).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from zowrap.errors import ZOInternalError
+
+aten = torch.ops.aten
+_NAMES = re.compile(r"[A-Za-z_]\w*")
+
+TYPES = {
+    torch.bool: "tl.int1",
+    torch.int8: "tl.int8",
+    torch.int32: "tl.int32",
+    torch.int64: "tl.int64",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16",
+    torch.float32: "tl.float32",
+    torch.float64: "tl.float64",
+}
+
+
+@dataclass(frozen=True)
+class Small:
+    """An input of which single numbers are read, or a table: the name of its pointer."""
+
+    pointer: str
+
+
+@dataclass
+class Body:
+    """What a function becomes.
+
+    Attributes:
+        once: statements that are the same for every element.
+        lines: statements for each element.
+        stores: ``(input's number, expression)`` of what is written into inputs.
+        outputs: expressions of what is returned.
+        sums: for each output, whether it is the sum over all elements.
+    """
+
+    once: list[str]
+    lines: list[str]
+    stores: list[tuple[int, str]]
+    outputs: list[str]
+    sums: list[bool]
+
+
+def emit(graph_module: fx.GraphModule, inputs: Sequence[str | Small], sizes: Callable[[str], str]) -> Body:
+    """The graph as statements.
+
+    Args:
+        inputs: for each placeholder an expression of its element, or where its numbers lie.
+        sizes: name of a symbolic size → expression of it, or ``"index <name>"`` → of the index that runs to it.
+
+    Raises:
+        ZOInternalError: an operation that has no counterpart here.
+    """
+    return _Emitter(graph_module, inputs, sizes).run()
+
+
+class _Emitter:
+    def __init__(
+        self, graph_module: fx.GraphModule, inputs: Sequence[str | Small], sizes: Callable[[str], str]
+    ) -> None:
+        self.graph, self.sizes = graph_module.graph, sizes
+        self.given = dict(zip(self.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        self.number = {node: i for i, node in enumerate(self.given)}
+        self.text: dict[fx.Node, str | Small] = dict(self.given)
+        self.body = Body([], [], [], [], [])
+        # Names of what differs from element to element: inputs, indices, and what is made of them.
+        self.elements = {name for text in inputs if isinstance(text, str) for name in _NAMES.findall(text)}
+
+    def run(self) -> Body:
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                self._node(node)
+            elif node.op == "output":
+                returned = cast("Any", node.args[0])
+                for value in returned:
+                    self.body.outputs.append(self._read(value))
+                    self.body.sums.append(value.target is aten.sum.default)
+        return self.body
+
+    def _node(self, node: fx.Node) -> None:
+        target: Any = node.target
+        if target is aten.copy_.default:
+            number, value = self.number[node.args[0]], node.args[1]  # type: ignore[index]
+            text = self._cast(value, node.args[0].meta["val"].dtype)  # type: ignore[union-attr]
+            self.body.stores.append((number, text))
+        elif target in _SAME:
+            self.text[node] = self.text[node.args[0]]  # type: ignore[index]
+        elif target is aten.select.int:
+            source = self.text[node.args[0]]  # type: ignore[index]
+            self._name(node, f"tl.load({source.pointer} + {node.args[2]})" if isinstance(source, Small) else source)
+        elif target is aten._unsafe_index.Tensor:
+            table, (index,) = cast("Any", node.args)
+            self._name(node, f"tl.load({self.text[table].pointer} + {self._read(index)})")  # type: ignore[union-attr]
+        elif target is aten.sym_size.int:
+            self.text[node] = self.sizes(str(node.meta["val"]))
+        elif target is aten.arange.default:
+            index = self.sizes(f"index {node.meta['val'].shape[0]}")
+            self.elements.add(index)
+            self._name(node, f"({index}).to({_type(node)})")
+        elif target in (aten.ones.default, aten.scalar_tensor.default):
+            value = 1.0 if target is aten.ones.default else node.args[0]
+            self.text[node] = f"tl.full((), {_number(value)}, {_type(node)})"
+        elif target is aten.sum.default:
+            self.text[node] = self._read(node.args[0])
+        elif target in _CAST:
+            self._name(node, self._cast(node.args[0], node.meta["val"].dtype))
+        elif target is aten.view.dtype:
+            self._name(node, f"({self._read(node.args[0])}).to({_type(node)}, bitcast=True)")
+        elif target in _OPERATIONS:
+            self._operation(node)
+        else:
+            raise ZOInternalError(f"{target} has no counterpart in Triton")
+
+    def _operation(self, node: fx.Node) -> None:
+        if set(node.kwargs) - {"alpha"} or node.kwargs.get("alpha", 1) != 1:
+            raise ZOInternalError(f"{node.format_node()}: keywords of an operation are not written")
+        result = node.meta["val"].dtype
+        operands = [a for a in node.args if a is not None]
+        if node.target is aten.where.self:
+            condition, *branches = operands
+            texts = [self._read(condition), *(self._cast(b, result) for b in branches)]
+        elif result == torch.bool:  # of a comparison: what its operands have in common
+            common = _common(operands)
+            texts = [self._cast(a, common) for a in operands]
+        else:
+            texts = [self._cast(a, result) for a in operands]
+        template = _OPERATIONS[node.target]
+        if result == torch.bool and node.target is aten.mul.Tensor:
+            template = "{0} & {1}"
+        if result == torch.float64 and node.target in _FLOAT64:
+            template = _FLOAT64[node.target]
+        if node.target is aten.clamp.default:
+            low, high = (_number(a) for a in node.args[1:3])
+            texts = [texts[0], low, high]
+        self._name(node, template.format(*texts))
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> str:
+        """The value as ``dtype``."""
+        if not isinstance(value, fx.Node):
+            return f"tl.full((), {_number(value)}, {TYPES[dtype]})" if dtype == torch.float64 else _number(value, dtype)
+        text, held = self._read(value), value.meta["val"]
+        if not isinstance(held, Tensor):
+            return text  # a size
+        return text if held.dtype == dtype else f"({text}).to({TYPES[dtype]})"
+
+    def _read(self, value: Any) -> str:
+        if not isinstance(value, fx.Node):
+            return _number(value)
+        text = self.text[value]
+        if isinstance(text, Small):
+            name = self._define(f"tl.load({text.pointer})")
+            self.text[value] = name
+            return name
+        return text
+
+    def _name(self, node: fx.Node, expression: str) -> None:
+        self.text[node] = self._define(expression)
+
+    def _define(self, expression: str) -> str:
+        name = f"v{len(self.body.once) + len(self.body.lines)}"
+        if self.elements.isdisjoint(_NAMES.findall(expression)):
+            self.body.once.append(f"{name} = {expression}")
+        else:
+            self.elements.add(name)
+            self.body.lines.append(f"{name} = {expression}")
+        return name
+
+
+def _type(node: fx.Node) -> str:
+    return TYPES[node.meta["val"].dtype]
+
+
+def _number(value: Any, dtype: torch.dtype | None = None) -> str:
+    if isinstance(value, bool):
+        return str(value)
+    if dtype is not None and dtype.is_floating_point:
+        value = float(value)
+    return f'float("{value}")' if isinstance(value, float) and value in (float("inf"), float("-inf")) else repr(value)
+
+
+def _common(operands: Sequence[Any]) -> torch.dtype:
+    values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in operands]
+    common = values[0]
+    for other in values[1:]:
+        common = torch.empty((), dtype=torch.result_type(common, other))
+    return common.dtype
+
+
+# What leaves the elements as they are; each expression stands for one element, whatever its tensor's shape.
+_SAME = (
+    aten.detach.default,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.t.default,
+    aten.alias.default,
+)
+_CAST = (aten._to_copy.default,)
+_NAN = "propagate_nan=tl.PropagateNan.ALL"
+_OPERATIONS: dict[Any, str] = {
+    aten.add.Tensor: "{0} + {1}",
+    aten.sub.Tensor: "{0} - {1}",
+    aten.rsub.Scalar: "{1} - {0}",
+    aten.mul.Tensor: "{0} * {1}",
+    aten.div.Tensor: "tl.div_rn({0}, {1})",
+    aten.sqrt.default: "tl.sqrt_rn({0})",
+    aten.neg.default: "-{0}",
+    aten.abs.default: "tl.abs({0})",
+    aten.floor.default: "tl.floor({0})",
+    aten.maximum.default: f"tl.maximum({{0}}, {{1}}, {_NAN})",
+    aten.minimum.default: f"tl.minimum({{0}}, {{1}}, {_NAN})",
+    aten.clamp.default: f"tl.minimum(tl.maximum({{0}}, {{1}}, {_NAN}), {{2}}, {_NAN})",
+    aten.where.self: "tl.where({0}, {1}, {2})",
+    aten.__lshift__.Scalar: "{0} << {1}",
+    aten.__rshift__.Scalar: "{0} >> {1}",
+    aten.bitwise_and.Scalar: "{0} & {1}",
+    aten.bitwise_and.Tensor: "{0} & {1}",
+    aten.bitwise_or.Scalar: "{0} | {1}",
+    aten.bitwise_or.Tensor: "{0} | {1}",
+    aten.bitwise_xor.Tensor: "{0} ^ {1}",
+    aten.bitwise_not.default: "~{0}",
+    aten.logical_and.default: "{0} & {1}",
+    aten.logical_not.default: "{0} == 0",
+    **{
+        getattr(getattr(aten, name), kind): f"{{0}} {sign} {{1}}"
+        for name, sign in (("eq", "=="), ("ne", "!="), ("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="))
+        for kind in ("Tensor", "Scalar")
+    },
+}
+# float64 divides and takes roots exactly without a word.
+_FLOAT64: dict[Any, str] = {aten.div.Tensor: "{0} / {1}", aten.sqrt.default: "tl.sqrt({0})"}

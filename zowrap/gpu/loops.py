@@ -1,0 +1,120 @@
+"""A traced elementwise function as one Triton kernel over all elements, for every length."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zowrap.compiler import Compiled, trace
+from zowrap.errors import ZOInternalError
+from zowrap.gpu import sources
+from zowrap.gpu.emit import Body, Small, emit
+
+# Elements of one program: enough independent work to hide the memory's latency, few enough registers for rules with
+# three slots.
+BLOCK, WARPS = 1024, 4
+
+
+def compile_loop(function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]) -> Compiled:
+    """:func:`zowrap.compiler.compile_function` for a GPU.
+
+    Args:
+        function: writes into its inputs elementwise, or returns new tensors of the elements' shape, or sums over all
+            elements of int64.
+        examples: those listed in ``dynamic`` are arrays: ``[n]``, or ``[rows, columns]`` with ``[rows]`` and
+            ``[columns]`` beside it, all contiguous.
+    """
+    start = time.perf_counter()
+    loop = _Loop(function, examples, dynamic)
+    return Compiled(loop, time.perf_counter() - start, cached=False)
+
+
+class _Loop:
+    """See :func:`compile_loop`. Call it with the function's inputs in order."""
+
+    def __init__(self, function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]) -> None:
+        graph_module, fakes = trace(function, examples, dynamic)
+        self.main = max(dynamic, key=lambda i: fakes[i].ndim)
+        self.axes = [str(size) for size in fakes[self.main].shape]
+        self.arrays = set(dynamic)
+        inputs = [self._input(i, fake) for i, fake in enumerate(fakes)]
+        body = emit(graph_module, inputs, self._size)
+        returned = graph_module.graph.output_node().args[0]
+        self.dtypes = [node.meta["val"].dtype for node in returned]  # type: ignore[union-attr]
+        self.sums = body.sums
+        self.source = self._source(graph_module, fakes, inputs, body)
+        self.kernel = sources.kernel(self.source)
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        import triton
+
+        main = inputs[self.main]
+        columns = main.shape[1] if main.ndim == 2 else 1
+        if any(not inputs[i].is_contiguous() for i in self.arrays):
+            raise ZOInternalError("the arrays of a kernel must be contiguous")
+        outputs = [
+            main.new_zeros((), dtype=dtype) if is_sum else torch.empty_like(main, dtype=dtype)
+            for dtype, is_sum in zip(self.dtypes, self.sums, strict=True)
+        ]
+        if count := main.numel():
+            with torch.cuda.device_of(main):
+                grid = (triton.cdiv(count, BLOCK),)
+                # Fusing a product with a sum would round once where a CPU rounds twice.
+                self.kernel[grid](
+                    *inputs, *outputs, count, columns, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False
+                )
+        return outputs
+
+    def _input(self, i: int, fake: Tensor) -> str | Small:
+        return self._element(i, fake) if i in self.arrays else Small(f"p{i}")
+
+    def _element(self, i: int, fake: Tensor) -> str:
+        """The name of an array's element; it is loaded where the kernel begins."""
+        return f"x{i}"
+
+    def _address(self, fake: Tensor) -> str:
+        axes = [str(size) for size in fake.shape]
+        if axes == self.axes:
+            return "i"
+        return "row" if axes == self.axes[:1] else "column"
+
+    def _size(self, name: str) -> str:
+        """See :func:`zowrap.gpu.emit.emit`."""
+        indices = ["i"] if len(self.axes) == 1 else ["row", "column"]
+        extents = ["count"] if len(self.axes) == 1 else ["count // columns", "columns"]
+        if name.startswith("index "):
+            return indices[self.axes.index(name.removeprefix("index "))]
+        return extents[self.axes.index(name)]
+
+    def _source(self, graph_module: Any, fakes: Sequence[Tensor], inputs: Sequence[Any], body: Body) -> str:
+        pointers = [f"p{i}" for i in range(len(fakes))] + [f"o{i}" for i in range(len(body.outputs))]
+        lines = ["i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)", "inside = i < count"]
+        if len(self.axes) == 2:
+            lines += ["row = i // columns", "column = i - row * columns"]
+        read = {node for node in graph_module.graph.find_nodes(op="placeholder") if _is_read(node)}
+        for i, node in enumerate(graph_module.graph.find_nodes(op="placeholder")):
+            if i in self.arrays and node in read:
+                lines.append(f"x{i} = tl.load(p{i} + {self._address(fakes[i])}, mask=inside, other=0)")
+        lines += body.once + body.lines
+        lines += [f"tl.store(p{i} + {self._address(fakes[i])}, {text}, mask=inside)" for i, text in body.stores]
+        for i, (text, is_sum) in enumerate(zip(body.outputs, body.sums, strict=True)):
+            if is_sum:
+                lines.append(f"tl.atomic_add(o{i}, tl.sum(tl.where(inside, {text}, 0), axis=0))")
+            else:
+                lines.append(f"tl.store(o{i} + i, {text}, mask=inside)")
+        arguments = ", ".join([*pointers, "count", "columns", "BLOCK: tl.constexpr"])
+        head = '@triton.jit(do_not_specialize=["count", "columns"])\n'
+        return f"{head}def kernel({arguments}):\n" + "".join(f"    {line}\n" for line in lines)
+
+
+def _is_read(node: Any) -> bool:
+    """Whether an array's elements are needed: some are only written to, of others only the size matters."""
+    aten = torch.ops.aten
+    return any(
+        user.target is not aten.sym_size.int and not (user.target is aten.copy_.default and user.args[0] is node)
+        for user in node.users
+    )

@@ -1,0 +1,159 @@
+"""A step recorded once and replayed: on a GPU a whole step, update included, is one CUDA graph.
+
+A replayed step runs no Python of the model, the passes or the rule, and launches nothing by itself. What differs from
+step to step lies on the device: the batch, the step's number (from which all noise follows), η, ε and the rule's state.
+Whether a step that is not finite is skipped is decided there, too, and nothing waits for the device.
+
+A kind of batch (its names, shapes and dtypes) is recorded when it comes for the second time: the first one compiles.
+At most :data:`MOST` recordings are kept; further kinds run as they are, which is slower and otherwise the same.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zowrap import scratch
+from zowrap.engines.compiled import CompiledEngine
+from zowrap.errors import ZOWarning
+
+if TYPE_CHECKING:
+    from zowrap.model import StepResult, ZOModel
+
+# Recordings share one pool of memory; each keeps about as much beside it as its batch takes.
+MOST = 8
+
+Replay = Callable[[], None]
+Record = Callable[[Callable[[], Any]], Replay]
+
+
+@dataclass
+class Recording:
+    """One kind of batch.
+
+    Attributes:
+        batch: where the next batch is copied to.
+        result: where the step's tensors lie after a replay.
+        held: scratch that the recorded kernels write to; it must outlive them.
+    """
+
+    batch: dict[str, Tensor]
+    replay: Replay
+    result: StepResult
+    held: list[Any]
+
+
+class Recorder:
+    """The recordings of one model.
+
+    Args:
+        record: calls a function of no arguments, which makes a step and returns its result, and records what that does
+            on the device; returns what replays it, into the tensors of that result.
+    """
+
+    def __init__(self, zm: ZOModel, record: Record) -> None:
+        self.zm, self.record = zm, record
+        self.recordings: dict[Hashable, Recording] = {}
+        self.seen: set[Hashable] = set()
+        self.number = torch.zeros((), dtype=torch.int64, device=zm._job.device)
+        self.failed = False
+
+    def step(self, batch: dict[str, Any]) -> StepResult | None:
+        """The step on ``batch``, or None where it has to run as it is."""
+        zm = self.zm
+        if self.failed or math.isnan(zm.lr) or zm._engine.fallen_back is not None:  # type: ignore[attr-defined]
+            return None
+        inputs = zm._prepare(batch)
+        key = self._key(inputs)
+        if key not in self.recordings:
+            if key not in self.seen or len(self.recordings) >= MOST:
+                self.seen.add(key)
+                return None
+            try:
+                self.recordings[key] = self._recorded(inputs)
+            except RuntimeError as error:
+                self.failed = True
+                first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                warnings.warn(f"steps are not recorded as CUDA graphs, because {first}", ZOWarning, stacklevel=4)
+                return None
+        return self._replayed(self.recordings[key], inputs)
+
+    def _key(self, inputs: dict[str, Any]) -> Hashable:
+        """What a recording is good for: the kind of batch, the block, and the memory that the weights lie in."""
+        zm = self.zm
+        kinds = tuple(
+            (name, v.shape, v.dtype) if isinstance(v, Tensor) else (name, repr(v)) for name, v in inputs.items()
+        )
+        return kinds, zm._block, zm.seed, sum(p.tensor.data_ptr() for p in zm.parameters)
+
+    def _recorded(self, inputs: dict[str, Any]) -> Recording:
+        zm, count = self.zm, self.zm.step_count
+        static = {name: v.clone() if isinstance(v, Tensor) else v for name, v in inputs.items()}
+        result: list[StepResult] = []
+
+        def step() -> StepResult:
+            zm.accumulate(**static)
+            result.append(zm.update())
+            return result[0]
+
+        zm._device_step = self.number
+        try:
+            replay = self.record(step)
+        finally:
+            zm._device_step, zm.step_count = None, count
+            zm.discard()
+        batch = {name: v for name, v in static.items() if isinstance(v, Tensor)}
+        return Recording(batch, replay, result[0], scratch.all_buffers())
+
+    def _replayed(self, recording: Recording, inputs: dict[str, Any]) -> StepResult:
+        zm = self.zm
+        self.number.fill_(zm.step_count)
+        for name, tensor in recording.batch.items():
+            tensor.copy_(inputs[name], non_blocking=True)
+        recording.replay()
+        own, weights = recording.result, recording.result.weights
+        result = replace(
+            own,
+            loss=own.loss.clone(),
+            projected_grad=own.projected_grad.clone(),
+            skipped=own.skipped.clone(),
+            losses=own.losses.clone(),
+            weights=None if weights is None else weights.clone(),
+            _facts=zm._facts(),
+        )
+        zm.step_count += 1
+        zm.discard()
+        return result
+
+
+def cuda_graph(pool: Any) -> Record:
+    """Records a CUDA graph. ``pool``: of :func:`torch.cuda.graph_pool_handle`, shared by graphs that never overlap."""
+
+    def record(step: Callable[[], Any]) -> Replay:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (a data loader that pins memory) may go on calling the driver meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            step()
+        return graph.replay
+
+    return record
+
+
+def recorder_for(zm: ZOModel) -> Recorder | None:
+    """What records the steps of ``zm``; None where they cannot be, or where that would gain nothing."""
+    job = zm._job
+    if job.device.type != "cuda" or not can_be_recorded(zm):
+        return None
+    with torch.cuda.device(job.device):
+        return Recorder(zm, cuda_graph(torch.cuda.graph_pool_handle()))
+
+
+def can_be_recorded(zm: ZOModel) -> bool:
+    """Whether a step is the same work every time: compiled, and no state that is renewed on some steps alone."""
+    return isinstance(zm._engine, CompiledEngine) and zm._job.rule.refresh is None
