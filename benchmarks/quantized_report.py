@@ -31,11 +31,47 @@ its block. `scales` on 4-bit weights is refused: the block scales are themselves
 ```sh
 zowrap tune MODEL --load-in-8bit --data train.jsonl --eval-data dev.jsonl --out RUN            # scales
 zowrap tune MODEL --load-in-4bit --use-peft --lora-r 8 --data train.jsonl --out RUN            # adapters on nf4
-zowrap export RUN --to DIR --format bf16        # plain 16-bit weights, for serving engines and converters
+zowrap export RUN --to DIR --format bf16        # plain 16-bit weights, for serving engines; the error is printed
 zowrap export RUN --to DIR --format merged      # adapters merged: dequantise, add, requantise; the error is printed
 ```
 
-A run of `scales` or `codes` reloads with plain `from_pretrained`, with the same logits bit for bit.
+A run of `scales` or `codes` reloads with plain `from_pretrained`, with the same logits bit for bit. An export to `bf16`
+or `fp32` rounds no activations: the command loads both models and prints (`logit_error` with `--json`) the root mean
+square difference of their outputs on 8 rows of fixed token ids, as a share of the standard deviation of the outputs.
+"""
+
+ACCURACY = """## Accuracy and memory
+
+MiniLM (22M weights) on TREC, rule `meazo`, 2,400 forward passes of 16 examples (`python -m benchmarks.quantized run
+--data-dir DATA`), test accuracy on 500 rows that nothing was chosen on, ± the standard deviation over seeds.
+"""
+
+LM = """Language modelling of SST-2's sentences by a model of 260,000 weights, 600 forward passes of 16, nats a token on
+test rows (`python -m benchmarks.quantized run --data-dir DATA --lm DIR`):
+"""
+
+MEMORY = """## Peak memory
+
+What a step takes at its peak, above what is held between steps, beside a plain forward with the libraries' own layers;
+MiB, of the process's resident set. *Held* adds what the way keeps to the weights. Random weights in the Llama.
+(`python -m benchmarks.quantized memory`)
+"""
+
+SIXTEEN = """## 16-bit weights
+
+Plain bfloat16 and float16 weights are rounded stochastically by default: the mean of what is written is the update,
+however small, and nothing is kept beside the weights. Two options change that:
+
+- `masters=True` (`--masters`) keeps a float32 copy of what moves, 4 bytes a weight, as state of the rule: it is saved
+  and resumed with it, and `inspect` counts it. Updates go into the copy, and a weight is its nearest 16-bit number.
+- `along="evaluated"` (`--along evaluated`) takes the difference of the two rounded points,
+  ẑ = [round(w + εz) − round(w − εz)] / 2ε, in place of z for the update. Where εz is below half a unit in the last
+  place, ẑ is 0: such a weight was not moved in the evaluations, which say nothing of it. It costs no memory and two
+  roundings in the update's loop. Codes need no such thing: their products are taken at W ± εz unrounded.
+"""
+
+SIXTEEN_MEASURED = """On a quadratic of 1,000 weights, three quarters of them about 0 and a quarter about 1, as the
+gains of norms are, 6,000 forwards each (`python -m benchmarks.quantized sixteen`):
 """
 
 NOISE = """## The floor under ε
@@ -43,7 +79,15 @@ NOISE = """## The floor under ε
 An 8-bit layer rounds its inputs anew in every forward, so the loss is a step function at a fine scale: a difference of
 two losses holds a part, *rounding*, that does not shrink with ε. `zowrap.quant.noise_floor(zm, batch)` measures it; the
 *floor* is the ε at which the rounding counts as much as the slope. Agreement: directions on which the sign of the
-projected gradient is the one at 10 ε. (`python -m benchmarks.quantized noise`)
+projected gradient is the one at 10 ε. 12 directions, MiniLM on a batch of 16 of TREC (`python -m benchmarks.quantized
+noise`). A slope and a floor mean nothing where 2ε · slope is not above the rounding: there both are chance.
+"""
+
+NOISE_MEANS = """The rounding is 0.03 to 0.04 whatever ε is, so it adds 0.035 / 2ε to a projected gradient: 1.8 at
+ε 0.01, which is most of the 2.2 that the projected gradients of such a run measure, and 0.2 at ε 0.1. Hence the two
+rows of scales in the first table, and the default ε of 0.1. Models whose loss is less sensitive may take a smaller
+one. The defaults of adapters (0.01) and codes (0.001), and the limits below which a warning comes (0.001 and 0.0001),
+are not measured in this way.
 """
 
 CODES = """## Why codes are experimental
@@ -66,28 +110,74 @@ feedback that needs no buffer, but draws each of them again in every forward; it
 """
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """One row for each form: the best rate's mean over seeds."""
+def table(lines: list[dict[str, Any]], task: str) -> str:
+    """One row for each form: the best rate's mean over seeds; accuracy on TREC, loss in language modelling."""
     from benchmarks.quantized import FORMS, best_rate
 
+    lines = [line for line in lines if line["task"] == task]
+    measure, what, more = ("test_accuracy", "accuracy", "") if task == "trec" else ("test_loss", "loss", " --lm DIR")
     rows = [
-        "| form | weights, MiB | what moves | η | zero-shot | test accuracy | gain | seeds | command |",
+        f"| form | weights, MiB | what moves | η | {what} before | {what} after | change | seeds | command |",
         "|" + "---|" * 9,
     ]
     for form in FORMS:
-        mine = [line for line in lines if line["form"] == form]
-        if not mine:
+        if not any(line["form"] == form for line in lines):
             continue
-        rate = best_rate(lines, form)
-        runs = [line for line in mine if line["lr"] == rate]
-        accuracy = statistics.fmean(line["test_accuracy"] for line in runs)
-        spread = f" ± {statistics.stdev(line['test_accuracy'] for line in runs):.3f}" if len(runs) > 1 else ""
+        rate = best_rate(lines, form, task)
+        runs = [line for line in lines if (line["form"], line["lr"]) == (form, rate)]
+        after = statistics.fmean(line[measure] for line in runs)
+        spread = f" ± {statistics.stdev(line[measure] for line in runs):.3f}" if len(runs) > 1 else ""
         first = runs[0]
+        before = first["zero_shot" if task == "trec" else "zero_shot_loss"]
+        change = f"{100 * (after - before):+.1f} points" if task == "trec" else f"{after - before:+.3f}"
         rows.append(
-            f"| {form} | {first['bytes'] / 2**20:.1f} | {first['elements']:,} | {rate:g} | {first['zero_shot']:.3f} | "
-            f"{accuracy:.3f}{spread} | {100 * (accuracy - first['zero_shot']):+.1f} points | {len(runs)} | "
-            f'`python -m benchmarks.quantized run --only "{form}"` |'
+            f"| {form} | {first['bytes'] / 2**20:.1f} | {first['elements']:,} | {rate:g} | {before:.3f} | "
+            f'{after:.3f}{spread} | {change} | {len(runs)} | `run{more} --only "{form}"` |'
         )
+    return "\n".join(rows)
+
+
+def moved(lines: list[dict[str, Any]]) -> str:
+    """What became of the codes, in words."""
+    found: dict[str, list[list[float]]] = {}
+    for line in lines:
+        if "codes_moved" in line:
+            found.setdefault(line["form"], []).append(line["codes_moved"])
+    still = [form for form, shares in found.items() if max(most for _, most in shares) == 0]
+    text = f"Bit for bit the same after every run: the codes of {', '.join(still)}." if still else ""
+    for form, shares in found.items():
+        if form not in still:
+            text += (
+                f" With {form}, {min(least for least, _ in shares):.0%} of the codes or more changed in each matrix."
+            )
+    return text.strip()
+
+
+def unmeasured(*figures: list[dict[str, Any]]) -> list[str]:
+    """What the commands would measure and the committed figures lack: a section, or nothing."""
+    from benchmarks.quantized import FORMS
+
+    cells, memory, sixteen = figures
+    missing = []
+    for task, name in (("trec", "accuracy on TREC"), ("sst2", "language modelling (`--lm DIR`)")):
+        forms = [form for form in FORMS if not any((line["form"], line["task"]) == (form, task) for line in cells)]
+        missing += (
+            [f"- `run`, {name}: {'; '.join(forms) if len(forms) < len(FORMS) else 'every form'}"] if forms else []
+        )
+    missing += [] if memory else ["- `memory`: the peak of a step"]
+    missing += [] if sixteen else ["- `sixteen`: 16-bit weights on a quadratic"]
+    text = "## Not measured yet\n\nNothing is claimed of these; `python -m benchmarks.quantized` makes them:\n\n"
+    return [text + "\n".join(missing) + "\n"] if missing else []
+
+
+def memory_table(lines: list[dict[str, Any]]) -> str:
+    """Sizes in MiB; the last column compares the peaks of a step and of a plain forward, the weights included."""
+    rows = ["| form | model, batch | weights | held | forward | step | peak of a step |", "|" + "---|" * 7]
+    for line in lines:
+        sizes = " | ".join(f"{line[name] / 2**20:.1f}" for name in ("weights", "held", "forward", "step"))
+        more = (line["held"] + line["step"]) / (line["weights"] + line["forward"]) - 1
+        batch = " × ".join(map(str, line["batch"]))
+        rows.append(f"| {line['form']} | {line['model']}, {batch} | {sizes} | {more:+.1%} |")
     return "\n".join(rows)
 
 
@@ -105,25 +195,32 @@ def floor_table(lines: list[dict[str, Any]]) -> str:
     return "\n".join([*rows, *(f"| {line['remedy']} | {line['left']:.3f} |" for line in lines)])
 
 
-UNMEASURED = """## Not measured yet
-
-Accuracy and peak memory of the ways on a real task: `python -m benchmarks.quantized run --data-dir DATA` makes the
-table, on MiniLM and TREC. Until it stands here, nothing is known of how much each way gains.
-"""
+def sixteen_table(lines: list[dict[str, Any]]) -> str:
+    rows = ["| weights | ε | loss left, best η of three |", "|---|---|---|"]
+    return "\n".join([*rows, *(f"| {line['way']} | {line['eps']:g} | {line['left']:.3f} |" for line in lines)])
 
 
-def document(cells: list[dict[str, Any]], noise: list[dict[str, Any]], floor: list[dict[str, Any]]) -> str:
+def document(
+    cells: list[dict[str, Any]],
+    memory: list[dict[str, Any]],
+    sixteen: list[dict[str, Any]],
+    noise: list[dict[str, Any]],
+    floor: list[dict[str, Any]],
+) -> str:
     """The page."""
     parts = [HEAD]
-    if cells:
-        parts.append(
-            "## Accuracy and memory\n\nMiniLM (22M weights) on TREC, rule `meazo`, 2,400 forward passes of 16 "
-            "examples, test accuracy on 500 rows that nothing was chosen on.\n\n" + table(cells) + "\n"
-        )
-    else:
-        parts.append(UNMEASURED)
+    if any(line["task"] == "trec" for line in cells):
+        parts.append(ACCURACY + "\n" + table(cells, "trec") + "\n\n" + moved(cells) + "\n")
+    parts += unmeasured(cells, memory, sixteen)
+    if any(line["task"] == "sst2" for line in cells):
+        parts.append(LM + "\n" + table(cells, "sst2") + "\n")
+    if memory:
+        parts.append(MEMORY + "\n" + memory_table(memory) + "\n")
+    parts.append(SIXTEEN)
+    if sixteen:
+        parts.append(SIXTEEN_MEASURED + "\n" + sixteen_table(sixteen) + "\n")
     if noise:
-        parts.append(NOISE + "\n" + noise_table(noise) + "\n")
+        parts.append(NOISE + "\n" + noise_table(noise) + "\n\n" + NOISE_MEANS)
     parts.append(CODES)
     if floor:
         parts.append(
@@ -133,5 +230,6 @@ def document(cells: list[dict[str, Any]], noise: list[dict[str, Any]], floor: li
     return "\n".join(parts)
 
 
-def write_docs(cells: list[dict[str, Any]], noise: list[dict[str, Any]], floor: list[dict[str, Any]]) -> None:
-    DOCS.write_text(document(cells, noise, floor), encoding="utf-8")
+def write_docs(*figures: list[dict[str, Any]]) -> None:
+    """Write the page; the figures as :func:`document` takes them."""
+    DOCS.write_text(document(*figures), encoding="utf-8")

@@ -28,6 +28,7 @@ def check_options(options: TuneOptions) -> None:
     from zowrap.tasks import check_kind
     from zowrap.tasks.classification import FORMS
     from zowrap.tasks.loading import DTYPES
+    from zowrap.wrap import ALONG
 
     if options.model is None:
         raise ZOError("which model? give its directory or its name on the hub")
@@ -41,6 +42,7 @@ def check_options(options: TuneOptions) -> None:
     if options.dtype is not None:
         _one_of("--dtype", options.dtype, (*DTYPES, "auto"))
     check_quantization(options)
+    _one_of("--along", options.along, ALONG)
     for name, least in (
         ("steps", 1),
         ("batch_size", 1),
@@ -143,6 +145,7 @@ def _check_zeroth_order(options: TuneOptions) -> None:
         estimator=options.estimator,
         block_order=options.block_order,
         weight_decay=options.weight_decay,
+        along=options.along,
         engine="eager",
     )
 
@@ -204,6 +207,8 @@ def to_config(options: TuneOptions) -> Any:
             rule_options=rule_options(options) or None,
             eps=options.eps,
             quantized=options.quantized,
+            masters=options.masters,
+            along=options.along,
             direction=options.direction,
             queries=options.queries,
             estimator=options.estimator,

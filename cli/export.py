@@ -40,7 +40,7 @@ def export(context: typer.Context, options: ExportOptions) -> None:
         raise ZOError("where to? give --to DIR")
     quiet_libraries()
     from zowrap.export import convert_pickle, export_run, pickled_weights, weight_files
-    from zowrap.quant.convert import check_format
+    from zowrap.quant.convert import DTYPES, check_format, is_quantized_folder, output_error
 
     check_format(options.format)
     if options.format != "same" and (options.dtype or options.allow_pickle):
@@ -62,6 +62,10 @@ def export(context: typer.Context, options: ExportOptions) -> None:
     size = sum(file.stat().st_size for file in files)
     record = {"to": options.to, "files": [file.name for file in files], "bytes": size}
     lines = [f"wrote {options.to}: {len(files)} files, {size / 2**20:.1f} MiB"]
+    if options.format in DTYPES and is_quantized_folder(source):
+        error = record["logit_error"] = output_error(source, options.to, options.format)
+        if error is not None:
+            lines.append(f"its outputs differ from the quantised model's by {error:.1%} of their spread")
     if errors:
         record["merge_error"] = max(errors.values())
         lines.append(f"of the adapters, rounding took at most {record['merge_error']:.1%} of a layer's change")

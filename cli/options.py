@@ -203,6 +203,12 @@ class TuneOptions:
         int, option("--show-examples", "Print this many tokenised rows with their mask.", "Data")
     ] = 0
     dtype: Dtype = None
+    masters: Annotated[
+        bool, option("--masters", "Round 16-bit weights from float32 ones kept beside them.", "Model")
+    ] = False
+    along: Annotated[
+        str, option("--along", "What 16-bit weights move along: the direction drawn, or evaluated.", "Model")
+    ] = "drawn"
     load_in_8bit: Annotated[bool, option("--load-in-8bit", "Quantise the weights to 8 bit on loading.", "Model")] = (
         False
     )

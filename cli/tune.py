@@ -125,6 +125,8 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
 
     dtype, why = choose_dtype(options.dtype, plan.source)
     name = str(dtype).removeprefix("torch.")
+    if options.masters and name == "float32":
+        raise ZOError("--masters keeps float32 copies of 16-bit weights: add --dtype bfloat16, or leave it out")
     plan.source.quantization = quantization(dataclasses.asdict(options))
     model = plan.task.build(plan.source, dtype, options.seed)
     say(f"{plan.source.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights in {name} ({why})")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zowrap import noise
-from zowrap.rounding import stochastic
+from zowrap.rounding import nearest, stochastic
 
 IDS = torch.arange(1)
 
@@ -44,6 +44,22 @@ def test_not_finite_stays_not_finite() -> None:
     assert torch.equal(stochastic(values, bits(3), torch.bfloat16).isfinite(), torch.zeros(3, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_nearest_is_the_conversion(dtype: torch.dtype) -> None:
+    """Every exponent, ties (the low bits 100…0), both zeros, values beyond the largest, and what is not finite."""
+    draw = torch.Generator().manual_seed(0)
+    raw = torch.randint(-(2**31), 2**31, (400_000,), generator=draw, dtype=torch.int64).to(torch.int32)
+    ties = raw & ~0x1FFF | 0x1000, raw & ~0xFFFF | 0x8000
+    values = torch.cat([raw, *ties]).view(torch.float32)
+    edge = torch.tensor([0.0, -0.0, 65504.0, 65519.9, 65520.0, -7e4, 3.4e38, 2.0**-25, 2.0**-14, float("inf")])
+    values = torch.cat([values, edge])
+    wanted = values.to(dtype).float()
+    assert torch.equal(nearest(values, dtype).nan_to_num(7.0), wanted.nan_to_num(7.0))
+    assert torch.equal(nearest(values, dtype).isnan(), wanted.isnan())
+
+
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(TypeError, match="float8"):
         stochastic(torch.ones(2), bits(2), torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match="float8"):
+        nearest(torch.ones(2), torch.float8_e4m3fn)

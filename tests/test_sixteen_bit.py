@@ -1,4 +1,7 @@
-"""bfloat16 weights learn at steps far below their resolution: stochastic rounding does, round-to-nearest does not."""
+"""bfloat16 weights learn at steps far below their resolution: stochastic rounding does, round-to-nearest does not.
+
+And so do float32 masters; and what the direction really evaluated is.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,11 @@ import torch
 from torch import nn
 
 import zowrap
-from zowrap import rounding
+from zowrap import rounding, rules
+from zowrap.errors import ZOError
+from zowrap.model import ZOModel
+from zowrap.run import Run, load_checkpoint
+from zowrap.step import taken
 
 DIMENSION, STEPS, LR, EPS = 24, 500, 4e-4, 0.05
 
@@ -70,3 +77,130 @@ def test_both_engines_round_the_same_way(dtype) -> None:
 def test_rule_state_is_float32_whatever_the_weights() -> None:
     zm = zowrap.zo_wrap(Point(torch.bfloat16, 0), zowrap.rules.zo_sgd(momentum=0.9), loss_fn=distance, engine="eager")
     assert all(v.dtype == torch.float32 for v in zm.state_dict().values() if isinstance(v, torch.Tensor))
+
+
+# --- float32 masters --------------------------------------------------------------------------------------------------
+
+RULES = [rules.zo_sgd(lr=LR), rules.zo_adam(lr=1e-3)]
+
+
+def wrap(rule: rules.Rule, dtype: torch.dtype = torch.bfloat16, engine: str = "eager", **options) -> ZOModel:
+    return zowrap.zo_wrap(Point(dtype, 0), rule, eps=EPS, loss_fn=distance, engine=engine, **options)
+
+
+def moved(zm: ZOModel) -> ZOModel:
+    for g in (1.0, -0.3, 2.5):
+        zm.update(projected_grad=torch.tensor(g))
+    return zm
+
+
+def master_of(zm: ZOModel) -> torch.Tensor:
+    return zm.state_dict()["slots/master/w"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_master_moves_as_a_float32_weight_and_the_weight_is_its_nearest(rule, dtype) -> None:
+    half, full = wrap(rule, dtype, masters=True, weight_decay=0.1), wrap(rule, torch.float32, weight_decay=0.1)
+    with torch.no_grad():
+        full.model.w.copy_(half.model.w.float())
+    assert torch.equal(master_of(moved(half)), moved(full).model.w)
+    assert torch.equal(half.model.w, full.model.w.to(dtype))
+    assert not torch.equal(half.model.w.float(), full.model.w)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{"masters": True}, {"along": "evaluated"}, {"masters": True, "along": "evaluated"}]
+)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_both_engines_agree_bitwise(rule, options, dtype) -> None:
+    eager, compiled = (moved(wrap(rule, dtype, engine, **options)) for engine in ("eager", "compiled"))
+    assert torch.equal(eager.model.w, compiled.model.w)
+    states = eager.state_dict(), compiled.state_dict()
+    for name, value in states[0].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, states[1][name]), name
+    assert compiled.inspect().engine == "compiled"
+
+
+def test_masters_keep_steps_that_are_a_thousandth_of_a_last_place() -> None:
+    zm = wrap(rules.zo_sgd(lr=1e-6), masters=True)
+    before, weights = master_of(zm), zm.model.w.clone()
+    moved(zm)
+    assert torch.equal(zm.model.w, weights)
+    assert (master_of(zm) != before).float().mean() > 0.9
+
+
+def test_a_resumed_run_with_masters_is_bitwise_the_whole_one(tmp_path) -> None:
+    whole = wrap(rules.zo_adam(lr=1e-3), masters=True)
+    inputs = {"one": torch.ones(())}
+    for _ in range(3):
+        whole.step(**inputs)
+    checkpoint = Run(tmp_path).save_checkpoint(3, whole, {})
+    resumed = wrap(rules.zo_adam(lr=1e-3), masters=True)
+    load_checkpoint(checkpoint, resumed)
+    for zm in (whole, resumed):
+        zm.step(**inputs)
+    assert torch.equal(whole.model.w, resumed.model.w)
+    assert torch.equal(master_of(whole), master_of(resumed))
+    with pytest.raises(ZOError, match="master"):
+        wrap(rules.zo_adam(lr=1e-3)).load_state_dict(whole.state_dict())
+
+
+def test_a_weight_written_from_elsewhere_is_its_own_master() -> None:
+    zm = moved(wrap(rules.zo_sgd(lr=LR), masters=True))
+    with torch.no_grad():
+        zm.model.w[:3] = 5.0
+    kept = master_of(zm)[3:]
+    zm.lr = 0.0
+    zm.update(projected_grad=torch.tensor(1.0))
+    assert torch.equal(zm.model.w[:3].float(), torch.full((3,), 5.0))
+    assert torch.equal(master_of(zm), torch.cat([torch.full((3,), 5.0), kept]))
+
+
+def test_masters_are_counted_and_named() -> None:
+    report = wrap(rules.zo_sgd(lr=LR), masters=True, along="evaluated").inspect()
+    assert report.state_bytes == 4 * DIMENSION
+    assert report.moves[0][3] == "to the nearest, from a float32 master, along the direction evaluated"
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        ({"dtype": torch.float32, "masters": True}, "masters=True is for 16-bit weights, and w is float32"),
+        ({"along": "evaluate"}, "did you mean 'evaluated'"),
+        ({"along": "evaluated", "direction": "lowrank(1)"}, "has no such differences"),
+        ({"along": "evaluated", "estimator": "forward_gradient"}, "has no such differences"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, problem) -> None:
+    with pytest.raises(ZOError, match=problem):
+        wrap(rules.zo_sgd(lr=LR), **options)
+
+
+# --- the direction evaluated ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("other", [-1.0, 0.0])
+def test_the_evaluated_direction_is_the_difference_of_the_points(dtype, other) -> None:
+    draw = torch.Generator().manual_seed(1)
+    w, z = torch.randn(1000, generator=draw).to(dtype), torch.randn(1000, generator=draw)
+    eps = torch.tensor(2.0**-9)
+    plus, minus = ((w.float() + c * eps * z).to(dtype).float() for c in (1.0, other))
+    found = taken(w, z, eps, other)
+    assert torch.equal(found, (plus - minus) / ((1 - other) * eps))
+    assert not torch.equal(found, z)
+    assert taken(w, z, eps, None) is z
+    assert taken(w.float(), z, eps, other) is not None and torch.equal(taken(w.float(), z, eps, other), z)
+
+
+def test_weights_that_an_evaluation_cannot_move_stay() -> None:
+    """ε far below half a last place: every point is θ itself, and nothing is known of any direction."""
+    for along in ("drawn", "evaluated"):
+        zm = wrap(rules.zo_sgd(lr=0.1), along=along)
+        zm.eps = 1e-6
+        before = zm.model.w.clone()
+        moved(zm)
+        assert torch.equal(zm.model.w, before) == (along == "evaluated")

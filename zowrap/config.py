@@ -49,7 +49,7 @@ class ZOConfig(TrainingArguments):
         rule: an update rule by name, see :mod:`zowrap.rules`.
         rule_options: its hyper-parameters, ``{"beta": 0.99}``, or the same as JSON.
         eps: perturbation size ε, by default as in :func:`zowrap.zo_wrap`.
-        quantized: how quantised weights move, by default as in :func:`zowrap.zo_wrap`.
+        quantized, masters, along: of quantised and of 16-bit weights, as in :func:`zowrap.zo_wrap`.
         direction, queries, estimator, blocks, block_order, trainable, engine: as in :func:`zowrap.zo_wrap`.
         lr: another name for ``learning_rate``. ``"auto"`` has :func:`zowrap.tune_lr` choose it from training batches
             before the first step; a resumed run keeps the choice.
@@ -70,6 +70,10 @@ class ZOConfig(TrainingArguments):
     )
     quantized: str | None = field(
         default=None, metadata={"help": "How quantised weights move: scales, codes or adapters."}
+    )
+    masters: bool = field(default=False, metadata={"help": "Round 16-bit weights from float32 ones kept beside them."})
+    along: str = field(
+        default="drawn", metadata={"help": "What 16-bit weights move along: the direction drawn, or evaluated."}
     )
     direction: str | None = field(default=None, metadata={"help": "Law of the directions; by default the rule's."})
     queries: int | None = field(default=None, metadata={"help": "Directions per step; by default the rule's."})

@@ -206,7 +206,8 @@ def _with_nan(value: Any) -> Any:
 
 # --- what run a journal belongs to ------------------------------------------------------------------------------
 
-_SAME = ("seed", "rule", "hyper", "direction", "queries", "estimator", "blocks", "block_order", "parameters_hash")
+_SAME = ("seed", "rule", "hyper", "direction", "queries", "estimator", "blocks", "block_order", "masters", "along",
+         "parameters_hash")  # fmt: skip
 
 
 def describe(
@@ -226,6 +227,8 @@ def describe(
         "blocks": blocks,
         "block_order": state["block_order"],
         "quantized": zm.quantized,
+        "masters": zm.masters or None,
+        "along": None if zm.along == "drawn" else zm.along,
         "parameters_hash": parameters_hash(zm),
         "environment": environment(zm),
         "weights": fingerprint(zm),

@@ -21,7 +21,7 @@ from zowrap.directions import Direction, integer_squares
 from zowrap.lowrank import Layout, draw
 from zowrap.rules.base import Rule
 from zowrap.scratch import buffers
-from zowrap.step import at_least_float32, perturbed, update_leaf
+from zowrap.step import at_least_float32, is_16_bit, perturbed, taken, update_leaf
 
 # Largest run of elements handled by one call. It divides 2³², so the high half of the element index is constant within
 # a call, and it fits an int32 counter.
@@ -36,6 +36,7 @@ class Kernels:
         coefficient_shapes: the rule's coefficients, in the order they are passed.
         scalar_names: numbers that the rule's direction reads, in the order they are passed: global ones, then the
             rule's ``"parameter"`` slots.
+        other: see :func:`zowrap.step.taken`.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class Kernels:
         direction: Direction,
         coefficient_shapes: Mapping[str, Sequence[int]],
         scalar_names: Sequence[str],
+        other: float | None = None,
     ) -> None:
         self.rule = rule
+        self.other = other
         self.direction_law = direction
         self.coefficient_shapes = coefficient_shapes
         self.coefficient_names = list(coefficient_shapes)
@@ -222,7 +225,7 @@ class Kernels:
             start: which element of the parameter ``w`` begins with, where it is a part.
         """
         queries, slot_count = len(keys), len(slots)
-        rounds = w.dtype in (torch.bfloat16, torch.float16)
+        rounds = is_16_bit(w)
         reads = [self.slot_names.index(name) for name in self.read_names]
         table = noise.gaussian_table(w.device)
 
@@ -235,6 +238,7 @@ class Kernels:
             low, high = self._flat_index(w, offset)
             seen = [slot_values[i] for i in reads]
             z = [self._direction(low, high, k, s, w, seen, scalars, table) for k, s in zip(keys, scales, strict=True)]
+            z = [taken(w, each, eps, self.other) for each in z]
             bits = noise.hash_bits(low, high, rounding_key) if rounds else None
             named = dict(zip(self.slot_names, slot_values, strict=True))
             hyper = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
@@ -277,7 +281,7 @@ class Kernels:
         For low-rank directions, whose ĝ is a thin matrix product; ``coefficients`` lack the rule's ``"g"``.
         """
         slot_count = len(slots)
-        rounds = w.dtype in (torch.bfloat16, torch.float16)
+        rounds = is_16_bit(w)
         names = [name for name in self.coefficient_names if name != "g"]
 
         def kernel(*inputs: Tensor) -> tuple:

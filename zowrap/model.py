@@ -417,6 +417,16 @@ class ZOModel:
         return None if self._job.way is None else self._job.way.name
 
     @property
+    def masters(self) -> bool:
+        """Whether 16-bit weights are rounded copies of float32 ones, which are part of the rule's state."""
+        return self._job.masters
+
+    @property
+    def along(self) -> str:
+        """What 16-bit weights' updates go along: the direction ``"drawn"`` or the one ``"evaluated"``."""
+        return "drawn" if self._job.other is None else "evaluated"
+
+    @property
     def loss_module(self) -> LossModule:
         """The model and its loss as they are evaluated: ``loss_module(batch) -> (sums, weights)``."""
         return self._job.loss
@@ -476,6 +486,7 @@ class ZOModel:
             "queries": job.queries,
             "blocks": [block.name for block in job.blocks],
             "block_order": self.block_order,
+            "along": self.along,
             "parameters": parameters_hash(job.parameters),
             "loss": job.loss.form,
             **self._values,

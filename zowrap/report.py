@@ -7,16 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from zowrap.errors import ZOCaptureError
 from zowrap.memory import in_words
 from zowrap.quant import ways
 from zowrap.rules import REGISTRY
+from zowrap.step import is_16_bit
 
 if TYPE_CHECKING:
     from zowrap.costs import Costs
     from zowrap.model import ZOModel
+    from zowrap.parameters import Parameter
 
 
 @dataclass
@@ -173,7 +173,6 @@ def report(zm: ZOModel, estimate: Callable[[], Costs] | None = None) -> Report:
     job, facts = zm._job, zm._engine.describe()
     moving = {id(p.tensor) for p in job.parameters}
     blocks = [(block.name, job.count(b)) for b, block in enumerate(job.blocks)]
-    sixteen = (torch.bfloat16, torch.float16)
     result = Report(
         engine=facts["engine"],
         rule=job.rule.describe(),
@@ -185,7 +184,7 @@ def report(zm: ZOModel, estimate: Callable[[], Costs] | None = None) -> Report:
                 p.name,
                 tuple(p.tensor.shape),
                 str(p.tensor.dtype).removeprefix("torch."),
-                "stochastic rounding" if p.codes or p.tensor.dtype in sixteen else "exact",
+                _rounding(zm, p),
             )
             for p in job.parameters
         ],
@@ -206,6 +205,13 @@ def report(zm: ZOModel, estimate: Callable[[], Costs] | None = None) -> Report:
         result.programs[name] = program.history
         result.notes[name] = program.notes
     return result
+
+
+def _rounding(zm: ZOModel, parameter: Parameter) -> str:
+    if not parameter.codes and not is_16_bit(parameter.tensor):
+        return "exact"
+    text = "to the nearest, from a float32 master" if zm.masters else "stochastic rounding"
+    return text if zm.along == "drawn" else f"{text}, along the direction evaluated"
 
 
 def _costs(zm: ZOModel, batch: dict[str, Any]) -> Costs:

@@ -316,6 +316,8 @@ def replay_run(
         block_order=head["block_order"],
         trainable=lambda name, tensor: name in moves,
         quantized=head.get("quantized"),
+        masters=bool(head.get("masters")),
+        along=head.get("along") or "drawn",
         # A replay evaluates nothing; a weight decay is read from each record, this says that there may be one.
         weight_decay=_weight_decay(journal),
         engine="eager",

@@ -11,7 +11,7 @@ from torch import Tensor
 from zowrap.errors import ZOError
 
 # What a run is: a state that differs in one of these is another run's.
-_SAME = ("rule", "direction", "estimator", "queries", "blocks", "block_order")
+_SAME = ("rule", "direction", "estimator", "queries", "blocks", "block_order", "along")
 
 
 def check_state(state: Any, mine: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zowrap import rounding
 from zowrap.estimators import mean_loss
-from zowrap.rules.base import Probe, Rule, Scalars, combine
+from zowrap.rules.base import MASTER, Probe, Rule, Scalars, combine
 
 
 class Conclusion(NamedTuple):
@@ -81,6 +81,9 @@ def update_leaf(
 ) -> tuple[Tensor, Scalars]:
     """One parameter's update, elementwise.
 
+    Where the slots hold a float32 master, it is what the rule moves, and the weight is its nearest 16-bit number. A
+    weight that is not, because it was written from elsewhere, becomes its own master.
+
     Args:
         w: the weights, any float dtype.
         directions: z_i, float32, ``w``'s shape each.
@@ -93,11 +96,19 @@ def update_leaf(
         New weights in ``w``'s dtype, and new slots.
     """
     g = directions if rule.leaf_takes_directions else combine(coefficients["g"], directions)
-    value = at_least_float32(w)
+    value, master = at_least_float32(w), slots.get(MASTER)
+    if master is not None:
+        value = torch.where(rounding.nearest(master, w.dtype) == value, master, value)
     if decay:
         value = value * (1 - hyper["lr"] * hyper["weight_decay"])
-    value, new_slots = rule.leaf(value, g, slots, coefficients, hyper)
-    rounded = value.to(w.dtype) if bits is None else rounding.stochastic(value, bits, w.dtype)
+    own = {name: slot for name, slot in slots.items() if name != MASTER}
+    value, new_slots = rule.leaf(value, g, own, coefficients, hyper)
+    if master is not None:
+        new_slots = {**new_slots, MASTER: value}
+        largest = torch.finfo(w.dtype).max
+        rounded = rounding.nearest(value, w.dtype).clamp(-largest, largest).to(w.dtype)
+    else:
+        rounded = value.to(w.dtype) if bits is None else rounding.stochastic(value, bits, w.dtype)
     kept = {name: torch.where(apply, new_slots[name].to(slots[name].dtype), slots[name]) for name in slots}
     return torch.where(apply, rounded, w), kept
 
@@ -120,6 +131,27 @@ def _summed(summands: Scalars) -> Scalars:
 def perturbed(w: Tensor, z: Tensor, coefficient: Tensor) -> Tensor:
     """w + coefficient · z, at least in float32, in ``w``'s dtype; ``coefficient`` is ±ε as a 0-d float32 tensor."""
     return (at_least_float32(w) + coefficient * z).to(w.dtype)
+
+
+def is_16_bit(w: Tensor) -> bool:
+    return w.dtype in (torch.bfloat16, torch.float16)
+
+
+def taken(w: Tensor, z: Tensor, eps: Tensor, other: float | None) -> Tensor:
+    """The direction that an update takes: z as drawn, or of a 16-bit weight the one between its points as evaluated.
+
+        ẑ = [round(w + εz) − round(w + other·εz)] / (1 − other)ε
+
+    A loss is only ever seen along ẑ: where εz is below half a unit in the last place it is 0, and z says nothing.
+
+    Args:
+        other: coefficient of the second point, −1 for central differences and 0 for forward ones; None takes z.
+    """
+    if other is None or not is_16_bit(w):
+        return z
+    value, step = w.float(), eps * z
+    plus, minus = (rounding.nearest(value + sign * step, w.dtype) for sign in (1.0, other))
+    return (plus - minus) / ((1 - other) * eps)
 
 
 def at_least_float32(w: Tensor) -> Tensor:

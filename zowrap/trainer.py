@@ -124,6 +124,8 @@ class ZOTrainer(Trainer):
             lr="auto" if args.auto_lr else args.learning_rate,
             eps=args.eps,
             quantized=args.quantized,
+            masters=args.masters,
+            along=args.along,
             seed=args.seed,
             direction=args.direction,
             queries=args.queries,

@@ -24,9 +24,11 @@ from zowrap.model import ZOModel
 from zowrap.parameters import Parameter, TrainableSpec, select
 from zowrap.quant import ways
 from zowrap.rules import Rule
-from zowrap.rules.base import check_positive
+from zowrap.rules.base import MASTER, check_positive, with_masters
+from zowrap.step import is_16_bit
 
 MEMORY = ("auto", "paired", "sequential")
+ALONG = ("drawn", "evaluated")
 
 
 def zo_wrap(
@@ -47,6 +49,8 @@ def zo_wrap(
     weight_decay: float = 0.0,
     quantized: str | None = None,
     memory: str = "auto",
+    masters: bool = False,
+    along: str = "drawn",
 ) -> ZOModel:
     """Wrap ``model`` so that ``step(**batch)`` trains it with forward passes alone.
 
@@ -76,6 +80,10 @@ def zo_wrap(
             has adapters. The model's quantised layers are lowered in place; :func:`zowrap.quant.raise_back` undoes it.
         memory: ``"paired"`` evaluates both sides of a direction in one program, ``"sequential"`` one after the other
             (activations of one side at a time, noise drawn twice), ``"auto"`` is paired: it is faster.
+        masters: keep a float32 copy of the 16-bit weights that move, as state of the rule: updates go into it, and
+            the weights are its nearest 16-bit numbers. By default they are rounded stochastically, without a copy.
+        along: what the updates of 16-bit weights go along: the direction ``"drawn"``, or the one ``"evaluated"``, the
+            difference of its rounded points (:func:`zowrap.step.taken`). One of :data:`ALONG`.
 
     Raises:
         ZOError: an option out of range or unknown, or nothing left to tune.
@@ -123,6 +131,9 @@ def zo_wrap(
         raise ZOError(f"{rule.name} works on each element of a direction: {law.name} would lose its low rank")
     engine = _check_estimator(rule, law, probing, queries, engine)
     project = rule.project or probing.project
+    if masters:
+        _check_masters(parameters)
+        rule = with_masters(rule)
     if way is not None:
         ways.check(way, rule, law, probing, queries, eps)
         project = ways.clipped(project) if way.name == "scales" else project
@@ -141,6 +152,7 @@ def zo_wrap(
         decays=weight_decay > 0,
         device=device,
         way=way,
+        other=_other_point(along, rule, probing, law, queries),
     )
     return ZOModel(model, job, hyper, seed, probing, block_lib.check_order(block_order), engine, memory == "sequential")
 
@@ -163,8 +175,31 @@ def _check_estimator(
     return "eager" if estimator.exact else engine
 
 
+def _check_masters(parameters: Sequence[Parameter]) -> None:
+    for parameter in parameters:
+        if not is_16_bit(parameter.tensor):
+            dtype = str(parameter.tensor.dtype).removeprefix("torch.")
+            raise ZOError(f"masters=True is for 16-bit weights, and {parameter.name} is {dtype}: leave it out")
+
+
+def _other_point(
+    along: str, rule: Rule, estimator: estimators.Estimator, law: directions.Direction, queries: int
+) -> float | None:
+    """Between which coefficient and 1 the evaluated direction lies; None for the direction drawn."""
+    if along not in ALONG:
+        raise ZOError(f"unknown along {along!r}{nearest(str(along), ALONG)}")
+    if along == "drawn":
+        return None
+    if law.lowrank is not None or estimator.exact:
+        what = law.name if law.lowrank is not None else f"estimator {estimator.name!r}"
+        raise ZOError(f"along='evaluated' takes the differences of perturbed weights: {what} has no such differences")
+    return min(point.coefficient for point in (rule.points or estimator.points)(queries))
+
+
 def _new_slot(rule: Rule, law: directions.Direction, name: str, parameter: Parameter) -> Tensor:
     slot, w = rule.slots[name], parameter.tensor
+    if name == MASTER:
+        return w.detach().to(torch.float32, copy=True)
     if slot.kind == "parameter":
         first = rule.refresh(w.detach(), 0) if rule.refresh is not None else None
         value = slot.initial if first is None else first[name]

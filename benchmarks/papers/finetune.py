@@ -175,11 +175,16 @@ def rows_of(data_dir: Path, file: str) -> list[Row]:
 class Workbench:
     """A model and a task's rows, ready to run cells one after the other.
 
+    Attributes:
+        kind: of the task, as in ``zowrap tune --task``.
+
     Args:
         cell: any cell of the task; its model, lengths and numbers of rows are taken.
         data_dir: the folder of the data sets.
         engine: as in ``zo_wrap``.
     """
+
+    kind = "classification"
 
     def __init__(self, cell: Cell, data_dir: Path, engine: str | None = None) -> None:
         if cell.task not in DATASETS:
@@ -194,7 +199,7 @@ class Workbench:
         test = sample(rows_of(data_dir, data.test), cell.test_rows)
         self.source = open_source(minilm() if cell.model == "minilm" else cell.model)
         self.task, self.form = resolve(
-            "classification", train, self.source, template=data.template, max_length=cell.max_length
+            self.kind, train, self.source, template=data.template, max_length=cell.max_length
         )
         self.train = self.task.examples(train, self.source)
         self.collator = self.task.collator(self.source)
@@ -253,7 +258,7 @@ class Workbench:
     def evaluate(self, on: Iterable[dict[str, torch.Tensor]]) -> dict[str, float | None]:
         """Mean loss (None where it is not finite) and accuracy at the present weights."""
         found = evaluation.evaluate(self.model, on, self.task.loss_fn, self.task.metrics)
-        return {"loss": found["loss"] if math.isfinite(found["loss"]) else None, "accuracy": found["accuracy"]}
+        return {"loss": found["loss"] if math.isfinite(found["loss"]) else None, "accuracy": found.get("accuracy")}
 
     def run(self, cell: Cell, evaluations: int = 3) -> dict[str, Any]:
         """Tune from the start and evaluate. Returns the cell's line."""
@@ -288,7 +293,7 @@ class Workbench:
             "curve": curve,
             "dev_accuracy": curve[-1]["accuracy"],
             "dev_loss": curve[-1]["loss"],
-            "test_accuracy": self.evaluate(self.test)["accuracy"],
+            **{f"test_{name}": value for name, value in self.evaluate(self.test).items()},
             "train_loss": statistics.fmean(late) if late else None,
             "g_rms": math.sqrt(statistics.fmean(g * g for g in early)) if early else None,
             "forwards": forwards,

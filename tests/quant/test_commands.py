@@ -20,12 +20,13 @@ def test_an_8_bit_run_is_evaluated_and_exported(quantized, models, data, tmp_pat
     done = zowrap_cli(*run_options(models, data, out), "--load-in-8bit", "--quantized", quantized)
     assert done.code == 0, done.err
     saved = json.loads((out / "zowrap.json").read_text())["options"]
-    assert (saved["quantized"], saved["eps"]) == (quantized, 1e-2 if quantized == "scales" else 1e-3)
+    assert (saved["quantized"], saved["eps"]) == (quantized, 1e-1 if quantized == "scales" else 1e-3)
     assert json.loads((out / "config.json").read_text())["quantization_config"]["load_in_8bit"]
     evaluated = zowrap_cli("eval", out, "--data", data["test"], "--json")
     assert evaluated.code == 0, evaluated.err
     exported = zowrap_cli("export", out, "--to", tmp_path / "bf16", "--format", "bf16", "--json")
     assert exported.code == 0, exported.err
+    assert 0 < exported.json["logit_error"] < 0.1
     with safe_open(tmp_path / "bf16" / "model.safetensors", framework="pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
     again = zowrap_cli("eval", tmp_path / "bf16", "--data", data["test"], "--json")

@@ -119,6 +119,15 @@ def test_int8_layers_with_16_bit_weights_are_refused() -> None:
         quant.lower(nn.Sequential(Linear8bitLt(4, 4, has_fp16_weights=True)))
 
 
+def test_layers_on_several_devices_are_refused_and_the_model_is_as_it_was() -> None:
+    model = quantized("opt")
+    kinds = [type(module) for module in model.modules()]
+    next(iter(quant.lower(model).values())).to("meta")  # stands in for a second device
+    with pytest.raises(ZOError, match=r"several devices \(cpu, meta\)"):
+        quant.lower(model)
+    assert [type(module) for module in model.modules()] == kinds
+
+
 def test_a_model_without_quantised_layers_stays_as_it_is() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     assert not quant.is_quantized(model)

@@ -16,7 +16,7 @@ from zowrap.loss import Batch, LossModule
 from zowrap.lowrank import Layout
 from zowrap.parameters import Parameter
 from zowrap.quant.ways import Way
-from zowrap.rules.base import Rule, Scalars
+from zowrap.rules.base import MASTER, Rule, Scalars
 from zowrap.step import Conclusion
 
 
@@ -32,6 +32,7 @@ class Job:
         hyper: 0-d float32 tensors ``lr``, ``eps``, ``weight_decay``; their values change, the tensors stay.
         decays: whether a weight decay was asked for at all.
         way: how quantised weights move; None where the model has none.
+        other: what 16-bit weights' updates go along, see :func:`zowrap.step.taken`.
     """
 
     loss: LossModule
@@ -47,6 +48,7 @@ class Job:
     decays: bool
     device: torch.device
     way: Way | None = None
+    other: float | None = None
 
     def slots_of(self, index: int) -> Scalars:
         """The state of a parameter that has its shape."""
@@ -54,6 +56,11 @@ class Job:
 
     def direction_slots_of(self, index: int) -> Scalars:
         return {name: self.slots[name][index] for name in self.rule.direction_slots}
+
+    @property
+    def masters(self) -> bool:
+        """Whether 16-bit weights are rounded copies of float32 ones."""
+        return MASTER in self.rule.slots
 
     def count(self, block: int) -> int:
         """Number of elements d of a block."""

@@ -67,7 +67,8 @@ class CompiledEngine:
         names = list(shapes)
         self.spec = _spec(job)
         numbers = [*self._scalar_names, *job.rule.slot_names("parameter")]
-        self.kernels = kernels.register(self.spec, kernels.Kernels(job.rule, job.direction, shapes, numbers))
+        made = kernels.Kernels(job.rule, job.direction, shapes, numbers, job.other)
+        self.kernels = kernels.register(self.spec, made)
         self._epilogues = [build_epilogue(job, b, self.spec, names, self._scalar_names) for b in range(len(job.blocks))]
 
     # --- evaluations ------------------------------------------------------------------------------------------
@@ -275,7 +276,8 @@ def _spec(job: Job) -> str:
     spec = f"{job.rule.describe()} direction={job.direction.name}:{job.direction.law} queries={job.queries}"
     functions = (job.rule.leaf, job.rule.direction)
     ours = all(f.__module__.startswith("zowrap.rules.") for f in functions) and directions.is_ours(job.direction)
-    return f"{spec} decay={job.decays}" + ("" if ours else f" #{next(_foreign)}")
+    sixteen = f"masters={job.masters} other={job.other}"
+    return f"{spec} decay={job.decays} {sixteen}" + ("" if ours else f" #{next(_foreign)}")
 
 
 _foreign = itertools.count()

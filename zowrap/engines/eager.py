@@ -21,7 +21,7 @@ from zowrap.loss import Batch, example, rows_of
 from zowrap.modes import evaluation_mode
 from zowrap.parameters import Parameter
 from zowrap.quant import codes
-from zowrap.step import Conclusion, at_least_float32, perturbed, update_leaf
+from zowrap.step import Conclusion, at_least_float32, is_16_bit, perturbed, taken, update_leaf
 
 
 class EagerEngine:
@@ -131,7 +131,7 @@ class EagerEngine:
             if parameter.scale is not None and parameter.codes:
                 unit = codes.unit_of(parameter.scale)
                 w = old = codes.values(parameter.tensor, unit)
-            if parameter.codes or w.dtype in (torch.bfloat16, torch.float16):
+            if parameter.codes or is_16_bit(w):
                 index = torch.arange(w.numel(), dtype=torch.int64, device=w.device)
                 bits = noise.hash_bits(*noise.split_index(index), rounding_keys[i]).reshape(w.shape)
             directions, coefficients = self._update_directions(streams, i, conclusion)
@@ -160,7 +160,8 @@ class EagerEngine:
         """What a parameter's update goes along, and the rule's coefficients for it."""
         job, c = self.job, conclusion.coefficients
         if streams[0].factors is None:
-            return [self.direction(stream, index) for stream in streams], c
+            w, eps = job.parameters[index].tensor, job.hyper["eps"]
+            return [taken(w, self.direction(stream, index), eps, job.other) for stream in streams], c
         layout = job.layouts[streams[0].block]
         factor = layout.law.update
         slot = job.left_of(index)

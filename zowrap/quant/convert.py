@@ -1,7 +1,8 @@
 """Quantised checkpoints as plain 16- or 32-bit ones, and adapters merged into their base: what export does with them.
 
 Serving engines and converters to other formats take 16-bit weights; few take the scales of an 8-bit checkpoint. The
-dequantised weights are those that the 8-bit model multiplies by, but its activations are no longer rounded.
+dequantised weights are those that the 8-bit model multiplies by, but its activations are no longer rounded:
+:func:`output_error` says what that comes to.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from zowrap.weights import (
 
 FORMATS = ("same", "bf16", "fp32", "adapters", "merged")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PROBE_ROWS, PROBE_LENGTH = 8, 32  # of random token ids
 
 
 def check_format(name: str) -> None:
@@ -106,6 +108,45 @@ def write_dequantized(folder: Path_, to: Path, name: str, max_shard_size: int | 
     for key in ("quantization_config", "torch_dtype"):
         settings.pop(key, None)
     write_json(to / "config.json", {**settings, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def output_error(folder: Path_, plain: Path_, name: str) -> float | None:
+    """How far a plain copy's outputs are from those of the quantised model that it was made of.
+
+    Outputs are logits, or the last hidden state of a model without a head, on rows of token ids that are always the
+    same.
+
+    Args:
+        folder: the quantised model, ``plain`` its copy in ``"bf16"`` or ``"fp32"``.
+
+    Returns:
+        The root mean square of the difference over the standard deviation of the quantised model's outputs. None for a
+        model that ``transformers`` has no class for.
+    """
+    wanted = _outputs(folder)
+    found = _outputs(plain, dtype=DTYPES[name])
+    if wanted is None or found is None:
+        return None
+    return float((found - wanted).square().mean().sqrt() / wanted.std())
+
+
+@torch.no_grad()
+def _outputs(folder: Path_, **options: Any) -> Tensor | None:
+    """float32 ``[rows, ...]``; one row at a time, for some heads take more only with a padding token."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None:
+        return None
+    model = kind.from_pretrained(folder, use_safetensors=True, **options).eval()
+    text = config.get_text_config()
+    length = min(PROBE_LENGTH, getattr(text, "max_position_embeddings", None) or PROBE_LENGTH)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(text.vocab_size, (PROBE_ROWS, length), generator=draw).to(model.device)
+    names = ["input_ids", *(["decoder_input_ids"] if config.is_encoder_decoder else [])]
+    given = [model(**dict.fromkeys(names, row)) for row in ids.split(1)]
+    return torch.cat([out["logits" if "logits" in out else "last_hidden_state"] for out in given]).float()
 
 
 def copy_adapters(folder: Path_, to: Path) -> None:

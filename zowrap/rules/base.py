@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from zowrap.errors import ZOError
 from zowrap.estimators import Point
 
 Scalars = dict[str, Tensor]
+MASTER = "master"  # the slot of what 16-bit weights are rounded from, see :func:`with_masters`
 
 
 class Probe(NamedTuple):
@@ -147,6 +148,17 @@ class Rule:
     def describe(self) -> str:
         """``meazo(beta=0.99, zeta=1e-08)``"""
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.hyper.items())})"
+
+
+def with_masters(rule: Rule) -> Rule:
+    """The rule for 16-bit weights that are the rounded copies of float32 ones, which are part of its state.
+
+    Raises:
+        ZOError: the rule has state of that name.
+    """
+    if MASTER in rule.slots:
+        raise ZOError(f"{rule.name} has state called {MASTER!r} of its own: masters=True keeps its weights under that")
+    return replace(rule, slots={**rule.slots, MASTER: Slot()})
 
 
 def mean_gradient(probe: Probe) -> Tensor:

@@ -1,0 +1,98 @@
+"""What a step on quantised weights holds at its peak, beside a plain forward of the same model and batch.
+
+The models are MiniLM, and a Llama of 134M random weights, whose activations are small beside its weights. Each form is
+measured in a process of its own, whose allocator gives freed memory back at once.
+
+    held    bytes of parameters and buffers, and of the rule's state, once the model is wrapped
+    step    most memory that a step takes above that, from the process's resident set
+    forward the same of a plain forward of the model, with the libraries' own layers
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+
+import zowrap
+from benchmarks.papers.finetune import minilm
+from zowrap import quant
+from zowrap.bench.architectures import batch_for, build
+from zowrap.bench.contenders import Contender
+from zowrap.bench.measure import peak_bytes
+from zowrap.costs import weight_bytes
+
+# Rows and tokens of the batch. MiniLM's loss is the size of its last hidden state: any loss takes the same forward.
+BATCHES = {"minilm": (16, 32), "llama-130m": (1, 32)}
+
+
+def held_in(name: str) -> list[dict[str, Any]]:
+    """Measure a form of :data:`benchmarks.quantized.FORMS` on both models: a line for each."""
+    code = f"from benchmarks.quantized_memory import here; here({name!r}, %r)"
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    lines = []
+    for model in BATCHES:
+        done = subprocess.run([sys.executable, "-c", code % model], capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        lines.append(json.loads(done.stdout.splitlines()[-1]))
+    return lines
+
+
+def here(name: str, kind: str) -> None:
+    """Print the line of a form and a model, as JSON."""
+    from benchmarks.quantized import FORMS
+
+    way = FORMS[name]
+    model, batch = _load(kind, way.quantization, way.dtype)
+    weights = weight_bytes(model)
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(**batch)
+
+    plain = peak_bytes(Contender("forward", forward))
+    zm = zowrap.zo_wrap(
+        model,
+        "meazo",
+        eps=way.eps,
+        lr=1e-4,
+        quantized=way.quantized,
+        loss_fn=_size if kind == "minilm" else None,
+        engine="compiled",
+        trainable=(lambda name, tensor: tensor.is_floating_point()) if way.quantization is None else None,
+        **way.wrap,
+    )
+    held = weight_bytes(model) + zm.inspect().state_bytes
+    step = peak_bytes(Contender("step", lambda: zm.step(**batch)))
+    line = {"form": name, "model": kind, "batch": BATCHES[kind], "weights": weights, "held": held}
+    print(json.dumps({**line, "step": step, "forward": plain, "lowered": len(quant.lowered(model))}))
+
+
+def _load(
+    kind: str, quantization: dict[str, Any] | None, dtype: torch.dtype
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+
+    more: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        more["quantization_config"] = BitsAndBytesConfig(**quantization)
+    if kind == "minilm":
+        model = AutoModel.from_pretrained(minilm(), **more).eval()
+        rows, length = BATCHES[kind]
+        ids = torch.randint(2, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+        return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with tempfile.TemporaryDirectory() as folder:
+        made: Any = build(kind, dtype)
+        made.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, **more).eval()
+    return model, batch_for(model, *BATCHES[kind])
+
+
+def _size(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).last_hidden_state.float().square().mean()
