@@ -90,6 +90,7 @@ Json = Annotated[bool, option("--json", "Print one JSON object on stdout; everyt
 Plugin = Annotated[
     list[str], option("--plugin", "Python file or module that registers update rules of your own. Repeatable.")
 ]
+Memory = Annotated[str, option("--memory", "paired, sequential or auto: the faster one that fits.", "Zeroth order")]
 TaskKind = Annotated[str, option("--task", "classification or lm.", "Data")]
 Head = Annotated[
     str, option("--head", "Form of classification: auto, sequence, words (causal LMs), sentence (encoders).", "Data")

@@ -25,8 +25,7 @@ from zowrap.parameters import Parameter, TrainableSpec, select
 from zowrap.quant import ways
 from zowrap.rules import Rule
 from zowrap.rules.base import check_positive
-
-MEMORY = ("auto", "paired", "sequential")
+from zowrap.schedule import Schedule
 
 
 def zo_wrap(
@@ -75,7 +74,9 @@ def zo_wrap(
             (:mod:`zowrap.quant.ways`); by default the first for 8-bit weights, the last for others and where the model
             has adapters. The model's quantised layers are lowered in place; :func:`zowrap.quant.raise_back` undoes it.
         memory: ``"paired"`` evaluates both sides of a direction in one program, ``"sequential"`` one after the other
-            (activations of one side at a time, noise drawn twice), ``"auto"`` is paired: it is faster.
+            (activations of one side at a time, noise drawn twice). ``"auto"`` chooses at the first step, and again
+            where a batch is larger than any before: paired, which is faster, unless only sequential fits into the free
+            memory; ``inspect()`` says which, and why. The eager engine evaluates each point by itself.
 
     Raises:
         ZOError: an option out of range or unknown, or nothing left to tune.
@@ -101,8 +102,7 @@ def zo_wrap(
         raise ZOError(f"weight_decay must be a finite number from 0, got {weight_decay!r}")
     if loss_fn is not None and not callable(loss_fn):
         raise ZOError(f"loss_fn is a function of (model, batch), not {type(loss_fn).__name__}")
-    if memory not in MEMORY:
-        raise ZOError(f"unknown memory {memory!r}{nearest(memory, MEMORY)}")
+    schedule = Schedule(memory)
     if engine is not None and engine not in ENGINES:
         raise ZOError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
     probing = estimators.get(rule.defaults.estimator if estimator is None else estimator)
@@ -142,7 +142,7 @@ def zo_wrap(
         device=device,
         way=way,
     )
-    return ZOModel(model, job, hyper, seed, probing, block_lib.check_order(block_order), engine, memory == "sequential")
+    return ZOModel(model, job, hyper, seed, probing, block_lib.check_order(block_order), engine, schedule)
 
 
 def _check_estimator(
