@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 import zowrap
 from tests.families import batch, make, snapshot, unchanged
+from tests.tiny_run import same_weights, trainer_in
 from zowrap import lr, memory
 from zowrap.costs import Costs, Estimator, weight_bytes
 from zowrap.engines import compiled
@@ -287,3 +290,45 @@ def test_a_state_of_before_there_was_a_choice_is_taken(free: Any) -> None:
     for wrong in ("much", 1):
         with pytest.raises(ZOError, match="its memory is"):
             zm.load_state_dict({**state, "memory": wrong})
+
+
+# --- a run ---------------------------------------------------------------------------------------------------------
+
+RUN = {"engine": "compiled", "max_steps": 4, "eval_dataset": None, "save_strategy": "no"}
+
+
+def test_a_run_goes_on_under_its_schedule_or_says_that_it_does_not(
+    free: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """From the journal alone: it holds no checkpoint."""
+    free(0)
+    trainer_in(tmp_path / "whole", **RUN).train()
+    stopped = trainer_in(tmp_path / "kept", **RUN)
+    done = stopped._keeper.stepped
+
+    def stop(result: Any) -> None:
+        if stopped.zm.step_count == 3:
+            raise KeyboardInterrupt
+        done(result)
+
+    stopped._keeper.stepped = stop
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    shutil.copytree(tmp_path / "kept", tmp_path / "other")
+    asked = free(PLENTY)
+    kept = trainer_in(tmp_path / "kept", **RUN)
+    kept.train(resume_from_checkpoint=True)
+    assert kept.resumed_from > 0 and schedule_of(kept.zm) == "sequential" and not asked
+    assert same_weights(tmp_path / "kept", tmp_path / "whole")
+    assert "memory" not in capfd.readouterr().err
+    other = trainer_in(tmp_path / "other", memory="paired", **RUN)
+    other.train(resume_from_checkpoint=True)
+    assert other.resumed_from > 0 and schedule_of(other.zm) == "paired"
+    assert "the run began with memory sequential, now it is paired" in capfd.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "other" / "journal.jsonl").read_text().splitlines()[1:]]
+    assert [line["memory"] for line in lines] == ["sequential", "sequential", "paired", "paired"]
+
+
+def test_the_configuration_judges_the_option(tmp_path: Path) -> None:
+    with pytest.raises(ZOError, match="did you mean 'sequential'"):
+        zowrap.ZOConfig(output_dir=str(tmp_path), memory="sequental")
