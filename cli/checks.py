@@ -17,7 +17,7 @@ import typer
 from zowrap.errors import ZOError, nearest
 
 from .console import say
-from .options import PER_CALL, TuneOptions, given
+from .options import CHANGEABLE, PER_CALL, TuneOptions, given
 
 SCHEDULES = ("constant", "linear", "cosine")
 PATHS = ("model", "data", "eval_data")
@@ -146,6 +146,7 @@ def _check_zeroth_order(options: TuneOptions) -> None:
         block_order=options.block_order,
         weight_decay=options.weight_decay,
         along=options.along,
+        memory=options.memory,
         engine="eager",
     )
 
@@ -216,6 +217,7 @@ def to_config(options: TuneOptions) -> Any:
             block_order=options.block_order,
             trainable=options.trainable or None,
             engine=options.engine,
+            memory=options.memory,
             weight_decay=options.weight_decay,
             max_steps=options.steps,
             per_device_train_batch_size=options.batch_size,
@@ -256,7 +258,7 @@ def saved_options(options: TuneOptions) -> dict[str, Any]:
 
 
 def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions, dict[str, Any] | None]:
-    """With ``--resume``, the run's own options; and its result, where it is finished already.
+    """With ``--resume``, the run's own options, less those given anew that may be; its result, where it is finished.
 
     Raises:
         ZOError: ``--out`` is not a run.
@@ -284,9 +286,11 @@ def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions,
     for name, value in asked.items():
         if name not in ("out", "plugin") and name in saved and given(context, name) and value != saved[name]:
             option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
-            say(f"{option} {value} differs from the run's own {saved[name]}, which is used: a run keeps its options")
+            used = "and is used in its place" if name in CHANGEABLE else "which is used: a run keeps its options"
+            say(f"{option} {value} differs from the run's own {saved[name]}, {used}")
     fields = {field.name for field in dataclasses.fields(TuneOptions)} - {*PER_CALL, "out"}
-    kept = {name: value for name, value in saved.items() if name in fields}
+    anew = {name for name in CHANGEABLE if given(context, name)}
+    kept = {name: value for name, value in saved.items() if name in fields - anew}
     status = run.status()
     finished = status.get("result") if status.get("state") == "finished" else None
     if finished is None:

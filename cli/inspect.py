@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from zowrap.errors import ZOCaptureError, ZOError
 
 from .console import quiet_libraries, result, say
 from .eval import split_labels
-from .options import Dtype, Head, Json, Labels, Plugin, Trust, option, takes
+from .options import Dtype, Head, Json, Labels, Memory, Plugin, Trust, option, takes
 
 LENGTH = 256  # tokens of a row where --max-length does not say: a paragraph
 
@@ -33,7 +32,7 @@ class InspectOptions:
         dataclasses.field(default_factory=list)
     )
     engine: Annotated[str | None, option("--engine", "compiled or eager.")] = None
-    memory: Annotated[str, option("--memory", "paired, sequential or auto: the faster one that fits.")] = "auto"
+    memory: Memory = "auto"
     task: Annotated[str | None, option("--task", "classification or lm; by default the checkpoint's own head.")] = None
     head: Head = "auto"
     labels: Labels = None
@@ -66,7 +65,7 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
     if estimator is None and (options.programs or options.html):
         raise ZOError(f"there is no program to {'print' if options.programs else 'draw'}: {problem}")
     plan = _plan(options, zm, estimator, problem)
-    programs = [] if estimator is None else estimator.programs(plan.sequential)
+    programs = [] if estimator is None else estimator.programs()
     facts = report(zm, plan.costs)
     facts.notes = {name: laid.program.notes for name, laid in programs}
     record: dict[str, Any] = {"model": options.model, "dtype": _name(dtype), **plan.record(), **facts.as_dict()}
@@ -143,59 +142,45 @@ def _estimator(zm: Any, shapes: Any) -> tuple[Any, str | None]:
 
 @dataclasses.dataclass
 class _Plan:
-    """Which schedule, and whether it fits.
+    """Whether it fits.
 
     Attributes:
-        why: of the schedule; without costs, why there are none.
         needed: predicted peak bytes; without costs the least that is needed whatever the batch.
-        costs: works out the costs under the schedule.
+        costs: works out the costs under the model's schedule.
     """
 
-    schedule: str
-    why: str
     needed: int
     free: int
     fits: bool
     sentence: str
     costs: Callable[[], Any]
 
-    @property
-    def sequential(self) -> bool:
-        return self.schedule == "sequential"
-
     def record(self) -> dict[str, Any]:
-        return {
-            "fits": self.fits,
-            "needed_bytes": self.needed,
-            "free_bytes": self.free,
-            "schedule": self.schedule,
-            "schedule_why": self.why,
-        }
+        return {"fits": self.fits, "needed_bytes": self.needed, "free_bytes": self.free}
 
 
 def _plan(options: InspectOptions, zm: Any, estimator: Any, problem: str | None) -> _Plan:
-    from zowrap.memory import choose_memory, fits, free_memory, in_words, what_helps
+    """Let the model choose its schedule, and see whether that fits."""
+    from zowrap.memory import fits, free_memory, in_words, what_helps
 
     free, found = free_memory(), None
     if estimator is None:
-        needed, schedule, why, costs = _least(zm), options.memory, problem or "", _unknown(problem)
+        needed, costs = _least(zm), _unknown(problem)
         of_what = f"without activations, which are not known: {problem}"
     else:
-        schedules = estimator.costs().schedules
-        schedule, why = options.memory, "as asked"
-        if schedule == "auto":
-            schedule, why = choose_memory(schedules["paired"], schedules["sequential"], free)
-        costs = functools.partial(estimator.costs, schedule == "sequential")
-        needed, found = schedules[schedule], costs()
+        zm._schedule.choose(estimator, free)
+        costs = estimator.costs
+        found = costs()
+        needed = found.memory.peak
         rows, length = estimator.batch["input_ids"].shape
-        of_what = f"{rows} × {length} tokens, {schedule}: {why}"
+        of_what = f"{rows} × {length} tokens, {zm._schedule.name}"
     enough = fits(needed, free)
     verdict = "fits" if enough else "does not fit"
     sentence = f"{verdict}: needs {in_words(needed)}, {in_words(free)} free ({of_what})"
     if not enough:
         itemsize = max(p.tensor.element_size() for p in zm.parameters)
         sentence += f"; what would help: {', '.join(what_helps(found, options.batch_size, itemsize))}"
-    return _Plan(schedule, why, needed, free, enough, sentence, costs)
+    return _Plan(needed, free, enough, sentence, costs)
 
 
 def _least(zm: Any) -> int:

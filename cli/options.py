@@ -90,6 +90,7 @@ Json = Annotated[bool, option("--json", "Print one JSON object on stdout; everyt
 Plugin = Annotated[
     list[str], option("--plugin", "Python file or module that registers update rules of your own. Repeatable.")
 ]
+Memory = Annotated[str, option("--memory", "paired, sequential or auto: the faster one that fits.", "Zeroth order")]
 TaskKind = Annotated[str, option("--task", "classification or lm.", "Data")]
 Head = Annotated[
     str, option("--head", "Form of classification: auto, sequence, words (causal LMs), sentence (encoders).", "Data")
@@ -169,6 +170,7 @@ class TuneOptions:
     engine: Annotated[
         str | None, option("--engine", "compiled or eager. Default: compiled where possible.", "Zeroth order")
     ] = None
+    memory: Memory = "auto"
     # 600 steps of 16: the smallest run that moved a pretrained encoder by ten points in our measurements.
     steps: Annotated[int, option("--steps", "Number of steps.", "Training")] = 600
     batch_size: Annotated[int, option("--batch-size", "Examples per forward pass.", "Training")] = 16
@@ -241,3 +243,5 @@ class TuneOptions:
 # Not part of what a run is: they say how this one command is to behave. --plugin is among them because it runs code,
 # and nothing that a run's folder names may do that.
 PER_CALL = ("resume", "overwrite", "config", "json", "show_examples", "plugin")
+# What a run may be given anew when it goes on: it changes how a step is evaluated, not which steps are made.
+CHANGEABLE = ("memory",)

@@ -203,6 +203,7 @@ def report(trainer: Any, options: TuneOptions, seconds: float) -> dict[str, Any]
         "forwards": done * facts.forwards * options.grad_accum + chosen_with,
         "lr_forwards": chosen_with,
         "engine": facts.engine,
+        "memory": facts.schedule,
         "seconds": round(seconds, 2),
     }
 

@@ -257,8 +257,8 @@ def test_a_cgroup_limits_what_is_free(tmp_path: Path) -> None:
 def test_a_graph_is_built_once_for_all_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs of another schedule or block reuse what was captured."""
     captures: list[int] = []
-    own = CompiledEngine._captured_for
-    monkeypatch.setattr(CompiledEngine, "_captured_for", lambda self, b: captures.append(1) or own(self, b))
+    own = CompiledEngine.captured
+    monkeypatch.setattr(CompiledEngine, "captured", lambda self, b: captures.append(1) or own(self, b))
     estimator = Estimator(zowrap.zo_wrap(empty("opt"), "zo_sgd"), _shapes("opt"))
     estimator.costs()
     count = len(captures)

@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from zowrap import rules
 from zowrap.errors import ZOError, ZOWarning, nearest
+from zowrap.schedule import check_memory
 
 # Evaluate and save ten times in a run, log a hundred times (the Trainer takes a fraction of max_steps).
 TENTH, HUNDREDTH = 0.1, 0.01
@@ -51,6 +52,7 @@ class ZOConfig(TrainingArguments):
         eps: perturbation size ε, by default as in :func:`zowrap.zo_wrap`.
         quantized, masters, along: of quantised and of 16-bit weights, as in :func:`zowrap.zo_wrap`.
         direction, queries, estimator, blocks, block_order, trainable, engine: as in :func:`zowrap.zo_wrap`.
+        memory: as in :func:`zowrap.zo_wrap`; a resumed run keeps what ``"auto"`` chose, and may be given another.
         lr: another name for ``learning_rate``. ``"auto"`` has :func:`zowrap.tune_lr` choose it from training batches
             before the first step; a resumed run keeps the choice.
         save_every: another name for ``save_steps``.
@@ -91,6 +93,9 @@ class ZOConfig(TrainingArguments):
     )
     engine: str | None = field(
         default=None, metadata={"help": "compiled, eager, or compiled with eager behind it (default)."}
+    )
+    memory: str = field(
+        default="auto", metadata={"help": "paired, sequential or auto: the faster one that fits (default)."}
     )
     # Text or a number: HfArgumentParser, which knows no union, makes text of what stands on a command line.
     lr: str | None = field(default=None, metadata={"help": "Another name for learning_rate; 'auto' chooses it."})
@@ -301,6 +306,7 @@ def _check_numbers(config: ZOConfig) -> None:
     engines = ("compiled", "eager")
     if config.engine not in (None, *engines):
         raise ZOError(f"unknown engine {config.engine!r}{nearest(str(config.engine), engines)}")
+    check_memory(config.memory)
     if config.eps is not None and not (math.isfinite(config.eps) and config.eps > 0):
         raise ZOError(f"eps must be a positive finite number, got {config.eps!r}")
     config.rule_object()

@@ -19,7 +19,9 @@ from zowrap.engines.compiled import CompiledEngine
 from zowrap.errors import ZOCaptureError
 from zowrap.laying import Laid, Sizes
 from zowrap.loss import Batch, rows_of
-from zowrap.model import ZOModel, _groups
+from zowrap.model import ZOModel
+from zowrap.schedule import groups
+from zowrap.scratch import MOST_ELEMENTS
 from zowrap.work import Work, kept_for_update, merged
 
 SAMPLED_BLOCKS = 5  # of many blocks so many are looked at; between them costs are taken to grow evenly
@@ -121,7 +123,7 @@ class Estimator:
     def costs(self, sequential: bool | None = None) -> Costs:
         """Costs under a schedule, by default the model's own."""
         zm, job = self.zm, self.job
-        sequential = zm._sequential if sequential is None else sequential
+        sequential = zm._schedule.sequential if sequential is None else sequential
         plain, blocks = self.laid(-1, 0), _sample(len(job.blocks))
         steps = [self._step(block, sequential) for block in blocks]
         memory = Memory(weight_bytes(zm.model), job.state_bytes, self._scratch(sequential), max(t for _, t in steps))
@@ -137,6 +139,20 @@ class Estimator:
             plain.transient,
         )
 
+    def bound(self) -> int:
+        """Bytes that a paired step does not exceed at its peak, in milliseconds: as if nothing were ever freed.
+
+        Each value of the captured program counts once for every point that is evaluated with others. Weights are among
+        them: uses that no operator of ours stands for perturb a copy.
+        """
+        counts = {max(points, 1) for points in self.evaluations(False)}
+        values = max(counts) * self._sizes.held(self.engine.captured(self.batch))
+        update = max(self._factors(block) + self._update(block)[1] for block in _sample(len(self.job.blocks)))
+        # Chunks of perturbed weights for each number of points, and of logits and a gradient once.
+        widest = max(parameter.tensor.element_size() for parameter in self.job.parameters)
+        scratch = (sum(counts) + max(counts) + 1) * MOST_ELEMENTS * max(widest, 4)
+        return weight_bytes(self.zm.model) + self.job.state_bytes + values + update + scratch
+
     def _scratch(self, sequential: bool) -> int:
         """Bytes that the operators of a step keep for the next one."""
         kept = [laid.kept for _, laid in self.programs(sequential)]
@@ -146,7 +162,7 @@ class Estimator:
 
     def programs(self, sequential: bool | None = None) -> list[tuple[str, Laid]]:
         """``(name, program)`` of a step under a schedule: of one block, or of some of many."""
-        sequential = self.zm._sequential if sequential is None else sequential
+        sequential = self.zm._schedule.sequential if sequential is None else sequential
         found: dict[str, Laid] = {}
         for block in _sample(len(self.job.blocks)):
             for points in self.evaluations(sequential):
@@ -156,8 +172,8 @@ class Estimator:
 
     def evaluations(self, sequential: bool) -> list[int]:
         """How many points each evaluation of a step has; 0 is θ itself."""
-        groups = _groups(self.zm.points, self.job.device, sequential)
-        counts = [0 if direction is None else signs.shape[0] for direction, signs in groups]
+        grouped = groups(self.zm.points, self.job.device, sequential)
+        counts = [0 if direction is None else signs.shape[0] for direction, signs in grouped]
         candidates = self.zm._candidates
         return counts + ([1] * candidates if sequential else [candidates] * (candidates > 0))
 

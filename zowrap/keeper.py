@@ -182,7 +182,7 @@ class Keeper:
             self.flush()
 
     def _settle_environment(self) -> None:
-        """After the first step of this process: which engine ran is now known."""
+        """After the first step of this process: which engine ran, and under which schedule, is now known."""
         if self._settled or self._journal is None:
             return
         self._settled = True
@@ -190,7 +190,7 @@ class Keeper:
         if self.trainer.zm.step_count == 1:
             self._journal.settle(environment=ours)
         elif self._began_with:
-            say_differences(self._began_with, ours, ("engine",))
+            say_differences(self._began_with, ours, ("engine", "memory"))
 
     def flush(self) -> None:
         """Write what is pending to journal and metrics.

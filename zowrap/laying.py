@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from zowrap.errors import ZOCaptureError
 from zowrap.liveness import Analysis, analyse
@@ -85,22 +87,46 @@ class Sizes:
                 pieces.append((piece, analysis))
         return pieces
 
-    def _inputs(self, program: Program) -> dict[fx.Node, Any]:
-        """Fake values of the program's inputs: the batch's sizes take the place of the symbols."""
-        placeholders = program.graph.find_nodes(op="placeholder")
+    def held(self, program: Program) -> int:
+        """Bytes of all that a captured program reads and makes, each memory once, as if nothing were freed.
+
+        Nothing is executed: the shapes are those that capture found.
+
+        Raises:
+            ZOCaptureError: sizes inside the program follow from its data.
+        """
+        number = self._numbers(program)
+        memory: dict[int, int] = {}
+        try:
+            for node in program.graph.nodes:
+                for value in tree_leaves(node.meta.get("val")):
+                    if isinstance(value, Tensor):
+                        storage = value.untyped_storage()
+                        memory[storage._cdata] = number(storage.nbytes())
+        except TypeError as error:
+            raise ZOCaptureError("the sizes inside this model follow from its data") from error
+        return sum(memory.values())
+
+    def _numbers(self, program: Program) -> Callable[[Any], int]:
+        """``number(size)``: a size inside the program, with the batch's sizes in place of the symbols."""
         sizes: dict[Any, int] = {}
-        for node, given in zip(placeholders, program.inputs, strict=True):
+        for node, given in zip(program.graph.find_nodes(op="placeholder"), program.inputs, strict=True):
             if given.kind == "batch" and isinstance(self.batch[given.target], Tensor):
                 for symbol, size in zip(node.meta["val"].shape, self.batch[given.target].shape, strict=True):
                     if isinstance(symbol, torch.SymInt) and symbol.node.expr.is_symbol:
                         sizes[symbol.node.expr] = size
+        substituted = functools.cache(lambda expression: int(expression.subs(sizes)))  # a few, for thousands of sizes
+        return lambda size: substituted(size.node.expr) if isinstance(size, torch.SymInt) else size
+
+    def _inputs(self, program: Program) -> dict[fx.Node, Any]:
+        """Fake values of the program's inputs at the batch's sizes."""
+        number = self._numbers(program)
         values: dict[fx.Node, Any] = {}
         with self.mode:
-            for node in placeholders:
+            for node in program.graph.find_nodes(op="placeholder"):
                 value = node.meta["val"]
                 if isinstance(value, Tensor):
-                    shape = [int(s.node.expr.subs(sizes)) if isinstance(s, torch.SymInt) else s for s in value.shape]
-                    value = torch.empty(shape, dtype=value.dtype, device=value.device)
+                    value = torch.empty([number(s) for s in value.shape], dtype=value.dtype, device=value.device)
                 values[node] = value
         return values
 

@@ -152,7 +152,9 @@ def unmoved(zm: ZOModel) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(generators)
-        zm.load_state_dict({**state, "loss": zm.loss_module.form, "lr": zm.rule.lr})
+        # The form of the loss and the schedule were found on the way: they stay.
+        found = {"loss": zm.loss_module.form, **zm._schedule.record()}
+        zm.load_state_dict({**state, **found, "lr": zm.rule.lr})
         zm._set(lr=state["lr"])  # which may not be chosen yet: no state to load
 
 

@@ -18,10 +18,17 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2⁶³ where nothing limits
 
 
-def free_memory() -> int:
-    """Bytes free where a model would live: the first GPU, else main memory, less where a cgroup limits the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+def free_memory(device: torch.device | None = None) -> int:
+    """Bytes free on ``device``, by default where a model would live: the current GPU, else main memory.
+
+    Of a GPU, blocks that the caching allocator holds and does not use are free; of main memory there is less where a
+    cgroup limits the process.
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     import psutil  # a requirement of accelerate
 
     return max(0, min([psutil.virtual_memory().available, *_left_in_cgroups()]))
@@ -78,7 +85,7 @@ def choose_memory(paired: int, sequential: int, free: int) -> tuple[str, str]:
 
     Args:
         paired, sequential: predicted peak bytes under each, see :attr:`zowrap.costs.Costs.schedules`.
-        free: bytes free, see :func:`free_memory`; where the model is loaded already, its weights added back.
+        free: bytes free, see :func:`free_memory`; where the model is loaded already, its weights and state added back.
 
     Returns:
         ``"paired"``, the faster one, unless only ``"sequential"`` fits.

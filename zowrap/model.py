@@ -8,9 +8,8 @@ One step is :meth:`ZOModel.accumulate` (evaluate the points of the step's direct
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -27,6 +26,7 @@ from zowrap.parameters import Parameter, parameters_hash
 from zowrap.recorded import recorder_for
 from zowrap.rules import Rule
 from zowrap.rules.base import check_positive
+from zowrap.schedule import Schedule, groups
 from zowrap.state import check_state
 from zowrap.step import conclude
 from zowrap.streams import Streams
@@ -64,19 +64,6 @@ class StepResult:
         }
 
 
-def _groups(
-    points: Sequence[estimators.Point], device: torch.device, sequential: bool
-) -> list[tuple[int | None, Tensor]]:
-    """Neighbouring points of one direction are evaluated together: (direction or None for θ itself, their signs).
-
-    ``sequential`` evaluates each point by itself.
-    """
-    if sequential:
-        return [group for point in points for group in _groups([point], device, False)]
-    groups = itertools.groupby(points, key=lambda p: p.direction if p.coefficient else None)
-    return [(direction, torch.tensor([p.coefficient for p in group], device=device)) for direction, group in groups]
-
-
 def _named(batches: tuple[Any, ...], batch: dict[str, Any]) -> dict[str, Any]:
     """``step(**batch)`` and ``step(batch)`` alike, the latter for any mapping."""
     if not batches:
@@ -103,7 +90,7 @@ class ZOModel:
         estimator: estimators.Estimator,
         block_order: str,
         engine: str | None,
-        sequential: bool = False,
+        schedule: Schedule,
     ) -> None:
         self.model = model
         self.seed = seed
@@ -114,8 +101,8 @@ class ZOModel:
         self._values = values
         self._ids = torch.tensor([p.id for p in job.parameters], dtype=torch.int64, device=job.device)
         self._points = (job.rule.points or estimator.points)(job.queries)
-        self._sequential = sequential
-        self._groups = _groups(self._points, job.device, sequential)
+        self._schedule = schedule
+        self._groups = {alone: groups(self._points, job.device, alone) for alone in (False, True)}
         self._engine = build_engine(engine, job, len(self._points))
         self._begun: Streams | None = None  # the current step's directions
         self._measured = Measured()
@@ -209,7 +196,8 @@ class ZOModel:
 
     def _facts(self) -> dict[str, Any]:
         """What the journal says of the current step beside its losses."""
-        return {"step": self.step_count, "seed": self.seed, **self._values}
+        facts: dict[str, Any] = {"step": self.step_count, "seed": self.seed, **self._values}
+        return facts if self._schedule.name == "auto" else {**facts, **self._schedule.record()}
 
     def peek(self) -> tuple[Tensor, Tensor]:
         """What :meth:`update` would conclude from the accumulated micro-batches; nothing moves.
@@ -283,7 +271,7 @@ class ZOModel:
         coefficients = job.rule.candidates(g, job.hyper)
         total: Any = 0.0
         for batch in self._measured.batches:
-            parts = coefficients.split(1) if self._sequential else [coefficients]
+            parts = coefficients.split(1) if self._schedule.sequential else [coefficients]
             sums = [self._engine.losses(batch, self._streams.queries[0], part)[0] for part in parts]
             total = total + torch.cat(sums).double().sum(-1)
         return (total / self._measured.weight).float()
@@ -303,6 +291,7 @@ class ZOModel:
             weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
             if weights is None and self._estimator.per_example:
                 raise KeyError("weights")
+            schedule = record.get("memory", "auto"), int(record.get("largest_batch", 0))
         except (KeyError, TypeError, ValueError) as error:
             raise ZOError(f"this journal record cannot be replayed: {error!r} is missing or malformed") from None
         if seed != self.seed or step != self.step_count:
@@ -310,6 +299,7 @@ class ZOModel:
                 f"this journal record is step {step} of seed {seed}; the model stands at step {self.step_count} "
                 f"of seed {self.seed}"
             )
+        self._schedule.take(*schedule)
         self.discard()
         self._set(**values)
         return self.update(losses=losses, projected_grad=g, weights=weights)
@@ -332,7 +322,8 @@ class ZOModel:
 
     @torch.no_grad()
     def _evaluate(self, batch: dict[str, Any]) -> Measurement:
-        """One micro-batch at the points of the step, points of one direction evaluated together."""
+        """One micro-batch at the points of the step, grouped as the schedule has it."""
+        self._schedule.settle(self, batch)
         if self._estimator.per_example:
             first = self._measured.examples
             streams = [self._streams.population(range(first, first + rows_of(batch)))]
@@ -347,7 +338,7 @@ class ZOModel:
                 sums.append(value.double().sum().reshape(1))
                 slopes.append(slope.double().sum().reshape(1))
             return Measurement(torch.cat(sums), weights.double().sum(), torch.cat(slopes))
-        for direction, signs in self._groups:
+        for direction, signs in self._groups[self._schedule.sequential]:
             along = None if direction is None else streams[direction]
             rows, weights = self._engine.losses(batch, along, signs * self._job.hyper["eps"])
             sums.append(rows.double() if self._estimator.per_example else rows.double().sum(-1))
@@ -409,6 +400,7 @@ class ZOModel:
             "estimator": self._estimator.name,
             "blocks": [block.name for block in job.blocks],
             "block_order": self.block_order,
+            "memory": self._schedule.name,
         }
 
     @property
@@ -489,6 +481,7 @@ class ZOModel:
             "along": self.along,
             "parameters": parameters_hash(job.parameters),
             "loss": job.loss.form,
+            **self._schedule.record(),
             **self._values,
         }
         for block, scalars in zip(job.blocks, job.states, strict=True):
@@ -501,10 +494,13 @@ class ZOModel:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`. The weights are the model's own business: load them too.
 
+        Under ``memory="auto"`` steps go on under the state's schedule; one that was asked for stays.
+
         Raises:
             ZOError: the state is of another rule, model or set of options (the message names it); nothing changes.
         """
         check_state(state, self.state_dict())
+        self._schedule.take(state.get("memory", "auto"), state.get("largest_batch", 0))
         self.discard()
         self._set(**{name: float(state[name]) for name in self._values})
         job = self._job

@@ -85,12 +85,12 @@ class Recorder:
         return self._replayed(self.recordings[key], inputs)
 
     def _key(self, inputs: dict[str, Any]) -> Hashable:
-        """What a recording is good for: the kind of batch, the block, and the memory that the weights lie in."""
+        """What a recording is good for: kind of batch, block, schedule, and the memory that the weights lie in."""
         zm = self.zm
         kinds = tuple(
             (name, v.shape, v.dtype) if isinstance(v, Tensor) else (name, repr(v)) for name, v in inputs.items()
         )
-        return kinds, zm._block, zm.seed, sum(p.tensor.data_ptr() for p in zm.parameters)
+        return kinds, zm._block, zm.seed, zm._schedule.sequential, sum(p.tensor.data_ptr() for p in zm.parameters)
 
     def _recorded(self, inputs: dict[str, Any]) -> Recording:
         zm, count = self.zm, self.zm.step_count

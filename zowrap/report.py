@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from zowrap.model import ZOModel
     from zowrap.parameters import Parameter
 
+_EAGER = "the eager engine evaluates each point by itself"
+
 
 @dataclass
 class Report:
@@ -31,6 +33,9 @@ class Report:
             with lr, eps, step, batch size or length, nor with blocks once each kind has been met.
         cached: how many of those lay ready from an earlier process (:mod:`zowrap.cache`).
         trace_seconds, compile_seconds: spent on capture and passes, and on making machine code ready.
+        schedule: ``"paired"`` or ``"sequential"``, see ``memory`` in :func:`zowrap.zo_wrap`; ``"auto"`` before the
+            first step.
+        schedule_why: why that one, in words.
         blocks: ``(name, number of elements)``; one block per step is perturbed and updated.
         moves: ``(canonical name, shape, dtype, how it is rounded)`` of every parameter that moves.
         frozen: number of elements that stay as they are.
@@ -47,6 +52,8 @@ class Report:
     rule: str
     direction: str
     forwards: int
+    schedule: str
+    schedule_why: str
     blocks: list[tuple[str, int]]
     moves: list[tuple[str, tuple[int, ...], str, str]]
     frozen: int
@@ -102,6 +109,8 @@ class Report:
             "paper": self.paper,
             "direction": self.direction,
             "forwards_per_step": self.forwards,
+            "schedule": self.schedule,
+            "schedule_why": self.schedule_why,
             "hyper": self.hyper,
             "quantized": self.quantized,
             "elements": self.elements,
@@ -127,12 +136,13 @@ class Report:
         lines = [
             f"engine     {self.engine}{compiled}" + (f" (fell back: {self.fallen_back})" if self.fallen_back else ""),
             f"rule       {self.rule}, {self.forwards} forwards a step, {self.direction} directions",
+            f"schedule   {self.schedule}: {self.schedule_why}",
             f"moves      {self.elements:,} elements in {len(self.moves)} tensors; {self.frozen:,} stay as they are",
             f"state      {self.state_bytes:,} bytes",
             f"blocks     {len(self.blocks)}: " + ", ".join(f"{name} ({count:,})" for name, count in self.blocks[:8]),
         ]
         if self.quantized is not None:
-            lines.insert(3, f"quantised  {self.quantized}")
+            lines.insert(4, f"quantised  {self.quantized}")
         if len(self.blocks) > 8:
             lines[-1] += f", … {self.blocks[-1][0]} ({self.blocks[-1][1]:,})"
         for name, shape, dtype, rounding in self.moves[:12]:
@@ -178,6 +188,8 @@ def report(zm: ZOModel, estimate: Callable[[], Costs] | None = None) -> Report:
         rule=job.rule.describe(),
         direction=job.direction.name,
         forwards=len(zm._points) + zm._candidates,
+        schedule=zm._schedule.name,
+        schedule_why=_EAGER if facts["engine"] == "eager" else zm._schedule.why,
         blocks=blocks,
         moves=[
             (

@@ -9,9 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from zowrap.errors import ZOError
+from zowrap.schedule import MEMORY
 
 # What a run is: a state that differs in one of these is another run's.
 _SAME = ("rule", "direction", "estimator", "queries", "blocks", "block_order", "along")
+# States of earlier versions lack these.
+LATER = ("memory", "largest_batch")
 
 
 def check_state(state: Any, mine: Mapping[str, Any]) -> None:
@@ -41,6 +44,8 @@ def check_state(state: Any, mine: Mapping[str, Any]) -> None:
 
 def _check_fact(state: Mapping[str, Any], name: str, mine: Any) -> None:
     if name not in state:
+        if name in LATER:
+            return
         raise ZOError(f"this is not the state of such a model: {name} is missing")
     value = state[name]
     kinds = (int, float) if type(mine) is float else (type(mine),)
@@ -48,7 +53,8 @@ def _check_fact(state: Mapping[str, Any], name: str, mine: Any) -> None:
         raise ZOError(f"this state is damaged: its {name} is of type {type(value).__name__}")
     if isinstance(value, int | float) and not math.isfinite(value):
         raise ZOError(f"this state is damaged: its {name} is {value}")
-    if name in ("step", "lr", "weight_decay") and value < 0:
+    negative = name in ("step", "lr", "weight_decay", "largest_batch") and value < 0
+    if negative or (name == "memory" and value not in MEMORY):
         raise ZOError(f"this state is damaged: its {name} is {value}")
 
 

@@ -136,6 +136,7 @@ class ZOTrainer(Trainer):
             loss_fn=self._loss_fn,
             engine=engine,
             weight_decay=args.weight_decay,
+            memory=args.memory,
         )
         self._loss = self.zm.loss_module
 

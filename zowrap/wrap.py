@@ -25,9 +25,9 @@ from zowrap.parameters import Parameter, TrainableSpec, select
 from zowrap.quant import ways
 from zowrap.rules import Rule
 from zowrap.rules.base import MASTER, check_positive, with_masters
+from zowrap.schedule import Schedule
 from zowrap.step import is_16_bit
 
-MEMORY = ("auto", "paired", "sequential")
 ALONG = ("drawn", "evaluated")
 
 
@@ -79,7 +79,9 @@ def zo_wrap(
             (:mod:`zowrap.quant.ways`); by default the first for 8-bit weights, the last for others and where the model
             has adapters. The model's quantised layers are lowered in place; :func:`zowrap.quant.raise_back` undoes it.
         memory: ``"paired"`` evaluates both sides of a direction in one program, ``"sequential"`` one after the other
-            (activations of one side at a time, noise drawn twice), ``"auto"`` is paired: it is faster.
+            (activations of one side at a time, noise drawn twice). ``"auto"`` chooses at the first step, and again
+            where a batch is larger than any before: paired, which is faster, unless only sequential fits into the free
+            memory; ``inspect()`` says which, and why. The eager engine evaluates each point by itself.
         masters: keep a float32 copy of the 16-bit weights that move, as state of the rule: updates go into it, and
             the weights are its nearest 16-bit numbers. By default they are rounded stochastically, without a copy.
         along: what the updates of 16-bit weights go along: the direction ``"drawn"``, or the one ``"evaluated"``, the
@@ -109,8 +111,7 @@ def zo_wrap(
         raise ZOError(f"weight_decay must be a finite number from 0, got {weight_decay!r}")
     if loss_fn is not None and not callable(loss_fn):
         raise ZOError(f"loss_fn is a function of (model, batch), not {type(loss_fn).__name__}")
-    if memory not in MEMORY:
-        raise ZOError(f"unknown memory {memory!r}{nearest(memory, MEMORY)}")
+    schedule = Schedule(memory)
     if engine is not None and engine not in ENGINES:
         raise ZOError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
     probing = estimators.get(rule.defaults.estimator if estimator is None else estimator)
@@ -154,7 +155,7 @@ def zo_wrap(
         way=way,
         other=_other_point(along, rule, probing, law, queries),
     )
-    return ZOModel(model, job, hyper, seed, probing, block_lib.check_order(block_order), engine, memory == "sequential")
+    return ZOModel(model, job, hyper, seed, probing, block_lib.check_order(block_order), engine, schedule)
 
 
 def _check_estimator(

@@ -142,6 +142,7 @@ def assert_refused(told: Outcome, message: str, as_json: bool = False) -> None:
         (("--estimator", "centrall"), "did you mean 'central'?"),
         (("--block-order", "ascend"), "did you mean 'ascending'?"),
         (("--engine", "compile"), "did you mean 'compiled'?"),
+        (("--memory", "sequental"), "unknown memory 'sequental'; did you mean 'sequential'?"),
         (("--lr-schedule", "cosin"), "did you mean 'cosine'?"),
         (("--head", "sentense"), "did you mean 'sentence'?"),
         (("--task", "clasification"), "did you mean 'classification'?"),
@@ -346,6 +347,36 @@ def test_the_learning_rate_is_chosen_once(
     monkeypatch.setattr(progress, "Progress", Stop)
     assert zowrap_cli("tune", models["encoder"], *options, "--out", tmp_path / "again").code == 0
     assert after[20] == pytest.approx(smoothed[20], rel=1e-6)
+
+
+def test_the_schedule_that_fits_is_taken_and_a_resumed_run_may_be_given_another(
+    zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zowrap.cli import progress
+
+    from zowrap import memory
+
+    class Stop(progress.Progress):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise RuntimeError("the machine went down")
+
+    run, config = tmp_path / "run", tmp_path / "run.toml"
+    config.write_text('memory = "auto"\nengine = "compiled"\nsteps = 3\nbatch-size = 4\nlr = 1e-3\n')
+    monkeypatch.setattr(memory, "free_memory", lambda device=None: 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "Progress", Stop)
+        command = ("tune", models["encoder"], "--data", data["train"], "--config", config, "--out", run)
+        assert zowrap_cli(*command).code == 1
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    monkeypatch.setattr(memory, "free_memory", lambda device=None: 1 << 50)
+    kept = zowrap_cli("tune", "--resume", "--out", run, "--json")
+    assert kept.code == 0 and kept.json["memory"] == "sequential" and kept.json["resumed_from"] > 0, kept.err
+    other = zowrap_cli("tune", "--resume", "--out", again, "--memory", "paired", "--json")
+    assert other.code == 0 and other.json["memory"] == "paired" and other.json["resumed_from"] > 0, other.err
+    assert "--memory paired differs from the run's own auto, and is used in its place" in other.err
+    assert (run / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
 
 
 def test_resume_of_nothing_starts_over_and_says_so(

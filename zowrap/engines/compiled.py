@@ -61,6 +61,7 @@ class CompiledEngine:
         self._kinds: dict[str, Kind] = {}
         self.fallen_back: str | None = None
         self._captured: dict[tuple, list[Program]] = {}
+        self._refused: tuple[Batch, ZOCaptureError] | None = None
         self._warmed: set[tuple] = set()
         self._scalar_names = _direction_scalar_names(job)
         shapes = coefficient_shapes(job, points)
@@ -94,11 +95,11 @@ class CompiledEngine:
         return torch.stack(list(sums)), weights
 
     def _executable(self, batch: Batch, stream: DirectionStream | None, points: int) -> Executable:
-        start = time.perf_counter()
-        captured = self._captured_for(batch)
+        captured = self.captured(batch)
         block, per_example = (-1, False) if stream is None else (stream.block, stream.per_example)
         key = (id(captured), block, points)
         if key not in self.executables:
+            start = time.perf_counter()
             program = self.program(batch, block, points, per_example)
             self.trace_seconds += time.perf_counter() - start
             compiled = compile_regions(program, self._kinds, self.min_layers)
@@ -121,15 +122,32 @@ class CompiledEngine:
         Raises:
             ZOCaptureError: the model cannot be captured.
         """
-        captured, epilogue = self._captured_for(batch), self._epilogues[block]
+        captured, epilogue = self.captured(batch), self._epilogues[block]
         return build(captured.clone(), self.job, block, self.spec, points, self._scalar_names, epilogue, per_example)
 
-    def _captured_for(self, batch: Batch) -> Program:
-        """The captured loss for this kind of batch; captured on first need."""
+    def captured(self, batch: Batch) -> Program:
+        """The captured loss for this kind of batch; captured on first need.
+
+        Raises:
+            ZOCaptureError: the model cannot be captured.
+        """
         programs = self._captured.setdefault(signature(batch), [])
         for program in programs:
             if program.accepts(batch):
                 return program
+        if self._refused is not None and self._refused[0] is batch:  # who asks twice does not wait twice
+            raise self._refused[1]
+        start = time.perf_counter()
+        try:
+            return self._capture(batch, programs)
+        except ZOCaptureError as error:
+            self._refused = batch, error
+            raise
+        finally:
+            self.trace_seconds += time.perf_counter() - start
+
+    def _capture(self, batch: Batch, programs: list[Program]) -> Program:
+        """Capture one more program for this kind of batch."""
         if len(programs) == MAX_FIXED_SIZES:
             raise ZOCaptureError(
                 f"this model fixes the sizes of its inputs when captured, and {MAX_FIXED_SIZES} sizes were captured "
@@ -191,7 +209,7 @@ class CompiledEngine:
         """Run eagerly from now on, or raise where that was ruled out."""
         if not self.fall_back:
             raise ZOCaptureError(f"engine='compiled' was asked for, but {error}") from error
-        self.fallen_back = str(error)
+        self.fallen_back, self._refused = str(error), None
         warnings.warn(
             f"running eagerly, because {error}. Steps are several times slower and need one more copy of the tunable "
             f"parameters; engine='eager' silences this, engine='compiled' makes it an error.",
