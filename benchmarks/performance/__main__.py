@@ -20,7 +20,7 @@ def bench(*options: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.performance", description=__doc__)
-    parser.add_argument("what", choices=("step", "long", "growth", "operators", "docs"))
+    parser.add_argument("what", choices=("step", "starts", "long", "growth", "operators", "docs"))
     parser.add_argument("--rounds", type=int, default=11, help="how often each row is timed")
     parser.add_argument("--rows", nargs="+", default=[], help="of `zowrap bench step`; default: all")
     options = parser.parse_args()
@@ -29,8 +29,13 @@ def main() -> None:
         return
     rounds = ["--rounds", str(options.rounds)]
     rows = [part for row in options.rows for part in ("--row", row)]
+    middle = ("--arch", "opt-125m", "--batch", "8", "--seq", "64")
     if options.what == "step":
-        result = bench("--arch", "opt-125m", "--batch", "8", "--seq", "64", *rounds, *rows)
+        result = bench(*middle, "--together", *rounds, *rows)
+    elif options.what == "starts":
+        result = bench(*middle, "--rounds", "1", *rows)  # each row in processes of its own; its time is not kept
+        for row in result["rows"]:
+            del row["seconds"], row["ratio"]
     elif options.what == "long":
         rows = rows or ["--row", "gaussian"]
         result = bench("--arch", "opt-125m", "--batch", "8", "--seq", "256", "--together", *rounds, *rows)

@@ -17,13 +17,14 @@ The yardstick is two plain compiled forwards of the same model and batch: what a
 unless it shares work between them. A ratio is that of a whole step, update included, to the yardstick's step just
 before and after it, in one process; the table gives the median over the rounds and the quartiles. "First start" is the
 time from the model to the end of the first step in a fresh process with an empty cache, "second start" the same once
-more; "peak" is the most memory that a step holds beyond what lies there between steps. The page is generated from
+more; "peak" is the most memory that a step holds beyond what lies there between steps. Both stand where they were
+measured, by `python -m benchmarks.performance starts`. The page is generated from
 `benchmarks/results/performance` by `python -m benchmarks.performance docs`.
 """
 
 STEP = """## A step: OPT-125M, float32, 8 × 64 tokens
 
-`python -m benchmarks.performance step` (`zowrap bench step --arch opt-125m --batch 8 --seq 64 --json`)
+`python -m benchmarks.performance step` (`zowrap bench step --arch opt-125m --batch 8 --seq 64 --together --json`)
 """
 
 LONG = """## Longer rows: 8 × 256 tokens
@@ -77,6 +78,9 @@ def page() -> str:
         ("operators", OPERATORS, _operators),
     ):
         if (result := load(name)) is not None:
+            if name == "step" and (starts := load("starts")) is not None:
+                alone = {row["row"]: row for row in starts["rows"]}
+                result = {**result, "rows": [{**row, **alone.get(row["row"], {})} for row in result["rows"]]}
             parts += [heading, _machine(result), body(result)]
     return "\n".join(parts)
 

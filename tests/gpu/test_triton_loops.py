@@ -68,13 +68,12 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def kernels_of(rule: str, direction: str | None, dtype: torch.dtype, device: torch.device) -> Any:
+def kernels_of(rule: str, direction: str | None, dtype: torch.dtype, device: torch.device, **options: Any) -> Any:
     """A wrapped layer, which holds them; skipped where the rule does not take the direction."""
+    options = {"loss_fn": lambda m, b: m(b["x"]).sum(-1), "weight_decay": 0.1, **options}
     layer = torch.nn.Linear(5, 3).to(device, dtype)
     try:
-        return zowrap.zo_wrap(
-            layer, rule, lr=1e-2, direction=direction, loss_fn=lambda m, b: m(b["x"]).sum(-1), weight_decay=0.1
-        )
+        return zowrap.zo_wrap(layer, rule, lr=1e-2, direction=direction, **options)
     except zowrap.ZOError as error:
         pytest.skip(f"refused: {error}")
 
@@ -83,7 +82,20 @@ def kernels_of(rule: str, direction: str | None, dtype: torch.dtype, device: tor
 def test_every_rule_perturbs_and_updates_as_the_reference(
     rule: str, direction: str | None, dtype: torch.dtype, checked: list[str], device: torch.device
 ) -> None:
-    zm = kernels_of(rule, direction, dtype, device)
+    exercise(kernels_of(rule, direction, dtype, device), dtype, checked, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("along", ("drawn", "evaluated"))
+@pytest.mark.parametrize("masters", (False, True))
+def test_sixteen_bit_weights_are_written_as_the_reference_writes_them(
+    masters: bool, along: str, dtype: torch.dtype, checked: list[str], device: torch.device
+) -> None:
+    exercise(kernels_of("zo_adam", None, dtype, device, masters=masters, along=along), dtype, checked, device)
+
+
+def exercise(zm: Any, dtype: torch.dtype, checked: list[str], device: torch.device) -> None:
+    """Every kernel of a model on numbers of all kinds."""
     kernel, job = zm._engine.kernels, zm._job
     generator = torch.Generator().manual_seed(0)
 

@@ -225,6 +225,9 @@ _OPERATIONS: dict[Any, str] = {
     aten.neg.default: "-{0}",
     aten.abs.default: "tl.abs({0})",
     aten.floor.default: "tl.floor({0})",
+    # Half-way cases go to the even number.
+    aten.round.default: "tl.floor({0}) + tl.where({0} - tl.floor({0}) == 0.5, "
+    "tl.floor({0}) - 2.0 * tl.floor(tl.floor({0}) * 0.5), tl.where({0} - tl.floor({0}) > 0.5, 1.0, 0.0))",
     aten.maximum.default: f"tl.maximum({{0}}, {{1}}, {_NAN})",
     aten.minimum.default: f"tl.minimum({{0}}, {{1}}, {_NAN})",
     aten.clamp.default: f"tl.minimum(tl.maximum({{0}}, {{1}}, {_NAN}), {{2}}, {_NAN})",
