@@ -365,7 +365,9 @@ class ZOModel:
         inputs = {}
         for name, value in batch.items():
             if isinstance(value, Tensor):
-                inputs[name] = value.to(self._job.device).contiguous()  # compiled code relies on the strides
+                inputs[name] = value.to(
+                    self._job.device, non_blocking=True
+                ).contiguous()  # compiled code relies on the strides
             elif value is not None:
                 inputs[name] = value
         tensors = [v for v in inputs.values() if isinstance(v, Tensor)]

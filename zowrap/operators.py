@@ -50,7 +50,7 @@ def perturb_rows(
     spec: str,
 ) -> list[Tensor]:
     """``[(w + coefficients[p] · z)[ids] for p]``: ``ids`` int64 of any shape, results ``[*ids.shape, columns]``."""
-    flat = ids.reshape(-1)
+    flat = ids.reshape(-1).contiguous()  # of rows of one token the view has gaps
     touched = w.index_select(0, flat)
     gathered = [s.index_select(0, flat) for s in slots]
     points = coefficients.shape[0]

@@ -5,14 +5,15 @@ step to step lies on the device: the batch, the step's number (from which all no
 Whether a step that is not finite is skipped is decided there, too, and nothing waits for the device.
 
 A kind of batch (its names, shapes and dtypes) is recorded when it comes for the second time: the first one compiles.
-At most :data:`MOST` recordings are kept; further kinds run as they are, which is slower and otherwise the same.
+At most :data:`MOST` are kept for each block; further kinds run as they are, which is slower and otherwise the same.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from zowrap import scratch
 from zowrap.engines.compiled import CompiledEngine
-from zowrap.errors import ZOWarning
+from zowrap.errors import ZOError, ZOWarning
 
 if TYPE_CHECKING:
     from zowrap.model import StepResult, ZOModel
@@ -72,12 +73,14 @@ class Recorder:
         inputs = zm._prepare(batch)
         key = self._key(inputs)
         if key not in self.recordings:
-            if key not in self.seen or len(self.recordings) >= MOST:
+            if key not in self.seen or len(self.recordings) >= MOST * len(zm._job.blocks):
                 self.seen.add(key)
                 return None
             try:
                 self.recordings[key] = self._recorded(inputs)
-            except RuntimeError as error:
+            except ZOError:
+                raise
+            except Exception as error:  # of the driver, the allocator or a compiler: the step itself has run before
                 self.failed = True
                 first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
                 warnings.warn(f"steps are not recorded as CUDA graphs, because {first}", ZOWarning, stacklevel=4)
@@ -90,7 +93,10 @@ class Recorder:
         kinds = tuple(
             (name, v.shape, v.dtype) if isinstance(v, Tensor) else (name, repr(v)) for name, v in inputs.items()
         )
-        return kinds, zm._block, zm.seed, zm._schedule.sequential, sum(p.tensor.data_ptr() for p in zm.parameters)
+        return kinds, zm._block, zm.seed, zm._schedule.sequential, tuple(t.data_ptr() for t in self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return itertools.chain(self.zm.model.parameters(), self.zm.model.buffers())
 
     def _recorded(self, inputs: dict[str, Any]) -> Recording:
         zm, count = self.zm, self.zm.step_count
@@ -132,14 +138,21 @@ class Recorder:
         return result
 
 
-def cuda_graph(pool: Any) -> Record:
-    """Records a CUDA graph. ``pool``: of :func:`torch.cuda.graph_pool_handle`, shared by graphs that never overlap."""
+def cuda_graph(device: torch.device) -> Record:
+    """Records CUDA graphs on ``device``. They share one pool of memory, since no two run at the same time."""
+    with torch.cuda.device(device):
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def record(step: Callable[[], Any]) -> Replay:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (a data loader that pins memory) may go on calling the driver meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            step()
+        with torch.cuda.device(device):
+            graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+            try:
+                # Other threads (a data loader that pins memory) may go on calling the driver meanwhile.
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    step()
+            except BaseException:
+                torch.cuda.set_stream(before)  # a capture that broke off leaves its own stream current
+                raise
         return graph.replay
 
     return record
@@ -150,8 +163,7 @@ def recorder_for(zm: ZOModel) -> Recorder | None:
     job = zm._job
     if job.device.type != "cuda" or not can_be_recorded(zm):
         return None
-    with torch.cuda.device(job.device):
-        return Recorder(zm, cuda_graph(torch.cuda.graph_pool_handle()))
+    return Recorder(zm, cuda_graph(job.device))
 
 
 def can_be_recorded(zm: ZOModel) -> bool:

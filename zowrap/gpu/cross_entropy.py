@@ -11,7 +11,7 @@ from torch import Tensor
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["classes"])
+@triton.jit
 def _add(logits, labels, highest, total, picked, first, classes, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * classes

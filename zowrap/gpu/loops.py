@@ -107,8 +107,7 @@ class _Loop:
             else:
                 lines.append(f"tl.store(o{i} + i, {text}, mask=inside)")
         arguments = ", ".join([*pointers, "count", "columns", "BLOCK: tl.constexpr"])
-        head = '@triton.jit(do_not_specialize=["count", "columns"])\n'
-        return f"{head}def kernel({arguments}):\n" + "".join(f"    {line}\n" for line in lines)
+        return f"@triton.jit\ndef kernel({arguments}):\n" + "".join(f"    {line}\n" for line in lines)
 
 
 def _is_read(node: Any) -> bool:

@@ -20,7 +20,7 @@ from zowrap.gpu import sources
 from zowrap.gpu.emit import Small, emit
 
 # Up to so many tokens one block holds them all, and the noise of a tile is made once.
-FEW_TOKENS = 128
+FEW_TOKENS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}  # float32 tiles take twice the memory
 # Elements of a row of the weight in a tile; and rows, fewer where a matrix would otherwise make too few tiles for all
 # processors (an H100 has 132). Fixed, not tuned on the spot: another tiling adds up in another order, and a resumed
 # run would differ in the last bit.
@@ -29,7 +29,7 @@ TILE_INPUTS, TILE_OUTPUTS, PROGRAMS = 64, (64, 32, 16), 128
 
 def applies(x: Sequence[Tensor], w: Tensor) -> bool:
     """Whether the product of ``x``, flat ``[tokens, inputs]`` each, is made here."""
-    return w.is_cuda and x[0].shape[0] <= FEW_TOKENS and w.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return w.is_cuda and x[0].shape[0] <= FEW_TOKENS.get(w.dtype, 0)
 
 
 def perturbed_products(
@@ -69,12 +69,17 @@ def perturbed_products(
             TOKENS=block,
             OUTPUTS=rows,
             INPUTS=TILE_INPUTS,
-            # As torch multiplies: in TF32 only where the program allows it.
-            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            PRECISION=_precision(w),
             num_warps=4,
+            num_stages=2,  # the tiles of all points, twice, must fit into the shared memory of small GPUs
             enable_fp_fusion=False,
         )
     return out
+
+
+def _precision(w: Tensor) -> str:
+    """As torch multiplies: in TF32 only where the program allows it."""
+    return "tf32" if w.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 def _tile_rows(outputs: int) -> int:
@@ -145,5 +150,4 @@ def _source(
     ]
     constants = [f"{name}: tl.constexpr" for name in ("TOKENS", "OUTPUTS", "INPUTS", "PRECISION")]
     arguments = ", ".join([*given, *names, "tokens", "outputs", "inputs", *constants])
-    head = '@triton.jit(do_not_specialize=["tokens", "outputs", "inputs"])\n'
-    return f"{head}def kernel({arguments}):\n" + "".join(f"    {line}\n" for line in lines)
+    return f"@triton.jit\ndef kernel({arguments}):\n" + "".join(f"    {line}\n" for line in lines)

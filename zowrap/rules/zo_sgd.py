@@ -56,8 +56,8 @@ def zo_sgd(*, lr: float = 1e-6, momentum: float = 0.0, sign: str | None = None, 
     def scalars(state: Scalars, probe: Probe, hyper: Scalars) -> tuple[Scalars, Scalars]:
         g = probe.weights * length(probe.projected_grad)
         if conservative:
-            steps = torch.tensor([0.0, 1.0, -1.0], device=g.device)
-            g = g * steps.index_select(0, probe.candidates.argmin().reshape(1))
+            best = probe.candidates.argmin()
+            g = g * ((best == 1).to(g.dtype) - (best == 2).to(g.dtype))
         return state, {"g": g}
 
     def leaf(w, g, slots: Scalars, c: Scalars, hyper: Scalars):
