@@ -24,12 +24,12 @@ What is different on a GPU:
 
 - *Kernels are Triton*, written from the same functions as the C++ loops and the eager engine, and rounding after every
   operation as these do: noise, perturbed weights and elementwise updates have the bits of a CPU, given the same
-  coefficients (numbers below 1e-38, which a GPU may take for 0, aside). The coefficients themselves, sums over state and
-  the thin products of low-rank updates are torch's own and may differ in the last bit. The tests run the arithmetic of
-  every kernel in Triton's interpreter on a CPU; that says nothing of its compiler.
+  coefficients (numbers below 1e-38, which a GPU may take for 0, aside). The coefficients themselves, sums over state
+  and the thin products of low-rank updates are torch's own and may differ in the last bit. The tests run the
+  arithmetic of every kernel in Triton's interpreter on a CPU; that says nothing of its compiler.
 - *Products of up to 128 tokens* (32 in float32) read a weight once for both sides of a direction and make its
-  perturbed forms in registers. With more tokens each block of them would make the noise again: there row chunks pass through a
-  scratch. The choice follows shape and dtype alone, so a resumed run adds up in the same order.
+  perturbed forms in registers. With more tokens each block of them would make the noise again: there row chunks pass
+  through a scratch. The choice follows shape and dtype alone, so a resumed run adds up in the same order.
 - *A step is one CUDA graph* from the second batch of a kind on (names, shapes, dtypes): batch, step number, η, ε and
   state lie on the device, and a step that is not finite is skipped there. Eight kinds are kept for each block; others
   run as they are. `sparse_mezo`, which renews its thresholds on some steps alone, is not recorded.
