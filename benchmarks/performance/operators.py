@@ -73,18 +73,24 @@ def laws(rounds: int) -> list[dict[str, Any]]:
     w, above, below = torch.randn(ELEMENTS), torch.empty(ELEMENTS), torch.empty(ELEMENTS)
     small = [torch.tensor([3, 4], dtype=torch.int32), torch.tensor([1e-3, -1e-3]), noise.gaussian_table()]
     for name, law in LAWS.items():
-
-        def kernel(w, above, below, key, coefficients, table, law=law) -> tuple:
-            index = torch.arange(w.shape[0], dtype=torch.int32)
-            z = law(noise.hash_bits(index, 0, key), table)
-            above.copy_(w + coefficients[0] * z)
-            below.copy_(w + coefficients[1] * z)
-            return ()
-
+        kernel = _perturbation(law)
         compiled = compile_function(kernel, [w, above, below, *small], range(3))
         calls[name] = functools.partial(compiled, w, above, below, *small)
     seconds = interleaved(calls, rounds, repeats=8)
     return [{"law": name, "per_second": ELEMENTS / statistics.median(s)} for name, s in seconds.items()]
+
+
+def _perturbation(law: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple]:
+    """``w ± εz`` under a law, in one loop."""
+
+    def kernel(w: Tensor, above: Tensor, below: Tensor, key: Tensor, coefficients: Tensor, table: Tensor) -> tuple:
+        index = torch.arange(w.shape[0], dtype=torch.int32)
+        z = law(noise.hash_bits(index, 0, key), table)
+        above.copy_(w + coefficients[0] * z)
+        below.copy_(w + coefficients[1] * z)
+        return ()
+
+    return kernel
 
 
 @torch.no_grad()
