@@ -110,3 +110,15 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
     """Whether every parameter and buffer is bitwise what it was."""
     return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class DataDependent(nn.Module):
+    """A forward that depends on values, which cannot be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y * 2 if y.sum().item() > 0 else y

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import zowrap
-from tests.families import batch, make, snapshot, unchanged
+from tests.families import DataDependent, batch, make, snapshot, unchanged
 from zowrap import compiler
 from zowrap.errors import ZOCaptureError
 
@@ -248,16 +248,6 @@ def test_training_mode_is_evaluated_without_dropout_and_restored() -> None:
         zm = zowrap.zo_wrap(model, engine=engine)
         assert zm.loss(**batch("bert", 4, 9)) == zm.loss(**batch("bert", 4, 9))
         assert [m.training for m in model.modules()] == flags
-
-
-class DataDependent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.layer(x)
-        return y * 2 if y.sum().item() > 0 else y
 
 
 def data_dependent_loss(model: nn.Module, inputs: dict) -> Tensor:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import zowrap
-from tests.families import batch, make, snapshot, unchanged
+from tests.families import DataDependent, batch, make, snapshot, unchanged
 from tests.tiny_run import same_weights, trainer_in
 from zowrap import lr, memory
 from zowrap.costs import Costs, Estimator, weight_bytes
@@ -172,16 +172,6 @@ def test_the_eager_engine_chooses_nothing(free: Any) -> None:
     record = zm.step(**SMALL).record()
     assert not asked and schedule_of(zm) == "auto" and "each point by itself" in zm.inspect().schedule_why
     assert "memory" not in record
-
-
-class DataDependent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.layer(x)
-        return y * 2 if y.sum().item() > 0 else y
 
 
 def test_what_cannot_be_captured_is_tried_once(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,12 +41,13 @@ class _Loop:
         self.main = max(dynamic, key=lambda i: fakes[i].ndim)
         self.axes = [str(size) for size in fakes[self.main].shape]
         self.arrays = set(dynamic)
-        inputs = [self._input(i, fake) for i, fake in enumerate(fakes)]
+        # An array's element is loaded where the kernel begins; a small input's numbers where they are needed.
+        inputs = [f"x{i}" if i in self.arrays else Small(f"p{i}") for i in range(len(fakes))]
         body = emit(graph_module, inputs, self._size)
         returned = graph_module.graph.output_node().args[0]
         self.dtypes = [node.meta["val"].dtype for node in returned]  # type: ignore[union-attr]
         self.sums = body.sums
-        self.source = self._source(graph_module, fakes, inputs, body)
+        self.source = self._source(graph_module, fakes, body)
         self.kernel = sources.kernel(self.source)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
@@ -69,13 +70,6 @@ class _Loop:
                 )
         return outputs
 
-    def _input(self, i: int, fake: Tensor) -> str | Small:
-        return self._element(i, fake) if i in self.arrays else Small(f"p{i}")
-
-    def _element(self, i: int, fake: Tensor) -> str:
-        """The name of an array's element; it is loaded where the kernel begins."""
-        return f"x{i}"
-
     def _address(self, fake: Tensor) -> str:
         axes = [str(size) for size in fake.shape]
         if axes == self.axes:
@@ -90,7 +84,7 @@ class _Loop:
             return indices[self.axes.index(name.removeprefix("index "))]
         return extents[self.axes.index(name)]
 
-    def _source(self, graph_module: Any, fakes: Sequence[Tensor], inputs: Sequence[Any], body: Body) -> str:
+    def _source(self, graph_module: Any, fakes: Sequence[Tensor], body: Body) -> str:
         pointers = [f"p{i}" for i in range(len(fakes))] + [f"o{i}" for i in range(len(body.outputs))]
         lines = ["i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)", "inside = i < count"]
         if len(self.axes) == 2:
