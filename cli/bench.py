@@ -28,9 +28,14 @@ class BenchOptions:
     )
     batch: Annotated[int, option("--batch", "Rows of the batch.")] = 8
     seq: Annotated[int, option("--seq", "Tokens of each row.")] = 64
-    row: Annotated[list[str], option("--row", "Only this row, beside the plain forwards. Repeatable.")] = (
-        dataclasses.field(default_factory=list)
-    )
+    row: Annotated[
+        list[str],
+        option(
+            "--row",
+            "Only this row, beside the plain forwards: one of the table's, or "
+            "'RULE[, DIRECTION][, one layer per step]'. Repeatable.",
+        ),
+    ] = dataclasses.field(default_factory=list)
     # 7: quartiles mean something, and a run over all rows at OPT-125M stays near ten minutes on two cores.
     rounds: Annotated[int, option("--rounds", "How many times each row is timed.")] = 7
     dtype: Annotated[str, option("--dtype", "float32, bfloat16 or float16.")] = "float32"

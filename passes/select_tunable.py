@@ -29,6 +29,10 @@ from zowrap.program import Program
 from zowrap.quant import code_operators  # noqa: F401  (registers torch.ops.zowrap)
 
 
+class UnusedBlock(ZOCaptureError):
+    """The loss does not depend on any parameter of the active block."""
+
+
 class SelectTunable(Pass):
     """See the module.
 
@@ -79,7 +83,7 @@ class SelectTunable(Pass):
                     user.replace_input_with(use, value)
             theta.meta["parameter"] = i
         if not used:
-            raise ZOCaptureError(
+            raise UnusedBlock(
                 f"none of the tunable parameters of block {job.blocks[self.block].name!r} takes part in the loss"
             )
         return f"{used} of {len(job.blocks[self.block].indices)} tunable parameters take part in the loss"

@@ -22,6 +22,21 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(options, capsys, mon
     assert options[1] in json.loads(capsys.readouterr().out)["error"]
 
 
+@pytest.mark.parametrize(
+    ("row", "rule", "direction", "blocks"),
+    [
+        ("hizoo", "hizoo", "gaussian", 1),
+        ("zo_adam, rademacher", "zo_adam", "rademacher", 1),
+        ("mezo, sphere, one layer per step", "zo_sgd", "sphere", 5),
+    ],
+)
+def test_a_row_is_any_rule_direction_and_blocks(row, rule, direction, blocks) -> None:
+    model = architectures.build("opt-tiny")
+    zm = contenders.make(row, model, architectures.batch_for(model, 2, 8)).wrapped
+    assert (zm.rule.name, zm._job.direction.name, len(zm._job.blocks)) == (rule, direction, blocks)
+    assert zm.inspect().schedule == "paired"
+
+
 def test_a_row_longer_than_the_window_is_refused() -> None:
     with pytest.raises(ZOError, match="window of 64"):
         architectures.batch_for(architectures.build("opt-tiny"), 2, 65)

@@ -57,6 +57,20 @@ def test_a_model_with_its_own_idea_of_a_loss_keeps_it() -> None:
     assert torch.allclose(zm.loss(**inputs), model.eval()(**inputs).loss.detach(), rtol=1e-5)
 
 
+def test_a_first_batch_that_is_wrong_leaves_the_choice_of_the_loss_open() -> None:
+    """What it would have shown is looked for again on the next one."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(0)
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    zm = zowrap.zo_wrap(AutoModelForCausalLM.from_config(MixtralConfig(**LLAMA, **options)), engine="eager")
+    inputs = batch("mixtral", 4, 9)
+    with pytest.raises(IndexError):
+        zm.step(**{**inputs, "input_ids": inputs["input_ids"] + 10_000})
+    zm.step(**inputs)
+    assert zm.state_dict()["loss"] == "own"
+
+
 def test_a_small_difference_keeps_the_models_own_loss() -> None:
     """An untrained mixture's router loss changes the total by less than a thousandth."""
     from transformers import AutoModelForCausalLM, MixtralConfig
@@ -116,6 +130,22 @@ def test_equal_sizes_by_accident_are_not_taken_for_one_size() -> None:
     inputs = {"x": torch.randint(0, 9, (3, 5)), "y": torch.randint(0, 9, (3, 2))}
     assert torch.allclose(compiled.loss(**inputs), loss(compiled.model, inputs).mean().detach(), rtol=1e-5)
     assert compiled.inspect().compile_count == 2
+
+
+def test_inputs_of_any_name_may_have_to_match_in_size() -> None:
+    """The labels are as long as the tokens, which only the model knows."""
+
+    def loss(model: nn.Module, inputs: dict) -> torch.Tensor:
+        logits = model(inputs["tokens"]).log_softmax(-1)
+        return -logits.gather(-1, inputs["targets"].unsqueeze(-1)).mean((1, 2))
+
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20))
+    zm = zowrap.zo_wrap(model, "zo_sgd", loss_fn=loss, engine="compiled")
+    for rows, length in [(4, 9), (2, 5), (7, 30)]:
+        ids = torch.randint(0, 20, (rows, length))
+        given = {"tokens": ids, "targets": ids.roll(1, 1)}
+        assert torch.allclose(zm.loss(**given), loss(model, given).mean(), rtol=1e-5)
+    assert len(zm._engine.executables) == 1
 
 
 def test_a_loss_module_needs_a_loss() -> None:

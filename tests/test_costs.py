@@ -63,7 +63,7 @@ def measure_here(kind: str, sizes: list[list[int]]) -> list[tuple[int | None, in
     for rows, length in sizes:
         given = tokens(kind, rows, length, "cpu")
         peak = measure.peak_bytes(Contender(kind, lambda given=given: zm.step(**given)))
-        found.append((peak, sum(t.nbytes for tensors in scratch._kept.values() for t in tensors)))
+        found.append((peak, sum(t.nbytes for tensors in scratch._own.kept.values() for t in tensors)))
     return found
 
 

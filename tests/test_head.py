@@ -72,14 +72,16 @@ def test_labels_may_be_a_view_with_gaps() -> None:
     assert torch.allclose(zo.head(x[:, 1:], w, None, None, None, y[:, 1:]), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [None, (CLASSES,), (3, 1, CLASSES)], ids=["no bias", "one bias", "a bias of each row"])
 @pytest.mark.parametrize("own", [False, True], ids=["shared factors", "factors of each row"])
 @pytest.mark.parametrize("labels", ["all", "some"])
-def test_low_rank_factors_join_the_logits(own, labels) -> None:
+def test_low_rank_factors_join_the_logits(own, labels, bias) -> None:
     x, w, y = given(labels)
     thin = torch.randn(3, 7, 2)
     left = torch.randn(3, CLASSES, 2) if own else torch.randn(CLASSES, 2)
-    bias = torch.randn(3, CLASSES) if own else None
-    logits = nn.functional.linear(x, w) + thin @ left.mT + (0 if bias is None else bias.unsqueeze(1))
+    bias = None if bias is None else torch.randn(bias)
+    logits = nn.functional.linear(x, w) + thin @ left.mT + (0 if bias is None else bias)
+    bias = bias if bias is None or bias.ndim == 1 else bias.squeeze(1)
     assert torch.allclose(zo.head(x, w, bias, thin, left, y), token_sums(logits, y), rtol=1e-5, atol=1e-5)
 
 

@@ -7,7 +7,6 @@ runs, for many steps, batches and settings, has taken all of it from tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,37 +16,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zowrap
-from zowrap import kernels, recorded, rules
-from zowrap.compiler import Compiled
-from zowrap.engines import compiled as compiled_engine
+from tests.uncompiled import compile_nothing
+from zowrap import recorded, rules
 from zowrap.errors import ZOWarning
-
-
-@dataclass
-class Interpreted:
-    """A program run node by node: its operations are seen by a trace, those of machine code would not be."""
-
-    program: Any
-    seconds: float = 0.0
-    cached: bool = False
-    compilations: int = 0
-
-    def __call__(self, *inputs: Any) -> Any:
-        return self.program(inputs)
 
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def as_it_is(function: Callable[..., Any], *_: Any, **__: Any) -> Compiled:
-        return Compiled(function, 0.0, False)
-
-    def interpreted(program: Any, *_: Any) -> Interpreted:
-        return Interpreted(program)
-
-    monkeypatch.setattr(kernels, "_registry", {})
-    monkeypatch.setattr(kernels, "compile_loop", as_it_is)
-    monkeypatch.setattr(kernels, "compile_function", as_it_is)
-    monkeypatch.setattr(compiled_engine, "compile_regions", interpreted)
+    compile_nothing(monkeypatch)
 
 
 class Layer(nn.Module):

@@ -301,6 +301,17 @@ def test_parameters_on_one_storage_are_one(engine) -> None:
     assert torch.allclose(zm.step(x=x).losses, torch.tensor(expected), rtol=1e-5)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_tie_of_scattered_memory_stays_one(engine) -> None:
+    """Weights that are not contiguous are laid anew, both names of them."""
+    model = Tied("same")
+    model.a.data = model.b.data = torch.arange(9.0).reshape(3, 3).t() / 9
+    zm = zowrap.zo_wrap(model, "zo_sgd", lr=1e-2, loss_fn=tied_loss, engine=engine)
+    zm.step(x=torch.ones(2, 3))
+    assert model.a.data_ptr() == model.b.data_ptr() and model.a.is_contiguous()
+    assert not torch.equal(model.b.data, torch.arange(9.0).reshape(3, 3).t() / 9)
+
+
 @pytest.mark.parametrize("kind", ["transposed", "part"])
 def test_overlapping_views_are_refused(kind) -> None:
     model = Tied(kind)

@@ -33,7 +33,16 @@ _SEQUENCES = {
 
 
 def signature(batch: Batch) -> tuple:
-    """What decides which program a batch needs: names, dtypes, ranks and constants, never batch size or length."""
+    """What decides which program a batch needs: names, dtypes, ranks and constants, never batch size or length.
+
+    Raises:
+        ZOCaptureError: the batch holds something else than tensors, numbers and texts.
+    """
+    for name, value in batch.items():
+        if not isinstance(value, Tensor | bool | int | float | str):
+            raise ZOCaptureError(
+                f"the batch's {name!r} is a {type(value).__name__}, and only tensors, numbers and texts can be captured"
+            )
     return tuple(
         (name, value.dtype, value.ndim) if isinstance(value, Tensor) else (name, repr(value))
         for name, value in sorted(batch.items())
@@ -91,13 +100,19 @@ def capture(loss: LossModule, batch: Batch) -> Program:
         ZOCaptureError: export cannot express the model; the message names the first obstacle.
     """
     problem: Exception | None = None
-    # Every size dynamic where export can do it, else those of integer inputs, else the number of rows alone.
-    for lengths, floats in ((True, True), (True, False), (False, False)):
+    # Every size dynamic where export can do it, else those of integer inputs, else the number of rows alone. Two sizes
+    # that happen to be equal here (source and target length) are different symbols, unless the model needs them equal.
+    for lengths, floats, equal in (
+        (True, True, False),
+        (True, False, False),
+        (True, False, True),
+        (False, False, False),
+        (False, False, True),
+    ):
         shapes = (_dynamic(batch, floats, lengths),)
-        # Two sizes that happen to be equal here (source and target length) are different symbols.
-        independent_sizes = size_oblivious(use_duck_shape=False)
+        sizes = size_oblivious(use_duck_shape=equal)
         try:
-            with warnings.catch_warnings(), torch.no_grad(), independent_sizes, evaluation_mode(loss):
+            with warnings.catch_warnings(), torch.no_grad(), sizes, evaluation_mode(loss):
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(loss, (dict(batch),), dynamic_shapes=shapes, strict=False)
                 if _needs_functionalising(exported):

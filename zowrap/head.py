@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zowrap import kernels
 from zowrap.compiler import Compiled, compile_function
+from zowrap.library import operator
 from zowrap.loss import IGNORED, token_sums
 from zowrap.scratch import MOST_ELEMENTS, buffers, chunks
 from zowrap.step import at_least_float32
@@ -26,7 +27,7 @@ _LOWEST = -3.0e38  # below every logit; finite, so that the first chunk computes
 _compiled: dict[tuple, Compiled] = {}
 
 
-@torch.library.custom_op("zowrap::token_losses", mutates_args=())
+@operator("token_losses")
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """:func:`zowrap.loss.token_sums`."""
     return token_sums(logits, labels)
@@ -37,7 +38,7 @@ def _(logits, labels):
     return token_sums(logits, labels)  # not its shape alone: capture learns from it which sizes must be equal
 
 
-@torch.library.custom_op("zowrap::head", mutates_args=())
+@operator("head")
 def head(x: Tensor, w: Tensor, bias: Tensor | None, thin: Tensor | None, left: Tensor | None, labels: Tensor) -> Tensor:
     """``token_losses(x · wᵀ + bias + thin · leftᵀ, labels)``.
 
@@ -62,7 +63,10 @@ def head(x: Tensor, w: Tensor, bias: Tensor | None, thin: Tensor | None, left: T
             logits = (wide + (change @ right).reshape(logits.shape)).to(logits.dtype)
         if bias is not None:
             part = bias[..., first:last]
-            logits = (logits.view(*labels.shape, -1) + part.unsqueeze(1)).view_as(logits) if own_rows else logits + part
+            if part.ndim == 2:
+                logits = (logits.view(*labels.shape, -1) + part.unsqueeze(1)).view_as(logits)
+            else:
+                logits = logits + part
         running.add(logits, first)
     return tokens.sums(running.losses())
 
@@ -72,7 +76,7 @@ def _(x, w, bias, thin, left, labels):
     return x.new_empty(labels.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.register_vmap("zowrap::head")
+@head.register_vmap
 def _(info, in_dims, x, w, bias, thin, left, labels):
     """Over the examples, each with factors and a bias of its own; the head itself is one for all."""
 
@@ -90,7 +94,7 @@ def _(info, in_dims, x, w, bias, thin, left, labels):
     return head(x, w, bias, thin, left, labels).unflatten(0, (info.batch_size, -1)), 0
 
 
-@torch.library.custom_op("zowrap::perturb_head", mutates_args=())
+@operator("perturb_head")
 def perturb_head(
     x: list[Tensor],
     w: Tensor,

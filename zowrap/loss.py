@@ -195,10 +195,15 @@ class LossModule(nn.Module):
         """Keep the model's own loss where ours from the logits is not the same number on (two rows of) ``batch``.
 
         A head may add a regulariser, weigh classes or shift labels in its own way. Where its own loss cannot be had
-        (it needs values the batch lacks), ours stands. Done once, before the first step.
+        (it needs values the batch lacks), ours stands. Done once, on the first batch with labels on which the loss can
+        be had.
         """
-        settled, self.settled = self.settled, True
-        if settled or self.head is None or "labels" not in batch:
+        if not self.settled and (self.head is None or "labels" in batch):
+            self._choose_loss(batch)
+            self.settled = True
+
+    def _choose_loss(self, batch: Batch) -> None:
+        if self.head is None:
             return
         few = {name: v[:2] if isinstance(v, Tensor) and v.ndim else v for name, v in batch.items()}
         with evaluation_mode(self):

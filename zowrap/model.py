@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -108,6 +109,7 @@ class ZOModel:
         self._measured = Measured()
         self._shapes: dict[str, Any] | None = None  # the last batch, on the meta device
         self._device_step: Tensor | None = None  # the step's number, 0-d int64, while a step is recorded
+        self._torn = False  # an update was broken off, or is under way
         self._recorder = recorder_for(self)
 
     # --- one step ---------------------------------------------------------------------------------------------
@@ -184,15 +186,32 @@ class ZOModel:
             losses[points:] if job.rule.candidates else None,
         )
         rounding = noise.derive_keys(self.seed, self._now, 0, self._ids, noise.TAG_ROUNDING)
-        self._engine.update(streams, rounding, conclusion)
-        self._streams.keep(conclusion.apply)
         facts = self._facts()
+        with self._moving():
+            self._engine.update(streams, rounding, conclusion)
+            self._streams.keep(conclusion.apply)
+            self.step_count += 1
         g = conclusion.projected_grad
         single = job.queries == 1 and not per_example
         result = StepResult(conclusion.loss, g[0] if single else g, ~conclusion.apply, losses, weights, facts)
-        self.step_count += 1
         self.discard()
         return result
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """Around the writes of an update, the step's number among them: what breaks them off is never passed over."""
+        self._whole()
+        self._torn = True
+        yield
+        self._torn = False
+
+    def _whole(self) -> None:
+        """Raise where an update was broken off (by Ctrl-C, say): some weights have moved, and others have not."""
+        if self._torn:
+            raise ZOError(
+                f"the update of step {self.step_count} was broken off half-way: load the weights and the state of a "
+                f"checkpoint, or load the model and wrap it again"
+            )
 
     def _facts(self) -> dict[str, Any]:
         """What the journal says of the current step beside its losses."""
@@ -362,6 +381,7 @@ class ZOModel:
         return self.step_count if self._device_step is None else self._device_step
 
     def _prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self._whole()
         inputs = {}
         for name, value in batch.items():
             if isinstance(value, Tensor):
@@ -469,7 +489,14 @@ class ZOModel:
 
         Flat: tensors are the rule's (``slots/<slot>/<parameter>``, ``scalars/<block>/<name>``), the rest is ready for
         JSON.
+
+        Raises:
+            ZOError: an update was broken off, so that neither the state nor the weights are those of any step.
         """
+        self._whole()
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         job = self._job
         state: dict[str, Any] = {
             "rule": job.rule.describe(),
@@ -501,7 +528,7 @@ class ZOModel:
         Raises:
             ZOError: the state is of another rule, model or set of options (the message names it); nothing changes.
         """
-        check_state(state, self.state_dict())
+        check_state(state, self._state())
         self._schedule.take(state.get("memory", "auto"), state.get("largest_batch", 0))
         self.discard()
         self._set(**{name: float(state[name]) for name in self._values})
@@ -514,11 +541,13 @@ class ZOModel:
             for parameter, tensor in zip(job.parameters, slot_tensors, strict=True):
                 tensor.copy_(state[f"slots/{slot}/{parameter.name}"])
         self.step_count, self.seed = state["step"], state["seed"]
+        self._torn = False
 
     def save_pretrained(self, directory: str, metadata: dict[str, str] | None = None, **options: Any) -> None:
         """Write the model as safetensors in the Hugging Face layout; ``from_pretrained`` loads it."""
         from zowrap.export import save_model
 
+        self._whole()
         save_model(self.model, directory, metadata={**self.facts(), **(metadata or {})}, **options)
 
     def facts(self) -> dict[str, str]:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from zowrap import kernels, lowrank
+from zowrap.library import operator
 from zowrap.scratch import buffers, chunks, longest
 from zowrap.step import perturbed
 
 
-@torch.library.custom_op("zowrap::perturb", mutates_args=())
+@operator("perturb")
 def perturb(
     w: Tensor, slots: list[Tensor], key: Tensor, scale: Tensor, scalars: list[Tensor], coefficients: Tensor, spec: str
 ) -> list[Tensor]:
@@ -38,7 +39,7 @@ def _(w, slots, key, scale, scalars, coefficients, spec):
     return [torch.empty_like(w, memory_format=torch.contiguous_format) for _ in range(coefficients.shape[0])]
 
 
-@torch.library.custom_op("zowrap::perturb_rows", mutates_args=())
+@operator("perturb_rows")
 def perturb_rows(
     w: Tensor,
     slots: list[Tensor],
@@ -63,7 +64,7 @@ def _(w, slots, ids, key, scale, scalars, coefficients, spec):
     return [w.new_empty((*ids.shape, w.shape[1])) for _ in range(coefficients.shape[0])]
 
 
-@torch.library.custom_op("zowrap::rows", mutates_args=())
+@operator("rows")
 def rows(w: Tensor, ids: Tensor) -> Tensor:
     """``w[ids]``; an id out of range raises ``IndexError``."""
     return w.index_select(0, ids.reshape(-1)).view(*ids.shape, *w.shape[1:])
@@ -74,7 +75,7 @@ def _(w, ids):
     return w.new_empty((*ids.shape, *w.shape[1:]))
 
 
-@torch.library.register_vmap("zowrap::rows")
+@rows.register_vmap
 def _(info, in_dims, w, ids):
     """Over the examples: one look-up for all; where each has its own table, in all of them laid end to end."""
     w_dim, ids_dim = in_dims
@@ -88,7 +89,7 @@ def _(info, in_dims, w, ids):
     return rows(w.flatten(0, 1), ids + first.view(-1, *[1] * (ids.ndim - 1))), 0
 
 
-@torch.library.custom_op("zowrap::attention", mutates_args=())
+@operator("attention")
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None, grouped: bool
 ) -> Tensor:
@@ -103,7 +104,7 @@ def _(query, key, value, mask, causal, scale, grouped):
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-@torch.library.register_vmap("zowrap::attention")
+@attention.register_vmap
 def _(info, in_dims, query, key, value, mask, causal, scale, grouped):
     def along_batch(x: Tensor | None, dim: int | None) -> Tensor | None:
         if x is None:
@@ -115,7 +116,7 @@ def _(info, in_dims, query, key, value, mask, causal, scale, grouped):
     return attention(*given, causal, scale, grouped).unflatten(0, (info.batch_size, -1)), 0
 
 
-@torch.library.custom_op("zowrap::gather", mutates_args=())
+@operator("gather")
 def gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
     """``torch.gather`` in a form that ``vmap`` can take when sizes vary."""
     return torch.gather(x, dim, index)
@@ -126,7 +127,7 @@ def _(x, dim, index):
     return x.new_empty(index.shape)
 
 
-@torch.library.register_vmap("zowrap::gather")
+@gather.register_vmap
 def _(info, in_dims, x, dim, index):
     x, index = (
         t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
@@ -135,7 +136,7 @@ def _(info, in_dims, x, dim, index):
     return gather(x, dim if dim < 0 else dim + 1, index), 0
 
 
-@torch.library.custom_op("zowrap::cat", mutates_args=())
+@operator("cat")
 def cat(tensors: list[Tensor], dim: int) -> Tensor:
     """``torch.cat`` in a form that ``vmap`` can take when sizes vary."""
     return torch.cat(tensors, dim)
@@ -146,7 +147,7 @@ def _(tensors, dim):
     return torch.cat(tensors, dim)
 
 
-@torch.library.register_vmap("zowrap::cat")
+@cat.register_vmap
 def _(info, in_dims, tensors, dim):
     tensors = [
         t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
@@ -155,7 +156,7 @@ def _(info, in_dims, tensors, dim):
     return cat(tensors, dim if dim < 0 else dim + 1), 0
 
 
-@torch.library.custom_op("zowrap::perturb_linear", mutates_args=())
+@operator("perturb_linear")
 def perturb_linear(
     x: list[Tensor],
     w: Tensor,
@@ -184,7 +185,7 @@ def perturb_linear(
             out = product.perturbed_products(inputs, w, slots, key, scale, scalars, coefficients, transposed, spec)
             return [o.view(*x[p % len(x)].shape[:-1], outputs) for p, o in enumerate(out)]
     # A transposed product adds up over the chunks: in float32, so that 16-bit sums do not lose the later chunks.
-    sums = torch.float32 if transposed and longest(rows, columns) < rows else w.dtype
+    sums = torch.promote_types(w.dtype, torch.float32) if transposed and longest(rows, columns) < rows else w.dtype
     out = [torch.empty((inputs[0].shape[0], outputs), dtype=sums, device=w.device) for _ in range(points)]
     runs = chunks(rows, columns)
     for first, last, weights in kernel.perturbed_chunks(w, slots, key, scale, scalars, coefficients, runs):
@@ -205,7 +206,7 @@ def _(x, w, slots, key, scale, scalars, coefficients, transposed, spec):
     return [w.new_empty((*x[p % len(x)].shape[:-1], outputs)) for p in range(coefficients.shape[0])]
 
 
-@torch.library.custom_op("zowrap::perturb_lowrank", mutates_args=())
+@operator("perturb_lowrank")
 def perturb_lowrank(w: Tensor, left: Tensor, right: Tensor | None, coefficients: Tensor) -> list[Tensor]:
     """``[w + coefficients[p] · left · rightᵀ for p]``; ``left`` ``[rows, rank]``, ``right`` ``[columns, rank]``."""
     z = lowrank.product(left, right, w.shape)
@@ -217,7 +218,7 @@ def _(w, left, right, coefficients):
     return [torch.empty_like(w, memory_format=torch.contiguous_format) for _ in range(coefficients.shape[0])]
 
 
-@torch.library.register_vmap("zowrap::perturb_lowrank")
+@perturb_lowrank.register_vmap
 def _(info, in_dims, w, left, right, coefficients):
     """Over the examples, each with its own factors: a copy of the parameter for each, so for small ones alone."""
     left = left.movedim(in_dims[1], 0)
@@ -226,7 +227,7 @@ def _(info, in_dims, w, left, right, coefficients):
     return [perturbed(w, z, c).contiguous() for c in coefficients.unbind()], [0] * coefficients.shape[0]
 
 
-@torch.library.custom_op("zowrap::update_lowrank_", mutates_args={"w", "slots"})
+@operator("update_lowrank_", mutates=("w", "slots"))
 def update_lowrank_(
     w: Tensor,
     slots: list[Tensor],
@@ -262,7 +263,7 @@ def _(w, slots, left, right, rounding_key, coefficients, hyper, apply, decay, sp
     return None
 
 
-@torch.library.custom_op("zowrap::update_", mutates_args={"w", "slots"})
+@operator("update_", mutates=("w", "slots"))
 def update_(
     w: Tensor,
     slots: list[Tensor],

@@ -106,6 +106,7 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
     """
     by_storage: dict[tuple, list[str]] = {}
     tensors: dict[tuple, Tensor] = {}
+    ties: dict[tuple, list[Tensor]] = {}
     tensor: Tensor
     for name, tensor in model.named_parameters(remove_duplicate=False):
         if ".original_module." in name:  # PEFT keeps what modules_to_save replaced; it takes no part in the loss
@@ -113,6 +114,7 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
         key = _place(tensor)
         by_storage.setdefault(key, []).append(name)
         tensors.setdefault(key, tensor)
+        ties.setdefault(key, []).append(tensor)
     if trainable is not None and not callable(trainable) and not isinstance(trainable, Sequence):
         raise ZOError(f"trainable is name patterns or a function of (name, tensor), not {trainable!r}")
     if trainable is not None and not callable(trainable):
@@ -124,6 +126,7 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
                     f"parameters (for example {known[0] if known else 'none at all'})"
                 )
     chosen: list[Parameter] = []
+    scattered: list[list[Tensor]] = []
     for key, names in by_storage.items():
         tensor, name = tensors[key], canonical_name(names[0])
         if not any(_matches(trainable, canonical_name(n), tensor) for n in names):
@@ -133,6 +136,7 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
                 continue
             raise ZOError(f"{name} holds {tensor.dtype} values: only floating-point tensors can be tuned this way")
         chosen.append(Parameter(name, tuple(names), tensor, parameter_id(name)))
+        scattered += [] if tensor.is_contiguous() else [ties[key]]
     if not chosen:
         asked = (
             "trainable matches none of the model's parameters" if trainable is not None else "every parameter is frozen"
@@ -143,9 +147,10 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
     _check_overlaps(chosen)
     if len({p.id for p in chosen}) != len(chosen):
         raise ZOError("two tunable parameters share one canonical name: give the adapters distinct names")
-    for parameter in chosen:
-        if not parameter.tensor.is_contiguous():
-            parameter.tensor.data = parameter.tensor.data.contiguous()
+    for tied in scattered:
+        data = tied[0].data.contiguous()
+        for tensor in tied:  # two objects on one memory stay on one
+            tensor.data = data
     return chosen
 
 

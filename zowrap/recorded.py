@@ -112,7 +112,7 @@ class Recorder:
         try:
             replay = self.record(step)
         finally:
-            zm._device_step, zm.step_count = None, count
+            zm._device_step, zm.step_count, zm._torn = None, count, False  # what is recorded has not happened
             zm.discard()
         batch = {name: v for name, v in static.items() if isinstance(v, Tensor)}
         return Recording(batch, replay, result[0], scratch.all_buffers())
@@ -120,9 +120,12 @@ class Recorder:
     def _replayed(self, recording: Recording, inputs: dict[str, Any]) -> StepResult:
         zm = self.zm
         self.number.fill_(zm.step_count)
+        facts = zm._facts()
         for name, tensor in recording.batch.items():
             tensor.copy_(inputs[name], non_blocking=True)
-        recording.replay()
+        with zm._moving():
+            recording.replay()
+            zm.step_count += 1
         own, weights = recording.result, recording.result.weights
         result = replace(
             own,
@@ -131,9 +134,8 @@ class Recorder:
             skipped=own.skipped.clone(),
             losses=own.losses.clone(),
             weights=None if weights is None else weights.clone(),
-            _facts=zm._facts(),
+            _facts=facts,
         )
-        zm.step_count += 1
         zm.discard()
         return result
 

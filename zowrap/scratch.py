@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -14,13 +15,23 @@ CHUNK_ROWS = 1024
 # wide rows no larger, so that the scratch stays at 16 MB of float32 whatever the model.
 LEAST_ELEMENTS, MOST_ELEMENTS = 1 << 18, 1 << 22
 
-_kept: dict[tuple[str, torch.dtype, torch.device, int], list[Tensor]] = {}
+_Kept = dict[tuple[str, torch.dtype, torch.device, int], list[Tensor]]
+
+
+class _Own(threading.local):
+    """Each thread has its own: what one is about to multiply with, another must not write over."""
+
+    def __init__(self) -> None:
+        self.kept: _Kept = {}
+
+
+_own = _Own()
 
 
 def chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     """``(first, last)`` of runs of rows, all of nearly the same length; none is longer than :func:`longest`."""
     length = longest(rows, columns)
-    for first in range(0, rows, length):
+    for first in range(0, rows, max(length, 1)):
         yield first, min(first + length, rows)
 
 
@@ -33,13 +44,15 @@ def longest(rows: int, columns: int) -> int:
 
 
 def buffers(purpose: str, dtype: torch.dtype, device: torch.device, count: int, size: int) -> list[Tensor]:
-    """``count`` flat tensors of at least ``size`` elements, zeros when made, the same at every call of that purpose."""
+    """``count`` flat tensors of at least ``size`` elements, zeros when made, the same at every call of that purpose
+    in one thread."""
     key = (purpose, dtype, device, count)
-    if key not in _kept or _kept[key][0].numel() < size:
-        _kept[key] = [torch.zeros(size, dtype=dtype, device=device) for _ in range(count)]
-    return _kept[key]
+    kept = _own.kept
+    if key not in kept or kept[key][0].numel() < size:
+        kept[key] = [torch.zeros(size, dtype=dtype, device=device) for _ in range(count)]
+    return kept[key]
 
 
 def all_buffers() -> list[Tensor]:
-    """Every buffer there is: whoever refers to them by address keeps them alive with this."""
-    return [tensor for tensors in _kept.values() for tensor in tensors]
+    """Every buffer of this thread: whoever refers to them by address keeps them alive with this."""
+    return [tensor for tensors in _own.kept.values() for tensor in tensors]

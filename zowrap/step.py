@@ -61,6 +61,7 @@ def conclude(
     if candidates is None:
         candidates = losses.new_zeros(0)
     new_state, coefficients = rule.scalars(state, Probe(losses, g, step, weights, candidates), hyper)
+    coefficients = {name: value.float() for name, value in coefficients.items()}  # a rule's flags and counts, too
     apply = torch.isfinite(losses).all() & torch.isfinite(g).all() & torch.isfinite(candidates).all()
     for value in (*new_state.values(), *coefficients.values()):
         apply = apply & torch.isfinite(value).all()

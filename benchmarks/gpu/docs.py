@@ -10,6 +10,7 @@ from benchmarks.performance.docs import _spread, _table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+MACHINE_CODE = ROOT / "benchmarks" / "results" / "machine_code.json"
 PAGE = ROOT / "docs" / "gpu.md"
 
 HEAD = """# On a GPU
@@ -42,19 +43,44 @@ recording of steps with a trace in place of a CUDA graph; their speed is not kno
 """
 
 
+CODE = """## What the compiler makes of the kernels
+
+Compiled for a Hopper GPU (compute capability 9.0) by Triton {triton} and its assembler, on a machine without one
+(`python -m benchmarks.gpu.machine_code`): instructions for each element of a bfloat16 weight, of which integer and
+float, registers of a thread, and bytes of the stack that it spills to. "Perturb" makes both points of a direction.
+"""
+
+
 def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def page(results: list[dict[str, Any]]) -> str:
     """The whole page."""
-    return "\n".join([HEAD, *(map(_section, results) if results else [NOTHING])])
+    code = [_code(load(MACHINE_CODE))] if MACHINE_CODE.exists() else []
+    return "\n".join([HEAD, *code, *(map(_section, results) if results else [NOTHING])])
 
 
 def write() -> None:
     """The page from the kept results."""
     paths = sorted(RESULTS.glob("*.json"))
     PAGE.write_text(page([load(path) for path in paths]), encoding="utf-8")
+
+
+def _code(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["kernel"],
+            row["rule"],
+            row["direction"],
+            *(f"{row['per_element'].get(name, 0):.0f}" for name in ("all", "integer", "float")),
+            str(row["registers"]),
+            str(row["stack"]),
+        ]
+        for row in result["rows"]
+    ]
+    head = ["kernel", "rule", "direction", "instructions", "integer", "float", "registers", "stack"]
+    return CODE.format(triton=result["triton"]) + "\n" + _table(head, rows)
 
 
 def _section(result: dict[str, Any]) -> str:

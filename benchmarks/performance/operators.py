@@ -1,7 +1,7 @@
 """The parts of a step by themselves, and the designs that were tried for them.
 
-Laws of the noise are timed in the kernel that perturbs a weight; products on the matrices of an OPT-125M layer and head
-against the same products with the weights as they are, as the length of the chunks varies.
+Laws of the noise are timed in the kernel that perturbs a weight; products with the tall matrices of OPT-125M and its
+head against the same products with the weights as they are, as the length of the chunks varies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from zowrap.loss import token_sums
 
 ELEMENTS = 1 << 20
 TOKENS, WIDTH, INNER, VOCABULARY, LAYERS = 512, 768, 3072, 50272, 6
-CHUNKS = (256, 512, 1024, 2048)
+# Rows of a chunk. They divide INNER, so that no chunk is longer or shorter than it says.
+CHUNKS = (256, 512, 1024, 3072)
 
 
 def checked_table(bits: Tensor, table: Tensor) -> Tensor:
@@ -47,6 +48,14 @@ def polynomial(bits: Tensor, table: Tensor) -> Tensor:
     return x * value
 
 
+def two_lookups(bits: Tensor, table: Tensor) -> Tensor:
+    """Two signed 12-bit look-ups added: smoother tails than one, for twice the look-ups."""
+    first = torch.ops.aten._unsafe_index(table, [noise._shift_right(bits, 20)])
+    second = torch.ops.aten._unsafe_index(table, [noise._shift_right(bits << 12, 20)])
+    signed = first * ((bits << 31 >> 31) | 1).to(torch.float32) + second * ((bits << 30 >> 31) | 1).to(torch.float32)
+    return signed * 2**-0.5
+
+
 def nothing(bits: Tensor, table: Tensor) -> Tensor:
     """The hash alone."""
     return bits.to(torch.float32)
@@ -57,14 +66,16 @@ LAWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "rademacher": noise.rademacher,
     "gaussian: table of 4096": noise.gaussian,
     "gaussian: the same, checked look-up": checked_table,
+    "two look-ups, added": two_lookups,
     "polynomial of degree 13": polynomial,
     "sum of four bytes": sum_of_bytes,
 }
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """Both tables."""
-    return {"machine": measure.machine(), "rounds": rounds, "laws": laws(rounds), "chunks": chunks(rounds)}
+    """All tables."""
+    tables = {"laws": laws, "deferred": deferred, "chunks": chunks, "stacked": stacked}
+    return {"machine": measure.machine(), "rounds": rounds, **{name: table(rounds) for name, table in tables.items()}}
 
 
 def laws(rounds: int) -> list[dict[str, Any]]:
@@ -93,17 +104,51 @@ def _perturbation(law: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tupl
     return kernel
 
 
+def deferred(rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds for a million elements of a step's loops: the update by itself, or inside the next perturbation."""
+    w, above, below = torch.randn(ELEMENTS), torch.empty(ELEMENTS), torch.empty(ELEMENTS)
+    keys = [torch.tensor(key, dtype=torch.int32) for key in ((3, 4), (5, 6))]
+    small = [*keys, torch.tensor([1e-3, -1e-3, 1e-9]), noise.gaussian_table()]
+
+    def direction(w: Tensor, key: Tensor, table: Tensor) -> Tensor:
+        return noise.gaussian(noise.hash_bits(torch.arange(w.shape[0], dtype=torch.int32), 0, key), table)
+
+    def write(w: Tensor, above: Tensor, below: Tensor, old: Tensor, new: Tensor, c: Tensor, table: Tensor) -> tuple:
+        w.copy_(w - c[2] * direction(w, old, table))
+        return ()
+
+    def perturb(w: Tensor, above: Tensor, below: Tensor, old: Tensor, new: Tensor, c: Tensor, table: Tensor) -> tuple:
+        z = direction(w, new, table)
+        above.copy_(w + c[0] * z)
+        below.copy_(w + c[1] * z)
+        return ()
+
+    def both(w: Tensor, above: Tensor, below: Tensor, old: Tensor, new: Tensor, c: Tensor, table: Tensor) -> tuple:
+        z, moved = direction(w, new, table), w - c[2] * direction(w, old, table)
+        above.copy_(moved + c[0] * z)
+        below.copy_(moved + c[1] * z)
+        w.copy_(moved)
+        return ()
+
+    def compiled(kernel: Callable[..., tuple]) -> Callable[[], Any]:
+        return functools.partial(compile_function(kernel, [w, above, below, *small], range(3)), w, above, below, *small)
+
+    update, perturbation = compiled(write), compiled(perturb)
+    calls = {"update, then perturbation": lambda: (update(), perturbation()), "both in one loop": compiled(both)}
+    seconds = interleaved(calls, rounds, repeats=8)
+    return [{"loops": name, "seconds": statistics.median(s) / ELEMENTS * 1e6} for name, s in seconds.items()]
+
+
 @torch.no_grad()
 def chunks(rounds: int) -> list[dict[str, Any]]:
-    """Seconds of the products, and of the head with its loss, for two points."""
-    zm = zowrap.zo_wrap(torch.nn.Linear(2, 2), "zo_sgd", lr=0.0, loss_fn=lambda m, b: m(b["x"]).sum(-1))
+    """Seconds of the products with tall matrices, and of the head with its loss, for two points."""
+    zm = zowrap.zo_wrap(torch.nn.Linear(2, 2), "zo_sgd", lr=1e-7, loss_fn=lambda m, b: m(b["x"]).sum(-1))
     zm.step(x=torch.ones(2, 2))
     spec: str = zm._engine.spec  # type: ignore[attr-defined]
     key, coefficients = torch.tensor([1, 2], dtype=torch.int32), torch.tensor([1e-3, -1e-3])
     given: tuple[Any, ...] = ([], key, torch.ones(()), [], coefficients)
-    shapes = [(WIDTH, WIDTH)] * 4 + [(INNER, WIDTH), (WIDTH, INNER)]
-    weights = [torch.randn(shape) for _ in range(LAYERS) for shape in shapes]
-    inputs = {size: [torch.randn(TOKENS, size) for _ in range(2)] for size in (WIDTH, INNER)}
+    weights = [torch.randn(INNER, WIDTH) for _ in range(LAYERS)]
+    inputs = [torch.randn(TOKENS, WIDTH) for _ in range(2)]
     vocabulary, labels = torch.randn(VOCABULARY, WIDTH), torch.randint(0, VOCABULARY, (8, TOKENS // 8))
     hidden = [torch.randn(8, TOKENS // 8, WIDTH) for _ in range(2)]
     plain_head = torch.compile(lambda x: token_sums(torch.nn.functional.linear(x, vocabulary), labels), dynamic=False)
@@ -111,32 +156,52 @@ def chunks(rounds: int) -> list[dict[str, Any]]:
 
     def at(length: int, call: Callable[[], Any]) -> Callable[[], Any]:
         def timed() -> None:
-            scratch.CHUNK_ROWS = length
+            scratch.CHUNK_ROWS, scratch.LEAST_ELEMENTS = length, 1
             call()
 
         return timed
 
     def products() -> None:
         for w in weights:
-            perturb_linear(inputs[w.shape[1]], w, *given, False, spec)
+            perturb_linear(inputs, w, *given, False, spec)
 
     calls: dict[tuple[str, int], Callable[[], Any]] = {
-        ("layers", 0): lambda: [torch.nn.functional.linear(x, w) for w in weights for x in inputs[w.shape[1]]],
+        ("layers", 0): lambda: [torch.nn.functional.linear(x, w) for w in weights for x in inputs],
         ("head", 0): lambda: [plain_head(x) for x in hidden],
     }
     for length in CHUNKS:
         calls["layers", length] = at(length, products)
         calls["head", length] = at(length, lambda: perturb_head(hidden, vocabulary, [], *given, labels, spec))
-    kept = scratch.CHUNK_ROWS
+    kept = scratch.CHUNK_ROWS, scratch.LEAST_ELEMENTS
     try:
         seconds = interleaved(calls, rounds)
     finally:
-        scratch.CHUNK_ROWS = kept
+        scratch.CHUNK_ROWS, scratch.LEAST_ELEMENTS = kept
     plain = {part: statistics.median(seconds[part, 0]) for part in ("layers", "head")}
     return [
         {"part": part, "rows": length, "seconds": statistics.median(s), "ratio": statistics.median(s) / plain[part]}
         for (part, length), s in seconds.items()
     ]
+
+
+@torch.no_grad()
+def stacked(rounds: int) -> list[dict[str, Any]]:
+    """Seconds of a plain product for both points: one after the other, or of their stacked rows."""
+    rows, linear = [], torch.nn.functional.linear
+    for shape in ((WIDTH, WIDTH), (INNER, WIDTH), (WIDTH, INNER)):
+        w, x = torch.randn(shape), torch.randn(2 * TOKENS, shape[1])
+        above, below = x[:TOKENS].clone(), x[TOKENS:].clone()
+        calls: dict[str, Callable[[], Any]] = {
+            "apart": functools.partial(_both, above, below, w),
+            "stacked": functools.partial(linear, x, w),
+        }
+        seconds = {name: statistics.median(s) for name, s in interleaved(calls, rounds, repeats=8).items()}
+        rows.append({"shape": list(shape), **seconds})
+    return rows
+
+
+def _both(above: Tensor, below: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.nn.functional.linear(above, w), torch.nn.functional.linear(below, w)
 
 
 def interleaved(calls: dict[Any, Callable[[], Any]], rounds: int, repeats: int = 1) -> dict[Any, list[float]]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
+
 from benchmarks.performance import docs, growth, operators
+from zowrap import scratch
 from zowrap.parameters import matches
 
 
@@ -26,3 +31,25 @@ def test_a_round_before_the_first_is_not_counted() -> None:
     found = operators.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, repeats=3)
     assert {name: len(times) for name, times in found.items()} == {"a": 2, "b": 2}
     assert calls == (["a"] * 3 + ["b"] * 3) * 3
+
+
+def test_the_tables_of_parts_are_made_at_a_small_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"ELEMENTS": 256, "TOKENS": 8, "WIDTH": 16, "INNER": 32, "VOCABULARY": 40, "LAYERS": 1, "CHUNKS": (8, 16)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(operators, name, value)
+    kept = scratch.CHUNK_ROWS, scratch.LEAST_ELEMENTS
+    found = operators.run(1)
+    assert kept == (scratch.CHUNK_ROWS, scratch.LEAST_ELEMENTS)
+    assert [row["law"] for row in found["laws"]] == list(operators.LAWS)
+    assert all(0 < row["per_second"] < math.inf for row in found["laws"])
+    assert {(row["part"], row["rows"]) for row in found["chunks"]} == {
+        (part, rows) for part in ("layers", "head") for rows in (0, 8, 16)
+    }
+    assert all(row["seconds"] > 0 for row in found["deferred"]) and all(row["stacked"] > 0 for row in found["stacked"])
+    assert docs._operators(found).count("\n| --- |") == 4
+
+
+def test_a_case_of_growth_counts_what_it_times() -> None:
+    found = growth.one(1, width=128, batch=(1, 8), queries=2)
+    assert (found["tokens"], found["queries"], found["blocks"]) == (8, 2, 1)
+    assert found["ratio"]["median"] > 0

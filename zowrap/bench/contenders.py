@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import zowrap
-from zowrap import cache
+from zowrap import cache, rules
 from zowrap.errors import ZOError, nearest
 from zowrap.loss import LossModule
 from zowrap.modes import evaluation_mode
@@ -46,13 +46,14 @@ class Row:
     lora: bool = False
 
 
+LAYER = "one layer per step"
 OURS = (
     Row("gaussian", {"rule": "zo_sgd"}),
     Row("gaussian, sequential", {"rule": "zo_sgd", "memory": "sequential"}),
     Row("rademacher", {"rule": "zo_sgd", "direction": "rademacher"}),
     Row("lowrank(1)", {"rule": "zo_sgd", "direction": "lowrank(1)"}),
     Row("population, lowrank(1)", {"rule": "zo_sgd", "estimator": "population"}),
-    Row("one layer per step", {"rule": "zo_sgd", "blocks": "layer"}),
+    Row(LAYER, {"rule": "zo_sgd", "blocks": "layer"}),
     Row("LoRA r8", {"rule": "zo_sgd"}, lora=True),
     Row("meazo", {"rule": "meazo"}),
     Row("conmezo", {"rule": "conmezo"}),
@@ -80,10 +81,25 @@ def make(name: str, model: torch.nn.Module, batch: Batch) -> Contender:
             return Contender(name, lambda: (compiled(batch), compiled(batch)), start_seconds=seconds)
         mezo = ClassicMeZO(model, lambda: compiled(batch))
         return Contender(name, mezo.step, start_seconds=seconds)
-    row = next((row for row in OURS if row.name == name), None)
-    if row is None:
-        raise ZOError(f"unknown row {name!r}{nearest(name, NAMES)}")
-    return _ours(row, model, batch)
+    return _ours(_row(name), model, batch)
+
+
+def _row(name: str) -> Row:
+    """A row of :data:`OURS`, or one made of a rule's name and, after commas, a direction and ``one layer per step``.
+
+    Raises:
+        ZOError: it is neither.
+    """
+    for row in OURS:
+        if row.name == name:
+            return row
+    rule, *rest = name.split(", ")
+    if rule not in rules.REGISTRY and rule not in rules.ALIASES:
+        raise ZOError(f"unknown row {name!r}{nearest(name, [*NAMES, *rules.REGISTRY])}")
+    options: dict[str, Any] = {"rule": rule}
+    for part in rest:
+        options.update({"blocks": "layer"} if part == LAYER else {"direction": part})
+    return Row(name, options)
 
 
 def changes_modules(name: str) -> bool:
@@ -95,7 +111,8 @@ def _ours(row: Row, model: torch.nn.Module, batch: Batch) -> Contender:
     if row.lora:
         model = _with_adapters(model)
     start = time.perf_counter()
-    zm = zowrap.zo_wrap(model, lr=1e-7, engine="compiled", **row.options)
+    # A row is one schedule, whatever memory there is.
+    zm = zowrap.zo_wrap(model, lr=1e-7, engine="compiled", **{"memory": "paired", **row.options})
     blocks = len(zm.inspect().blocks)
     for _ in range(blocks):
         zm.step(**batch)

@@ -26,12 +26,14 @@ from zowrap.errors import ZOCaptureError, ZOWarning
 from zowrap.loss import Batch
 from zowrap.passes.build import build
 from zowrap.passes.epilogue import build_epilogue, coefficient_shapes
+from zowrap.passes.select_tunable import UnusedBlock
 from zowrap.program import Program
 from zowrap.quant import code_operators
 from zowrap.regions import MIN_LAYERS, Kind, Regions, compile_regions
 from zowrap.step import Conclusion
 
 MAX_FIXED_SIZES = 8  # programs per kind of batch where export cannot make a size dynamic; each costs a compilation
+MAX_KINDS = 16  # kinds of batch; more come only where a value that is no tensor changes from step to step
 
 
 @dataclass
@@ -92,7 +94,9 @@ class CompiledEngine:
             result = self.eager.losses(batch, stream, coefficients)  # a batch that is wrong says so here
             self._fall_back(error)
             return result
-        return torch.stack(list(sums)), weights
+        rows = torch.stack(list(sums))
+        # The plain loss stands for all points of a block that it does not depend on.
+        return rows.expand(points, -1) if len(rows) < points else rows, weights
 
     def _executable(self, batch: Batch, stream: DirectionStream | None, points: int) -> Executable:
         captured = self.captured(batch)
@@ -117,13 +121,21 @@ class CompiledEngine:
     def program(self, batch: Batch, block: int, points: int, per_example: bool = False) -> Program:
         """The program of so many evaluations along one direction of a block, not compiled; ``points`` 0: of θ itself.
 
+        Of several blocks one may take no part in the loss (the pooler of an encoder whose hidden states are used): its
+        program is the loss at θ, which is the loss at all its points.
+
         It depends on the kind of ``batch`` alone, so that a batch on the ``meta`` device serves a model there.
 
         Raises:
             ZOCaptureError: the model cannot be captured.
         """
-        captured, epilogue = self.captured(batch), self._epilogues[block]
-        return build(captured.clone(), self.job, block, self.spec, points, self._scalar_names, epilogue, per_example)
+        job, captured, epilogue = self.job, self.captured(batch), self._epilogues[block]
+        try:
+            return build(captured.clone(), job, block, self.spec, points, self._scalar_names, epilogue, per_example)
+        except UnusedBlock:
+            if len(job.blocks) == 1 or per_example:
+                raise
+            return build(captured.clone(), job, block, self.spec, 0, self._scalar_names, epilogue)
 
     def captured(self, batch: Batch) -> Program:
         """The captured loss for this kind of batch; captured on first need.
@@ -131,7 +143,10 @@ class CompiledEngine:
         Raises:
             ZOCaptureError: the model cannot be captured.
         """
-        programs = self._captured.setdefault(signature(batch), [])
+        kind = signature(batch)
+        if kind not in self._captured and len(self._captured) == MAX_KINDS:
+            raise ZOCaptureError(_too_many(list(self._captured)))
+        programs = self._captured.setdefault(kind, [])
         for program in programs:
             if program.accepts(batch):
                 return program
@@ -299,6 +314,18 @@ def _spec(job: Job) -> str:
 
 
 _foreign = itertools.count()
+
+
+def _too_many(kinds: list[tuple]) -> str:
+    """Why batches of so many kinds cannot all be captured: the value that differs, if there is one."""
+    constants = [{part[0]: part[1] for part in kind if len(part) == 2} for kind in kinds]
+    for name in constants[-1]:
+        if len({found.get(name) for found in constants}) > len(kinds) // 2:
+            return (
+                f"{name!r} differs from batch to batch and is not a tensor, so each of its values needs a program of "
+                f"its own (give it as a tensor, or leave it out)"
+            )
+    return f"the batches are of more than {MAX_KINDS} kinds (names, dtypes and numbers of dimensions of what they hold)"
 
 
 def _direction_scalar_names(job: Job) -> list[str]:

@@ -21,10 +21,12 @@ from zowrap.gpu.emit import Small, emit
 
 # Up to so many tokens one block holds them all, and the noise of a tile is made once.
 FEW_TOKENS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}  # float32 tiles take twice the memory
-# Elements of a row of the weight in a tile; and rows, fewer where a matrix would otherwise make too few tiles for all
-# processors (an H100 has 132). Fixed, not tuned on the spot: another tiling adds up in another order, and a resumed
-# run would differ in the last bit.
-TILE_INPUTS, TILE_OUTPUTS, PROGRAMS = 64, (64, 32, 16), 128
+# Elements of a row of the weight in a tile: as many as fit into the registers with the noise of all points, and into
+# the shared memory of small GPUs (the tests compile them). And rows, fewer where a matrix would otherwise make too few
+# tiles for all processors (an H100 has 132). Fixed, not tuned on the spot: another tiling adds up in another order, and
+# a resumed run would differ in the last bit.
+TILE_INPUTS = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 16}
+TILE_OUTPUTS, PROGRAMS = (64, 32, 16), 128
 
 
 def applies(x: Sequence[Tensor], w: Tensor) -> bool:
@@ -68,7 +70,7 @@ def perturbed_products(
             inputs,
             TOKENS=block,
             OUTPUTS=rows,
-            INPUTS=TILE_INPUTS,
+            INPUTS=TILE_INPUTS[w.dtype],
             PRECISION=_precision(w),
             num_warps=4,
             num_stages=2,  # the tiles of all points, twice, must fit into the shared memory of small GPUs

@@ -1,32 +1,44 @@
-"""Generated Triton, kept as files: Triton reads a kernel's source from where it was defined."""
+"""Generated Triton. Triton reads a kernel's source from where it was defined: here a module that is on no disk."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.abc
 import importlib.util
+import linecache
+from types import CodeType
 from typing import Any
 
-from zowrap import cache
-from zowrap.files import write_text
-
-_HEAD = '''"""Written by zowrap; may be deleted."""
-
-import triton
+_HEAD = """import triton
 import triton.language as tl
 
 
-'''
+"""
+
+
+class _InMemory(importlib.abc.InspectLoader):
+    """A module from its text; tracebacks and Triton find its lines under a name of its own."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.text, self.path = text, f"<{name}>"
+        # No time of change: the entry stays, though no file has that name.
+        linecache.cache[self.path] = (len(text), None, text.splitlines(keepends=True), self.path)
+
+    def get_source(self, fullname: str) -> str:
+        return self.text
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.text, self.path)
 
 
 def kernel(source: str) -> Any:
-    """The function ``kernel`` of a piece of Triton, compiled when it is first launched."""
+    """The function ``kernel`` of a piece of Triton, compiled when it is first launched.
+
+    Triton keeps the machine code by the text, so another process that writes the same kernel compiles nothing.
+    """
     text = _HEAD + source
     name = f"zowrap_{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
-    path = cache.folder() / "triton" / f"{name}.py"
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_loader(name, _InMemory(name, text))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

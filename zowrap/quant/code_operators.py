@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from zowrap import kernels, noise
+from zowrap.library import operator
 from zowrap.quant import codes as integer
 from zowrap.quant.operators import products
 from zowrap.scratch import buffers, chunks, longest
 
 
-@torch.library.custom_op("zowrap::perturb_codes", mutates_args=())
+@operator("perturb_codes")
 def perturb_codes(
     codes: Tensor,
     slots: list[Tensor],
@@ -37,7 +38,7 @@ def _(codes, slots, key, scale, scalars, coefficients, spec):
     return [torch.empty_like(codes) for _ in range(coefficients.shape[0])]
 
 
-@torch.library.custom_op("zowrap::codes_points", mutates_args=())
+@operator("codes_points")
 def codes_points(
     x: list[Tensor],
     codes: Tensor,
@@ -88,7 +89,7 @@ def _(x, codes, row_scale, bias, threshold, slots, key, scale, scalars, coeffici
     return [x[p % len(x)].new_empty((*x[p % len(x)].shape[:-1], codes.shape[0])) for p in range(points)]
 
 
-@torch.library.custom_op("zowrap::update_codes_", mutates_args={"codes", "slots"})
+@operator("update_codes_", mutates=("codes", "slots"))
 def update_codes_(
     codes: Tensor,
     row_scale: Tensor,

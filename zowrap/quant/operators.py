@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zowrap.library import operator
+
 
 def products(
     x: Sequence[Tensor], codes: Tensor, scale: Sequence[Tensor], bias: Sequence[Tensor], threshold: float
@@ -52,7 +54,7 @@ def products(
     return out
 
 
-@torch.library.custom_op("zowrap::int8_linear", mutates_args=())
+@operator("int8_linear")
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     """See :func:`products`: one point."""
     return products([x], codes, [scale], [] if bias is None else [bias], threshold)[0]
@@ -63,7 +65,7 @@ def _(x, codes, scale, bias, threshold):
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-@torch.library.custom_op("zowrap::int8_points", mutates_args=())
+@operator("int8_points")
 def int8_points(
     x: list[Tensor], codes: Tensor, scale: list[Tensor], bias: list[Tensor], threshold: float
 ) -> list[Tensor]:
@@ -77,7 +79,7 @@ def _(x, codes, scale, bias, threshold):
     return [x[p % len(x)].new_empty((*x[p % len(x)].shape[:-1], codes.shape[0])) for p in range(points)]
 
 
-@torch.library.custom_op("zowrap::nf4_linear", mutates_args=())
+@operator("nf4_linear")
 def nf4_linear(
     x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, shape: list[int], blocksize: int, bias: Tensor | None
 ) -> Tensor:

@@ -1,0 +1,196 @@
+"""The machine code that Triton's compiler makes of the kernels, for a GPU that need not be there.
+
+    python -m benchmarks.gpu.machine_code          benchmarks/results/machine_code.json
+
+Triton carries NVIDIA's assembler, so what a kernel costs in instructions, registers and spills can be told without
+running it. How fast it runs cannot.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Compute capability: Ampere (A100) and Hopper (H100, H200).
+ARCHITECTURES = (80, 90)
+_TYPES = {
+    torch.bool: "*i1",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+}
+# Of the disassembly: the opcodes of integers, of floats, and of what reaches outside of the registers.
+_INTEGER = ("IMAD", "LOP3", "SHF", "IADD", "LEA", "ISETP", "IABS", "PRMT", "IMNMX", "VIADD", "SEL", "LOP")
+_FLOAT = ("FADD", "FMUL", "FFMA", "FSETP", "FSEL", "FMNMX", "MUFU", "I2F", "F2I", "F2F", "I2FP", "HADD", "HMUL", "HFMA")
+_MEMORY = ("LDG", "STG", "LDS", "STS", "LDC", "ATOM", "RED", "LDL", "STL")
+
+
+class Stand:
+    """Stands where a kernel stands: launched, it compiles itself for every architecture and runs nothing.
+
+    Args:
+        function: of ``triton.jit``.
+        found: where a line for each launch goes.
+    """
+
+    def __init__(self, function: Any, found: list[dict[str, Any]], architectures: Sequence[int]) -> None:
+        self.function, self.found, self.architectures = function, found, architectures
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launched
+
+    def _launched(self, *given: Any, **named: Any) -> None:
+        names = list(self.function.arg_names)
+        values = {**dict(zip(names, given, strict=False)), **{n: v for n, v in named.items() if n in names}}
+        options = {n: v for n, v in named.items() if n not in names}
+        for architecture in self.architectures:
+            self.found.append({"architecture": architecture, **_compiled(self.function, values, options, architecture)})
+
+
+def _compiled(function: Any, values: dict[str, Any], options: dict[str, Any], architecture: int) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {p.name for p in function.params if p.is_constexpr}
+    signature, aligned = {}, {}
+    for i, name in enumerate(function.arg_names):
+        value = values[name]
+        signature[name] = "constexpr" if name in constants else _kind(value)
+        if name not in constants and (isinstance(value, Tensor) or value % 16 == 0):
+            aligned[(i,)] = [["tt.divisibility", 16]]  # as torch's allocator gives memory
+    source = ASTSource(function, signature, {name: values[name] for name in constants}, aligned)
+    kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    block = values.get("BLOCK")
+    per_thread = block // (32 * options.get("num_warps", 4)) if block else None
+    return {"ptx": kernel.asm["ptx"], "shared": kernel.metadata.shared, **_facts(kernel.asm["cubin"], per_thread)}
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype]
+    return "i32" if abs(value) < 1 << 31 else "i64"
+
+
+def _facts(cubin: bytes, per_thread: int | None) -> dict[str, Any]:
+    """Registers, bytes of spilled ones, and instructions: in all, and for an element where there is no loop."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+
+        def dump(option: str) -> str:
+            command = [knobs.nvidia.cuobjdump.path, option, str(file)]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, listing = dump("--dump-resource-usage"), dump("-sass")
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", listing, re.MULTILINE)
+    body = opcodes[: max((i for i, name in enumerate(opcodes) if name == "EXIT"), default=-1) + 1]
+    counts = Counter(_class(name) for name in body)
+    facts: dict[str, Any] = {
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"],
+        "instructions": len(body),
+        **counts,
+    }
+    if per_thread:
+        facts["per_element"] = {name: count / per_thread for name, count in [("all", len(body)), *counts.items()]}
+    return facts
+
+
+def _class(opcode: str) -> str:
+    for name, opcodes in (("integer", _INTEGER), ("float", _FLOAT), ("memory", _MEMORY)):
+        if opcode.startswith(opcodes):
+            return name
+    return "other"
+
+
+@contextmanager
+def compiling(architectures: Sequence[int] = ARCHITECTURES) -> Iterator[list[dict[str, Any]]]:
+    """Within, kernels are compiled where they would be launched, and their results are left as they were allocated.
+
+    Yields:
+        what was compiled so far: a line for each launch and architecture.
+    """
+    from zowrap import kernels
+    from zowrap.gpu import cross_entropy, loops, product, sources
+
+    found: list[dict[str, Any]] = []
+    made, add, kept, compile_loop = sources.kernel, cross_entropy._add, kernels._registry, kernels.compile_loop
+    sources.kernel = lambda source: Stand(made(source), found, architectures)  # type: ignore[assignment]
+    cross_entropy._add = Stand(add, found, architectures)
+    kernels.compile_loop, kernels._registry = loops.compile_loop, {}
+    product._kernel.cache_clear()
+    try:
+        yield found
+    finally:
+        sources.kernel, cross_entropy._add = made, add
+        kernels.compile_loop, kernels._registry = compile_loop, kept
+        product._kernel.cache_clear()
+
+
+def elementwise(rule: str, direction: str | None, dtype: torch.dtype, found: list[dict[str, Any]]) -> None:
+    """Compile the perturbation at two points and the update of a rule; call it :func:`compiling`."""
+    import zowrap
+
+    layer = torch.nn.Linear(64, 64, dtype=dtype)
+    zm = zowrap.zo_wrap(layer, rule, lr=1e-2, direction=direction, loss_fn=lambda m, b: m(b["x"]).sum(-1))
+    kernel = zm._engine.kernels  # type: ignore[attr-defined]
+    w, key, one = torch.ones(4096, dtype=dtype), torch.ones(2, dtype=torch.int32), torch.ones(())
+    slots, scalars = [torch.ones(4096) for _ in kernel.slot_names], [one for _ in kernel.scalar_names]
+    seen = [slots[kernel.slot_names.index(name)] for name in kernel.read_names]
+    coefficients = [torch.ones(shape) for shape in kernel.coefficient_shapes.values()]
+    count = len(found)
+    kernel.perturb(w, seen, key, one, scalars, torch.ones(2), [torch.ones_like(w) for _ in range(2)])
+    for line in found[count:]:
+        line["kernel"] = "perturb"
+    count = len(found)
+    kernel.update(w, slots, [key], [one], scalars, key, coefficients, [one] * 3, torch.tensor(True), False)
+    for line in found[count:]:
+        line["kernel"] = "update"
+
+
+ROWS: tuple[tuple[str, str | None], ...] = (
+    *((rule, None) for rule in ("zo_sgd", "meazo", "zo_adam", "conmezo", "hizoo")),
+    ("zo_sgd", "rademacher"),
+)
+
+
+def run() -> list[dict[str, Any]]:
+    """The table of docs/gpu.md: elementwise kernels on bfloat16 weights, for Hopper."""
+    rows = []
+    for rule, direction in ROWS:
+        with compiling([90]) as found:
+            elementwise(rule, direction, torch.bfloat16, found)
+        for line in found:
+            kept = {name: line[name] for name in ("kernel", "architecture", "registers", "stack", "per_element")}
+            rows.append({"rule": rule, "direction": direction or "gaussian", **kept})
+    return rows
+
+
+def main() -> None:
+    import triton
+
+    from benchmarks.gpu import docs
+    from benchmarks.papers.docs import write_json
+
+    write_json({"triton": triton.__version__, "rows": run()}, docs.MACHINE_CODE)
+
+
+if __name__ == "__main__":
+    main()
