@@ -202,7 +202,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, float
 
     Args:
         model: its quantised layers lowered.
-        dtype: what quantised layers with an adapter become instead: plain ones of this dtype.
+        dtype: what layers with an adapter become instead: plain ones of this dtype.
 
     Returns:
         For each merged layer ‖W_new − (W + BA)‖ / ‖BA‖: how much of the adapter rounding took.
@@ -226,7 +226,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, float
             if isinstance(base, Lowered):
                 base = plain_linear(base, weight + change, dtype or torch.float32)
             else:
-                base.weight.copy_(weight + change)
+                base.weight.data = (weight + change).to(dtype or base.weight.dtype)
             lost = base.weight.float() - (weight + change)
             errors[name] = float(lost.norm() / change.norm().clamp(min=1e-30))
         _put(model, name, base)
