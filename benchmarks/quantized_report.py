@@ -35,7 +35,26 @@ zowrap export RUN --to DIR --format bf16        # plain 16-bit weights, for serv
 zowrap export RUN --to DIR --format merged      # adapters merged: dequantise, add, requantise; the error is printed
 ```
 
-A run of `scales` or `codes` reloads with plain `from_pretrained`, with the same logits bit for bit. An export to `bf16`
+*What moves beside.* Weights that the checkpoint lacks, such as a fresh classification head, are left unquantised and
+move by default, whichever way is chosen. Others move where `trainable` names them. With adapters these modules become
+peft's `modules_to_save`, so the folder holds all that moved; a weight that has no place there (one of a layer that has
+an adapter, a tied one, scales, codes) is refused. Perturbations of all that moves have one size: with the ε of scales,
+0.1, a head moves in coarse steps.
+
+A run of `scales` or `codes` reloads with plain `from_pretrained`, with the same logits bit for bit. So does one of
+adapters, told how its base was loaded, which the header of its weights says:
+
+```python
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from zowrap.quant.convert import read_base_options
+
+base = BitsAndBytesConfig(**read_base_options("RUN")["quantization"])
+model = AutoModelForSequenceClassification.from_pretrained("RUN", quantization_config=base)
+```
+
+Of a run of adapters, `bf16` and `fp32` are whole plain models with the adapters merged; this is also how those on a
+4-bit base are merged, which 4 bits could not hold. `--dtype` is refused for quantised weights: it would round their
+scales. An export to `bf16`
 or `fp32` rounds no activations: the command loads both models and prints (`logit_error` with `--json`) the root mean
 square difference of their outputs on 8 rows of fixed token ids, as a share of the standard deviation of the outputs.
 """

@@ -79,10 +79,10 @@ def check_quantization(options: TuneOptions) -> None:
         raise ZOError(f"--quantized {options.quantized} is for 8-bit weights: 4-bit ones take adapters")
     if options.use_peft and options.quantized not in (None, "adapters"):
         raise ZOError(f"--use-peft moves adapters, --quantized {options.quantized} something else: give one of them")
-    if options.lora_target_modules and not (
-        options.use_peft or options.quantized == "adapters" or options.load_in_4bit
-    ):
-        raise ZOError("--lora-target-modules names layers for adapters: add --use-peft")
+    if not (options.use_peft or options.quantized == "adapters" or options.load_in_4bit):
+        for name in ("lora_r", "lora_alpha", "lora_target_modules"):
+            if getattr(options, name) != getattr(TuneOptions(), name):
+                raise ZOError(f"--{name.replace('_', '-')} is about adapters, and there are none: add --use-peft")
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -62,7 +62,7 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
         raise ZOError(f"--batch-size must be at least 1, got {options.batch_size}")
     quiet_libraries()
     from zowrap.data import read_rows, sample
-    from zowrap.quant import quantization
+    from zowrap.quant.convert import read_base_options
     from zowrap.tasks import choose_dtype, open_source
     from zowrap.weights import ADAPTER
 
@@ -74,14 +74,14 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
     task, why = _task(context, options, saved, rows, source)
     task.check(rows)
     say(why)
-    # A run is measured as it was tuned: in its own dtype.
-    dtype, reason = choose_dtype(options.dtype or ("auto" if saved else None), source)
+    # A run is measured as it was tuned: in its own dtype, and adapters on the base as it was loaded for them.
+    base = read_base_options(options.model) if Path(options.model, ADAPTER).is_file() else {}
+    source.quantization = base.get("quantization")
+    dtype, reason = choose_dtype(options.dtype or base.get("dtype") or ("auto" if saved else None), source)
     examples = task.examples(rows, source)
     say_counts(examples, task.max_length)
     if not len(examples):
         raise ZOError(f"{options.data}: no row has anything to predict")
-    if saved is not None and Path(options.model, ADAPTER).is_file():  # the base is loaded as it was for tuning
-        source.quantization = quantization(_options_of(options.model))
     model = task.build(source, dtype)
     say(f"{dtype}".removeprefix("torch.") + f" ({reason})")
     record = measure(model, task, examples, source, options.batch_size, options.predictions)
@@ -95,13 +95,6 @@ def saved_task(model: str) -> dict[str, Any] | None:
 
     run = Run(model)
     return (run.config().get("task") or None) if run.config_file.is_file() else None
-
-
-def _options_of(model: str) -> dict[str, Any]:
-    """The options that a run was made with."""
-    from zowrap.run import Run
-
-    return dict(Run(model).config().get("options") or {})
 
 
 def _check_finished(model: str) -> None:

@@ -23,7 +23,7 @@ class ExportOptions:
     to: Annotated[str | None, option("--to", "Directory to write: new or empty.")] = None
     dtype: Annotated[str | None, option("--dtype", "float32, bfloat16 or float16; by default as it is.")] = None
     format: Annotated[
-        str, option("--format", "same, bf16 or fp32 (quantised weights become plain ones), adapters, merged.")
+        str, option("--format", "same, bf16 or fp32 (a plain model: dequantised, adapters merged), adapters, merged.")
     ] = "same"
     max_shard_size: Annotated[str | None, option("--max-shard-size", "Split above this size, e.g. 2GB.")] = None
     allow_pickle: Annotated[
@@ -41,16 +41,18 @@ def export(context: typer.Context, options: ExportOptions) -> None:
     quiet_libraries()
     from zowrap.export import convert_pickle, export_run, pickled_weights, weight_files
     from zowrap.quant.convert import DTYPES, check_format, is_quantized_folder, output_error
+    from zowrap.weights import ADAPTER
 
     check_format(options.format)
     if options.format != "same" and (options.dtype or options.allow_pickle):
         raise ZOError("--format says what the weights become: leave out --dtype and --allow-pickle")
     source = _directory(options)
     errors: dict[str, float] = {}
-    if options.format == "merged":
+    adapters = (source / ADAPTER).is_file()
+    if options.format == "merged" or (adapters and options.format in DTYPES):
         from zowrap.export import export_merged
 
-        files, errors = export_merged(source, options.to, options.max_shard_size, overwrite=options.overwrite)
+        files, errors = export_merged(source, options.to, options.max_shard_size, options.overwrite, options.format)
     elif options.allow_pickle and pickled_weights(source) and not weight_files(source):
         if options.dtype or options.max_shard_size:
             raise ZOError("--allow-pickle converts as it is: give --dtype or --max-shard-size to a second export")
@@ -62,10 +64,10 @@ def export(context: typer.Context, options: ExportOptions) -> None:
     size = sum(file.stat().st_size for file in files)
     record = {"to": options.to, "files": [file.name for file in files], "bytes": size}
     lines = [f"wrote {options.to}: {len(files)} files, {size / 2**20:.1f} MiB"]
-    if options.format in DTYPES and is_quantized_folder(source):
+    if options.format in DTYPES and (adapters or is_quantized_folder(source)):
         error = record["logit_error"] = output_error(source, options.to, options.format)
         if error is not None:
-            lines.append(f"its outputs differ from the quantised model's by {error:.1%} of their spread")
+            lines.append(f"its outputs differ from the tuned model's by {error:.1%} of their spread")
     if errors:
         record["merge_error"] = max(errors.values())
         lines.append(f"of the adapters, rounding took at most {record['merge_error']:.1%} of a layer's change")

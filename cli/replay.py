@@ -32,7 +32,7 @@ def replay(context: typer.Context, options: ReplayOptions) -> None:
         raise ZOError("where to? give --to DIR")
     check_target(options.to, options.overwrite, "--to")
     quiet_libraries()
-    from zowrap.quant import adapters, quantization
+    from zowrap.quant import quantization, ways
     from zowrap.rules import find_recorded
     from zowrap.run import Run, replay_run
     from zowrap.tasks import choose_dtype, from_record, open_source
@@ -47,9 +47,7 @@ def replay(context: typer.Context, options: ReplayOptions) -> None:
     source.quantization = quantization(config["options"])
     seed = int(config["options"].get("seed") or 0)
     model = task.build(source, dtype, seed)
-    if config["options"].get("use_peft"):
-        rank, alpha, targets = (config["options"].get(f"lora_{name}") for name in ("r", "alpha", "target_modules"))
-        adapters.attach(model, rank, alpha, targets, seed)
+    ways.from_options(model, config["options"], seed)
     zm = replay_run(model, options.run, options.to, tokenizer=source.tokenizer)
     record = {"to": options.to, "steps": zm.step_count, "rule": zm.rule.name}
     result(record, options.json, [f"wrote {options.to}: {zm.step_count} steps of {zm.rule.name} replayed"])

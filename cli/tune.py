@@ -120,7 +120,7 @@ def show(examples: Any, source: Any, count: int) -> None:
 
 def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     """Load the weights. Returns the model, and the options with the dtype resolved."""
-    from zowrap.quant import adapters, quantization, ways
+    from zowrap.quant import quantization, ways
     from zowrap.tasks import choose_dtype
 
     dtype, why = choose_dtype(options.dtype, plan.source)
@@ -131,9 +131,7 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     model = plan.task.build(plan.source, dtype, options.seed)
     say(f"{plan.source.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights in {name} ({why})")
     quantized, eps = options.quantized, options.eps
-    if options.use_peft:
-        adapters.attach(model, options.lora_r, options.lora_alpha, options.lora_target_modules, options.seed)
-    way = ways.choose(model, quantized)
+    way = ways.from_options(model, dataclasses.asdict(options), options.seed)
     if way is not None:
         quantized = way.name
         say(f"{quantized} move ({way.why})")

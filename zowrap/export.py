@@ -22,6 +22,7 @@ from zowrap.files import TMP, move_into, read_json, remove, write_json, writing
 from zowrap.quant import convert
 from zowrap.weights import (
     ADAPTER,
+    ADAPTER_CONFIG,
     INDEX,
     SETTINGS,
     WEIGHTS,
@@ -99,6 +100,9 @@ def save_model(
             _write(part, beside, max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
+        if (beside / ADAPTER).is_file():
+            facts |= convert.base_options(part)
+        _name_base_absolutely(beside)
         for file in sorted(beside.rglob("*.safetensors")):
             add_metadata(file, facts)
 
@@ -121,6 +125,16 @@ def save_settings(model: nn.Module, directory: Path_, tokenizer: Any = None) -> 
         for holder in (*holders, tokenizer):
             if hasattr(holder, "save_pretrained"):
                 holder.save_pretrained(str(beside))  # type: ignore[union-attr]
+        _name_base_absolutely(beside)
+
+
+def _name_base_absolutely(folder: Path) -> None:
+    """Of adapters on a local base: name it so that it is found from any folder."""
+    for file in folder.rglob(ADAPTER_CONFIG):
+        config = read_json(file)
+        base = config.get("base_model_name_or_path")
+        if base and Path(base).is_dir():
+            write_json(file, {**config, "base_model_name_or_path": str(Path(base).absolute())})
 
 
 @contextmanager
@@ -208,13 +222,14 @@ def export_run(
         max_shard_size: split the weights anew.
         metadata: strings to add to the header.
         overwrite: allow ``to`` to hold files already.
-        form: ``"same"`` quantisation, ``"bf16"``, ``"fp32"`` or ``"adapters"``, see :mod:`zowrap.quant.convert`.
+        form: ``"same"`` quantisation, ``"bf16"``, ``"fp32"`` or ``"adapters"``, see :mod:`zowrap.quant.convert`. The
+            middle two are whole plain models: quantised weights are dequantised, adapters merged.
 
     Returns:
         The files written.
 
     Raises:
-        ZOError: no weights, an unknown dtype, ``to`` is not empty, or the disk is full.
+        ZOError: no weights, an unknown dtype, one for quantised weights, ``to`` is not empty, or the disk is full.
     """
     run, to = Path(run), Path(to)
     if dtype is not None and dtype not in DTYPES:
@@ -223,6 +238,12 @@ def export_run(
     if (run / "zowrap.json").is_file() and not weight_files(run):
         raise ZOError(f"{run} holds no finished model yet: go on with its training, or export one of its checkpoints")
     require_safetensors(run)
+    if dtype is not None and convert.is_quantized_folder(run):
+        raise ZOError(
+            f"{run} is quantised, and a dtype would round its scales too: --format bf16 or fp32 makes it a plain model"
+        )
+    if form in convert.DTYPES and (run / ADAPTER).is_file():
+        return export_merged(run, to, max_shard_size, overwrite, form, metadata)[0]
     with fresh_files(to) as beside:
         _write_copy(run, beside, form, DTYPES.get(dtype or ""), max_shard_size)
         for file in sorted(beside.glob("*.safetensors")) if metadata else []:
@@ -234,7 +255,7 @@ def _write_copy(run: Path, to: Path, form: str, dtype: torch.dtype | None, max_s
     if form == "adapters":
         return convert.copy_adapters(run, to)
     _copy_settings(run, to)
-    if form != "same" and convert.is_quantized_folder(run) and not (run / ADAPTER).is_file():
+    if form != "same" and convert.is_quantized_folder(run):
         convert.write_dequantized(run, to, form, max_shard_size or MAX_SHARD_SIZE)
     elif form == "same" and dtype is None and max_shard_size is None:
         for file in _weights_and_index(run):
@@ -244,27 +265,39 @@ def _write_copy(run: Path, to: Path, form: str, dtype: torch.dtype | None, max_s
 
 
 def export_merged(
-    run: Path_, to: Path_, max_shard_size: int | str | None = None, overwrite: bool = False
+    run: Path_,
+    to: Path_,
+    max_shard_size: int | str | None = None,
+    overwrite: bool = False,
+    form: str = "merged",
+    metadata: Mapping[str, str] | None = None,
 ) -> tuple[list[Path], dict[str, float]]:
-    """Write the base of a RUN's adapters with them merged in, in the base's own precision.
+    """Write the base of a RUN's adapters with them merged in, in the base's own precision, ``"bf16"`` or ``"fp32"``.
 
     Returns:
         The files written, and for each layer the part of its change that rounding took.
 
     Raises:
-        ZOError: there are no adapters, the base is 4-bit, or ``to`` is not empty.
+        ZOError: there are no adapters, ``form`` is ``"merged"`` and the base is 4-bit, or ``to`` is not empty.
     """
     run, to = Path(run), Path(to)
     _check_target(run, to, overwrite)
-    options = read_json(run / "zowrap.json").get("options", {}) if (run / "zowrap.json").is_file() else {}
-    model, errors = convert.merged(run, options)
+    model, errors = convert.merged(run, form)
     with fresh_files(to) as beside:
         _copy_settings(run, beside)
         for name in ("adapter_config.json", "config.json"):
             (beside / name).unlink(missing_ok=True)
         with _quiet():
             _write(model, beside, max_shard_size or MAX_SHARD_SIZE)
+        for file in sorted(beside.glob("*.safetensors")):
+            add_metadata(file, {"zowrap": zowrap.__version__, **_facts_of(run), **(metadata or {})})
     return sorted(p for p in to.iterdir() if p.is_file()), errors
+
+
+def _facts_of(run: Path) -> dict[str, str]:
+    """What the header of a folder's weights says of how they came about, less what is of their form."""
+    facts = read_metadata(weight_files(run)[0])
+    return {name: value for name, value in facts.items() if name not in ("format", "base_options")}
 
 
 def convert_pickle(model_dir: Path_, to: Path_, overwrite: bool = False) -> list[Path]:

@@ -65,7 +65,8 @@ def canonical_name(name: str) -> str:
     return _ADAPTERS.sub("", name)
 
 
-def _matches(spec: TrainableSpec, name: str, tensor: Tensor) -> bool:
+def wanted(spec: TrainableSpec, name: str, tensor: Tensor) -> bool:
+    """Whether ``trainable`` asks for the parameter of that canonical name."""
     if spec is None:
         return tensor.requires_grad
     if callable(spec):
@@ -92,6 +93,20 @@ def matches(pattern: str, name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*"))
 
 
+def check_patterns(trainable: TrainableSpec, known: Sequence[str]) -> None:
+    """Raise :class:`ZOError` unless each pattern matches one of the ``known`` canonical names; a predicate passes."""
+    if trainable is None or callable(trainable):
+        return
+    if not isinstance(trainable, Sequence):
+        raise ZOError(f"trainable is name patterns or a function of (name, tensor), not {trainable!r}")
+    for pattern in [trainable] if isinstance(trainable, str) else trainable:
+        if not any(matches(pattern, name) for name in known):
+            raise ZOError(
+                f"nothing is left to tune by trainable={pattern!r}: it matches none of the model's {len(known)} "
+                f"parameters (for example {known[0] if known else 'none at all'})"
+            )
+
+
 def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]:
     """The tunable parameters of ``model``, in state-dict order, ties merged.
 
@@ -115,21 +130,12 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
         by_storage.setdefault(key, []).append(name)
         tensors.setdefault(key, tensor)
         ties.setdefault(key, []).append(tensor)
-    if trainable is not None and not callable(trainable) and not isinstance(trainable, Sequence):
-        raise ZOError(f"trainable is name patterns or a function of (name, tensor), not {trainable!r}")
-    if trainable is not None and not callable(trainable):
-        known = [canonical_name(n) for names in by_storage.values() for n in names]
-        for pattern in [trainable] if isinstance(trainable, str) else trainable:
-            if not any(matches(pattern, name) for name in known):
-                raise ZOError(
-                    f"nothing is left to tune by trainable={pattern!r}: it matches none of the model's {len(known)} "
-                    f"parameters (for example {known[0] if known else 'none at all'})"
-                )
+    check_patterns(trainable, [canonical_name(n) for names in by_storage.values() for n in names])
     chosen: list[Parameter] = []
     scattered: list[list[Tensor]] = []
     for key, names in by_storage.items():
         tensor, name = tensors[key], canonical_name(names[0])
-        if not any(_matches(trainable, canonical_name(n), tensor) for n in names):
+        if not any(wanted(trainable, canonical_name(n), tensor) for n in names):
             continue
         if not tensor.is_floating_point():
             if trainable is None:

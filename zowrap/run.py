@@ -125,6 +125,8 @@ class Run:
             tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
             for index in _unsaved(zm, beside):
                 tensors[f"weights/{zm.parameters[index].name}"] = zm.parameters[index].tensor
+            # Of the file of an 8-bit model these cannot be told: it holds the scales that tuning left.
+            tensors.update({f"scales/{p.name}": p.scale for p in zm.parameters if p.scale is not None})
             there = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
             save_file(there, beside / TENSORS, metadata={"format": "pt"})
             sync(beside / TENSORS)
@@ -166,11 +168,15 @@ def load_checkpoint(directory: str | os.PathLike[str], zm: ZOModel) -> dict[str,
         with weights.opened(directory / TENSORS) as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     apart = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
-    state = {name: t for name, t in tensors.items() if not name.startswith("weights/")}
+    state = {name: t for name, t in tensors.items() if not name.startswith(("weights/", "scales/"))}
     stored = list(_stored_weights(directory, zm, apart))  # all checked before anything changes
+    scales = list(_stored_scales(directory, zm, tensors))
     trainer_state = _read_object(directory / TRAINER)
     zm.load_state_dict({**_read_object(directory / STATE), **state})
     _put(zm, stored)
+    with torch.no_grad():
+        for scale, value in scales:
+            scale.copy_(value)
     return trainer_state
 
 
@@ -216,6 +222,17 @@ def _stored_weights(directory: Path, zm: ZOModel, apart: dict[str, Tensor]) -> I
                 f"{tuple(stored.shape)} there, {parameter.tensor.dtype} of shape {tuple(parameter.tensor.shape)} here"
             )
         yield index, stored
+
+
+def _stored_scales(directory: Path, zm: ZOModel, tensors: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(scales, their stored values): those that the run began with, whatever model this one was loaded from."""
+    for parameter in zm.parameters:
+        value = tensors.get(f"scales/{parameter.name}")
+        if parameter.scale is None or value is None:  # checkpoints of earlier versions have none
+            continue
+        if value.shape != parameter.scale.shape:
+            raise ZOError(f"{directory} is of another model: the scales of {parameter.name} have another shape there")
+        yield parameter.scale, value
 
 
 def _log_scale(directory: Path, zm: ZOModel, parameter: Parameter) -> Tensor:

@@ -22,7 +22,7 @@ from zowrap.loss import LossFn, LossModule
 from zowrap.lowrank import matrix_shape
 from zowrap.model import ZOModel
 from zowrap.parameters import Parameter, TrainableSpec, select
-from zowrap.quant import ways
+from zowrap.quant import adapters, ways
 from zowrap.rules import Rule
 from zowrap.rules.base import MASTER, check_positive, with_masters
 from zowrap.schedule import Schedule
@@ -120,7 +120,10 @@ def zo_wrap(
     law = directions.get(direction)
     if law.shape is not None:
         rule = law.shape(rule)
-    parameters = select(model, trainable) if way is None else ways.parameters(model, way, trainable, seed)
+    if way is not None:
+        parameters = ways.parameters(model, way, trainable, seed)
+    else:
+        parameters = adapters.parameters(model, trainable) if adapters.present(model) else select(model, trainable)
     device = parameters[0].tensor.device
     partition = block_lib.partition(parameters, blocks)
     moving = sorted(i for block in partition for i in block.indices)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
+
+from tests.conftest import make_tokenizer
+from zowrap.quant.convert import DTYPES, adapted, read_base_options
 
 
 def run_options(models, data, out) -> list[str]:
@@ -72,3 +79,173 @@ def test_bad_options_are_one_sentence(options, problem, models, data, tmp_path, 
     done = zowrap_cli(*run_options(models, data, tmp_path / "run"), *options)
     assert done.code == 2 and problem in done.json["error"]
     assert not (tmp_path / "run").exists()
+
+
+# --- a head that the checkpoint does not have ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def headless(tmp_path_factory) -> Path:
+    """A BERT for masked words: a classification head, and its pooler, start random."""
+    folder = tmp_path_factory.mktemp("models") / "masked"
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(vocab_size=len(make_tokenizer("bert")), max_position_embeddings=128, **small)
+    torch.manual_seed(0)
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    make_tokenizer("bert").save_pretrained(folder)
+    return folder
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    with safe_open(folder, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def tuned(models, headless, data, out, zowrap_cli, *options: str) -> Any:
+    done = zowrap_cli(*run_options({**models, "sequence": headless}, data, out), "--seed", "1", *options)
+    assert done.code == 0, done.err
+    return zowrap_cli("eval", out, "--data", data["test"], "--json").json
+
+
+@pytest.mark.parametrize("scheme", ["--load-in-8bit", "--load-in-4bit"])
+def test_a_fresh_head_moves_beside_adapters_and_is_saved(scheme, models, headless, data, tmp_path, zowrap_cli) -> None:
+    out = tmp_path / "run"
+    measured = tuned(models, headless, data, out, zowrap_cli, scheme, "--use-peft", "--eval-data", str(data["test"]),
+                     "--eval-every", "3")  # fmt: skip
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    best = json.loads((out / "zowrap.json").read_text())["status"]["best_step"]
+    (known,) = (line["eval_loss"] for line in lines if line["step"] == best and "eval_loss" in line)
+    assert measured["loss"] == pytest.approx(known, rel=1e-5)
+    saved = stored(out / "adapter_model.safetensors")
+    assert {"base_model.model.classifier.weight", "base_model.model.bert.pooler.dense.weight"} <= set(saved)
+    # Plain transformers, told what the base is: the same logits.
+    settings = read_base_options(out)["quantization"]
+    reload = [
+        transformers.AutoModelForSequenceClassification.from_pretrained(
+            out, num_labels=2, quantization_config=transformers.BitsAndBytesConfig(**settings)
+        ).eval()
+        for _ in range(2)
+    ]
+    ids = torch.arange(5, 13).reshape(2, 4)
+    with torch.no_grad():
+        one, other = (model(ids).logits for model in reload)
+        mine = adapted(out)(ids).logits
+    assert torch.equal(one, other) and torch.equal(one, mine)
+    for form in ("bf16", "fp32"):
+        exported = zowrap_cli("export", out, "--to", tmp_path / form, "--format", form, "--json")
+        assert exported.code == 0, exported.err
+        assert 0 <= exported.json["logit_error"] < 0.2
+        again = zowrap_cli("eval", tmp_path / form, "--data", data["test"], "--json")
+        assert again.json["loss"] == pytest.approx(measured["loss"], rel=0.05)
+        config = json.loads((tmp_path / form / "config.json").read_text())
+        assert config["architectures"] == ["BertForSequenceClassification"] and "quantization_config" not in config
+        tensors = stored(tmp_path / form / "model.safetensors")
+        assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {DTYPES[form]}
+        assert not any("lora" in name or "modules_to_save" in name or "SCB" in name for name in tensors)
+    merged = zowrap_cli("export", out, "--to", tmp_path / "merged", "--format", "merged", "--json")
+    if scheme == "--load-in-4bit":
+        assert merged.code == 2 and "--format bf16" in merged.json["error"]
+        return
+    assert merged.code == 0, merged.err
+    again = zowrap_cli("eval", tmp_path / "merged", "--data", data["test"], "--json")
+    assert again.json["loss"] == pytest.approx(measured["loss"], rel=0.05)
+
+
+def test_a_fresh_head_moves_beside_scales(models, headless, data, tmp_path, zowrap_cli) -> None:
+    out = tmp_path / "run"
+    tuned(models, headless, data, out, zowrap_cli, "--load-in-8bit")
+    journal = json.loads((out / "journal.jsonl").read_text().splitlines()[0])
+    assert {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight"} <= set(journal["parameters"])
+    weight = stored(out / "model.safetensors")["classifier.weight"]
+    assert weight.is_floating_point()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(out)
+    assert torch.equal(model.classifier.weight, weight)
+    replayed = zowrap_cli("replay", headless, out, "--to", tmp_path / "again", "--json")
+    assert replayed.code == 0, replayed.err
+    assert torch.equal(stored(tmp_path / "again" / "model.safetensors")["classifier.weight"], weight)
+
+
+def test_a_run_with_sentence_form_is_merged_as_what_it_was(models, headless, data, tmp_path, zowrap_cli) -> None:
+    out = tmp_path / "run"
+    measured = tuned(models, headless, data, out, zowrap_cli, "--load-in-8bit", "--use-peft", "--head", "sentence",
+                     "--lr", "1e-1")  # fmt: skip
+    exported = zowrap_cli("export", out, "--to", tmp_path / "fp32", "--format", "fp32", "--json")
+    assert exported.code == 0, exported.err
+    again = zowrap_cli("eval", tmp_path / "fp32", "--data", data["test"], "--head", "sentence", "--json")
+    assert again.json["loss"] == pytest.approx(measured["loss"], rel=0.05)
+
+
+def test_norms_move_beside_adapters_and_are_saved(models, data, tmp_path, zowrap_cli) -> None:
+    out = tmp_path / "run"
+    asked = ["--trainable", "*lora_*", "--trainable", "*LayerNorm*"]
+    done = zowrap_cli(*run_options(models, data, out), "--load-in-8bit", "--use-peft", *asked)
+    assert done.code == 0, done.err
+    saved = stored(out / "adapter_model.safetensors")
+    base = stored(models["sequence"] / "model.safetensors")
+    norms = [name for name in saved if name.endswith("LayerNorm.weight")]
+    assert norms and all(not torch.equal(saved[n], base[n.removeprefix("base_model.model.")]) for n in norms)
+    replayed = zowrap_cli("replay", models["sequence"], out, "--to", tmp_path / "again", "--json")
+    assert replayed.code == 0, replayed.err
+    again = stored(tmp_path / "again" / "adapter_model.safetensors")
+    assert list(again) == list(saved) and all(torch.equal(again[name], saved[name]) for name in saved)
+
+
+# --- the options of adapters, and the folder they name ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets, expected", [(["query"], {"query"}), (["all-linear"], None)])
+def test_rank_and_targets_hold_without_use_peft(targets, expected, models, data, tmp_path, zowrap_cli) -> None:
+    out = tmp_path / "run"
+    named = [word for target in targets for word in ("--lora-target-modules", target)]
+    done = zowrap_cli(*run_options(models, data, out), "--load-in-4bit", "--lora-r", "3", "--lora-alpha", "5", *named)
+    assert done.code == 0, done.err
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (3, 5)
+    names = {name.rsplit(".", 1)[-1] for name in settings["target_modules"]}
+    assert names == (expected or {"query", "key", "value", "dense", "classifier"})
+    replayed = zowrap_cli("replay", models["sequence"], out, "--to", tmp_path / "again", "--json")
+    assert replayed.code == 0, replayed.err
+
+
+def test_a_base_given_by_a_relative_path_is_found_from_elsewhere(
+    models, data, tmp_path, zowrap_cli, monkeypatch
+) -> None:
+    monkeypatch.chdir(models["sequence"].parent)
+    out = tmp_path / "run"
+    done = zowrap_cli(*run_options({"sequence": "sequence"}, data, out), "--load-in-8bit", "--use-peft")
+    assert done.code == 0, done.err
+    monkeypatch.chdir(tmp_path)
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(models["sequence"])
+    evaluated = zowrap_cli("eval", out, "--data", data["test"], "--json")
+    assert evaluated.code == 0, evaluated.err
+
+
+def test_a_dtype_is_refused_for_a_quantised_model(models, data, tmp_path, zowrap_cli) -> None:
+    out = tmp_path / "run"
+    assert zowrap_cli(*run_options(models, data, out), "--load-in-8bit").code == 0
+    done = zowrap_cli("export", out, "--to", tmp_path / "to", "--dtype", "bfloat16", "--json")
+    assert done.code == 2 and "--format bf16" in done.json["error"]
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize("command", ["tune", "inspect"])
+def test_a_scheme_that_is_not_supported_is_named_before_anything_loads(
+    command, models, data, tmp_path, zowrap_cli
+) -> None:
+    folder = tmp_path / "gptq"
+    shutil.copytree(models["sequence"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (folder / "config.json").write_text(json.dumps(config))
+    given = run_options({"sequence": folder}, data, tmp_path / "run")
+    done = zowrap_cli(*(given if command == "tune" else ["inspect", folder, "--json"]))
+    assert done.code == 2 and "quantised by GPTQ" in done.json["error"] and "load_in_8bit" in done.json["error"]
+
+
+def test_a_missing_package_is_named(models, data, tmp_path, zowrap_cli, monkeypatch) -> None:
+    def without(*args: Any, **options: Any) -> Any:
+        raise ImportError("8-bit quantization requires bitsandbytes: `pip install -U bitsandbytes`")
+
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", without)
+    done = zowrap_cli(*run_options(models, data, tmp_path / "run"), "--load-in-8bit")
+    assert done.code == 2 and "needs a package" in done.json["error"] and "pip install" in done.json["error"]

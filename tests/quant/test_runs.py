@@ -13,7 +13,7 @@ from tests.families import batch
 from tests.quant.models import logits, plain, quantized
 from zowrap import quant
 from zowrap.errors import ZOError
-from zowrap.export import export_run
+from zowrap.export import export_merged, export_run
 from zowrap.model import ZOModel
 from zowrap.quant import adapters, codes
 from zowrap.run import Run, load_checkpoint, load_weights, replay_run
@@ -118,3 +118,78 @@ def test_merging_adapters_requantises_and_says_what_it_lost() -> None:
     assert 0 < spread < 0.1
     with pytest.raises(ZOError, match="no adapters to merge"):
         adapters.merge(model)
+
+
+def test_a_run_goes_on_from_a_model_of_its_own_checkpoint(tmp_path) -> None:
+    """The scales of a checkpoint's model are tuned ones: the logarithms are relative to those of the start."""
+    inputs = batch("opt", 4, 9)
+    whole = wrap("scales")
+    whole.update(projected_grad=torch.tensor(2.0))
+    checkpoint = Run(tmp_path).save_checkpoint(1, whole, {})
+    tuned = logits(whole.model, inputs)
+    again = zowrap.zo_wrap(
+        type(whole.model).from_pretrained(checkpoint), "meazo", lr=1e-2, quantized="scales", engine="eager", seed=3
+    )
+    load_checkpoint(checkpoint, again)
+    assert torch.equal(logits(again.model, inputs), tuned)
+    for zm in (whole, again):
+        zm.step(**inputs)
+    for p, q in zip(whole.parameters, again.parameters, strict=True):
+        assert torch.equal(p.tensor, q.tensor) and torch.equal(p.scale, q.scale), p.name
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "nf4 twice"])
+def test_a_lowered_model_saves_itself_as_it_is(scheme: str, tmp_path) -> None:
+    model, inputs = quantized("opt", scheme), batch("opt", 4, 9)
+    if scheme == "int8":
+        zm = zowrap.zo_wrap(model, "zo_sgd", lr=1e-1, quantized="scales", engine="eager")
+        zm.update(projected_grad=torch.tensor(2.0))
+    else:
+        quant.lower(model)
+    tuned = logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(model, inputs), tuned)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path), inputs), tuned)
+
+
+def test_a_lowered_model_takes_its_state_dict_again() -> None:
+    zm, other, inputs = wrap("scales"), wrap("scales"), batch("opt", 4, 9)
+    zm.update(projected_grad=torch.tensor(2.0))
+    other.update(projected_grad=torch.tensor(-1.0))
+    other.model.load_state_dict(zm.model.state_dict())
+    assert torch.equal(logits(other.model, inputs), logits(zm.model, inputs))
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+def test_a_trainers_run_of_adapters_says_how_its_base_was_loaded(tmp_path) -> None:
+    args = ZOConfig(output_dir=str(tmp_path / "run"), max_steps=2, lr="1e-1", rule="zo_sgd", quantized="adapters",
+                    engine="eager", report_to="none", per_device_train_batch_size=4)  # fmt: skip
+    model, inputs = quantized("opt"), batch("opt", 4, 9)
+    trainer = ZOTrainer(model, args, train_dataset=Rows())
+    trainer.train()
+    tuned = logits(model, inputs)
+    _, errors = export_merged(tmp_path / "run", tmp_path / "merged")
+    assert all(0 < error < 1 for error in errors.values())
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    assert merged.is_quantized
+    assert (logits(merged, inputs) - tuned).norm() < 0.2 * tuned.norm()
+    export_run(tmp_path / "run", tmp_path / "fp32", form="fp32")
+    exact = type(model).from_pretrained(tmp_path / "fp32")
+    assert not getattr(exact, "is_quantized", False)
+    assert (logits(exact, inputs) - tuned).norm() < 0.2 * tuned.norm()
+    layer = "model.decoder.layers.0.fc1"
+    lora = trainer.model.get_submodule(layer)
+    wanted = quant.lowered(model)[f"{layer}.base_layer"].dequantized() + adapters.lora_change(lora, "default")
+    assert torch.equal(exact.get_submodule(layer).weight, wanted)
+
+
+def test_adapters_of_another_kind_are_not_merged() -> None:
+    peft = pytest.importorskip("peft")
+    model = quantized("opt")
+    around = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["fc1"], use_dora=True))
+    quant.lower(around)
+    with pytest.raises(ZOError, match="DoRA"):
+        adapters.merge(around)
+    assert adapters.present(around)

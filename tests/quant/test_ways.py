@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
 import zowrap
 from tests.families import batch
-from tests.quant.models import logits, quantized
+from tests.quant.models import SCHEMES, logits, plain, quantized
 from zowrap import quant
 from zowrap.errors import ZOError, ZOWarning
 from zowrap.model import ZOModel
@@ -265,3 +266,81 @@ def test_the_noise_floor_is_measured_and_nothing_moves() -> None:
     assert found.agreement >= 0.9  # signs against those at ten times ε
     assert zm.step_count == 0
     assert found.record()["rounding"] == found.rounding
+
+
+# --- beside adapters ------------------------------------------------------------------------------------------------
+
+
+def test_what_moves_beside_adapters_is_saved_with_them(tmp_path) -> None:
+    zm = wrap("adapters", trainable=["*lora_*", "*layer_norm*"], lr=1e-1)
+    inputs = batch("opt", 4, 9)
+    zm.update(projected_grad=torch.tensor(2.0))
+    tuned = logits(zm.model, inputs)
+    zm.save_pretrained(str(tmp_path))
+    settings = BitsAndBytesConfig(**SCHEMES["int8"])
+    again = type(zm.model).from_pretrained(tmp_path, quantization_config=settings)
+    assert torch.equal(logits(again, inputs), tuned)
+
+
+@pytest.mark.parametrize(
+    "trainable, problem",
+    [
+        (["*lora_*", "*fc1.bias"], r"fc1\.bias would move"),
+        (["*lora_*", "*embed_tokens*"], r"embed_tokens\.weight would move"),
+        (["*lora_*", "*fc1.weigth"], "matches none"),
+        (["*fc1.weight"], "matches none"),
+    ],
+)
+def test_what_cannot_be_saved_with_adapters_is_refused(trainable, problem) -> None:
+    with pytest.raises(ZOError, match=problem):
+        wrap("adapters", trainable=trainable)
+
+
+def test_a_peft_model_without_quantised_weights_saves_what_moves_too(tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    model, inputs = plain("opt"), batch("opt", 4, 9)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    zm = zowrap.zo_wrap(model, "zo_sgd", lr=1e-1, trainable=["*lora_*", "*layer_norm*"], engine="eager")
+    zm.update(projected_grad=torch.tensor(2.0))
+    zm.save_pretrained(str(tmp_path))
+    again = peft.PeftModel.from_pretrained(plain("opt"), tmp_path)
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("way", ["scales", "codes"])
+def test_scales_and_codes_are_refused_beside_adapters(way: str) -> None:
+    model = wrap("adapters").model
+    with pytest.raises(ZOError, match="would be lost"):
+        zowrap.zo_wrap(model, "zo_sgd", quantized=way, engine="eager")
+
+
+def test_layers_named_as_a_whole_move_by_their_adapters() -> None:
+    """The codes under an adapter never move, whatever names them."""
+    model = quantized("llama")
+    zm = zowrap.zo_wrap(model, "zo_sgd", quantized="adapters", trainable=["layers.1"], engine="eager")
+    assert any("lora_" in p.name for p in zm.parameters)
+    assert all("layers.1." in p.name and not p.codes for p in zm.parameters)
+
+
+# --- trainable ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["scales", "codes"])
+def test_a_predicate_is_given_tensors(way: str) -> None:
+    by_shape = wrap(way, trainable=lambda name, tensor: tensor.ndim >= 2 and "fc1" in name)
+    assert {p.name.rsplit(".", 2)[-2] for p in by_shape.parameters} == {"fc1"}
+
+
+@pytest.mark.parametrize("way", ["scales", "codes"])
+def test_each_pattern_must_match_something(way: str) -> None:
+    with pytest.raises(ZOError, match="fc1_weights"):
+        wrap(way, trainable=["fc1", "fc1_weights"])
+
+
+@pytest.mark.parametrize("options", [{"way": "weights"}, {"way": "codes", "scheme": "nf4"}, {"lr": -1.0}])
+def test_a_refused_model_is_as_it_was(options) -> None:
+    model = quantized("opt", options.pop("scheme", "int8"))
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ZOError):
+        zowrap.zo_wrap(model, "zo_sgd", quantized=options.pop("way", None), **options)
+    assert [type(module) for module in model.modules()] == kinds

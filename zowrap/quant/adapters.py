@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zowrap.errors import ZOError
+from zowrap.parameters import Parameter, TrainableSpec, canonical_name, check_patterns, select, wanted
 from zowrap.quant.linear import Int8Linear, Lowered
+from zowrap.quant.lowering import fresh_weights, lowered, plain_linear, raised
 
 RANK, ALPHA = 8, 16  # peft's own defaults are 8 and 8; twice the rank is what TRL's scripts give
+_BESIDE = "ModulesToSaveWrapper"  # peft's module around one that moves beside the adapters, and is saved with them
 
 
 def present(model: nn.Module) -> bool:
@@ -22,8 +25,13 @@ def present(model: nn.Module) -> bool:
     ) or any(type(module).__name__.startswith("PeftModel") for module in model.modules())
 
 
-def settings(rank: int, alpha: int, targets: set[str]) -> Any:
-    """The ``LoraConfig`` of adapters on the layers whose names end in ``targets``.
+def settings(rank: int, alpha: int, targets: set[str] | str, beside: Sequence[str] = ()) -> Any:
+    """The ``LoraConfig`` of adapters.
+
+    Args:
+        targets: last parts of the names of the layers that get one; or ``"all-linear"``, or a regular expression of
+            whole names.
+        beside: modules that move as a whole, and are saved with the adapters.
 
     Raises:
         ZOError: peft is not installed, or a number out of range.
@@ -34,24 +42,26 @@ def settings(rank: int, alpha: int, targets: set[str]) -> Any:
         raise ZOError("adapters need peft: pip install 'zowrap[peft]'") from error
     if rank < 1 or alpha < 1:
         raise ZOError(f"--lora-r and --lora-alpha must be at least 1, got {rank} and {alpha}")
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(targets), lora_dropout=0.0)
+    named = targets if isinstance(targets, str) else sorted(targets)
+    return LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=named, lora_dropout=0.0, modules_to_save=list(beside) or None
+    )
 
 
 def attach(
     model: nn.Module, rank: int = RANK, alpha: int = ALPHA, targets: Sequence[str] | None = None, seed: int = 0
 ) -> None:
-    """Put fresh adapters on the quantised linear layers of a model, in place: they add nothing yet, and alone move.
+    """Put fresh adapters on the quantised linear layers of a model, in place: they add nothing yet.
 
-    ``model`` may be lowered; its layers then are peft's linear layers around lowered ones. One factor of each adapter
-    is random, drawn by ``seed``.
+    They alone move, and beside them the modules whose weights the checkpoint did not have. ``model`` may be lowered;
+    its layers then are peft's linear layers around lowered ones. One factor of each adapter is random, drawn by
+    ``seed``.
 
     Raises:
         ZOError: peft is not installed, or no layer has a target's name.
     """
-    from zowrap.quant.lowering import raised
-
-    part = _pretrained(model)
-    config = settings(rank, alpha, set(targets) if targets else _targets(model))
+    part, prefix = _pretrained(model)
+    config = settings(rank, alpha, _named(targets) or _targets(model), _fresh_modules(model, part, prefix))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     try:
@@ -67,11 +77,18 @@ def attach(
         raise ZOError(str(error).splitlines()[0]) from error
 
 
-def _pretrained(model: nn.Module) -> nn.Module:
-    """The ``transformers`` model inside what only wraps it, which knows how to save adapters."""
+def _pretrained(model: nn.Module) -> tuple[nn.Module, str]:
+    """The ``transformers`` model inside what only wraps it, which knows how to save adapters, and its prefix."""
     from zowrap.export import saved_part
 
-    return saved_part(model)[0]
+    return saved_part(model)
+
+
+def _named(targets: Sequence[str] | None) -> set[str] | str | None:
+    """Targets as peft takes them: one that is no plain name is a string to peft, which then expands or searches it."""
+    if targets and len(targets) == 1 and (targets[0] == "all-linear" or re.search(r"[\\^$()|*+\[]", targets[0])):
+        return targets[0]
+    return set(targets) if targets else None
 
 
 def _targets(model: nn.Module) -> set[str]:
@@ -86,54 +103,159 @@ def _targets(model: nn.Module) -> set[str]:
     return names
 
 
-def merge_from(model: nn.Module, folder: Any) -> dict[str, float]:
-    """Merge the adapters in a folder into their base; see :func:`merge`. Quantised layers are lowered in between."""
-    from peft import PeftModel
-
-    from zowrap.quant.lowering import lower, raise_back
-
-    around = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
-    lower(around)
-    errors = merge(around)
-    raise_back(around)
-    return errors
+def _fresh_modules(model: nn.Module, part: nn.Module, prefix: str) -> list[str]:
+    """Names within ``part`` of the modules that hold a weight which its checkpoint did not have."""
+    fresh = fresh_weights(model)
+    found = []
+    for name, module in part.named_modules():
+        own = (canonical_name(f"{prefix}{name}.{each}") for each, _ in module.named_parameters(recurse=False))
+        if name and any(each in fresh for each in own):
+            found.append(name)
+    return found
 
 
-def lora_change(module: Any, adapter: str) -> torch.Tensor:
+# --- what moves beside adapters -------------------------------------------------------------------------------------
+
+
+def parameters(model: nn.Module, trainable: TrainableSpec) -> list[Parameter]:
+    """What moves of a model with adapters, in state-dict order. All of it is saved with them.
+
+    Without ``trainable``: what has ``requires_grad``, and what the checkpoint did not have. A module that is named and
+    is not part of the adapters becomes one of peft's ``modules_to_save``. Quantised weights never move here.
+
+    Raises:
+        ZOError: nothing is left to tune, or what is saved has no place for a parameter that is to move.
+    """
+    fresh = fresh_weights(model)
+    fixed = {canonical_name(f"{name}.weight") for name in lowered(model)}
+    names = {canonical_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    check_patterns(trainable, sorted(names - fixed))
+
+    def chosen(name: str, tensor: Tensor) -> bool:
+        return name not in fixed and (wanted(trainable, name, tensor) or (trainable is None and name in fresh))
+
+    spec = None if trainable is None and not fresh else chosen
+    found = select(model, spec)
+    part, prefix = _pretrained(model)
+    config = _saved_alone(part)
+    lost = [p for p in found if config is not None and not _is_saved(p, config)]
+    for parameter in lost:
+        _keep(part, prefix, parameter, config)
+    return select(model, spec) if lost else found
+
+
+def _saved_alone(part: nn.Module) -> Any:
+    """The configuration of the adapters that are all that is saved of a model; None where its weights are."""
+    adapters = getattr(part, "peft_config", None)
+    alone = type(part).__name__.startswith("PeftModel") or getattr(part, "_hf_peft_config_loaded", False)
+    if not isinstance(adapters, dict) or not adapters or not alone:
+        return None
+    config = next(iter(adapters.values()))
+    return None if getattr(config, "is_prompt_learning", False) else config
+
+
+def _is_saved(parameter: Parameter, config: Any) -> bool:
+    """Whether peft writes a parameter: of an adapter, of a module to save, or a bias where the adapters say so."""
+    name, biases = parameter.names[0], getattr(config, "bias", "none")
+    bias = name.endswith("bias") and (biases == "all" or (biases == "lora_only" and ".base_layer." in name))
+    return bias or ".modules_to_save." in name or f"{config.peft_type.value.lower()}_" in name
+
+
+def _keep(part: nn.Module, prefix: str, parameter: Parameter, config: Any) -> None:
+    """Make the module of a parameter one that is saved with the adapters.
+
+    Raises:
+        ZOError: it is tied, or shares its module with an adapter or with other modules.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    where = parameter.names[0].removeprefix(prefix).rpartition(".")[0]
+    parent, _, last = where.rpartition(".")
+    module = part.get_submodule(where)
+    if isinstance(module, ModulesToSaveWrapper):
+        return
+    if not where or len(parameter.names) > 1 or ".base_layer" in f".{where}" or any(True for _ in module.children()):
+        raise ZOError(
+            f"{parameter.name} would move, and what is saved of a model with adapters has no place for it (a tied "
+            "weight, or one of a layer that has an adapter): leave it out of trainable, which may name '*lora_*' and "
+            "whole modules such as norms beside it"
+        )
+    adapter = next(iter(part.peft_config))  # type: ignore[arg-type, call-overload]
+    around = ModulesToSaveWrapper(module, adapter)
+    around.set_adapter(adapter)
+    setattr(part.get_submodule(parent), last, around)
+    config.modules_to_save = [*(config.modules_to_save or ()), re.sub(r"^base_model\.model\.", "", where)]
+
+
+# --- merging --------------------------------------------------------------------------------------------------------
+
+
+def lora_change(module: Any, adapter: str) -> Tensor:
     """float32 ``[outputs, inputs]``: what one adapter adds to its layer's weight."""
     product = module.lora_B[adapter].weight.float() @ module.lora_A[adapter].weight.float()
     return product * module.scaling[adapter]
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> dict[str, float]:
+def merge(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, float]:
     """Merge LoRA into its base: into 8 bits by dequantising, adding and requantising. ``model`` then has no adapters.
 
     Args:
         model: its quantised layers lowered.
+        dtype: what layers with an adapter become instead: plain ones of this dtype.
 
     Returns:
-        For each merged layer ‖W_new − (W + BA)‖ / ‖BA‖: how much of the adapter the 8 bits could not hold.
+        For each merged layer ‖W_new − (W + BA)‖ / ‖BA‖: how much of the adapter rounding took.
 
     Raises:
-        ZOError: a 4-bit base, or no adapters.
+        ZOError: a 4-bit base without ``dtype``, adapters of another kind, or none. Nothing is merged then.
     """
-    errors: dict[str, float] = {}
-    for name, module in list(model.named_modules()):
-        base = getattr(module, "base_layer", None)
-        if not hasattr(module, "lora_A") or base is None:
-            continue
-        change = torch.stack([lora_change(module, adapter) for adapter in module.active_adapters]).sum(0)
-        if isinstance(base, Int8Linear):
-            errors[name] = base.requantize(change)
-        elif isinstance(base, nn.Linear):
-            wanted = base.weight.float() + change
-            base.weight.copy_(wanted)
-            errors[name] = float((base.weight.float() - wanted).norm() / change.norm().clamp(min=1e-30))
-        else:
-            raise ZOError(f"{name} is a {type(base).__name__}: adapters are merged into 8, 16 or 32 bits alone")
-        parent, _, last = name.rpartition(".")
-        model.get_submodule(parent)._modules[last] = base
-    if not errors:
+    found = [(n, m) for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+    for name, module in found:
+        _check_mergeable(name, module, dtype)
+    if not found:
         raise ZOError("there are no adapters to merge")
+    errors: dict[str, float] = {}
+    for name, module in found:
+        base = module.base_layer
+        change = torch.stack([lora_change(module, adapter) for adapter in module.active_adapters]).sum(0)
+        if isinstance(base, Int8Linear) and dtype is None:
+            errors[name] = base.requantize(change)
+        else:
+            weight = base.dequantized() if isinstance(base, Lowered) else base.weight.float()
+            if isinstance(base, Lowered):
+                base = plain_linear(base, weight + change, dtype or torch.float32)
+            else:
+                base.weight.data = (weight + change).to(dtype or base.weight.dtype)
+            lost = base.weight.float() - (weight + change)
+            errors[name] = float(lost.norm() / change.norm().clamp(min=1e-30))
+        _put(model, name, base)
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == _BESIDE:
+            _put(model, name, module.modules_to_save[module.active_adapters[0]])  # type: ignore[index, operator]
+    for module in model.modules():  # else transformers would go on saving adapters alone
+        if module.__dict__.pop("_hf_peft_config_loaded", False):
+            module.__dict__.pop("peft_config", None)
     return errors
+
+
+def _check_mergeable(name: str, module: Any, dtype: torch.dtype | None) -> None:
+    base = module.base_layer
+    for adapter in module.active_adapters:
+        variant = getattr(module, "lora_variant", {}).get(adapter)
+        if variant is not None or getattr(module, "use_dora", {}).get(adapter):
+            raise ZOError(f"the adapter of {name} is not plain LoRA (DoRA or another variant): it cannot be merged")
+        if adapter not in module.lora_A or getattr(module, "lora_bias", {}).get(adapter):
+            raise ZOError(f"the adapter of {name} is not a product of two matrices: it cannot be merged")
+    if not isinstance(base, nn.Linear | Lowered):
+        raise ZOError(f"{name} is a {type(base).__name__}: adapters are merged into linear layers alone")
+    if isinstance(base, Lowered) and not isinstance(base, Int8Linear) and dtype is None:
+        raise ZOError(
+            f"{name} is {base.scheme}: merging adapters into so few bits would lose them. Merge them into plain "
+            "weights, --format bf16 or fp32"
+        )
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    model.get_submodule(parent)._modules[last] = module

@@ -1,19 +1,23 @@
 """Quantised checkpoints as plain 16- or 32-bit ones, and adapters merged into their base: what export does with them.
 
-Serving engines and converters to other formats take 16-bit weights; few take the scales of an 8-bit checkpoint. The
-dequantised weights are those that the 8-bit model multiplies by, but its activations are no longer rounded:
-:func:`output_error` says what that comes to.
+Serving engines and converters to other formats take 16-bit weights; few take the scales of an 8-bit checkpoint, and
+fewer adapters. The dequantised weights are those that the 8-bit model multiplies by, but its activations are no longer
+rounded: :func:`output_error` says what that comes to.
+
+A folder of adapters does not say how its base was loaded. The header of its weights does, as ``base_options``.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zowrap.errors import ZOError, nearest
 from zowrap.files import read_json, write_json
@@ -111,7 +115,7 @@ def write_dequantized(folder: Path_, to: Path, name: str, max_shard_size: int | 
 
 
 def output_error(folder: Path_, plain: Path_, name: str) -> float | None:
-    """How far a plain copy's outputs are from those of the quantised model that it was made of.
+    """How far a plain copy's outputs are from those of the quantised model, or of its adapters, that it was made of.
 
     Outputs are logits, or the last hidden state of a model without a head, on rows of token ids that are always the
     same.
@@ -121,25 +125,32 @@ def output_error(folder: Path_, plain: Path_, name: str) -> float | None:
 
     Returns:
         The root mean square of the difference over the standard deviation of the quantised model's outputs. None for a
-        model that ``transformers`` has no class for.
+        model that ``transformers`` has no class for, or that takes other inputs than token ids.
     """
-    wanted = _outputs(folder)
-    found = _outputs(plain, dtype=DTYPES[name])
-    if wanted is None or found is None:
+    try:
+        wanted = _outputs(adapted(folder) if (Path(folder) / ADAPTER).is_file() else _loaded(folder))
+        found = _outputs(_loaded(plain, dtype=DTYPES[name]))
+    except Exception:  # a model raises what it likes for inputs that are not its own, and the copy is already written
+        return None
+    if wanted is None or found is None or wanted.shape != found.shape:
         return None
     return float((found - wanted).square().mean().sqrt() / wanted.std())
 
 
-@torch.no_grad()
-def _outputs(folder: Path_, **options: Any) -> Tensor | None:
-    """float32 ``[rows, ...]``; one row at a time, for some heads take more only with a padding token."""
+def _loaded(folder: Path_, **options: Any) -> nn.Module | None:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
     kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
-    if kind is None:
+    return None if kind is None else kind.from_pretrained(folder, use_safetensors=True, **options).eval()
+
+
+@torch.no_grad()
+def _outputs(model: Any) -> Tensor | None:
+    """float32 ``[rows, ...]``; one row at a time, for some heads take more only with a padding token."""
+    if model is None:
         return None
-    model = kind.from_pretrained(folder, use_safetensors=True, **options).eval()
+    config = model.config
     text = config.get_text_config()
     length = min(PROBE_LENGTH, getattr(text, "max_position_embeddings", None) or PROBE_LENGTH)
     draw = torch.Generator().manual_seed(0)
@@ -161,28 +172,105 @@ def copy_adapters(folder: Path_, to: Path) -> None:
         shutil.copyfile(Path(folder) / name, to / name)
 
 
-def merged(folder: Path_, options: Mapping[str, Any]) -> tuple[Any, dict[str, float]]:
-    """The base of a folder of adapters with them merged in, and for each 8-bit layer what its 8 bits lost.
+# --- adapters and the base they were tuned on -----------------------------------------------------------------------
 
-    Args:
-        options: ``load_in_8bit`` or ``load_in_4bit`` of the run: how the base was loaded.
+
+def base_options(model: nn.Module) -> dict[str, str]:
+    """For the header of a file of adapters: of what class their base is, and how it was loaded."""
+    config: Any = getattr(model, "config", None)
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    facts: dict[str, Any] = {"architecture": type(inner).__name__}
+    if getattr(config, "num_labels", None):
+        facts["num_labels"] = config.num_labels
+    if isinstance(getattr(inner, "dtype", None), torch.dtype):
+        facts["dtype"] = str(inner.dtype).removeprefix("torch.")
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        settings = settings if isinstance(settings, dict) else settings.to_dict()
+        method = settings.get("quant_method")
+        if getattr(method, "value", method) == "bitsandbytes":  # others are quantised on the disk already
+            facts["quantization"] = settings
+    return {"base_options": json.dumps(facts, default=str)}
+
+
+def read_base_options(folder: Path_) -> dict[str, Any]:
+    """What :func:`base_options` wrote into a folder of adapters; of one that does not say, what its run's options say.
+
+    ``"quantization"``, where there is one, holds arguments of ``BitsAndBytesConfig``.
+    """
+    from zowrap.quant import quantization
+
+    facts = json.loads(read_metadata(Path(folder) / ADAPTER).get("base_options", "{}"))
+    options = _run_of(folder).get("options") or {}
+    if not facts:
+        facts = {"dtype": options.get("dtype"), "quantization": quantization(options)}
+    if facts.get("quantization"):
+        from transformers import BitsAndBytesConfig
+
+        known = inspect.signature(BitsAndBytesConfig.__init__).parameters
+        facts["quantization"] = {name: value for name, value in facts["quantization"].items() if name in known}
+    return facts
+
+
+def _run_of(folder: Path_) -> dict[str, Any]:
+    """``zowrap.json`` of a RUN; empty for any other folder."""
+    file = Path(folder) / "zowrap.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def adapted(folder: Path_) -> Any:
+    """The ``transformers`` model of a folder of adapters: the base as it was tuned, with the adapters on it.
 
     Raises:
-        ZOError: there are no adapters, or the base is 4-bit.
+        ZOError: there are no adapters, or their base cannot be loaded.
     """
     import transformers
 
-    from zowrap.quant import adapters, quantization
+    from zowrap.export import saved_part
+    from zowrap.tasks import Source, from_record, open_source
+    from zowrap.tasks.loading import DTYPES as NAMES
+    from zowrap.tasks.loading import load
 
     folder = Path(folder)
     if not (folder / ADAPTER).is_file():
         raise ZOError(f"{folder} holds no adapters to merge: there is no {ADAPTER} in it")
-    if options.get("load_in_4bit"):
-        raise ZOError("adapters on a 4-bit base are not merged into 4 bits, which would lose them: --format adapters")
+    facts, run = read_base_options(folder), _run_of(folder)
+    dtype = NAMES.get(facts.get("dtype") or "", torch.float32)
+    if run.get("task"):
+        source = open_source(str(folder))
+        source.quantization = facts.get("quantization")
+        model: Any = saved_part(from_record(run["task"]).build(source, dtype))[0]
+        return _named_as_itself(model)
     config = transformers.AutoConfig.from_pretrained(adapters_base(folder) or folder)
-    kind: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    settings = quantization(options)
-    more = {} if settings is None else {"quantization_config": transformers.BitsAndBytesConfig(**settings)}
-    model = kind.from_pretrained(adapters_base(folder) or folder, use_safetensors=True, **more).eval()
-    errors = adapters.merge_from(model, folder)
+    name = facts.get("architecture") or (config.architectures or [""])[0]
+    kind: Any = getattr(transformers, name, transformers.AutoModel)
+    source = Source(str(folder), config, None, quantization=facts.get("quantization"))
+    changes = {"num_labels": facts["num_labels"]} if "num_labels" in facts else {}
+    return _named_as_itself(load(source, kind, dtype, **changes))
+
+
+def _named_as_itself(model: Any) -> Any:
+    """Without the renaming by which the adapters were read: transformers would write the whole model under it."""
+    model.__dict__.pop("_weight_conversions", None)
+    return model
+
+
+def merged(folder: Path_, form: str) -> tuple[Any, dict[str, float]]:
+    """The base of a folder of adapters with them merged in, and for each layer the part of its change that is lost.
+
+    Args:
+        form: ``"merged"`` into the base's own precision, or one of :data:`DTYPES`: the whole model then is a plain one.
+
+    Raises:
+        ZOError: there are no adapters, or the base's precision holds too little for them.
+    """
+    from zowrap.quant import adapters, lowering
+
+    model, dtype = adapted(folder), DTYPES.get(form)
+    lowering.lower(model)
+    errors = adapters.merge(model, dtype)
+    if dtype is None:
+        lowering.raise_back(model)
+    else:
+        lowering.dequantize(model, dtype)
     return model, errors

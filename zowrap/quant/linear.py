@@ -41,6 +41,24 @@ class Lowered(nn.Module):
     def take_again(self) -> None:
         """After :meth:`write_back`: as it was before, for the original is to be set aside again."""
 
+    def dequantized(self) -> Tensor:
+        """float32 ``[outputs, inputs]``: the weight that the codes stand for now."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """The library's own names and present values: a lowered model's ``save_pretrained`` then loses nothing.
+
+        Who asks for the variables themselves (``keep_vars``, as ``torch.export`` does) gets those of this layer.
+        """
+        if keep_vars:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        self.write_back()
+        try:
+            self.original._save_to_state_dict(destination, prefix, keep_vars)
+        finally:
+            self.take_again()
+
 
 class Int8Linear(Lowered):
     """bitsandbytes' ``Linear8bitLt`` with int8 weights.
@@ -96,7 +114,7 @@ class Int8Linear(Lowered):
     @torch.no_grad()
     def requantize(self, change: Tensor) -> float:
         """Add ``change`` to the weight and quantise it anew. Returns what was lost, relative to the change."""
-        wanted = codes.values(self.weight, codes.unit_of(self.scale())) + change
+        wanted = self.dequantized() + change
         largest = wanted.abs().amax(dim=1)
         steps = torch.where(largest > 0, wanted.t() * codes.LARGEST / largest, 0.0).t()
         self.weight.copy_(steps.round().to(torch.int8))
@@ -112,6 +130,17 @@ class Int8Linear(Lowered):
 
     def take_again(self) -> None:
         self.original.state.SCB = self.SCB
+
+    @torch.no_grad()
+    def dequantized(self) -> Tensor:
+        return codes.values(self.weight, codes.unit_of(self.scale()))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Take the library's names: the scales of the file, from which the logarithms then start at 0."""
+        state_dict.pop(f"{prefix}weight_format", None)
+        if self.log_scale is not None:
+            state_dict.setdefault(f"{prefix}log_scale", torch.zeros_like(self.log_scale))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class Nf4Linear(Lowered):
@@ -197,10 +226,21 @@ class Nf4Linear(Lowered):
             self.original.weight.data, _ = _convert_weight_packed_for_cpu_inverse(
                 self.weight.data, copy.copy(self.state)
             )
-        self.original.weight.quant_state = self.original.quant_state = self.exact
+        # A copy where the library is to turn the codes itself on saving: it then changes the state it is given.
+        state = copy.copy(self.exact) if self.packed and not self.turned else self.exact
+        self.original.weight.quant_state = self.original.quant_state = state
 
     def take_again(self) -> None:
         self.original.weight.data = self.weight.data
+
+    @torch.no_grad()
+    def dequantized(self) -> Tensor:
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
+
+        stored, state = self.weight.data, self.state
+        if self.packed:
+            stored, state = _convert_weight_packed_for_cpu_inverse(stored, copy.copy(state))
+        return dequantize_4bit(stored, self.exact if self.turned else state).float()
 
 
 def _takes_packed(original: Any, state: Any) -> bool:

@@ -9,13 +9,15 @@ values that tuning left, so that the model saves and loads as the library's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from zowrap.errors import ZOError
+from zowrap.parameters import canonical_name
 from zowrap.quant.linear import Int8Linear, Lowered, Nf4Linear
 from zowrap.quant.torchao import TorchaoLinear, is_int8_weight_only
 
@@ -45,8 +47,27 @@ def is_quantized(model: nn.Module) -> bool:
     Raises:
         ZOError: it is, in a way that is not supported.
     """
+    return bool(kinds(model))
+
+
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Whether a module is itself a quantised layer of a supported kind, not lowered."""
+    return _lowering_of(module) is not None
+
+
+def kinds(model: nn.Module) -> set[type[Lowered]]:
+    """The kinds of a model's quantised layers, lowered or not. Nothing is changed.
+
+    Raises:
+        ZOError: one is quantised in a way that is not supported.
+    """
     check_scheme(model)
-    return any(isinstance(module, Lowered) or _lowering_of(module) is not None for module in model.modules())
+    found: set[type[Lowered]] = set()
+    for module in model.modules():
+        kind = type(module) if isinstance(module, Lowered) else _lowering_of(module)
+        if kind is not None:
+            found.add(kind)
+    return found
 
 
 def lower(model: nn.Module) -> dict[str, Lowered]:
@@ -97,6 +118,50 @@ def raised(model: nn.Module) -> Iterator[None]:
         _swap(model, lambda module: again.get(id(module)))
 
 
+def plain_linear(layer: Lowered, weight: Tensor, dtype: torch.dtype) -> nn.Linear:
+    """An ordinary linear layer in the place of a lowered one, with another weight."""
+    made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    made.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if layer.bias is not None:
+        made.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    return made
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make a lowered model a plain one: every floating-point weight in ``dtype``, and nothing says it was quantised."""
+    made: dict[int, nn.Module] = {}
+
+    def replacement(module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, Lowered):
+            return None
+        if id(module) not in made:
+            made[id(module)] = plain_linear(module, module.dequantized(), dtype)
+        return made[id(module)]
+
+    _swap(model, replacement)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        for said in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
+            module.__dict__.pop(said, None)
+        if hasattr(getattr(module, "config", None), "quantization_config"):
+            del module.config.quantization_config  # type: ignore[union-attr]
+
+
+def mark_fresh(model: nn.Module, names: Iterable[str]) -> None:
+    """Note which weights of a model its checkpoint did not have: they start random, and move by default."""
+    model.fresh_weights = tuple(sorted(names))  # type: ignore[assignment]
+
+
+def fresh_weights(model: nn.Module) -> set[str]:
+    """Canonical names of the weights noted by :func:`mark_fresh`."""
+    return {
+        canonical_name(f"{name}.{fresh}" if name else fresh)
+        for name, module in model.named_modules()
+        for fresh in module.__dict__.get("fresh_weights", ())
+    }
+
+
 @contextmanager
 def accepted_by_the_trainer(model: nn.Module) -> Iterator[None]:
     """Inside, a quantised model does not say that it is: ``transformers.Trainer`` refuses those without adapters.
@@ -124,7 +189,7 @@ def _swap(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]
 # --- schemes --------------------------------------------------------------------------------------------------------
 
 
-def _lowering_of(module: nn.Module) -> Callable[[Any], Lowered] | None:
+def _lowering_of(module: nn.Module) -> type[Lowered] | None:
     name = type(module).__name__
     if _from(module, "bitsandbytes") or name in ("Linear8bitLt", "Linear4bit"):
         import bitsandbytes.nn as library
@@ -142,13 +207,18 @@ def _from(module: nn.Module, package: str) -> bool:
     return any(base.__module__.split(".")[0] == package for base in type(module).__mro__)
 
 
-def check_scheme(model: nn.Module) -> None:
-    """Raise :class:`ZOError`, naming the scheme, unless every quantised layer is of a supported kind."""
-    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+def check_settings(config: Any) -> None:
+    """Raise :class:`ZOError` where a model's configuration names a scheme that is not supported."""
+    settings = getattr(config, "quantization_config", None)
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     name = str(getattr(method, "value", method) or "")
     if name and name.lower() not in ("bitsandbytes", "torchao"):
         raise _unsupported(name.upper() if len(name) <= 5 else name)
+
+
+def check_scheme(model: nn.Module) -> None:
+    """Raise :class:`ZOError`, naming the scheme, unless every quantised layer is of a supported kind."""
+    check_settings(getattr(model, "config", None))
     for where, module in model.named_modules():
         for package, scheme in _OTHERS.items():
             if _from(module, package):

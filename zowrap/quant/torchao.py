@@ -66,3 +66,7 @@ class TorchaoLinear(Lowered):
 
     def take_again(self) -> None:
         self.original.weight.scale = self.row_scale
+
+    @torch.no_grad()
+    def dequantized(self) -> Tensor:
+        return self.weight.float() * self.scale().float()

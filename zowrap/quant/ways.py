@@ -12,7 +12,7 @@ rule applies. *Codes* is after QuZO (2502.12346).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from zowrap.errors import ZOError, ZOWarning, nearest
 from zowrap.noise import parameter_id
-from zowrap.parameters import Parameter, TrainableSpec, canonical_name, matches, select
+from zowrap.parameters import Parameter, TrainableSpec, canonical_name, check_patterns, matches, select
 from zowrap.quant import adapters
 from zowrap.quant.codes import saturated_rows
 from zowrap.quant.linear import Int8Linear, Lowered
-from zowrap.quant.lowering import is_quantized, lower, lowered
+from zowrap.quant.lowering import fresh_weights, kinds, lower
 
 if TYPE_CHECKING:
     from zowrap.directions import Direction
@@ -59,31 +59,38 @@ def choose(model: nn.Module, asked: str | None) -> Way | None:
     """The way for a model; None where nothing in it is quantised.
 
     Raises:
-        ZOError: the way is unknown or not possible for the model's scheme, or the scheme is not supported.
+        ZOError: the way is unknown or not possible for the model's scheme, or the scheme is not supported. Nothing of
+            the model is changed either way.
     """
     if asked is not None and (not isinstance(asked, str) or asked not in WAYS):
         raise ZOError(f"unknown quantized {asked!r}{nearest(str(asked), WAYS)}")
-    if not is_quantized(model):
+    found = kinds(model)
+    if not found:
         if asked is not None:
             raise ZOError(
                 f"quantized={asked!r} says how quantised weights move, and this model has none: load it with "
                 "quantization_config=BitsAndBytesConfig(load_in_8bit=True), or leave quantized out"
             )
         return None
-    layers = lower(model)
-    fixed = sorted({layer.scheme for layer in layers.values() if not hasattr(layer, "free_scales")})
+    fixed = sorted({kind.scheme for kind in found if not hasattr(kind, "free_scales")})
+    adapted = adapters.present(model)
     if asked is None:
-        if adapters.present(model):
+        if adapted:
             return Way("adapters", "the model has adapters")
         if fixed:
             return Way("adapters", f"the scales of {fixed[0]} weights are themselves rounded, and cannot move")
         return Way("scales", "the default of 8-bit weights: one number per row moves, and the codes stay as they are")
+    if adapted and asked != "adapters":
+        raise ZOError(
+            f"quantized={asked!r} on a model with adapters would be lost: it is saved as its adapters alone. Use "
+            "quantized='adapters', or load the model without them"
+        )
     if asked == "scales" and fixed:
         raise ZOError(
             f"quantized='scales' needs exact scales, and those of {fixed[0]} weights are rounded to 8 or 16 bit when "
             "saved or computed with: use quantized='adapters'"
         )
-    if asked == "codes" and not all(isinstance(layer, Int8Linear) for layer in layers.values()):
+    if asked == "codes" and not all(issubclass(kind, Int8Linear) for kind in found):
         raise ZOError(
             "quantized='codes' is for bitsandbytes 8-bit weights: one step of a 4-bit code is up to a quarter of the "
             "largest weight of its block, and rounding to it drowns any update; use quantized='adapters'"
@@ -92,39 +99,56 @@ def choose(model: nn.Module, asked: str | None) -> Way | None:
 
 
 def parameters(model: nn.Module, way: Way, trainable: TrainableSpec, seed: int = 0) -> list[Parameter]:
-    """What moves, in state-dict order. Without ``trainable``: the scales, codes or adapters alone.
+    """What moves, in state-dict order; the model's quantised layers are lowered.
 
+    Without ``trainable``: the scales, codes or adapters, and what its checkpoint did not have, such as a fresh head.
     Where adapters are to move and there are none, fresh ones are put on the model, drawn by ``seed``. A pattern that
     names a quantised weight means its scales or codes; unquantised weights move along where named.
 
     Raises:
-        ZOError: nothing is left to tune.
+        ZOError: nothing is left to tune, or it has no place in what is saved.
     """
+    layers = lower(model)
     if way.name == "adapters":
         if not adapters.present(model):
             adapters.attach(model, seed=seed)
-        return select(model, trainable)
-    layers = lowered(model)
-    chosen = _chooser(model, layers, trainable)
+        return adapters.parameters(model, trainable)
     if way.name == "scales":
         freed = {f"{name}.log_scale": (name, layer.free_scales()) for name, layer in layers.items()}  # type: ignore[operator]
+        chosen = _chooser(model, layers, trainable)
         found = select(model, lambda name, tensor: tensor.is_floating_point() and chosen(name))
         scales = {id(tensor): layers[name].get_buffer("SCB" if isinstance(layers[name], Int8Linear) else "row_scale")
                   for name, tensor in freed.values()}  # fmt: skip
         return [Parameter(p.name, p.names, p.tensor, p.id, scales.get(id(p.tensor))) for p in found]
-    moving = []
-    for name, layer in layers.items():
+    for layer in layers.values():
         layer.fix_scales()  # type: ignore[operator]
+    chosen, moving = _chooser(model, layers, trainable), []
+    for name, layer in layers.items():
         full = canonical_name(f"{name}.weight")
         if chosen(full):
             names = tuple(f"{n}.weight" for n, m in model.named_modules(remove_duplicate=False) if m is layer)
             moving.append(Parameter(full, names, layer.weight, parameter_id(full), layer.get_buffer("SCB")))  # type: ignore[arg-type]
-    beside = trainable is not None
-    floats = _select_or_none(model, lambda name, tensor: beside and tensor.is_floating_point() and chosen(name))
+    floats = _select_or_none(model, lambda name, tensor: tensor.is_floating_point() and chosen(name))
     if not moving and not floats:
         raise ZOError("nothing is left to tune: trainable matches none of the model's parameters")
     order = {name: i for i, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     return sorted([*moving, *floats], key=lambda p: order[p.names[0]])
+
+
+def from_options(model: nn.Module, options: Mapping[str, Any], seed: int) -> Way | None:
+    """The way that the options of a command ask for; fresh adapters are on the model where these are to move.
+
+    Raises:
+        ZOError: see :func:`choose` and :func:`zowrap.quant.adapters.attach`.
+    """
+    asked = options.get("quantized")
+    if options.get("use_peft") and asked is None and kinds(model):
+        asked = "adapters"
+    way = choose(model, asked)
+    if options.get("use_peft") or (way is not None and way.name == "adapters" and not adapters.present(model)):
+        rank, alpha, targets = (options.get(f"lora_{name}") for name in ("r", "alpha", "target_modules"))
+        adapters.attach(model, rank or adapters.RANK, alpha or adapters.ALPHA, targets, seed)
+    return way
 
 
 def _select_or_none(model: nn.Module, predicate: Callable[[str, Tensor], bool]) -> list[Parameter]:
@@ -134,16 +158,22 @@ def _select_or_none(model: nn.Module, predicate: Callable[[str, Tensor], bool]) 
 
 
 def _chooser(model: nn.Module, layers: dict[str, Lowered], trainable: TrainableSpec) -> Callable[[str], bool]:
-    """Whether a parameter of that canonical name moves; ``log_scale`` answers to ``weight`` as well."""
+    """Whether a parameter of that canonical name moves; ``log_scale`` answers to ``weight`` as well.
+
+    Raises:
+        ZOError: a pattern matches nothing.
+    """
     quantized = {canonical_name(f"{name}.{kind}") for name in layers for kind in ("weight", "log_scale")}
-    tensors: dict[str, Any] = {canonical_name(name): tensor for name, tensor in model.named_parameters()}
+    tensors = {canonical_name(name): tensor for name, tensor in model.named_parameters(remove_duplicate=False)}
+    fresh = fresh_weights(model)
+    check_patterns(trainable, list(tensors))
 
     def chosen(name: str) -> bool:
         known = [name, name.replace(".log_scale", ".weight")] if name in quantized else [name]
         if trainable is None:
-            return name in quantized
+            return name in quantized or name in fresh
         if callable(trainable):
-            return any(bool(trainable(n, tensors.get(n))) for n in known)  # type: ignore[arg-type]
+            return any(bool(trainable(n, tensors[n])) for n in known)
         patterns = [trainable] if isinstance(trainable, str) else trainable
         return any(matches(pattern, n) for n in known for pattern in patterns)
 

@@ -16,7 +16,9 @@ from torch import nn
 
 from zowrap.errors import ZOError, nearest
 from zowrap.memory import free_memory
-from zowrap.weights import adapters_base
+from zowrap.parameters import canonical_name
+from zowrap.quant.lowering import check_settings, is_quantized_layer, mark_fresh
+from zowrap.weights import ADAPTER, adapters_base, opened
 
 log = logging.getLogger("zowrap")
 
@@ -74,13 +76,15 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
         empty: its shapes are all that is wanted: neither weights nor a tokenizer have to be there.
 
     Raises:
-        ZOError: no such directory or hub model, no weights, weights only as pickle, no tokenizer.
+        ZOError: no such directory or hub model, no weights, weights only as pickle, no tokenizer, or a quantisation
+            that is not supported.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     check_directory(name, weights=not empty)
     with _sentences(name):
         config = AutoConfig.from_pretrained(adapters_base(name) or name, trust_remote_code=trust_remote_code)
+    check_settings(config)
     try:
         with _sentences(name, "the tokenizer of "):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -160,6 +164,8 @@ def _sentences(name: str, what: str = "") -> Iterator[None]:
         kind = " ".join(f"{each.__name__} {each}" for each in kinds)
         if "trust_remote_code" in text:
             problem = "needs code of its own repository; if you trust it, add --trust-remote-code"
+        elif isinstance(error, ImportError):
+            problem = f"needs a package that is not here: {first}"
         elif "pytorch_model.bin" in text or ("safetensors" in text.lower() and not Path(name).is_dir()):
             problem = _NO_SAFETENSORS.format(name=name)
         elif Path(name).is_dir() or isinstance(error, SafetensorError):
@@ -219,8 +225,6 @@ def parameter_count(source: Source) -> int:
 
 def _elements(file: Path) -> int:
     """Number of weights in a safetensors file, from its header."""
-    from zowrap.weights import opened
-
     with opened(file) as tensors:
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 (no dict)
 
@@ -241,19 +245,50 @@ def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **c
     """Load the weights through ``auto_class`` in ``dtype``, in evaluation mode.
 
     Warns, naming them, of weights that the checkpoint does not have: they start random (drawn by ``seed``), as a
-    fresh classification head does.
+    fresh classification head does. They are not quantised, for they have to move: ``source.quantization`` then says
+    so. They are noted on the model (:func:`zowrap.quant.lowering.mark_fresh`).
 
     Args:
         changes: attributes of the configuration to set first (``num_labels`` …).
+
+    Raises:
+        ZOError: the weights cannot be loaded, or a fresh head would lie on a checkpoint that is quantised already.
     """
     if source.empty:
         changes.pop("ignore_mismatched_sizes", None)
         return _empty(source, auto_class, dtype, **changes)
+    model, fresh = _from_pretrained(source, auto_class, dtype, seed, changes)
+    rounded = _quantized_layers(model, fresh)
+    if rounded and source.quantization is not None:
+        kept = {*model.hf_quantizer.modules_to_not_convert, *rounded}
+        source.quantization = {**source.quantization, "llm_int8_skip_modules": sorted(kept)}
+        del model
+        model, fresh = _from_pretrained(source, auto_class, dtype, seed, changes)
+        rounded = _quantized_layers(model, fresh)
+    if rounded:
+        raise ZOError(
+            f"{source.name} is quantised already and lacks the weights of {rounded[0]}: load the model it was made of, "
+            "with --load-in-8bit or --load-in-4bit"
+        )
+    if fresh:
+        names = ", ".join(fresh[:4]) + (", …" if len(fresh) > 4 else "")
+        log.warning("freshly initialised, because %s does not have them: %s", source.name, names)
+    mark_fresh(model, fresh)
+    if getattr(model.config, "pad_token_id", None) is None and source.tokenizer is not None:
+        model.config.pad_token_id = source.tokenizer.pad_token_id
+    return model.eval()
+
+
+def _from_pretrained(
+    source: Source, auto_class: Any, dtype: torch.dtype, seed: int, changes: dict[str, Any]
+) -> tuple[Any, list[str]]:
+    """The model, and the names of the weights that its checkpoint does not have."""
+    options = dict(changes)
     torch.manual_seed(seed)
     if source.quantization is not None:
         from transformers import BitsAndBytesConfig
 
-        changes["quantization_config"] = BitsAndBytesConfig(**source.quantization)
+        options["quantization_config"] = BitsAndBytesConfig(**source.quantization)
     with _sentences(source.name):
         model, report = auto_class.from_pretrained(
             source.name,
@@ -261,13 +296,24 @@ def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **c
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=source.trust_remote_code,
-            **changes,
+            **options,
         )
     # mismatched_keys holds (name, old shape, new shape) or names, depending on the version.
     fresh = [*report["missing_keys"], *(k if isinstance(k, str) else k[0] for k in report.get("mismatched_keys", ()))]
-    if fresh:
-        names = ", ".join(sorted(fresh)[:4]) + (", …" if len(fresh) > 4 else "")
-        log.warning("freshly initialised, because %s does not have them: %s", source.name, names)
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = source.tokenizer.pad_token_id
-    return model.eval()
+    beside = _beside_adapters(source.name)
+    return model, sorted(name for name in fresh if canonical_name(name) not in beside)
+
+
+def _beside_adapters(name: str) -> set[str]:
+    """Canonical names of the weights in a folder of adapters: its base need not have them."""
+    file = Path(name).expanduser() / ADAPTER
+    if not file.is_file():
+        return set()
+    with opened(file) as tensors:
+        return {canonical_name(key) for key in tensors.keys()}  # noqa: SIM118 (no dict)
+
+
+def _quantized_layers(model: nn.Module, names: list[str]) -> list[str]:
+    """The quantised layers among those that hold the named weights."""
+    layers = sorted({name.rpartition(".")[0] for name in names})
+    return [layer for layer in layers if layer and is_quantized_layer(model.get_submodule(layer))]
