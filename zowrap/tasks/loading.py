@@ -247,8 +247,12 @@ def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **c
         changes: attributes of the configuration to set first (``num_labels`` …).
     """
     if source.empty:
+        from zowrap.quant.skeleton import quantized
+
         changes.pop("ignore_mismatched_sizes", None)
-        return _empty(source, auto_class, dtype, **changes)
+        model = _empty(source, auto_class, dtype, **changes)
+        with _sentences(source.name):
+            return quantized(model, source.quantization)
     torch.manual_seed(seed)
     if source.quantization is not None:
         from transformers import BitsAndBytesConfig
