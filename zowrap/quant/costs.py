@@ -84,8 +84,13 @@ def _rounding(x: Sequence[Tensor], outputs: int, points: int) -> int:
     sizes, rows = [t.numel() for t in x], [_rows(t) for t in x]
     made = points * max(rows) * outputs * x[0].element_size()  # the results, which are not there yet
     whole = sum(sizes)
-    scaling = whole * (2 if len(x) > 1 else 1) + 4 * outputs * (sum(rows) + max(rows))
-    return max(whole + 10 * max(sizes) - made, scaling)
+    codes = whole * (2 if len(x) > 1 else 1)
+    scaling = codes + 4 * outputs * (sum(rows) + max(rows))
+    product = 0
+    if not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        # Without these instructions the library multiplies in float32, and one layer's codes are a copy in it.
+        product = codes + 4 * (whole + outputs * x[0].shape[-1] + outputs * sum(rows)) - made
+    return max(whole + 10 * max(sizes) - made, product, scaling)
 
 
 def _chunk(matrix: Tensor) -> int:
