@@ -160,9 +160,11 @@ def write(file: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def best_rate(lines: list[dict[str, Any]], form: str, task: str) -> float:
-    """The learning rate with the best dev accuracy of seed 0; where there is none, the best dev loss."""
+    """The learning rate with the best dev accuracy of seed 0 on TREC, the best dev loss in language modelling."""
     first = [line for line in lines if (line["form"], line["task"], line["seed"]) == (form, task, 0)]
-    return float(max(first, key=lambda line: line["dev_accuracy"] or -(line["dev_loss"] or math.inf))["lr"])
+    if task == "trec":
+        return float(max(first, key=lambda line: line["dev_accuracy"] or 0.0)["lr"])
+    return float(min(first, key=lambda line: math.inf if line["dev_loss"] is None else line["dev_loss"])["lr"])
 
 
 def run(data_dir: Path, lm: str | None, only: list[str], seeds: int, rates: int, engine: str | None) -> None:

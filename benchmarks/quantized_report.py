@@ -10,12 +10,14 @@ DOCS = Path(__file__).parents[1] / "docs" / "quantized.md"
 
 HEAD = """# Quantised models
 
-Weights in 8 or 4 bit are tuned as they are: no copy of the model in floating point ever exists (the eager engine, which
-is a reference, forms the perturbation of codes, and nothing else). A model comes from
+Weights in 8 or 4 bit are tuned as they are: no copy of the model in floating point ever exists. (The eager engine, a
+reference, is the exception for `codes`: it holds the perturbation of all of them in float32 while it evaluates, and
+updates one dequantised matrix after the other, with its directions.) A model comes from
 `from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_8bit=True))`, or with `--load-in-8bit` on the
 command line; its quantised layers are replaced, in place and without copying, by plain ones that give the same outputs
 bit for bit, and put back for saving. Supported: bitsandbytes 8-bit (both thresholds) and 4-bit (nf4, fp4, double
-quantisation), torchao int8 weight-only. Other schemes are refused by name.
+quantisation), torchao int8 weight-only, whose layers, as in their library, form one layer's codes in floating point at
+a time. Other schemes are refused by name.
 
 | `quantized=` | what moves | what stays | for |
 |---|---|---|---|
@@ -24,13 +26,15 @@ quantisation), torchao int8 weight-only. Other schemes are refused by name.
 | `codes` (experimental) | the integer codes, by stochastic rounding | the scales | bitsandbytes 8-bit |
 
 *Scales* follows QZO (arXiv 2505.13430) in relative form: the probe scale · exp(±εz) and the update
-scale · exp(−η·clip(g, ±100)·z) keep every scale positive; both sides of a direction share one integer product, so the
-codes are read once. `codes` on 4-bit weights is refused: one step of a code is up to a quarter of the largest weight of
-its block. `scales` on 4-bit weights is refused: the block scales are themselves rounded when saved or computed with.
+scale · exp(−η·clip(g, ±100)·z) keep every scale positive. Both sides of a direction share one integer
+product of a bitsandbytes 8-bit layer, so its codes are read once. `codes` on 4-bit weights is refused: one step of a
+code is up to a quarter of the largest weight of its block. `scales` on 4-bit weights is refused: the block scales are
+themselves rounded when saved or computed with.
 
 ```sh
 zowrap tune MODEL --load-in-8bit --data train.jsonl --eval-data dev.jsonl --out RUN            # scales
 zowrap tune MODEL --load-in-4bit --use-peft --lora-r 8 --data train.jsonl --out RUN            # adapters on nf4
+zowrap inspect MODEL --load-in-8bit             # what would move, how and why, and the memory, from the headers alone
 zowrap export RUN --to DIR --format bf16        # plain 16-bit weights, for serving engines; the error is printed
 zowrap export RUN --to DIR --format merged      # adapters merged: dequantise, add, requantise; the error is printed
 ```
@@ -97,9 +101,11 @@ NOISE = """## The floor under ε
 
 An 8-bit layer rounds its inputs anew in every forward, so the loss is a step function at a fine scale: a difference of
 two losses holds a part, *rounding*, that does not shrink with ε. `zowrap.quant.noise_floor(zm, batch)` measures it; the
-*floor* is the ε at which the rounding counts as much as the slope. Agreement: directions on which the sign of the
-projected gradient is the one at 10 ε. 12 directions, MiniLM on a batch of 16 of TREC (`python -m benchmarks.quantized
-noise`). A slope and a floor mean nothing where 2ε · slope is not above the rounding: there both are chance.
+*floor* is the ε at which the rounding counts as much as the slope. A slope and a floor mean nothing where 2ε · slope is
+not above the rounding: there both are chance, and neither is given. Agreement: directions on which the sign of the
+projected gradient is the one at another ε. Layers that round no activations (4-bit, torchao) have no such floor, and
+no warning comes for them. `zowrap inspect MODEL --load-in-8bit --data FILE` measures it, and warns where ε is below.
+12 directions, MiniLM on a batch of 16 of TREC (`python -m benchmarks.quantized noise`).
 """
 
 NOISE_MEANS = """The rounding is 0.03 to 0.04 whatever ε is, so it adds 0.035 / 2ε to a projected gradient: 1.8 at
@@ -201,11 +207,14 @@ def memory_table(lines: list[dict[str, Any]]) -> str:
 
 
 def noise_table(lines: list[dict[str, Any]]) -> str:
+    """Lines of earlier measurements give a slope below the rounding, too, and compare signs with those at 10 ε."""
     rows = ["| form | ε | slope | rounding | floor | agreement |", "|" + "---|" * 6]
     for line in lines:
-        values = [line["slope"], line["rounding"], line["floor"]]
-        shown = " | ".join("below rounding" if v is None else f"{v:.2g}" for v in values)
-        rows.append(f"| {line['form']} | {line['eps']:g} | {shown} | {line['agreement']:.0%} |")
+        eps, slope = line["eps"], line["slope"]
+        seen = slope is not None and 2 * eps * slope > line["rounding"]
+        slope, floor = (f"{line[name]:.2g}" if seen else "below rounding" for name in ("slope", "floor"))
+        agreement = f"{line['agreement']:.0%} with ε {line.get('against', 10 * eps):.2g}"
+        rows.append(f"| {line['form']} | {eps:g} | {slope} | {line['rounding']:.2g} | {floor} | {agreement} |")
     return "\n".join(rows)
 
 

@@ -17,7 +17,7 @@ import typer
 from zowrap.errors import ZOError, nearest
 
 from .console import say
-from .options import CHANGEABLE, PER_CALL, TuneOptions, given
+from .options import CHANGEABLE, PER_CALL, StepOptions, TuneOptions, given
 
 SCHEDULES = ("constant", "linear", "cosine")
 PATHS = ("model", "data", "eval_data")
@@ -67,7 +67,7 @@ def check_options(options: TuneOptions) -> None:
     _check_out(options)
 
 
-def check_quantization(options: TuneOptions) -> None:
+def check_quantization(options: StepOptions) -> None:
     """Raise :class:`ZOError` for options about quantisation and adapters that exclude or need one another."""
     from zowrap.quant.ways import WAYS
 
@@ -91,7 +91,7 @@ def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def users_words(options: TuneOptions) -> Iterator[None]:
+def users_words(options: StepOptions) -> Iterator[None]:
     """In an error of the library about a value, name the option of the command line that carried it."""
     try:
         yield
@@ -126,6 +126,7 @@ def learning_rate(options: TuneOptions) -> float | str:
 
 def _check_zeroth_order(options: TuneOptions) -> None:
     """Let ``zo_wrap`` itself judge its options, on a model of one weight."""
+    import torch
     from torch import nn
 
     from zowrap.engines import ENGINES
@@ -135,7 +136,7 @@ def _check_zeroth_order(options: TuneOptions) -> None:
     if options.engine is not None:
         _one_of("--engine", options.engine, tuple(ENGINES))
     zo_wrap(
-        nn.Linear(1, 1),
+        nn.Linear(1, 1, dtype=torch.bfloat16 if options.along == "evaluated" else None),
         get(options.rule, **rule_options(options)),
         lr=learning_rate(options),
         eps=options.eps,
@@ -163,7 +164,7 @@ def _check_trackers(names: list[str]) -> None:
             raise ZOError(f"--report-to {name}: {str(error).splitlines()[0]}") from error
 
 
-def rule_options(options: TuneOptions) -> dict[str, Any]:
+def rule_options(options: StepOptions) -> dict[str, Any]:
     """``["beta=0.9"]`` → ``{"beta": 0.9}``."""
     values: dict[str, Any] = {}
     for item in options.rule_option:

@@ -1,4 +1,7 @@
-"""``zowrap inspect``: will it fit, what would move, how, and at what cost. No weight is loaded and no step is run."""
+"""``zowrap inspect``: will it fit, what would move, how, and at what cost.
+
+No weight is loaded and no step is run, except with ``--data``: the rounding of 8-bit activations shows in losses alone.
+"""
 
 from __future__ import annotations
 
@@ -12,45 +15,30 @@ import typer
 from zowrap.errors import ZOCaptureError, ZOError
 
 from .console import quiet_libraries, result, say
-from .eval import split_labels
-from .options import Dtype, Head, Json, Labels, Memory, Plugin, Trust, option, takes
+from .eval import resolve_task, saved_task, split_labels
+from .options import StepOptions, option, takes
 
 LENGTH = 256  # tokens of a row where --max-length does not say: a paragraph
 
 
-@dataclasses.dataclass
-class InspectOptions:
+@dataclasses.dataclass(kw_only=True)
+class InspectOptions(StepOptions):
     model: Annotated[str, typer.Argument(help="A model directory, a run, or a hub name.", show_default=False)]
-    rule: Annotated[str, option("--rule", "Update rule.")] = "meazo"
-    direction: Annotated[str | None, option("--direction", "Law of the directions; by default the rule's own.")] = None
-    queries: Annotated[int | None, option("--queries", "Directions per step; by default the rule's own.")] = None
-    estimator: Annotated[str | None, option("--estimator", "central, forward or population.")] = None
-    blocks: Annotated[list[str], option("--blocks", "'layer', or name patterns. Repeatable.")] = dataclasses.field(
-        default_factory=list
-    )
-    trainable: Annotated[list[str], option("--trainable", "Name pattern of what moves. Repeatable.")] = (
-        dataclasses.field(default_factory=list)
-    )
-    engine: Annotated[str | None, option("--engine", "compiled or eager.")] = None
-    memory: Memory = "auto"
     task: Annotated[str | None, option("--task", "classification or lm; by default the checkpoint's own head.")] = None
-    head: Head = "auto"
-    labels: Labels = None
-    batch_size: Annotated[int, option("--batch-size", "Rows of the batch that costs are of.")] = 16  # tune's
     max_length: Annotated[
-        int | None, option("--max-length", f"Tokens of its rows; by default {LENGTH}, or what the model reads.")
+        int | None, option("--max-length", f"Tokens of a row; by default {LENGTH}, or what the model reads.")
     ] = None
-    plugin: Plugin = dataclasses.field(default_factory=list)
+    data: Annotated[
+        str | None,
+        option("--data", "Load the model and measure on rows of this file how small --eps may be.", "Data"),
+    ] = None
     programs: Annotated[bool, option("--programs", "Print the programs of a step after each pass.")] = False
     html: Annotated[str | None, option("--html", "Write a picture of the step's program to this file.")] = None
-    dtype: Dtype = None
-    trust_remote_code: Trust = False
-    json: Json = False
 
 
 @takes(InspectOptions)
 def inspect_model(context: typer.Context, options: InspectOptions) -> None:
-    """Say whether a model can be tuned here, which parameters move, and what a step costs; its weights stay unread."""
+    """Say whether a model can be tuned here, what moves, and what a step costs; weights are read with --data alone."""
     _check(options)
     quiet_libraries()
     from zowrap.report import report
@@ -58,7 +46,7 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
 
     if options.task is not None:
         check_kind(options.task)
-    source = open_source(options.model, options.trust_remote_code, empty=True)
+    source = _open(options)
     dtype, why = choose_dtype(options.dtype, source)
     shapes, zm = _wrapped(options, source, dtype)
     estimator, problem = _estimator(zm, shapes)
@@ -69,7 +57,17 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
     facts = report(zm, plan.costs)
     facts.notes = {name: laid.program.notes for name, laid in programs}
     record: dict[str, Any] = {"model": options.model, "dtype": _name(dtype), **plan.record(), **facts.as_dict()}
+    record["eps_why"], record["noise_floor"] = _why_eps(options, zm), None
     lines = [f"{options.model} in {_name(dtype)} ({why})", plan.sentence, *str(facts).splitlines()]
+    lines.append(f"eps        {zm.eps:g} ({record['eps_why']})")
+    if options.data is not None:
+        found = _floor(options, open_source(options.model, options.trust_remote_code), dtype)
+        record["noise_floor"] = found.record()
+        lines.append(_floor_line(found))
+        if found.hidden:
+            say(f"--eps {found.eps:g} is below the floor: the rounding of activations hides what the loss does")
+    elif zm._job.way is not None and zm._job.way.rounds:
+        lines.append("floor      activations are rounded to 8 bit: --data FILE measures how small eps may be")
     if options.html:
         _draw(options, programs, lines)
     if options.programs:
@@ -81,21 +79,39 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
 
 
 def _check(options: InspectOptions) -> None:
-    """Raise :class:`ZOError` for an option that cannot be used, before anything is imported."""
-    if options.batch_size < 1:
-        raise ZOError(f"--batch-size must be at least 1, got {options.batch_size}")
+    """Raise :class:`ZOError` for an option that cannot be used, before anything is opened."""
+    from .checks import check_quantization, rule_options
+
+    for name in ("batch_size", "lora_r", "lora_alpha"):
+        if getattr(options, name) < 1:
+            raise ZOError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     if options.max_length is not None and options.max_length < 2:
         raise ZOError(f"--max-length must be at least 2, got {options.max_length}")
     if options.html is not None:
         file = Path(options.html)
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise ZOError(f"--html {options.html} cannot be written: give a file in a folder that exists")
+    check_quantization(options)
+    rule_options(options)
+
+
+def _open(options: InspectOptions) -> Any:
+    """The model's configuration, and how its weights would be quantised."""
+    from zowrap.quant import quantization
+    from zowrap.tasks import open_source
+    from zowrap.weights import adapters_base
+
+    base = adapters_base(options.model)
+    if base is not None:
+        raise ZOError(f"{options.model} holds adapters: inspect what they stand on, zowrap inspect {base} --use-peft")
+    source = open_source(options.model, options.trust_remote_code, empty=True)
+    source.quantization = quantization(dataclasses.asdict(options))
+    return source
 
 
 def _wrapped(options: InspectOptions, source: Any, dtype: Any) -> tuple[Any, Any]:
     """The model's shapes, and the model wrapped as ``tune`` would wrap it."""
     from zowrap.tasks.shapes import shapes
-    from zowrap.wrap import zo_wrap
 
     window = source.window
     length = options.max_length or LENGTH
@@ -104,19 +120,82 @@ def _wrapped(options: InspectOptions, source: Any, dtype: Any) -> tuple[Any, Any
             say(f"--max-length {length} is cut to the {window} tokens that the model reads")
         length = window
     found = shapes(source, dtype, options.task, options.batch_size, length, options.head, split_labels(options.labels))
-    zm = zo_wrap(
-        found.model,
-        options.rule,
-        direction=options.direction,
-        queries=options.queries,
-        estimator=options.estimator,
-        blocks=blocks_of(options.blocks),
-        trainable=options.trainable or found.trainable,
-        loss_fn=found.loss_fn,
-        engine=options.engine,
-        memory=options.memory,
-    )
-    return found, zm
+    return found, _wrap(options, found.model, found.trainable, found.loss_fn)
+
+
+def _wrap(options: InspectOptions, model: Any, trainable: Any, loss_fn: Any) -> Any:
+    """Put adapters on a model where they are to move, and wrap it, as ``tune`` does."""
+    from zowrap.quant import adapters, ways
+    from zowrap.rules import get
+    from zowrap.wrap import zo_wrap
+
+    from .checks import rule_options, users_words
+
+    with users_words(options):
+        way = None if options.use_peft else ways.choose(model, options.quantized)
+        if (options.use_peft or (way is not None and way.name == "adapters")) and not adapters.present(model):
+            adapters.attach(model, options.lora_r, options.lora_alpha, options.lora_target_modules)
+        if way is not None or options.use_peft:
+            trainable = None
+        return zo_wrap(
+            model,
+            get(options.rule, **rule_options(options)),
+            eps=options.eps,
+            direction=options.direction,
+            queries=options.queries,
+            estimator=options.estimator,
+            blocks=blocks_of(options.blocks),
+            block_order=options.block_order,
+            trainable=options.trainable or trainable,
+            loss_fn=loss_fn,
+            engine=options.engine,
+            weight_decay=options.weight_decay,
+            quantized=options.quantized,
+            memory=options.memory,
+            masters=options.masters,
+            along=options.along,
+        )
+
+
+def _why_eps(options: InspectOptions, zm: Any) -> str:
+    """Where ε comes from, in words."""
+    if options.eps is not None:
+        return "as asked"
+    return "the default" if zm.quantized is None else f"the default of {zm.quantized}"
+
+
+def _floor(options: InspectOptions, source: Any, dtype: Any) -> Any:
+    """Load the weights and measure on a batch of ``--data`` how much of a difference of losses is rounding."""
+    from zowrap.data import read_rows
+    from zowrap.quant import noise_floor, quantization
+    from zowrap.tasks import batches, from_record
+
+    assert options.data is not None
+    rows, saved = read_rows(options.data, default_split="train"), saved_task(options.model)
+    if options.task is None and saved is not None:
+        task = from_record(saved)
+    else:
+        kind = options.task or "classification"
+        task, why = resolve_task(dataclasses.replace(options, task=kind), rows, source)
+        say(why)
+    task.check(rows)
+    examples = task.examples(rows[: options.batch_size], source)
+    if not len(examples):
+        raise ZOError(f"none of the first {options.batch_size} rows of {options.data} has anything to learn from")
+    source.quantization = quantization(dataclasses.asdict(options))
+    model = task.build(source, dtype)
+    # Compiling takes longer than the few evaluations do.
+    eager = dataclasses.replace(options, engine="eager")
+    zm = _wrap(eager, model, task.default_trainable(model), task.loss_fn)
+    (batch,) = batches(examples, task.collator(source), options.batch_size)
+    return noise_floor(zm, batch)
+
+
+def _floor_line(found: Any) -> str:
+    rounding = f"rounding moves a difference of two losses by {found.rounding:.2g}"
+    where = "eps is below it" if found.hidden else f"{found.floor:.2g}, {rounding}"
+    where = f"{where}: {rounding}" if found.hidden else where
+    return f"floor      {where}; signs agree with those at eps {found.against:.2g} on {found.agreement:.0%}"
 
 
 def blocks_of(values: list[str]) -> str | list[str] | None:

@@ -117,26 +117,13 @@ Trust = Annotated[bool, option("--trust-remote-code", "Run code that the model's
 
 
 @dataclasses.dataclass
-class TuneOptions:
-    """Everything ``zowrap tune`` takes. Defaults that are None are resolved from the model or the rule."""
+class StepOptions:
+    """What changes what moves or what a step costs: the options that ``tune`` and ``inspect`` share."""
 
-    model: Annotated[str | None, typer.Argument(help="Model directory or hub name.", show_default=False)] = None
-    task: TaskKind = "classification"
-    data: Annotated[
-        str | None, option("--data", "Training data: .jsonl, .csv, .parquet, or name[:split] of the hub.", "Data")
-    ] = None
-    eval_data: Annotated[
-        str | None, option("--eval-data", "Data that measures progress and picks the best model.", "Data")
-    ] = None
-    out: Annotated[str | None, option("--out", "Directory of the run; it loads with from_pretrained.")] = None
     rule: Annotated[str, option("--rule", "Update rule (zowrap rules lists them).", "Zeroth order")] = "meazo"
     rule_option: Annotated[
         list[str], option("--rule-option", "Hyper-parameter of the rule, name=value. Repeatable.", "Zeroth order")
     ] = dataclasses.field(default_factory=list)
-    # Text: a number, or "auto". A run keeps the number.
-    lr: Annotated[
-        str, option("--lr", "Learning rate; auto chooses it from a few forward passes before step 1.", "Zeroth order")
-    ] = "auto"
     # None: 1e-3, the field's choice for full tuning in float32; of quantised weights, that of the way they move.
     eps: Annotated[
         float | None,
@@ -171,39 +158,13 @@ class TuneOptions:
         str | None, option("--engine", "compiled or eager. Default: compiled where possible.", "Zeroth order")
     ] = None
     memory: Memory = "auto"
-    # 600 steps of 16: the smallest run that moved a pretrained encoder by ten points in our measurements.
-    steps: Annotated[int, option("--steps", "Number of steps.", "Training")] = 600
     batch_size: Annotated[int, option("--batch-size", "Examples per forward pass.", "Training")] = 16
-    grad_accum: Annotated[int, option("--grad-accum", "Micro-batches per step, under one direction.", "Training")] = 1
-    lr_schedule: Annotated[str, option("--lr-schedule", "constant, linear, cosine.", "Training")] = "constant"
-    warmup_steps: Annotated[int, option("--warmup-steps", "Steps over which the rate rises from 0.", "Training")] = 0
-    seed: Annotated[int, option("--seed", "Of the noise, the data order and a fresh head.", "Training")] = 0
-    eval_every: Annotated[
-        int | None, option("--eval-every", "Steps between evaluations; by default a tenth of the run.", "Training")
-    ] = None
-    eval_batch_size: Annotated[
-        int | None, option("--eval-batch-size", "Examples per batch of an evaluation.", "Training")
-    ] = None
-    max_eval_examples: Annotated[
-        int | None, option("--max-eval-examples", "Evaluate on a fixed random part of the data.", "Training")
-    ] = None
-    save_every: Annotated[
-        int | None, option("--save-every", "Steps between checkpoints; the journal fills the gaps.", "Training")
-    ] = None
-    save_total_limit: Annotated[int, option("--save-total-limit", "Checkpoints kept, and the best.", "Training")] = 1
-    report_to: Annotated[
-        list[str], option("--report-to", "tensorboard, wandb, … as in transformers. Repeatable.", "Training")
-    ] = dataclasses.field(default_factory=list)
     head: Head = "auto"
     labels: Labels = None
     template: Template = None
     text_column: TextColumn = "text"
     label_column: LabelColumn = "label"
-    max_length: MaxLength = None
     end_of_text: EndOfText = False
-    show_examples: Annotated[
-        int, option("--show-examples", "Print this many tokenised rows with their mask.", "Data")
-    ] = 0
     dtype: Dtype = None
     masters: Annotated[
         bool, option("--masters", "Round 16-bit weights from float32 ones kept beside them.", "Model")
@@ -231,13 +192,58 @@ class TuneOptions:
     ] = dataclasses.field(default_factory=list)
     trust_remote_code: Trust = False
     plugin: Plugin = dataclasses.field(default_factory=list)
+    json: Json = False
+
+
+@dataclasses.dataclass
+class TuneOptions(StepOptions):
+    """Everything ``zowrap tune`` takes. Defaults that are None are resolved from the model or the rule."""
+
+    model: Annotated[str | None, typer.Argument(help="Model directory or hub name.", show_default=False)] = None
+    task: TaskKind = "classification"
+    data: Annotated[
+        str | None, option("--data", "Training data: .jsonl, .csv, .parquet, or name[:split] of the hub.", "Data")
+    ] = None
+    eval_data: Annotated[
+        str | None, option("--eval-data", "Data that measures progress and picks the best model.", "Data")
+    ] = None
+    out: Annotated[str | None, option("--out", "Directory of the run; it loads with from_pretrained.")] = None
+    # Text: a number, or "auto". A run keeps the number.
+    lr: Annotated[
+        str, option("--lr", "Learning rate; auto chooses it from a few forward passes before step 1.", "Zeroth order")
+    ] = "auto"
+    # 600 steps of 16: the smallest run that moved a pretrained encoder by ten points in our measurements.
+    steps: Annotated[int, option("--steps", "Number of steps.", "Training")] = 600
+    grad_accum: Annotated[int, option("--grad-accum", "Micro-batches per step, under one direction.", "Training")] = 1
+    lr_schedule: Annotated[str, option("--lr-schedule", "constant, linear, cosine.", "Training")] = "constant"
+    warmup_steps: Annotated[int, option("--warmup-steps", "Steps over which the rate rises from 0.", "Training")] = 0
+    seed: Annotated[int, option("--seed", "Of the noise, the data order and a fresh head.", "Training")] = 0
+    eval_every: Annotated[
+        int | None, option("--eval-every", "Steps between evaluations; by default a tenth of the run.", "Training")
+    ] = None
+    eval_batch_size: Annotated[
+        int | None, option("--eval-batch-size", "Examples per batch of an evaluation.", "Training")
+    ] = None
+    max_eval_examples: Annotated[
+        int | None, option("--max-eval-examples", "Evaluate on a fixed random part of the data.", "Training")
+    ] = None
+    save_every: Annotated[
+        int | None, option("--save-every", "Steps between checkpoints; the journal fills the gaps.", "Training")
+    ] = None
+    save_total_limit: Annotated[int, option("--save-total-limit", "Checkpoints kept, and the best.", "Training")] = 1
+    report_to: Annotated[
+        list[str], option("--report-to", "tensorboard, wandb, … as in transformers. Repeatable.", "Training")
+    ] = dataclasses.field(default_factory=list)
+    max_length: MaxLength = None
+    show_examples: Annotated[
+        int, option("--show-examples", "Print this many tokenised rows with their mask.", "Data")
+    ] = 0
     resume: Annotated[bool, option("--resume", "Go on from --out with its own options.")] = False
     overwrite: Annotated[bool, option("--overwrite", "Replace what is in --out.")] = False
     config: Annotated[
         str | None,
         option("--config", "A .toml or .yaml file with the same names; flags win.", is_eager=True, callback=apply),
     ] = None
-    json: Json = False
 
 
 # Not part of what a run is: they say how this one command is to behave. --plugin is among them because it runs code,

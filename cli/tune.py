@@ -125,8 +125,9 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
 
     dtype, why = choose_dtype(options.dtype, plan.source)
     name = str(dtype).removeprefix("torch.")
-    if options.masters and name == "float32":
-        raise ZOError("--masters keeps float32 copies of 16-bit weights: add --dtype bfloat16, or leave it out")
+    for asked, option in ((options.masters, "--masters"), (options.along == "evaluated", "--along evaluated")):
+        if asked and name == "float32":
+            raise ZOError(f"{option} is for 16-bit weights: add --dtype bfloat16, or leave it out")
     plan.source.quantization = quantization(dataclasses.asdict(options))
     model = plan.task.build(plan.source, dtype, options.seed)
     say(f"{plan.source.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights in {name} ({why})")
@@ -202,6 +203,7 @@ def report(trainer: Any, options: TuneOptions, seconds: float) -> dict[str, Any]
         "lr_forwards": chosen_with,
         "engine": facts.engine,
         "memory": facts.schedule,
+        "full_rows": facts.full_rows and facts.full_rows[0],
         "seconds": round(seconds, 2),
     }
 
@@ -215,4 +217,6 @@ def summary(record: dict[str, Any]) -> str:
             parts.append(f"{name} {after:.4f}" if before is None else f"{name} {before:.4f} → {after:.4f}")
     if record.get("best_step") is not None:
         parts.append(f"best at step {record['best_step']}")
+    if record.get("full_rows"):
+        parts.append(f"{record['full_rows']:,} rows of codes are full: they end at ±127")
     return ", ".join(parts)

@@ -77,7 +77,7 @@ def build_epilogue(job: Job, block: int, spec: str, names: list[str], scalar_nam
     select = torch.ops.aten.select.int
     for i in job.blocks[block].indices:
         w = graph.placeholder(f"w_{i}")
-        slots = [graph.placeholder(f"slot_{name}_{i}") for name in job.rule.slot_names("element")]
+        slots = [graph.placeholder(f"slot_{name}_{i}") for name in job.slots_of(i)]
         own = [graph.placeholder(f"slot_{name}_{i}") for name in job.rule.slot_names("parameter")]
         decay = job.decays and job.parameters[i].decays
         if lowrank:

@@ -168,7 +168,11 @@ def test_masters_are_counted_and_named() -> None:
 @pytest.mark.parametrize(
     "options, problem",
     [
-        ({"dtype": torch.float32, "masters": True}, "masters=True is for 16-bit weights, and w is float32"),
+        (
+            {"dtype": torch.float32, "masters": True},
+            "masters=True is for 16-bit weights, and what moves here is float32",
+        ),
+        ({"dtype": torch.float32, "along": "evaluated"}, "along='evaluated' is for 16-bit weights"),
         ({"along": "evaluate"}, "did you mean 'evaluated'"),
         ({"along": "evaluated", "direction": "lowrank(1)"}, "has no such differences"),
         ({"along": "evaluated", "estimator": "forward_gradient"}, "has no such differences"),
@@ -177,6 +181,50 @@ def test_masters_are_counted_and_named() -> None:
 def test_what_cannot_be_is_refused(options, problem) -> None:
     with pytest.raises(ZOError, match=problem):
         wrap(rules.zo_sgd(lr=LR), **options)
+
+
+class Mixed(Point):
+    """A 16-bit matrix beside a norm's gain in float32, as many checkpoints have them."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.bfloat16, 0)
+        self.gain = nn.Parameter(torch.full((DIMENSION,), 0.9))
+
+
+def mixed(engine: str = "eager", **options) -> ZOModel:
+    return zowrap.zo_wrap(Mixed(), rules.zo_adam(lr=1e-3), eps=EPS, loss_fn=distance, engine=engine, **options)
+
+
+def test_float32_weights_beside_16_bit_ones_have_no_master() -> None:
+    zm = mixed(masters=True, along="evaluated")
+    assert [name for name in zm.state_dict() if "master" in name] == ["slots/master/w"]
+    assert zm.inspect().state_bytes == mixed().inspect().state_bytes + 4 * DIMENSION
+    assert [rounding for *_, rounding in zm.inspect().moves] == [
+        "to the nearest, from a float32 master, along the direction evaluated", "exact"
+    ]  # fmt: skip
+    moved(zm)
+    exact = moved(mixed())  # of float32 weights, masters and the direction evaluated change nothing
+    assert torch.equal(zm.model.gain, exact.model.gain)
+
+
+def test_both_engines_agree_on_mixed_weights_and_a_state_is_taken(tmp_path) -> None:
+    eager, compiled = (moved(mixed(engine, masters=True)) for engine in ("eager", "compiled"))
+    for name, value in eager.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, compiled.state_dict()[name]), name
+    other = mixed(masters=True)
+    other.load_state_dict(eager.state_dict())
+    assert torch.equal(master_of(other), master_of(eager)) and compiled.inspect().engine == "compiled"
+
+
+def test_a_state_of_before_there_was_a_choice_of_direction_is_taken() -> None:
+    state = moved(wrap(rules.zo_sgd(lr=LR))).state_dict()
+    assert state.pop("along") == "drawn"
+    zm = wrap(rules.zo_sgd(lr=LR))
+    zm.load_state_dict(state)
+    assert zm.step_count == 3
+    with pytest.raises(ZOError, match="saved with along='drawn', the model is wrapped with 'evaluated'"):
+        wrap(rules.zo_sgd(lr=LR), along="evaluated").load_state_dict(state)
 
 
 # --- the direction evaluated ------------------------------------------------------------------------------------------

@@ -156,8 +156,8 @@ class Estimator:
     def _scratch(self, sequential: bool) -> int:
         """Bytes that the operators of a step keep for the next one."""
         kept = [laid.kept for _, laid in self.programs(sequential)]
-        if self.job.layouts:
-            kept += [kept_for_update(parameter.tensor) for parameter in self.job.parameters]
+        moving = [parameter.tensor for parameter in self.job.parameters]
+        kept += [kept_for_update(w) for w in moving if self.job.layouts or not w.is_floating_point()]
         return sum(merged(kept).values())
 
     def programs(self, sequential: bool | None = None) -> list[tuple[str, Laid]]:

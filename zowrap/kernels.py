@@ -217,7 +217,7 @@ class Kernels:
         """Write the rule's update of one parameter: noise, rule, rounding and write in one loop.
 
         Args:
-            w: flat weights; ``slots`` flat float32, every slot of the rule.
+            w: flat weights; ``slots`` flat float32, every slot that the rule has of weights of this dtype.
             keys: int32 ``[2]`` for each query; ``scales``: 0-d float32 for each.
             coefficients: in the order of ``coefficient_names``.
             hyper: ``(lr, eps, weight_decay)``, 0-d float32.
@@ -240,7 +240,7 @@ class Kernels:
             z = [self._direction(low, high, k, s, w, seen, scalars, table) for k, s in zip(keys, scales, strict=True)]
             z = [taken(w, each, eps, self.other) for each in z]
             bits = noise.hash_bits(low, high, rounding_key) if rounds else None
-            named = dict(zip(self.slot_names, slot_values, strict=True))
+            named = dict(zip(self.rule.element_slots(w.dtype), slot_values, strict=True))
             hyper = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
             new_w, new_slots = update_leaf(self.rule, w, z, named, coefficients, hyper, apply, bits, decay)
             w.copy_(new_w)
@@ -290,7 +290,7 @@ class Kernels:
             coefficients = {name: rest.pop(0) for name in names}
             lr, eps, weight_decay, rounding_key, apply, offset = rest
             bits = noise.hash_bits(*self._flat_index(w, offset), rounding_key) if rounds else None
-            named = dict(zip(self.slot_names, slot_values, strict=True))
+            named = dict(zip(self.rule.element_slots(w.dtype), slot_values, strict=True))
             hyper = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
             whole = {**coefficients, "g": torch.ones(1, device=w.device)}
             new_w, new_slots = update_leaf(self.rule, w, [g], named, whole, hyper, apply, bits, decay)
@@ -316,7 +316,7 @@ class Kernels:
         """
         w, one = torch.zeros(2, dtype=dtype, device=device), torch.ones((), device=device)
         key = torch.zeros(2, dtype=torch.int32, device=device)
-        slots = [torch.ones(2, device=device) for _ in self.slot_names]
+        slots = [torch.ones(2, device=device) for _ in self.rule.element_slots(dtype)]
         shapes = {name: tuple(shape) for name, shape in self.coefficient_shapes.items()}
         if self.direction_law.lowrank is not None:
             given = [torch.ones(shape, device=device) for name, shape in shapes.items() if name != "g"]

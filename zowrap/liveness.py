@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from zowrap.work import CALLED, FLOPS, LOOK_UPS, Kept, Work, kept_of, merged, noise_of, scratch_of
+from zowrap.work import CALLED, LOOK_UPS, Kept, Work, flops, kept_of, merged, noise_of, scratch_of
 
 
 @dataclass
@@ -104,7 +104,7 @@ class _Run:
         self._known: dict[int, int] = {}  # identity of a storage → index of its memory
         for node in inputs:
             self._place(node, self.values[node], -1, 0)
-        with torch.no_grad(), mode, FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        with torch.no_grad(), mode, FlopCounterMode(display=False, custom_mapping=flops()) as counter:
             for i, node in enumerate(nodes):
                 self._execute(i, node, counter)
 

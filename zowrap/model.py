@@ -515,9 +515,8 @@ class ZOModel:
         }
         for block, scalars in zip(job.blocks, job.states, strict=True):
             state.update({f"scalars/{block.name}/{name}": value.clone() for name, value in scalars.items()})
-        for slot, tensors in job.slots.items():
-            for parameter, tensor in zip(job.parameters, tensors, strict=True):
-                state[f"slots/{slot}/{parameter.name}"] = tensor.clone()
+        for slot, parameter, tensor in job.kept():
+            state[f"slots/{slot}/{parameter.name}"] = tensor.clone()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -537,9 +536,8 @@ class ZOModel:
         for block, scalars in zip(job.blocks, job.states, strict=True):
             for name, value in scalars.items():
                 value.copy_(state[f"scalars/{block.name}/{name}"])
-        for slot, slot_tensors in job.slots.items():
-            for parameter, tensor in zip(job.parameters, slot_tensors, strict=True):
-                tensor.copy_(state[f"slots/{slot}/{parameter.name}"])
+        for slot, parameter, tensor in job.kept():
+            tensor.copy_(state[f"slots/{slot}/{parameter.name}"])
         self.step_count, self.seed = state["step"], state["seed"]
         self._torn = False
 

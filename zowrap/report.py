@@ -45,7 +45,8 @@ class Report:
         notes: what each pass did.
         estimate: works out :attr:`costs`; None before the first batch.
         costs_unknown: why there are no costs, once they were asked for.
-        quantized: how quantised weights move, why so, and whether rows of codes are full; None where there are none.
+        quantized: how quantised weights move, and why so; None where there are none.
+        count_full: counts :attr:`full_rows`; it reads all codes.
     """
 
     engine: str
@@ -67,6 +68,7 @@ class Report:
     trace_seconds: float = 0.0
     paper: str | None = None
     quantized: str | None = None
+    count_full: Callable[[], tuple[int, int] | None] = field(default=lambda: None, repr=False)
     programs: dict[str, list[tuple[str, str]]] = field(default_factory=dict, repr=False)
     notes: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
     estimate: Callable[[], Costs] | None = field(default=None, repr=False)
@@ -85,6 +87,11 @@ class Report:
         except ZOCaptureError as error:
             found, self.costs_unknown = None, str(error)
         return found
+
+    @functools.cached_property
+    def full_rows(self) -> tuple[int, int] | None:
+        """Of moving codes, rows whose codes end at ±127, and all rows; None where no codes move. Counted on demand."""
+        return self.count_full()
 
     @property
     def elements(self) -> int:
@@ -113,6 +120,7 @@ class Report:
             "schedule_why": self.schedule_why,
             "hyper": self.hyper,
             "quantized": self.quantized,
+            "full_rows": self.full_rows and self.full_rows[0],
             "elements": self.elements,
             "frozen": self.frozen,
             "state_bytes": self.state_bytes,
@@ -135,14 +143,16 @@ class Report:
         )
         lines = [
             f"engine     {self.engine}{compiled}" + (f" (fell back: {self.fallen_back})" if self.fallen_back else ""),
-            f"rule       {self.rule}, {self.forwards} forwards a step, {self.direction} directions",
+            f"rule       {self.rule}, {self.forwards} forwards a step, {self.direction} directions, "
+            f"ε {self.hyper['eps']:g}",
             f"schedule   {self.schedule}: {self.schedule_why}",
             f"moves      {self.elements:,} elements in {len(self.moves)} tensors; {self.frozen:,} stay as they are",
             f"state      {self.state_bytes:,} bytes",
             f"blocks     {len(self.blocks)}: " + ", ".join(f"{name} ({count:,})" for name, count in self.blocks[:8]),
         ]
         if self.quantized is not None:
-            lines.insert(4, f"quantised  {self.quantized}")
+            full = f"; {self.full_rows[0]:,} of {self.full_rows[1]:,} rows are full" if self.full_rows else ""
+            lines.insert(4, f"quantised  {self.quantized}{full}")
         if len(self.blocks) > 8:
             lines[-1] += f", … {self.blocks[-1][0]} ({self.blocks[-1][1]:,})"
         for name, shape, dtype, rounding in self.moves[:12]:
@@ -210,6 +220,7 @@ def report(zm: ZOModel, estimate: Callable[[], Costs] | None = None) -> Report:
         cached=facts.get("cached", 0),
         trace_seconds=facts.get("trace_seconds", 0.0),
         quantized=None if job.way is None else ways.explain(job.way, job.parameters),
+        count_full=functools.partial(ways.full_rows, job.parameters),
         paper=REGISTRY[job.rule.name].paper if job.rule.name in REGISTRY else None,
         estimate=estimate,
     )
@@ -222,6 +233,8 @@ def report(zm: ZOModel, estimate: Callable[[], Costs] | None = None) -> Report:
 def _rounding(zm: ZOModel, parameter: Parameter) -> str:
     if not parameter.codes and not is_16_bit(parameter.tensor):
         return "exact"
+    if parameter.codes:
+        return "stochastic rounding"
     text = "to the nearest, from a float32 master" if zm.masters else "stochastic rounding"
     return text if zm.along == "drawn" else f"{text}, along the direction evaluated"
 

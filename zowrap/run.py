@@ -238,14 +238,16 @@ def _stored_scales(directory: Path, zm: ZOModel, tensors: dict[str, Tensor]) -> 
 def _log_scale(directory: Path, zm: ZOModel, parameter: Parameter) -> Tensor:
     """log(stored scale / the base's scale): a file of an 8-bit model holds the scales that tuning left."""
     _, prefix = export.saved_part(zm.model)
-    wanted = parameter.name.removesuffix("log_scale") + "SCB"
+    layer = parameter.name.removesuffix("log_scale")
+    wanted = (layer + "SCB", layer + "_weight_scale")  # bitsandbytes' name, torchao's
     for file in weights.weight_files(directory):
         with weights.opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118
-                if canonical_name(prefix + name) == wanted and parameter.scale is not None:
-                    ratio = opened.get_tensor(name).float() / parameter.scale.cpu()
-                    return torch.where(parameter.scale.cpu() > 0, ratio, 1.0).log()
-    raise ZOError(f"{directory} is of another model: it has no {wanted}")
+                if canonical_name(prefix + name) in wanted and parameter.scale is not None:
+                    base = parameter.scale.detach().float().cpu().reshape(-1)
+                    ratio = opened.get_tensor(name).float().reshape(-1) / base
+                    return torch.where(base > 0, ratio, 1.0).log()
+    raise ZOError(f"{directory} is of another model: it has no {wanted[0]}")
 
 
 def _stored_parameters(zm: ZOModel, directory: Path) -> dict[int, tuple[Path, str]]:

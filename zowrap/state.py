@@ -13,8 +13,8 @@ from zowrap.schedule import MEMORY
 
 # What a run is: a state that differs in one of these is another run's.
 _SAME = ("rule", "direction", "estimator", "queries", "blocks", "block_order", "along")
-# States of earlier versions lack these.
-LATER = ("memory", "largest_batch")
+# States of earlier versions lack these, and were made under these values.
+LATER = {"memory": "auto", "largest_batch": 0, "along": "drawn"}
 
 
 def check_state(state: Any, mine: Mapping[str, Any]) -> None:
@@ -30,8 +30,9 @@ def check_state(state: Any, mine: Mapping[str, Any]) -> None:
         if not isinstance(value, Tensor):
             _check_fact(state, name, value)
     for name in _SAME:
-        if state[name] != mine[name]:
-            raise ZOError(f"this state was saved with {name}={state[name]!r}, the model is wrapped with {mine[name]!r}")
+        theirs = state.get(name, LATER.get(name))
+        if theirs != mine[name]:
+            raise ZOError(f"this state was saved with {name}={theirs!r}, the model is wrapped with {mine[name]!r}")
     if state["parameters"] != mine["parameters"]:
         raise ZOError("this state is of another model: its tunable parameters have other names or shapes")
     for name, value in mine.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zowrap import rounding
 from zowrap.estimators import mean_loss
-from zowrap.rules.base import MASTER, Probe, Rule, Scalars, combine
+from zowrap.rules.base import MASTER, SIXTEEN_BIT, Probe, Rule, Scalars, combine
 
 
 class Conclusion(NamedTuple):
@@ -135,7 +135,7 @@ def perturbed(w: Tensor, z: Tensor, coefficient: Tensor) -> Tensor:
 
 
 def is_16_bit(w: Tensor) -> bool:
-    return w.dtype in (torch.bfloat16, torch.float16)
+    return w.dtype in SIXTEEN_BIT
 
 
 def taken(w: Tensor, z: Tensor, eps: Tensor, other: float | None) -> Tensor:

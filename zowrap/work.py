@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import sdpa_flop_count
 
 from zowrap import head, operators  # noqa: F401  (registers torch.ops.zowrap)
+from zowrap.quant import costs as quantized
 from zowrap.scratch import MOST_ELEMENTS, longest
 
 aten, ours = torch.ops.aten, torch.ops.zowrap
@@ -68,6 +69,8 @@ class Work:
 
 def noise_of(node: fx.Node, values: dict[fx.Node, Any]) -> int:
     """Random numbers that a node draws: one for each element, whatever the number of points."""
+    if node.target is ours.codes_points.default:
+        return values[node.args[1]].numel()  # type: ignore[index]
     if node.target in _NOISE:
         return values[node.args[_NOISE[node.target]]].numel()  # type: ignore[index]
     return values[node][0].numel() if node.target is ours.perturb_rows.default else 0
@@ -97,7 +100,7 @@ def scratch_of(node: fx.Node, args: Any) -> int:
         mask = args[3] if len(args) > 3 else None
         weights = args[0].numel() // args[0].shape[-1] * 4  # the logarithm of each row's sum
         return weights + (mask.numel() * args[0].element_size() if mask is not None and mask.dtype == torch.bool else 0)
-    return 0
+    return quantized.scratch_of(node, args)
 
 
 Kept = dict[tuple[str, torch.dtype, int], int]
@@ -109,7 +112,7 @@ def kept_of(node: fx.Node, args: Any) -> Kept:
         w, points = args[1], args[6].shape[0]
         return {("weights", w.dtype, points): points * longest(*w.shape) * w.shape[1] * w.element_size()}
     if node.target not in HEADS:
-        return {}
+        return quantized.kept_of(node, args)
     w, perturbed = args[1], node.target is ours.perturb_head.default
     labels, points = (args[8], args[7].shape[0]) if perturbed else (args[5], 1)
     rows = _head_rows(w, labels)
@@ -120,7 +123,9 @@ def kept_of(node: fx.Node, args: Any) -> Kept:
 
 
 def kept_for_update(w: Tensor) -> Kept:
-    """The same of one parameter's update along a low-rank direction."""
+    """The same of one parameter's update: of codes, or along a low-rank direction."""
+    if not w.is_floating_point():
+        return quantized.kept_for_update(w)
     if w.ndim < 2:
         return {}
     columns = w.numel() // max(w.shape[0], 1)
@@ -168,9 +173,14 @@ def _attention(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int
     return sdpa_flop_count(query, key, value)
 
 
-FLOPS: dict[Any, Callable[..., int]] = {
+_FLOPS: dict[Any, Callable[..., int]] = {
     ours.perturb_linear: _perturbed_product,
     ours.perturb_head: _perturbed_head,
     ours.head: _head,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
 }
+
+
+def flops() -> dict[Any, Callable[..., int]]:
+    """Operator → its operations from shapes, beside those that torch knows."""
+    return {**_FLOPS, **quantized.flops()}

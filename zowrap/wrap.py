@@ -84,6 +84,7 @@ def zo_wrap(
             memory; ``inspect()`` says which, and why. The eager engine evaluates each point by itself.
         masters: keep a float32 copy of the 16-bit weights that move, as state of the rule: updates go into it, and
             the weights are its nearest 16-bit numbers. By default they are rounded stochastically, without a copy.
+            Other weights that move beside them need none.
         along: what the updates of 16-bit weights go along: the direction ``"drawn"``, or the one ``"evaluated"``, the
             difference of its rounded points (:func:`zowrap.step.taken`). One of :data:`ALONG`.
 
@@ -135,8 +136,8 @@ def zo_wrap(
         raise ZOError(f"{rule.name} works on each element of a direction: {law.name} would lose its low rank")
     engine = _check_estimator(rule, law, probing, queries, engine)
     project = rule.project or probing.project
+    _check_sixteen_bit(parameters, masters, along)
     if masters:
-        _check_masters(parameters)
         rule = with_masters(rule)
     if way is not None:
         ways.check(way, rule, law, probing, queries, eps)
@@ -179,11 +180,13 @@ def _check_estimator(
     return "eager" if estimator.exact else engine
 
 
-def _check_masters(parameters: Sequence[Parameter]) -> None:
-    for parameter in parameters:
-        if not is_16_bit(parameter.tensor):
-            dtype = str(parameter.tensor.dtype).removeprefix("torch.")
-            raise ZOError(f"masters=True is for 16-bit weights, and {parameter.name} is {dtype}: leave it out")
+def _check_sixteen_bit(parameters: Sequence[Parameter], masters: bool, along: str) -> None:
+    """Refuse what only 16-bit weights have where none of them moves; beside others, those keep to what they do."""
+    asked = "masters=True" if masters else f"along={along!r}" if along == "evaluated" else None
+    if asked is None or any(is_16_bit(parameter.tensor) for parameter in parameters):
+        return
+    dtypes = sorted({str(parameter.tensor.dtype).removeprefix("torch.") for parameter in parameters})
+    raise ZOError(f"{asked} is for 16-bit weights, and what moves here is {' and '.join(dtypes)}: leave it out")
 
 
 def _other_point(
@@ -203,7 +206,7 @@ def _other_point(
 def _new_slot(rule: Rule, law: directions.Direction, name: str, parameter: Parameter) -> Tensor:
     slot, w = rule.slots[name], parameter.tensor
     if name == MASTER:
-        return w.detach().to(torch.float32, copy=True)
+        return w.detach().to(torch.float32, copy=True) if is_16_bit(w) else torch.empty(0, device=w.device)
     if slot.kind == "parameter":
         first = rule.refresh(w.detach(), 0) if rule.refresh is not None else None
         value = slot.initial if first is None else first[name]

@@ -23,13 +23,21 @@ def test_the_table_shows_the_rate_with_the_best_dev_accuracy() -> None:
 def test_language_models_are_chosen_and_compared_by_loss() -> None:
     line = {"form": "int8 scales", "task": "sst2", "seed": 0, "bytes": 2**20, "elements": 7, "zero_shot_loss": 4.0}
     lines = [
-        {**line, "lr": 1e-3, "dev_accuracy": None, "dev_loss": 3.0, "test_loss": 3.5},
-        {**line, "lr": 1e-2, "dev_accuracy": None, "dev_loss": 3.5, "test_loss": 3.0},
+        {**line, "lr": 1e-3, "dev_accuracy": 0.1, "dev_loss": 3.0, "test_loss": 3.5},
+        {**line, "lr": 1e-2, "dev_accuracy": 0.2, "dev_loss": 3.5, "test_loss": 3.0},
         {**line, "lr": 1e-1, "dev_accuracy": None, "dev_loss": None, "test_loss": None},
     ]
     (row,) = quantized_report.table(lines, "sst2").splitlines()[2:]
     assert "| 0.001 | 4.000 | 3.500 | -0.500 | 1 |" in row
     assert quantized_report.table(lines, "trec").splitlines()[2:] == []
+
+
+def test_a_floor_that_means_nothing_is_not_shown() -> None:
+    line = {"form": "int8 scales", "eps": 0.1, "slope": 2.0, "rounding": 0.3, "floor": 0.075, "agreement": 0.9}
+    earlier = {**line, "eps": 0.01, "floor": 0.0036}
+    rows = quantized_report.noise_table([{**line, "against": 0.03}, earlier]).splitlines()[2:]
+    assert rows[0] == "| int8 scales | 0.1 | 2 | 0.3 | 0.075 | 90% with ε 0.03 |"
+    assert rows[1] == "| int8 scales | 0.01 | below rounding | 0.3 | below rounding | 90% with ε 0.1 |"
 
 
 def test_what_became_of_the_codes_is_told() -> None:

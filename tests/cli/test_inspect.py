@@ -12,6 +12,7 @@ import transformers as T
 
 from tests.conftest import Outcome
 from zowrap import memory
+from zowrap.quant import floor
 
 Cli = Callable[..., Outcome]
 
@@ -172,3 +173,106 @@ def test_what_cannot_be_captured_is_said(zowrap_cli: Cli, tmp_path: Path) -> Non
     if record["costs"] is None:
         assert record["costs_unknown"]
         assert zowrap_cli("inspect", tmp_path, "--programs").code == 2
+
+
+# --- quantised models, and what else changes a step -----------------------------------------------------------------
+
+
+def told(zowrap_cli: Cli, *arguments: object) -> dict:
+    found = zowrap_cli("inspect", *arguments, "--json")
+    assert found.code == 0, found.err
+    return found.json
+
+
+@pytest.mark.parametrize(
+    ("options", "way", "eps", "moving"),
+    [
+        (("--load-in-8bit",), "scales move (the default of 8-bit", 0.1, "log_scale"),
+        (("--load-in-8bit", "--quantized", "codes"), "codes move (as asked); experimental", 1e-3, ".weight"),
+        (("--load-in-8bit", "--use-peft"), "adapters move (the model has adapters)", 1e-2, "lora_"),
+        (("--load-in-4bit",), "adapters move (", 1e-2, "lora_"),
+    ],
+)
+def test_how_quantised_weights_would_move_is_told(
+    zowrap_cli: Cli, bare: dict[str, Path], options: tuple[str, ...], way: str, eps: float, moving: str
+) -> None:
+    found = told(zowrap_cli, bare["sequence"], "--engine", "eager", *options)  # without costs, which take seconds
+    assert found["quantized"].startswith(way) and found["eps_why"] == f"the default of {way.split()[0]}"
+    assert found["hyper"]["eps"] == pytest.approx(eps)
+    assert {moving in move["name"] for move in found["moves"]} == {True}
+
+
+def test_what_quantised_weights_take_is_counted(zowrap_cli: Cli, bare: dict[str, Path]) -> None:
+    plain, found = (told(zowrap_cli, bare["sequence"], *more) for more in ((), ("--load-in-8bit",)))
+    assert found["costs"]["memory"]["weights"] < 0.8 * plain["costs"]["memory"]["weights"]
+    assert found["costs"]["flops_ratio"] > 0.9 and found["needed_bytes"] == found["costs"]["memory"]["peak"]
+    assert "log_scale" not in str(plain["moves"]) and plain["eps_why"] == "the default"
+
+
+def test_an_8_bit_checkpoint_is_known_by_its_configuration(zowrap_cli: Cli, tmp_path: Path) -> None:
+    from tests.quant.models import quantized
+
+    quantized("opt").save_pretrained(tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    text = zowrap_cli("inspect", tmp_path).out
+    assert "quantised  scales move (the default of 8-bit" in text and "q_proj.log_scale  [64]  float32" in text
+    assert "eps        0.1 (the default of scales)" in text and "--data FILE measures" in text
+
+
+def test_options_of_tune_change_what_is_told(zowrap_cli: Cli, bare: dict[str, Path]) -> None:
+    model, half = (bare["causal"], "--engine", "eager"), ("--dtype", "bfloat16")  # without costs, which take seconds
+    plain = told(zowrap_cli, *model, *half, "--rule", "zo_sgd")
+    masters = told(zowrap_cli, *model, *half, "--rule", "zo_sgd", "--masters", "--along", "evaluated")
+    assert masters["state_bytes"] == plain["state_bytes"] + 4 * plain["elements"]
+    assert masters["moves"][0]["rounding"] == "to the nearest, from a float32 master, along the direction evaluated"
+    momentum = told(zowrap_cli, *model, "--rule", "zo_sgd", "--rule-option", "momentum=0.9")
+    assert momentum["state_bytes"] >= 4 * momentum["elements"] and "momentum=0.9" in momentum["rule"]
+    small, large = (told(zowrap_cli, *model, "--use-peft", "--lora-r", r)["elements"] for r in ("2", "4"))
+    assert large == 2 * small < plain["elements"]
+    some = told(zowrap_cli, *model, "--use-peft", "--lora-r", "2", "--lora-target-modules", "q_proj")["elements"]
+    assert some < small
+    asked = told(zowrap_cli, *model, "--eps", "0.05", "--weight-decay", "0.1", "--block-order", "random")
+    assert asked["hyper"] == pytest.approx({**asked["hyper"], "eps": 0.05, "weight_decay": 0.1})
+    assert asked["eps_why"] == "as asked"
+
+
+def test_the_floor_under_eps_is_measured_with_data(
+    zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (models["sequence"], "--engine", "eager", "--load-in-8bit", "--data", data["train"])
+    found = told(zowrap_cli, *options)["noise_floor"]
+    assert found["eps"] == pytest.approx(0.1) and found["rounding"] > 0 and 0 <= found["agreement"] <= 1
+    assert found["floor"] is None or found["floor"] < 0.1
+    nan = float("nan")
+    monkeypatch.setattr(floor, "noise_floor", lambda zm, batch: floor.NoiseFloor(1e-4, nan, 0.03, nan, 0.5, 3e-5))
+    shown = zowrap_cli("inspect", *options, "--eps", "1e-4")
+    assert shown.code == 0 and "floor      eps is below it" in shown.out
+    assert "--eps 0.0001 is below the floor" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--load-in-8bit", "--load-in-4bit"), "give one"),
+        (("--load-in-4bit", "--quantized", "codes"), "4-bit ones take adapters"),
+        (("--quantized", "scales"), "this model has none"),
+        (("--use-peft", "--lora-r", "0"), "--lora-r must be at least 1"),
+        (("--masters",), "masters=True is for 16-bit weights"),
+        (("--along", "evaluated"), "along='evaluated' is for 16-bit weights"),
+        (("--rule-option", "momentum"), "--rule-option takes name=value"),
+        (("--eps", "0"), "--eps must be a positive finite number"),
+        (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_bad_options_of_tune_are_refused(
+    zowrap_cli: Cli, models: dict[str, Path], options: tuple[str, ...], sentence: str
+) -> None:
+    found = zowrap_cli("inspect", models["causal"], *options)
+    assert found.code == 2 and sentence in found.err, found
+
+
+def test_adapters_are_inspected_by_their_base(zowrap_cli: Cli, tmp_path: Path, bare: dict[str, Path]) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(bare["causal"])}))
+    found = zowrap_cli("inspect", tmp_path)
+    assert found.code == 2 and f"zowrap inspect {bare['causal']} --use-peft" in found.err

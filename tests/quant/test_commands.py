@@ -1,4 +1,4 @@
-"""The command line on quantised models: tune, eval, resume, export."""
+"""The command line on quantised models: tune, eval, resume, replay, export."""
 
 from __future__ import annotations
 
@@ -63,6 +63,32 @@ def test_a_run_of_adapters_is_evaluated_and_merged(models, data, tmp_path, zowra
     assert merged.code == 0, merged.err
 
 
+@pytest.mark.parametrize("quantized", ["scales", "codes", "adapters"])
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(
+    quantized, models, data, tmp_path, zowrap_cli, monkeypatch
+) -> None:
+    from zowrap.cli import progress
+
+    class Stop(progress.Progress):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 2:
+                raise RuntimeError("the machine went down")
+
+    options = ("--load-in-8bit", "--quantized", quantized, "--steps", "4", "--save-every", "1")
+    whole = zowrap_cli(*run_options(models, data, tmp_path / "whole"), *options)
+    assert whole.code == 0, whole.err
+    assert (whole.json["full_rows"] is None) == (quantized != "codes")
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "Progress", Stop)
+        assert zowrap_cli(*run_options(models, data, tmp_path / "run"), *options).code == 1
+    on = zowrap_cli("tune", "--resume", "--out", tmp_path / "run", "--json")
+    assert on.code == 0 and on.json["resumed_from"] > 0, on.err
+    name = "adapter_model.safetensors" if quantized == "adapters" else "model.safetensors"
+    with safe_open(tmp_path / "run" / name, "pt") as one, safe_open(tmp_path / "whole" / name, "pt") as other:
+        assert set(one.keys()) == set(other.keys())
+        assert all(torch.equal(one.get_tensor(n), other.get_tensor(n)) for n in one.keys())  # noqa: SIM118
+
+
 @pytest.mark.parametrize(
     "options, problem",
     [
@@ -73,6 +99,8 @@ def test_a_run_of_adapters_is_evaluated_and_merged(models, data, tmp_path, zowra
         (["--use-peft", "--quantized", "scales"], "give one of them"),
         (["--lora-target-modules", "query"], "add --use-peft"),
         (["--use-peft", "--lora-r", "0"], "--lora-r must be at least 1"),
+        (["--along", "evaluated"], "--along evaluated is for 16-bit weights: add --dtype bfloat16"),
+        (["--masters"], "--masters is for 16-bit weights: add --dtype bfloat16"),
     ],
 )
 def test_bad_options_are_one_sentence(options, problem, models, data, tmp_path, zowrap_cli) -> None:

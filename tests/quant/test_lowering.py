@@ -128,6 +128,14 @@ def test_layers_on_several_devices_are_refused_and_the_model_is_as_it_was() -> N
     assert [type(module) for module in model.modules()] == kinds
 
 
+def test_a_part_that_is_not_quantised_on_another_device_is_refused() -> None:
+    model = quantized("opt")
+    model.model.decoder.embed_tokens.to("meta")  # as offloading leaves it
+    with pytest.raises(ZOError, match=r"several devices \(cpu, meta\)"):
+        quant.lower(model)
+    assert not quant.lowered(model)
+
+
 def test_a_model_without_quantised_layers_stays_as_it_is() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     assert not quant.is_quantized(model)

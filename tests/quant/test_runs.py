@@ -20,19 +20,27 @@ from zowrap.run import Run, load_checkpoint, load_weights, replay_run
 from zowrap.trainer import ZOConfig, ZOTrainer
 
 
-def wrap(way: str) -> ZOModel:
-    return zowrap.zo_wrap(quantized("opt"), "meazo", lr=1e-2, quantized=way, engine="eager", seed=3)
+def wrap(way: str, engine: str = "eager") -> ZOModel:
+    return zowrap.zo_wrap(quantized("opt"), "meazo", lr=1e-2, quantized=way, engine=engine, seed=3)
 
 
-@pytest.mark.parametrize("way", ["scales", "codes", "adapters"])
-def test_a_resumed_run_has_the_same_weights(way: str, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "way, engine",
+    [
+        ("scales", "eager"),
+        ("codes", "eager"),
+        ("adapters", "eager"),
+        pytest.param("scales", "compiled", marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_has_the_same_weights(way: str, engine: str, tmp_path) -> None:
     inputs = batch("opt", 4, 9)
-    whole = wrap(way)
+    whole = wrap(way, engine)
     for _ in range(2):
         whole.step(**inputs)
     checkpoint = Run(tmp_path).save_checkpoint(2, whole, {})
     whole.step(**inputs)
-    resumed = wrap(way)
+    resumed = wrap(way, engine)
     load_checkpoint(checkpoint, resumed)
     resumed.step(**inputs)
     for p, q in zip(whole.parameters, resumed.parameters, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -13,10 +14,11 @@ from transformers import BitsAndBytesConfig
 import zowrap
 from tests.families import batch
 from tests.quant.models import SCHEMES, logits, plain, quantized
-from zowrap import quant
+from zowrap import journal, noise, quant
 from zowrap.errors import ZOError, ZOWarning
 from zowrap.model import ZOModel
 from zowrap.quant import codes, ways
+from zowrap.quant.floor import NoiseFloor, slope_and_floor
 from zowrap.quant.linear import Int8Linear
 
 WAYS = ways.WAYS
@@ -84,6 +86,19 @@ def test_the_points_of_a_step_read_the_codes_once(pair) -> None:
     assert targets.count(expected) >= layers - 3  # adapters: the first layer's inputs are one for both points
 
 
+@pytest.mark.parametrize("scheme, way", [("int8 with outliers", "scales"), ("nf4 twice", "adapters")])
+def test_other_schemes_step_alike_under_both_engines(scheme: str, way: str) -> None:
+    eager, compiled = (wrap(way, engine, scheme) for engine in ("eager", "compiled"))
+    inputs = batch("opt", 4, 9)
+    results = [zm.step(**inputs) for zm in (eager, compiled)]
+    assert torch.allclose(results[0].losses, results[1].losses, rtol=2e-4, atol=0)
+    assert compiled.inspect().engine == "compiled" and not results[1].skipped
+    before = [p.tensor.clone() for p in wrap(way, "eager", scheme).parameters]
+    for zm in (eager, compiled):
+        assert any(not torch.equal(p.tensor, b) for p, b in zip(zm.parameters, before, strict=True))
+        assert zm.loss(**inputs).isfinite()
+
+
 # --- what moves -----------------------------------------------------------------------------------------------------
 
 
@@ -140,10 +155,10 @@ def test_rounding_of_codes_is_unbiased() -> None:
     keys, unit = 4000, torch.tensor([0.01, 0.5])
     stored = torch.tensor([[3, -120, 0], [7, 100, -1]], dtype=torch.int8)
     change = torch.tensor([[1e-5, -0.003, 0.0], [0.7, -0.6, 1e-3]])
-    draw = torch.Generator().manual_seed(0)
     total = torch.zeros(2, 3)
-    for _ in range(keys):
-        bits = torch.randint(-(2**31), 2**31 - 1, (2, 3), generator=draw, dtype=torch.int64).to(torch.int32)
+    for seed in range(keys):
+        key = noise.derive_keys(seed, 5, 0, torch.tensor([11]), noise.TAG_ROUNDING)[0]  # as the epilogue draws them
+        bits = noise.hash_bits(*noise.split_index(torch.arange(6)), key).reshape(2, 3)
         total += codes.written(stored, change, unit, bits, torch.tensor(True)).float()
     exact = stored.float() + change / unit.unsqueeze(1)
     fraction = exact - exact.floor()
@@ -158,6 +173,31 @@ def test_codes_end_at_127_and_full_rows_are_counted() -> None:
     assert new.tolist() == [[127, -127, 5, 1]]
     assert codes.saturated_rows(new) == 1
     assert codes.saturated_rows(torch.zeros(3, 4, dtype=torch.int8)) == 0
+
+
+def test_a_freshly_quantised_row_is_not_full_however_short_it_is() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for columns in (3, 32, 50, 384):
+        rows = torch.randint(-60, 60, (40, columns), generator=draw).to(torch.int8)
+        rows[:, 1] = 127
+        assert codes.saturated_rows(rows) == 0
+        rows[:7] = -127
+        assert codes.saturated_rows(rows) == 7
+
+
+def test_rows_are_counted_on_demand_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    zm = wrap("codes", queries=ways.CODE_QUERIES)
+    zm.update(projected_grad=torch.zeros(ways.CODE_QUERIES))
+    monkeypatch.setattr(ways, "saturated_rows", lambda codes: 1)
+    report, layers = zm.inspect(), len(quant.lowered(zm.model))
+    assert report.full_rows == (layers, sum(len(p.tensor) for p in zm.parameters))
+    assert report.as_dict()["full_rows"] == layers and f"; {layers} of " in str(report)
+
+    def refuse(codes: Tensor) -> int:
+        raise AssertionError("all codes were read")
+
+    monkeypatch.setattr(ways, "saturated_rows", refuse)
+    assert journal.environment(zm)["engine"] == "eager" and zm.inspect().quantized.startswith("codes move")
 
 
 def test_a_row_of_zeros_keeps_them() -> None:
@@ -204,6 +244,8 @@ def test_the_default_is_chosen_and_explained() -> None:
         ({"way": "codes", "direction": "lowrank(2)"}, "full rank"),
         ({"way": "codes", "estimator": "population"}, "full rank"),
         ({"way": "scales", "masters": True}, "masters=True is for 16-bit weights"),
+        ({"way": "scales", "along": "evaluated"}, "along='evaluated' is for 16-bit weights"),
+        ({"way": "codes", "along": "evaluated"}, "and what moves here is int8"),
         ({"way": "codes", "direction": "sparse"}, "no weights in floating point"),
         ({"way": "scales", "trainable": ["nowhere"]}, "nothing is left to tune"),
         ({"way": "codes", "trainable": ["nowhere"]}, "nothing is left to tune"),
@@ -239,6 +281,7 @@ def test_an_eps_below_the_rounding_of_activations_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ZOWarning)
         wrap("scales")
+        wrap("adapters", scheme="nf4", eps=1e-6)  # rounds no activations
 
 
 def test_codes_are_warned_of_unless_many_directions_share_a_write() -> None:
@@ -260,12 +303,25 @@ def test_scales_that_moved_are_kept_when_codes_move_next() -> None:
 def test_the_noise_floor_is_measured_and_nothing_moves() -> None:
     zm = wrap("scales")
     before = [p.tensor.clone() for p in zm.parameters]
-    found = quant.noise_floor(zm, batch("opt", 8, 12), eps=1e-2, directions=20)
+    found = quant.noise_floor(zm, batch("opt", 8, 12), directions=20)
     assert all(torch.equal(p.tensor, b) for p, b in zip(zm.parameters, before, strict=True))
-    assert 0 < found.rounding < 1e-2
-    assert found.agreement >= 0.9  # signs against those at ten times ε
+    assert (found.eps, found.against) == (0.1, pytest.approx(0.1 / 3))
+    assert 0 < found.rounding < 2 * found.eps * found.slope and 0 < found.floor < found.eps and not found.hidden
+    assert found.agreement >= 0.9
+    assert quant.noise_floor(zm, batch("opt", 8, 12), eps=1e-2, directions=20, against=1e-1).agreement >= 0.9
     assert zm.step_count == 0
     assert found.record()["rounding"] == found.rounding
+    with pytest.raises(ZOError, match="eps must be a positive finite number"):
+        quant.noise_floor(zm, batch("opt", 8, 12), eps=0.0)
+
+
+def test_where_rounding_outweighs_the_slope_there_is_no_floor() -> None:
+    slope, floor = slope_and_floor(0.5, 0.3, 0.1)
+    assert slope == pytest.approx(2.0) and floor == pytest.approx(0.075)
+    for whole in (0.42, 0.3, 0.1):  # 2εs below n, nothing, less than nothing
+        assert all(math.isnan(value) for value in slope_and_floor(whole, 0.3, 0.1))
+    found = NoiseFloor(1e-3, math.nan, 0.3, math.nan, 0.5, 3e-4)
+    assert found.hidden and found.record()["floor"] is None
 
 
 # --- beside adapters ------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from zowrap.lowrank import Layout
 from zowrap.parameters import Parameter
 from zowrap.quant.ways import Way
 from zowrap.rules.base import MASTER, Rule, Scalars
-from zowrap.step import Conclusion
+from zowrap.step import Conclusion, is_16_bit
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Job:
 
     Attributes:
         project: losses ``[points]`` and ε → projected gradients.
-        slots: ``slots[name][i]`` is the float32 state of ``parameters[i]``.
+        slots: ``slots[name][i]`` is the float32 state of ``parameters[i]``; the master of one that has none is empty.
         blocks: which parameters are perturbed and updated together; one block of all of them by default.
         states: scalar state of the rule, 0-d float32 tensors by name, for each block.
         hyper: 0-d float32 tensors ``lr``, ``eps``, ``weight_decay``; their values change, the tensors stay.
@@ -52,7 +52,14 @@ class Job:
 
     def slots_of(self, index: int) -> Scalars:
         """The state of a parameter that has its shape."""
-        return {name: self.slots[name][index] for name in self.rule.slot_names("element")}
+        return {name: self.slots[name][index] for name in self.rule.element_slots(self.parameters[index].tensor.dtype)}
+
+    def kept(self) -> Iterator[tuple[str, Parameter, Tensor]]:
+        """Every tensor of the rule's state: slot, whose it is, tensor. Only 16-bit weights have masters."""
+        for name, tensors in self.slots.items():
+            for parameter, tensor in zip(self.parameters, tensors, strict=True):
+                if name != MASTER or is_16_bit(parameter.tensor):
+                    yield name, parameter, tensor
 
     def direction_slots_of(self, index: int) -> Scalars:
         return {name: self.slots[name][index] for name in self.rule.direction_slots}

@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zowrap.scratch import chunks
+
 LARGEST = 127
-# A row has one code of ±127 when it is freshly quantised; from this share on it has no room left.
+# A row has one code of ±127 when it is freshly quantised; with this share of them beside it there is no room left.
 SATURATED = 0.02
 
 
@@ -46,6 +48,14 @@ def written(codes: Tensor, change: Tensor, unit: Tensor, bits: Tensor, apply: Te
 
 
 def saturated_rows(codes: Tensor) -> int:
-    """Rows of which at least :data:`SATURATED` of the codes stand at ±127: their updates are cut off there."""
-    share = (codes.abs() >= LARGEST).float().mean(dim=1)
-    return int((share >= SATURATED).sum())
+    """Rows of which at least :data:`SATURATED` of the codes stand at ±127, the first one aside: updates end there.
+
+    Rows are looked at a few at a time, so that what is held beside the codes is small.
+    """
+    outputs, columns = codes.shape
+    full = 0
+    for first, last in chunks(outputs, columns):
+        rows = codes[first:last]
+        ends = (rows == LARGEST).sum(dim=1) + (rows == -LARGEST).sum(dim=1)
+        full += int((ends - 1 >= SATURATED * columns).sum())
+    return full

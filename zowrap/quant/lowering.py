@@ -74,7 +74,7 @@ def lower(model: nn.Module) -> dict[str, Lowered]:
     """Put a plain module in the place of every quantised layer. Returns all lowered layers by name.
 
     Raises:
-        ZOError: a scheme that is not supported, or quantised layers on several devices.
+        ZOError: a scheme that is not supported, or layers on several devices.
     """
     check_scheme(model)
     made: dict[int, Lowered] = {}
@@ -91,10 +91,11 @@ def lower(model: nn.Module) -> dict[str, Lowered]:
         raise ZOError("the model is a single quantised layer: put it into a module, which lowering can change")
     _swap(model, replacement)
     found = lowered(model)
-    devices = sorted({str(module.weight.device) for module in found.values()})
+    devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
     if len(devices) > 1:
         raise_back(model)
-        raise ZOError(f"the quantised layers lie on several devices ({', '.join(devices)}): load the model onto one")
+        where = ", ".join(devices)
+        raise ZOError(f"the layers of this quantised model lie on several devices ({where}): load the model onto one")
     return found
 
 

@@ -25,6 +25,7 @@ from zowrap.quant import adapters
 from zowrap.quant.codes import saturated_rows
 from zowrap.quant.linear import Int8Linear, Lowered
 from zowrap.quant.lowering import fresh_weights, kinds, lower
+from zowrap.quant.torchao import TorchaoLinear
 
 if TYPE_CHECKING:
     from zowrap.directions import Direction
@@ -35,8 +36,8 @@ WAYS = ("scales", "codes", "adapters")
 # Of the scales, tuned on TREC with 0.1 MiniLM gains seven times what it gains with 0.01 (docs/quantized.md).
 EPS = {"scales": 1e-1, "codes": 1e-3, "adapters": 1e-2}
 EPS_PLAIN = 1e-3  # in units of the weights: the field's choice for full tuning in float32
-# Below this the 8-bit activations' rounding is as large as the differences it hides: for scales measured on MiniLM with
-# a batch of 16, where it is 0.02 to 0.08; the other two are a tenth of the defaults and have not been measured.
+# Below this the rounding of 8-bit activations is as large as the differences it hides: for scales measured on MiniLM
+# with a batch of 16, where it is 0.02; the other two are a tenth of the defaults and have not been measured.
 EPS_FLOOR = {"scales": 2e-2, "codes": 1e-4, "adapters": 1e-3}
 CLIP = 100.0  # C of the paper
 CODE_QUERIES = 64  # from here on a quadratic descends in codes nearly as in exact arithmetic; with 8 it does not
@@ -49,10 +50,12 @@ class Way:
     Attributes:
         name: one of :data:`WAYS`.
         why: the reason, in words, where it was not asked for.
+        rounds: whether some layers round their inputs to 8 bit, which puts a floor under ε.
     """
 
     name: str
     why: str
+    rounds: bool
 
 
 def choose(model: nn.Module, asked: str | None) -> Way | None:
@@ -72,14 +75,16 @@ def choose(model: nn.Module, asked: str | None) -> Way | None:
                 "quantization_config=BitsAndBytesConfig(load_in_8bit=True), or leave quantized out"
             )
         return None
+    rounds = any(issubclass(kind, Int8Linear) for kind in found)
     fixed = sorted({kind.scheme for kind in found if not hasattr(kind, "free_scales")})
     adapted = adapters.present(model)
     if asked is None:
         if adapted:
-            return Way("adapters", "the model has adapters")
+            return Way("adapters", "the model has adapters", rounds)
         if fixed:
-            return Way("adapters", f"the scales of {fixed[0]} weights are themselves rounded, and cannot move")
-        return Way("scales", "the default of 8-bit weights: one number per row moves, and the codes stay as they are")
+            return Way("adapters", f"the scales of {fixed[0]} weights are themselves rounded, and cannot move", rounds)
+        why = "the default of 8-bit weights: one number per row moves, and the codes stay as they are"
+        return Way("scales", why, rounds)
     if adapted and asked != "adapters":
         raise ZOError(
             f"quantized={asked!r} on a model with adapters would be lost: it is saved as its adapters alone. Use "
@@ -90,12 +95,17 @@ def choose(model: nn.Module, asked: str | None) -> Way | None:
             f"quantized='scales' needs exact scales, and those of {fixed[0]} weights are rounded to 8 or 16 bit when "
             "saved or computed with: use quantized='adapters'"
         )
+    if asked == "codes" and any(issubclass(kind, TorchaoLinear) for kind in found):
+        raise ZOError(
+            "quantized='codes' writes the codes of bitsandbytes 8-bit weights, and these are torchao's: use "
+            "quantized='scales' or 'adapters', or load the model with BitsAndBytesConfig(load_in_8bit=True)"
+        )
     if asked == "codes" and not all(issubclass(kind, Int8Linear) for kind in found):
         raise ZOError(
             "quantized='codes' is for bitsandbytes 8-bit weights: one step of a 4-bit code is up to a quarter of the "
             "largest weight of its block, and rounding to it drowns any update; use quantized='adapters'"
         )
-    return Way(asked, "as asked")
+    return Way(asked, "as asked", rounds)
 
 
 def parameters(model: nn.Module, way: Way, trainable: TrainableSpec, seed: int = 0) -> list[Parameter]:
@@ -197,23 +207,26 @@ def check(way: Way, rule: Rule, law: Direction, estimator: Estimator, queries: i
                 stacklevel=4,
             )
     floor = EPS_FLOOR[way.name]
-    if eps < floor:
+    if way.rounds and eps < floor:
         warnings.warn(
             f"eps={eps:g} with quantized={way.name!r} is below {floor:g}, where the rounding of 8-bit activations "
-            "hides what the loss does: zowrap.quant.noise_floor measures it for a model and a batch",
+            "hides what the loss does: zowrap.quant.noise_floor (zowrap inspect --data FILE) measures it",
             ZOWarning,
             stacklevel=4,
         )
 
 
 def explain(way: Way, moving: Sequence[Parameter]) -> str:
-    """One sentence for ``inspect``: what moves, why so, and how many rows of codes have no room left."""
-    text = f"{way.name} move ({way.why})"
-    matrices = [p.tensor for p in moving if p.codes]
-    if matrices:
-        full, rows = sum(saturated_rows(codes) for codes in matrices), sum(len(codes) for codes in matrices)
-        text += f"; experimental; {full:,} of {rows:,} rows are full: their codes end at ±127"
-    return text
+    """One sentence for ``inspect``: what moves, and why so."""
+    return f"{way.name} move ({way.why})" + ("; experimental" if any(p.codes for p in moving) else "")
+
+
+def full_rows(moving: Sequence[Parameter]) -> tuple[int, int] | None:
+    """Of moving codes, rows that have no room left, and all rows; None where no codes move or none are at hand."""
+    matrices = [p.tensor for p in moving if p.codes and not p.tensor.is_meta]
+    if not matrices:
+        return None
+    return sum(map(saturated_rows, matrices)), sum(map(len, matrices))
 
 
 def clipped(project: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

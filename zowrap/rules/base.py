@@ -33,6 +33,7 @@ from zowrap.estimators import Point
 
 Scalars = dict[str, Tensor]
 MASTER = "master"  # the slot of what 16-bit weights are rounded from, see :func:`with_masters`
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 class Probe(NamedTuple):
@@ -139,6 +140,11 @@ class Rule:
     def slot_names(self, kind: str) -> list[str]:
         """The slots of that kind, in order."""
         return [name for name, slot in self.slots.items() if slot.kind == kind]
+
+    def element_slots(self, dtype: torch.dtype) -> list[str]:
+        """The ``"element"`` slots of a weight of ``dtype``, in order: only 16-bit ones have a master."""
+        names = self.slot_names("element")
+        return names if dtype in SIXTEEN_BIT else [name for name in names if name != MASTER]
 
     @property
     def shapes_directions(self) -> bool:

@@ -255,8 +255,12 @@ def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **c
         ZOError: the weights cannot be loaded, or a fresh head would lie on a checkpoint that is quantised already.
     """
     if source.empty:
+        from zowrap.quant.skeleton import quantized
+
         changes.pop("ignore_mismatched_sizes", None)
-        return _empty(source, auto_class, dtype, **changes)
+        model = _empty(source, auto_class, dtype, **changes)
+        with _sentences(source.name):
+            return quantized(model, source.quantization)
     model, fresh = _from_pretrained(source, auto_class, dtype, seed, changes)
     rounded = _quantized_layers(model, fresh)
     if rounded and source.quantization is not None:
