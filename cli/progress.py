@@ -16,10 +16,28 @@ from .picture import read_metrics
 SMOOTHING = 0.8
 
 
-class Progress(TrainerCallback):
-    """Shows smoothed loss, |projected gradient|, accuracy, step time and time left."""
+def started(report: Any) -> str:
+    """What the first step took before it could run, and how steps run from now on."""
+    if report.engine != "compiled":
+        return "steps run eagerly"
+    code = f"compiled in {report.compile_seconds:.1f} s"
+    if report.cached == report.compile_count:
+        code = f"its code lay ready, loaded in {report.compile_seconds:.1f} s"
+    text = f"the step was traced in {report.trace_seconds:.1f} s and {code}"
+    if report.schedule == "sequential":
+        text += f"; it evaluates one side of a direction at a time ({report.schedule_why})"
+    return text
 
-    def __init__(self) -> None:
+
+class Progress(TrainerCallback):
+    """Shows smoothed loss, |projected gradient|, accuracy, step time and time left.
+
+    Args:
+        zm: the model that is tuned.
+    """
+
+    def __init__(self, zm: Any) -> None:
+        self.zm = zm
         self.facts: dict[str, float] = {}
         self.loss: float | None = None
         self.began = 0.0
@@ -62,6 +80,7 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.compiled:  # the first step's time is the compiler's
             self.began, self.first, self.compiled = time.time(), state.global_step, True
+            say(started(self.zm.inspect()))
         if self.bar is not None:
             self.bar.update(self.line, completed=state.global_step, description=self._text(state))
 
