@@ -70,8 +70,8 @@ FORMS = {
     "int8 scales": Form((8e-3, 4e-3), (1e-2, 3e-3), 1e-1, INT8, "scales"),
     "int8 scales, ε 0.01": Form((8e-3,), (1e-2, 3e-3), 1e-2, INT8, "scales"),
     "int8 adapters": Form((1.5e-3, 3e-3), (1e-2, 3e-3), 3e-2, INT8, "adapters"),
-    "int8 codes": Form((4e-4,), (1e-3, 3e-3), 1e-3, INT8, "codes"),
-    "int8 codes, 64 queries": Form((3e-3, 1e-3), (1e-2, 3e-3), 1e-3, INT8, "codes", queries=64),
+    "int8 codes": Form((4e-4,), (1e-3, 3e-3), 3e-3, INT8, "codes"),
+    "int8 codes, 64 queries": Form((3e-3, 1e-3), (1e-2, 3e-3), 3e-3, INT8, "codes", queries=64),
     "nf4 adapters": Form((3e-3,), (1e-2, 3e-3), 1e-2, NF4, "adapters"),
 }
 FORWARDS = {"classification": 2400, "lm": 600}

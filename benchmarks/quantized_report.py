@@ -110,9 +110,10 @@ no warning comes for them. `zowrap inspect MODEL --load-in-8bit --data FILE` mea
 
 NOISE_MEANS = """The rounding is 0.03 to 0.04 whatever ε is, so it adds 0.035 / 2ε to a projected gradient: 1.8 at
 ε 0.01, which is most of the 2.2 that the projected gradients of such a run measure, and 0.2 at ε 0.1. Hence the two
-rows of scales in the first table, and the default ε of 0.1. Models whose loss is less sensitive may take a smaller
-one. The defaults of adapters (0.01) and codes (0.001), and the limits below which a warning comes (0.001 and 0.0001),
-are not measured in this way.
+rows of scales in the first table, and the default ε of 0.1. That changes a layer's outputs by about a tenth; so do the
+defaults of adapters (0.03: differences of 0.2, five times the rounding) and codes (0.003: 0.14, four times). At a third
+of these the rounding is as large as what it hides, and below that a warning comes. Models whose loss is less sensitive
+may take smaller ones.
 """
 
 CODES = """## Why codes are experimental

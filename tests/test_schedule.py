@@ -107,6 +107,7 @@ def test_where_memory_is_plentiful_nothing_is_analysed(free: Any, monkeypatch: p
         wrap().step(**SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "options"),
     [

@@ -25,9 +25,10 @@ What is different on a GPU:
 
 - *Kernels are Triton*, written from the same functions as the C++ loops and the eager engine, and rounding after every
   operation as these do: noise, perturbed weights and elementwise updates have the bits of a CPU, given the same
-  coefficients (numbers below 1e-38, which a GPU may take for 0, aside). The coefficients themselves, sums over state
-  and the thin products of low-rank updates are torch's own and may differ in the last bit. The tests run the
-  arithmetic of every kernel in Triton's interpreter on a CPU; that says nothing of its compiler.
+  coefficients. The coefficients themselves, sums over state and the thin products of low-rank updates are torch's own
+  and may differ in the last bit. The tests run the arithmetic of every kernel in Triton's interpreter on a CPU, and
+  compile each kind for a Hopper GPU: no product is fused with a sum, nothing is flushed to 0 or approximated, no
+  register spills.
 - *Products of up to 128 tokens* (32 in float32) read a weight once for both sides of a direction and make its
   perturbed forms in registers. With more tokens each block of them would make the noise again: there row chunks pass
   through a scratch. The choice follows shape and dtype alone, so a resumed run adds up in the same order.
@@ -38,8 +39,8 @@ What is different on a GPU:
 
 NOTHING = """## No figures yet
 
-Nothing on this page has been measured on a GPU. The arithmetic of the kernels is tested in Triton's interpreter and the
-recording of steps with a trace in place of a CUDA graph; their speed is not known.
+Nothing on this page has been measured on a GPU: the speed of the kernels is not known. The recording of steps is tested
+with a trace in place of a CUDA graph.
 """
 
 

@@ -70,6 +70,7 @@ AIMS = {
     "LoRA r8": 1.05,
 }
 LONG_AIMS = {"gaussian": 1.08}
+WEIGHTS = 125_239_296  # of OPT-125M
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -159,6 +160,25 @@ def _growth(result: dict[str, Any]) -> str:
     return _table(["varied", "parameters", "tokens", "queries", "blocks", "a step", "ratio (quartiles)"], rows)
 
 
+def _profile(million: dict[str, float]) -> str:
+    """Where a step's time goes that two forwards do not spend: all but a little of it into these loops."""
+    perturbation, update = (WEIGHTS / 1e6 * million[name] for name in ("perturbation", "update"))
+    parts = [
+        f"OPT-125M has {WEIGHTS / 1e6:.0f} million weights, so a step makes {perturbation * 1e3:.0f} ms of "
+        f"perturbations and {update * 1e3:.0f} ms of updates, whatever the batch."
+    ]
+    for name, size in (("step", "8 × 64"), ("long", "8 × 256")):
+        if (found := load(name)) is not None:
+            rows = {row["row"]: row for row in found["rows"]}
+            plain, ours = (rows[row]["seconds"]["median"] for row in ("two compiled forwards", "gaussian"))
+            share, more = 100 * (perturbation + update) / plain, 100 * (ours / plain - 1)
+            parts.append(
+                f"At {size} tokens that is {share:.0f} % of the two forwards' {plain * 1e3:.0f} ms, and the step took "
+                f"{more:.0f} % more than they did."
+            )
+    return "\n".join(parts) + "\n"
+
+
 def _operators(result: dict[str, Any]) -> str:
     laws = [[r["law"], f"{r['per_second'] / 1e6:.0f}"] for r in result["laws"]]
     chunks = [
@@ -170,11 +190,13 @@ def _operators(result: dict[str, Any]) -> str:
         for r in result["stacked"]
     ]
     loops = [[r["loops"], f"{r['seconds'] * 1e3:.2f} ms"] for r in result["deferred"]]
+    million = {r["loops"]: r["seconds"] for r in result["deferred"]}
     return "\n".join(
         [
             DESIGNS,
             _table(["law", "million elements a second"], laws),
             _table(["a step's loops over a million weights", "time"], loops),
+            _profile(million),
             "Products with six matrices of 3072 × 768, and the head with its loss, both points, perturbed, against the "
             "plain ones:\n",
             _table(["part", "rows a chunk", "time", "ratio"], chunks),

@@ -13,6 +13,7 @@ import transformers
 from safetensors import safe_open
 
 from tests.conftest import make_tokenizer
+from zowrap.quant import ways
 from zowrap.quant.convert import DTYPES, adapted, read_base_options
 
 
@@ -27,7 +28,7 @@ def test_an_8_bit_run_is_evaluated_and_exported(quantized, models, data, tmp_pat
     done = zowrap_cli(*run_options(models, data, out), "--load-in-8bit", "--quantized", quantized)
     assert done.code == 0, done.err
     saved = json.loads((out / "zowrap.json").read_text())["options"]
-    assert (saved["quantized"], saved["eps"]) == (quantized, 1e-1 if quantized == "scales" else 1e-3)
+    assert (saved["quantized"], saved["eps"]) == (quantized, ways.EPS[quantized])
     assert json.loads((out / "config.json").read_text())["quantization_config"]["load_in_8bit"]
     evaluated = zowrap_cli("eval", out, "--data", data["test"], "--json")
     assert evaluated.code == 0, evaluated.err

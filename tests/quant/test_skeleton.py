@@ -46,6 +46,7 @@ def test_it_holds_what_a_loaded_model_holds(family: str, scheme: str, stored: bo
     assert all(p.is_meta for p in bare.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme, way", [("int8", "scales"), ("int8", "codes"), ("int8", "adapters"), ("nf4 twice", "adapters")]
 )

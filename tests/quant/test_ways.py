@@ -86,6 +86,7 @@ def test_the_points_of_a_step_read_the_codes_once(pair) -> None:
     assert targets.count(expected) >= layers - 3  # adapters: the first layer's inputs are one for both points
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme, way", [("int8 with outliers", "scales"), ("nf4 twice", "adapters")])
 def test_other_schemes_step_alike_under_both_engines(scheme: str, way: str) -> None:
     eager, compiled = (wrap(way, engine, scheme) for engine in ("eager", "compiled"))
