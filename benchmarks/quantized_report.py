@@ -108,12 +108,12 @@ no warning comes for them. `zowrap inspect MODEL --load-in-8bit --data FILE` mea
 12 directions, MiniLM on a batch of 16 of TREC (`python -m benchmarks.quantized noise`).
 """
 
-NOISE_MEANS = """The rounding is 0.03 to 0.04 whatever ε is, so it adds 0.035 / 2ε to a projected gradient: 1.8 at
+NOISE_MEANS = """The rounding of scales is 0.03 to 0.04 whatever ε is; it adds 0.035 / 2ε to a projected gradient, 1.8 at
 ε 0.01, which is most of the 2.2 that the projected gradients of such a run measure, and 0.2 at ε 0.1. Hence the two
-rows of scales in the first table, and the default ε of 0.1. That changes a layer's outputs by about a tenth; so do the
-defaults of adapters (0.03: differences of 0.2, five times the rounding) and codes (0.003: 0.14, four times). At a third
-of these the rounding is as large as what it hides, and below that a warning comes. Models whose loss is less sensitive
-may take smaller ones.
+rows of scales in the first table, and the default ε of 0.1. Models whose loss is less sensitive may take a smaller
+one. For adapters and codes the defaults (0.03 and 0.003) are where differences come out four to
+five times the rounding; that is a guess, for at a ten times larger ε the signs agree no better than by chance, so how
+much of those differences is slope is not known. A third of each is where a warning comes.
 """
 
 CODES = """## Why codes are experimental
