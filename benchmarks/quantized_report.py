@@ -108,8 +108,8 @@ no warning comes for them. `zowrap inspect MODEL --load-in-8bit --data FILE` mea
 12 directions, MiniLM on a batch of 16 of TREC (`python -m benchmarks.quantized noise`).
 """
 
-NOISE_MEANS = """The rounding of scales is 0.03 to 0.04 whatever ε is; it adds 0.035 / 2ε to a projected gradient, 1.8 at
-ε 0.01, which is most of the 2.2 that the projected gradients of such a run measure, and 0.2 at ε 0.1. Hence the two
+NOISE_MEANS = """The rounding of scales is 0.03 to 0.04 whatever ε is. It adds 0.035 / 2ε to a projected gradient, 1.8
+at ε 0.01, which is most of the 2.2 that the projected gradients of such a run measure, and 0.2 at ε 0.1. Hence the two
 rows of scales in the first table, and the default ε of 0.1. Models whose loss is less sensitive may take a smaller
 one. For adapters and codes the defaults (0.03 and 0.003) are where differences come out four to
 five times the rounding; that is a guess, for at a ten times larger ε the signs agree no better than by chance, so how

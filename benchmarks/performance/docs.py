@@ -181,8 +181,8 @@ def _profile(million: dict[str, float]) -> str:
             )
     parts.append(
         "The loops were timed on another day than the steps, when the machine was about a third slower. Where the rest "
-        "of the longer rows' excess goes was not profiled; the third table, at 512 tokens, shows the head's chunks as one "
-        "candidate."
+        "of the longer rows' excess goes was not profiled; the third table shows the head's chunks as one candidate, at "
+        "512 tokens."
     )
     return "\n".join(parts) + "\n"
 
