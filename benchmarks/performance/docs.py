@@ -181,8 +181,8 @@ def _profile(million: dict[str, float]) -> str:
             )
     parts.append(
         "The loops were timed on another day than the steps, when the machine was about a third slower. Where the rest "
-        "of the longer rows' excess goes was not profiled; at 512 tokens the third table shows the head's chunks as one "
-        "candidate."
+        "of the longer rows' excess goes was not profiled; at 512 tokens the third table shows the head's chunks as "
+        "one candidate."
     )
     return "\n".join(parts) + "\n"
 
