@@ -72,7 +72,7 @@ FORMS = {
     "int8 adapters": Form((1.5e-3, 3e-3), (1e-2, 3e-3), 3e-2, INT8, "adapters"),
     "int8 codes": Form((4e-4,), (1e-3, 3e-3), 3e-3, INT8, "codes"),
     "int8 codes, 64 queries": Form((3e-3, 1e-3), (1e-2, 3e-3), 3e-3, INT8, "codes", queries=64),
-    "nf4 adapters": Form((3e-3,), (1e-2, 3e-3), 1e-2, NF4, "adapters"),
+    "nf4 adapters": Form((1.5e-3, 3e-3), (1e-2, 3e-3), 3e-2, NF4, "adapters"),
 }
 FORWARDS = {"classification": 2400, "lm": 600}
 SEEDS = (0, 1, 2)
@@ -180,7 +180,8 @@ def run(data_dir: Path, lm: str | None, only: list[str], seeds: int, rates: int,
             if (task, name, lr, seed) in done:
                 continue
             bench = bench or QuantizedBench(name, data_dir, engine, lm)
-            lines.append(bench.line(bench.cell(lr, seed)))
+            line = bench.line(bench.cell(lr, seed))
+            lines = [*read(CELLS), line]  # another process may have added its own
             write(CELLS, lines)
             told = ("form", "lr", "seed", "zero_shot", "dev_accuracy", "test_accuracy", "zero_shot_loss", "test_loss")
             print(*(lines[-1][key] for key in told), f"{lines[-1]['cpu_seconds']} s", flush=True)

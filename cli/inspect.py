@@ -125,16 +125,14 @@ def _wrapped(options: InspectOptions, source: Any, dtype: Any) -> tuple[Any, Any
 
 def _wrap(options: InspectOptions, model: Any, trainable: Any, loss_fn: Any) -> Any:
     """Put adapters on a model where they are to move, and wrap it, as ``tune`` does."""
-    from zowrap.quant import adapters, ways
+    from zowrap.quant import ways
     from zowrap.rules import get
     from zowrap.wrap import zo_wrap
 
     from .checks import rule_options, users_words
 
     with users_words(options):
-        way = None if options.use_peft else ways.choose(model, options.quantized)
-        if (options.use_peft or (way is not None and way.name == "adapters")) and not adapters.present(model):
-            adapters.attach(model, options.lora_r, options.lora_alpha, options.lora_target_modules)
+        way = ways.from_options(model, dataclasses.asdict(options), seed=0)
         if way is not None or options.use_peft:
             trainable = None
         return zo_wrap(
@@ -192,10 +190,11 @@ def _floor(options: InspectOptions, source: Any, dtype: Any) -> Any:
 
 
 def _floor_line(found: Any) -> str:
-    rounding = f"rounding moves a difference of two losses by {found.rounding:.2g}"
-    where = "eps is below it" if found.hidden else f"{found.floor:.2g}, {rounding}"
-    where = f"{where}: {rounding}" if found.hidden else where
-    return f"floor      {where}; signs agree with those at eps {found.against:.2g} on {found.agreement:.0%}"
+    where = "eps is below it:" if found.hidden else f"{found.floor:.2g},"
+    return (
+        f"floor      {where} rounding moves a difference of two losses by {found.rounding:.2g}; "
+        f"signs agree with those at eps {found.against:.2g} on {found.agreement:.0%}"
+    )
 
 
 def blocks_of(values: list[str]) -> str | list[str] | None:

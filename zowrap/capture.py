@@ -100,6 +100,7 @@ def capture(loss: LossModule, batch: Batch) -> Program:
         ZOCaptureError: export cannot express the model; the message names the first obstacle.
     """
     problem: Exception | None = None
+    tried: list[tuple[Any, bool]] = []
     # Every size dynamic where export can do it, else those of integer inputs, else the number of rows alone. Two sizes
     # that happen to be equal here (source and target length) are different symbols, unless the model needs them equal.
     for lengths, floats, equal in (
@@ -110,6 +111,9 @@ def capture(loss: LossModule, batch: Batch) -> Program:
         (False, False, True),
     ):
         shapes = (_dynamic(batch, floats, lengths),)
+        if (shapes, equal) in tried:  # where no input is a float, or none has more than rows
+            continue
+        tried.append((shapes, equal))
         sizes = size_oblivious(use_duck_shape=equal)
         try:
             with warnings.catch_warnings(), torch.no_grad(), sizes, evaluation_mode(loss):

@@ -28,7 +28,7 @@ from zowrap.recorded import recorder_for
 from zowrap.rules import Rule
 from zowrap.rules.base import check_positive
 from zowrap.schedule import Schedule, groups
-from zowrap.state import check_state
+from zowrap.state import LATER, check_state
 from zowrap.step import conclude
 from zowrap.streams import Streams
 
@@ -385,9 +385,8 @@ class ZOModel:
         inputs = {}
         for name, value in batch.items():
             if isinstance(value, Tensor):
-                inputs[name] = value.to(
-                    self._job.device, non_blocking=True
-                ).contiguous()  # compiled code relies on the strides
+                # Compiled code relies on the strides.
+                inputs[name] = value.to(self._job.device, non_blocking=True).contiguous()
             elif value is not None:
                 inputs[name] = value
         tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
@@ -528,7 +527,8 @@ class ZOModel:
             ZOError: the state is of another rule, model or set of options (the message names it); nothing changes.
         """
         check_state(state, self._state())
-        self._schedule.take(state.get("memory", "auto"), state.get("largest_batch", 0))
+        state = {**LATER, **state}
+        self._schedule.take(state["memory"], state["largest_batch"])
         self.discard()
         self._set(**{name: float(state[name]) for name in self._values})
         job = self._job

@@ -120,7 +120,6 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
         ZOError: nothing is left to tune, a pattern matches nothing, or a selected tensor is not floating point.
     """
     by_storage: dict[tuple, list[str]] = {}
-    tensors: dict[tuple, Tensor] = {}
     ties: dict[tuple, list[Tensor]] = {}
     tensor: Tensor
     for name, tensor in model.named_parameters(remove_duplicate=False):
@@ -128,13 +127,12 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
             continue
         key = _place(tensor)
         by_storage.setdefault(key, []).append(name)
-        tensors.setdefault(key, tensor)
         ties.setdefault(key, []).append(tensor)
     check_patterns(trainable, [canonical_name(n) for names in by_storage.values() for n in names])
     chosen: list[Parameter] = []
     scattered: list[list[Tensor]] = []
     for key, names in by_storage.items():
-        tensor, name = tensors[key], canonical_name(names[0])
+        tensor, name = ties[key][0], canonical_name(names[0])
         if not any(wanted(trainable, canonical_name(n), tensor) for n in names):
             continue
         if not tensor.is_floating_point():

@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,34 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Compute capability: Ampere (A100) and Hopper (H100, H200).
-ARCHITECTURES = (80, 90)
-_TYPES = {
-    torch.bool: "*i1",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-}
+ARCHITECTURE = 90  # compute capability: Hopper (H100, H200)
 # Of the disassembly: the opcodes of integers, of floats, and of what reaches outside of the registers.
-_INTEGER = ("IMAD", "LOP3", "SHF", "IADD", "LEA", "ISETP", "IABS", "PRMT", "IMNMX", "VIADD", "SEL", "LOP")
-_FLOAT = ("FADD", "FMUL", "FFMA", "FSETP", "FSEL", "FMNMX", "MUFU", "I2F", "F2I", "F2F", "I2FP", "HADD", "HMUL", "HFMA")
+_INTEGER = ("IMAD", "LOP", "SHF", "IADD", "LEA", "ISETP", "IABS", "PRMT", "IMNMX", "VIADD", "SEL")
+_FLOAT = ("FADD", "FMUL", "FFMA", "FSETP", "FSEL", "FMNMX", "MUFU", "I2F", "F2I", "F2F", "HADD", "HMUL", "HFMA")
 _MEMORY = ("LDG", "STG", "LDS", "STS", "LDC", "ATOM", "RED", "LDL", "STL")
 
 
 class Stand:
-    """Stands where a kernel stands: launched, it compiles itself for every architecture and runs nothing.
+    """Stands where a kernel stands: launched, it compiles itself and runs nothing.
 
     Args:
         function: of ``triton.jit``.
         found: where a line for each launch goes.
     """
 
-    def __init__(self, function: Any, found: list[dict[str, Any]], architectures: Sequence[int]) -> None:
-        self.function, self.found, self.architectures = function, found, architectures
+    def __init__(self, function: Any, found: list[dict[str, Any]]) -> None:
+        self.function, self.found = function, found
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self._launched
@@ -56,33 +45,27 @@ class Stand:
         names = list(self.function.arg_names)
         values = {**dict(zip(names, given, strict=False)), **{n: v for n, v in named.items() if n in names}}
         options = {n: v for n, v in named.items() if n not in names}
-        for architecture in self.architectures:
-            self.found.append({"architecture": architecture, **_compiled(self.function, values, options, architecture)})
+        self.found.append({"architecture": ARCHITECTURE, **_compiled(self.function, values, options)})
 
 
-def _compiled(function: Any, values: dict[str, Any], options: dict[str, Any], architecture: int) -> dict[str, Any]:
+def _compiled(function: Any, values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.runtime.jit import mangle_type
 
     constants = {p.name for p in function.params if p.is_constexpr}
     signature, aligned = {}, {}
     for i, name in enumerate(function.arg_names):
         value = values[name]
-        signature[name] = "constexpr" if name in constants else _kind(value)
+        signature[name] = "constexpr" if name in constants else mangle_type(value)
         if name not in constants and (isinstance(value, Tensor) or value % 16 == 0):
             aligned[(i,)] = [["tt.divisibility", 16]]  # as torch's allocator gives memory
     source = ASTSource(function, signature, {name: values[name] for name in constants}, aligned)
-    kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    kernel = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURE, 32), options=options)
     block = values.get("BLOCK")
     per_thread = block // (32 * options.get("num_warps", 4)) if block else None
     return {"ptx": kernel.asm["ptx"], "shared": kernel.metadata.shared, **_facts(kernel.asm["cubin"], per_thread)}
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return _TYPES[value.dtype]
-    return "i32" if abs(value) < 1 << 31 else "i64"
 
 
 def _facts(cubin: bytes, per_thread: int | None) -> dict[str, Any]:
@@ -121,19 +104,19 @@ def _class(opcode: str) -> str:
 
 
 @contextmanager
-def compiling(architectures: Sequence[int] = ARCHITECTURES) -> Iterator[list[dict[str, Any]]]:
+def compiling() -> Iterator[list[dict[str, Any]]]:
     """Within, kernels are compiled where they would be launched, and their results are left as they were allocated.
 
     Yields:
-        what was compiled so far: a line for each launch and architecture.
+        what was compiled so far: a line for each launch.
     """
     from zowrap import kernels
     from zowrap.gpu import cross_entropy, loops, product, sources
 
     found: list[dict[str, Any]] = []
     made, add, kept, compile_loop = sources.kernel, cross_entropy._add, kernels._registry, kernels.compile_loop
-    sources.kernel = lambda source: Stand(made(source), found, architectures)  # type: ignore[assignment]
-    cross_entropy._add = Stand(add, found, architectures)
+    sources.kernel = lambda source: Stand(made(source), found)  # type: ignore[assignment]
+    cross_entropy._add = Stand(add, found)
     kernels.compile_loop, kernels._registry = loops.compile_loop, {}
     product._kernel.cache_clear()
     try:
@@ -155,14 +138,10 @@ def elementwise(rule: str, direction: str | None, dtype: torch.dtype, found: lis
     slots, scalars = [torch.ones(4096) for _ in kernel.slot_names], [one for _ in kernel.scalar_names]
     seen = [slots[kernel.slot_names.index(name)] for name in kernel.read_names]
     coefficients = [torch.ones(shape) for shape in kernel.coefficient_shapes.values()]
-    count = len(found)
     kernel.perturb(w, seen, key, one, scalars, torch.ones(2), [torch.ones_like(w) for _ in range(2)])
-    for line in found[count:]:
-        line["kernel"] = "perturb"
-    count = len(found)
+    found[-1]["kernel"] = "perturb"
     kernel.update(w, slots, [key], [one], scalars, key, coefficients, [one] * 3, torch.tensor(True), False)
-    for line in found[count:]:
-        line["kernel"] = "update"
+    found[-1]["kernel"] = "update"
 
 
 ROWS: tuple[tuple[str, str | None], ...] = (
@@ -175,7 +154,7 @@ def run() -> list[dict[str, Any]]:
     """The table of docs/gpu.md: elementwise kernels on bfloat16 weights, for Hopper."""
     rows = []
     for rule, direction in ROWS:
-        with compiling([90]) as found:
+        with compiling() as found:
             elementwise(rule, direction, torch.bfloat16, found)
         for line in found:
             kept = {name: line[name] for name in ("kernel", "architecture", "registers", "stack", "per_element")}

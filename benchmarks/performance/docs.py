@@ -164,7 +164,7 @@ def _growth(result: dict[str, Any]) -> str:
 
 
 def _profile(million: dict[str, float]) -> str:
-    """Where a step's time goes that two forwards do not spend: all but a little of it into these loops."""
+    """How much of what a step takes beyond two forwards goes into these loops."""
     perturbation, update = (WEIGHTS / 1e6 * million[name] for name in ("perturbation", "update"))
     parts = [
         f"OPT-125M has {WEIGHTS / 1e6:.0f} million weights, so a step makes {perturbation * 1e3:.0f} ms of "

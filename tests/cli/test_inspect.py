@@ -13,6 +13,7 @@ import transformers as T
 from tests.conftest import Outcome
 from zowrap import memory
 from zowrap.quant import floor
+from zowrap.quant.ways import EPS
 
 Cli = Callable[..., Outcome]
 
@@ -185,20 +186,20 @@ def told(zowrap_cli: Cli, *arguments: object) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("options", "way", "eps", "moving"),
+    ("options", "way", "moving"),
     [
-        (("--load-in-8bit",), "scales move (the default of 8-bit", 0.1, "log_scale"),
-        (("--load-in-8bit", "--quantized", "codes"), "codes move (as asked); experimental", 1e-3, ".weight"),
-        (("--load-in-8bit", "--use-peft"), "adapters move (the model has adapters)", 1e-2, "lora_"),
-        (("--load-in-4bit",), "adapters move (", 1e-2, "lora_"),
+        (("--load-in-8bit",), "scales move (the default of 8-bit", "log_scale"),
+        (("--load-in-8bit", "--quantized", "codes"), "codes move (as asked); experimental", ".weight"),
+        (("--load-in-8bit", "--use-peft"), "adapters move (the model has adapters)", "lora_"),
+        (("--load-in-4bit",), "adapters move (", "lora_"),
     ],
 )
 def test_how_quantised_weights_would_move_is_told(
-    zowrap_cli: Cli, bare: dict[str, Path], options: tuple[str, ...], way: str, eps: float, moving: str
+    zowrap_cli: Cli, bare: dict[str, Path], options: tuple[str, ...], way: str, moving: str
 ) -> None:
     found = told(zowrap_cli, bare["sequence"], "--engine", "eager", *options)  # without costs, which take seconds
     assert found["quantized"].startswith(way) and found["eps_why"] == f"the default of {way.split()[0]}"
-    assert found["hyper"]["eps"] == pytest.approx(eps)
+    assert found["hyper"]["eps"] == pytest.approx(EPS[way.split()[0]])
     assert {moving in move["name"] for move in found["moves"]} == {True}
 
 

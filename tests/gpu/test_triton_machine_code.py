@@ -29,7 +29,7 @@ def note(name):
     for line in found[len(lines):]:
         lines.append({"name": name, "fused": "fma.rn.f32" in line["ptx"], "ptx": line.pop("ptx"), **line})
 
-with machine_code.compiling([90]) as found:
+with machine_code.compiling() as found:
     bf16 = [case for case in loops.CASES if case[2] == torch.bfloat16 and (case[0] == "zo_sgd" or case[1] is None)]
     for rule, direction, dtype in [*bf16, ("zo_adam", None, torch.float32)]:
         machine_code.elementwise(rule, direction, dtype, found)

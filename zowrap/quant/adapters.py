@@ -170,7 +170,6 @@ def _keep(part: nn.Module, prefix: str, parameter: Parameter, config: Any) -> No
     from peft.utils import ModulesToSaveWrapper
 
     where = parameter.names[0].removeprefix(prefix).rpartition(".")[0]
-    parent, _, last = where.rpartition(".")
     module = part.get_submodule(where)
     if isinstance(module, ModulesToSaveWrapper):
         return
@@ -183,7 +182,7 @@ def _keep(part: nn.Module, prefix: str, parameter: Parameter, config: Any) -> No
     adapter = next(iter(part.peft_config))  # type: ignore[arg-type, call-overload]
     around = ModulesToSaveWrapper(module, adapter)
     around.set_adapter(adapter)
-    setattr(part.get_submodule(parent), last, around)
+    part.set_submodule(where, around)
     config.modules_to_save = [*(config.modules_to_save or ()), re.sub(r"^base_model\.model\.", "", where)]
 
 
@@ -229,10 +228,10 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, float
                 base.weight.data = (weight + change).to(dtype or base.weight.dtype)
             lost = base.weight.float() - (weight + change)
             errors[name] = float(lost.norm() / change.norm().clamp(min=1e-30))
-        _put(model, name, base)
+        model.set_submodule(name, base)
     for name, module in list(model.named_modules()):
         if type(module).__name__ == _BESIDE:
-            _put(model, name, module.modules_to_save[module.active_adapters[0]])  # type: ignore[index, operator]
+            model.set_submodule(name, module.modules_to_save[module.active_adapters[0]])  # type: ignore[index, operator]
     for module in model.modules():  # else transformers would go on saving adapters alone
         if module.__dict__.pop("_hf_peft_config_loaded", False):
             module.__dict__.pop("peft_config", None)
@@ -254,8 +253,3 @@ def _check_mergeable(name: str, module: Any, dtype: torch.dtype | None) -> None:
             f"{name} is {base.scheme}: merging adapters into so few bits would lose them. Merge them into plain "
             "weights, --format bf16 or fp32"
         )
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    model.get_submodule(parent)._modules[last] = module
