@@ -157,7 +157,7 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
         args=config,
         train_dataset=plan.train,
         eval_dataset=plan.evaluation,
-        data_collator=plan.task.collator(plan.source),
+        data_collator=_collator(plan, config.device.type),
         processing_class=plan.source.tokenizer,
         loss_fn=plan.task.loss_fn,
         batch_metrics=plan.task.metrics,
@@ -168,6 +168,17 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
         trainer.remove_callback(callback)
     trainer.add_callback(Progress(trainer.zm))
     return trainer
+
+
+def _collator(plan: Plan, device: str) -> Any:
+    """Batches of few lengths for a GPU, where each kind of batch is recorded; as short as can be elsewhere."""
+    from zowrap.recorded import MOST
+    from zowrap.tasks import even_lengths
+
+    collator = plan.task.collator(plan.source)
+    if device != "cuda":
+        return collator
+    return replace(collator, lengths=even_lengths(max(plan.train.lengths), MOST))
 
 
 def report(trainer: Any, options: TuneOptions, seconds: float) -> dict[str, Any]:

@@ -162,11 +162,12 @@ def test_a_classifier_keeps_its_logits() -> None:
 
 @pytest.mark.parametrize("rows", [1, 40, 1000, 5000])
 @pytest.mark.parametrize("columns", [1, 7, 768, 1 << 23])
-def test_chunks_cover_every_row_once_in_nearly_equal_runs(rows, columns, monkeypatch) -> None:
+@pytest.mark.parametrize("tokens", [0, 3, 2048, 1 << 23])
+def test_chunks_cover_every_row_once_in_nearly_equal_runs(rows, columns, tokens, monkeypatch) -> None:
     monkeypatch.undo()
-    runs = list(scratch.chunks(rows, columns))
+    runs = list(scratch.chunks(rows, columns, tokens))
     assert [first for first, _ in runs] == [0, *[last for _, last in runs[:-1]]]
     assert runs[-1][1] == rows
     longest = max(last - first for first, last in runs)
-    assert longest == scratch.longest(rows, columns)
-    assert longest * columns <= scratch.MOST_ELEMENTS or longest == 1
+    assert longest == scratch.longest(rows, columns, tokens)
+    assert longest * max(columns, tokens) <= scratch.MOST_ELEMENTS or longest == 1

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tests.conftest import make_model, make_tokenizer, reviews
 from zowrap.data import Row
 from zowrap.errors import ZOError
-from zowrap.tasks import Collator, from_record, open_source, resolve
+from zowrap.tasks import Collator, even_lengths, from_record, open_source, resolve
 from zowrap.tasks.batches import fit
 from zowrap.tasks.lm import LanguageModelling
 from zowrap.tasks.loading import Source
@@ -200,6 +200,27 @@ def test_the_end_is_a_label_even_where_it_is_the_padding() -> None:
         assert batch["labels"][row, length - 1] == tokenizer.eos_token_id
         assert (batch["labels"][row, length:] == -100).all()
         assert batch["attention_mask"][row].sum() == length
+
+
+@pytest.mark.parametrize(("longest", "count"), [(1, 8), (7, 8), (8, 8), (9, 8), (100, 8), (513, 3)])
+def test_lengths_are_few_and_even(longest: int, count: int) -> None:
+    lengths = even_lengths(longest, count)
+    steps = [b - a for a, b in zip((0, *lengths), lengths, strict=False)]
+    assert len(lengths) <= count and lengths[-1] == longest
+    assert set(steps[:-1]) <= {steps[0]} and 0 < steps[-1] <= steps[0]
+
+
+@pytest.mark.parametrize("side", ("left", "right"))
+def test_batches_are_padded_to_the_next_of_the_lengths(side: str) -> None:
+    collator = Collator(9, side, lengths=(2, 5))
+    for rows, length in (([[1]], 2), ([[1, 2], [3]], 2), ([[1, 2, 3]], 5), ([[1] * 7], 7)):
+        batch = collator([{"input_ids": row, "labels": row} for row in rows])
+        assert {tuple(tensor.shape) for tensor in batch.values()} == {(len(rows), length)}
+        for i, row in enumerate(rows):
+            held = batch["attention_mask"][i].bool()
+            assert held.tolist() == sorted(held.tolist(), reverse=side == "right")
+            assert batch["input_ids"][i][held].tolist() == batch["labels"][i][held].tolist() == row
+            assert (batch["labels"][i][~held] == -100).all()
 
 
 def test_a_prompt_is_masked_and_cut_first() -> None:

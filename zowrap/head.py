@@ -11,7 +11,7 @@ a running logsumexp and forgotten. Tokens whose label is ignored take no part at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from zowrap import kernels
 from zowrap.compiler import Compiled, compile_function
 from zowrap.library import operator
 from zowrap.loss import IGNORED, token_sums
-from zowrap.scratch import MOST_ELEMENTS, buffers, chunks
+from zowrap.scratch import buffers, chunks
 from zowrap.step import at_least_float32
 
 _LOWEST = -3.0e38  # below every logit; finite, so that the first chunk computes no inf − inf
@@ -54,8 +54,8 @@ def head(x: Tensor, w: Tensor, bias: Tensor | None, thin: Tensor | None, left: T
     tokens = _Tokens(labels, everything=own_rows)
     inputs, running = tokens.of(x), _Running(tokens.labels)
     factors = None if thin is None else (thin if own_rows else tokens.of(thin))
-    for first, last in _vocabulary(w, inputs.shape[0]):
-        logits = _product(inputs, w[first:last], 0)
+    for first, last in chunks(*w.shape, tokens=inputs.shape[0]):
+        logits = _product(inputs, w[first:last])
         if factors is not None and left is not None:
             change = factors.reshape(-1, *factors.shape[-2:]) if own_rows else factors
             right = left[..., first:last, :].mT
@@ -115,10 +115,10 @@ def perturb_head(
     tokens = _Tokens(labels)
     inputs = [tokens.of(t) for t in x]
     running = [_Running(tokens.labels) for _ in range(coefficients.shape[0])]
-    runs, kernel = _vocabulary(w, inputs[0].shape[0]), kernels.get(spec)
+    runs, kernel = chunks(*w.shape, tokens=inputs[0].shape[0]), kernels.get(spec)
     for first, last, weights in kernel.perturbed_chunks(w, slots, key, scale, scalars, coefficients, runs):
         for p, weight in enumerate(weights):
-            logits = _product(inputs[p % len(inputs)], weight, p)
+            logits = _product(inputs[p % len(inputs)], weight)
             running[p].add(logits + bias[p % len(bias)][first:last] if bias else logits, first)
     return [tokens.sums(r.losses()) for r in running]
 
@@ -128,18 +128,10 @@ def _(x, w, bias, slots, key, scale, scalars, coefficients, labels, spec):
     return [x[0].new_empty(labels.shape[:-1], dtype=torch.float32) for _ in range(coefficients.shape[0])]
 
 
-def _vocabulary(w: Tensor, tokens: int) -> Iterator[tuple[int, int]]:
-    """The head's rows in chunks, whose logits for all tokens are no larger than the largest scratch either."""
-    most = max(1, MOST_ELEMENTS // max(tokens, 1))
-    for first, last in chunks(*w.shape):
-        for start in range(first, last, most):
-            yield start, min(start + most, last)
-
-
-def _product(x: Tensor, w: Tensor, point: int) -> Tensor:
-    """``x · wᵀ`` in a scratch."""
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    """``x · wᵀ`` in a scratch, which the next product writes over: one for all points stays in the cache."""
     size = x.shape[0] * w.shape[0]
-    out = buffers(f"logits {point}", w.dtype, w.device, 1, size)[0][:size].view(x.shape[0], w.shape[0])
+    out = buffers("logits", w.dtype, w.device, 1, size)[0][:size].view(x.shape[0], w.shape[0])
     return torch.mm(x, w.t(), out=out)
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import sdpa_flop_count
 
 from zowrap import head, operators  # noqa: F401  (registers torch.ops.zowrap)
 from zowrap.quant import costs as quantized
-from zowrap.scratch import MOST_ELEMENTS, longest
+from zowrap.scratch import longest
 
 aten, ours = torch.ops.aten, torch.ops.zowrap
 
@@ -116,7 +116,7 @@ def kept_of(node: fx.Node, args: Any) -> Kept:
     w, perturbed = args[1], node.target is ours.perturb_head.default
     labels, points = (args[8], args[7].shape[0]) if perturbed else (args[5], 1)
     rows = _head_rows(w, labels)
-    kept: Kept = {(f"logits {p}", w.dtype, 1): rows * labels.numel() * w.element_size() for p in range(points)}
+    kept: Kept = {("logits", w.dtype, 1): rows * labels.numel() * w.element_size()}
     if perturbed:
         kept["weights", w.dtype, points] = points * rows * w.shape[1] * w.element_size()
     return kept
@@ -142,8 +142,8 @@ def merged(kept: Iterable[Kept]) -> Kept:
 
 
 def _head_rows(w: Tensor, labels: Tensor) -> int:
-    """Rows of a vocabulary head that pass by at once, at most."""
-    return min(longest(*w.shape), max(1, MOST_ELEMENTS // max(labels.numel(), 1)))
+    """Rows of a vocabulary head that pass by at once, where no label is ignored."""
+    return longest(*w.shape, tokens=labels.numel())
 
 
 def _size(value: Tensor) -> int:

@@ -2,6 +2,8 @@
 
     python -m benchmarks.performance step         all rows of `zowrap bench step` at 8 × 64 tokens
     python -m benchmarks.performance long         the main row at 8 × 256 tokens
+    python -m benchmarks.performance starts       first and second start and peak of each row, in processes of their own
+    python -m benchmarks.performance profile      seconds by kind of work, two forwards and a step
     python -m benchmarks.performance growth       parameters, tokens, queries and blocks, each by itself
     python -m benchmarks.performance operators    what the noise and the chunked products cost, and what else was tried
     python -m benchmarks.performance docs         the page, from the JSON of the others

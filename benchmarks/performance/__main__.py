@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from benchmarks.papers.docs import write_json
-from benchmarks.performance import docs, growth, operators
+from benchmarks.performance import docs, growth, operators, profile
 
 
 def bench(*options: str) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def bench(*options: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.performance", description=__doc__)
-    parser.add_argument("what", choices=("step", "starts", "long", "growth", "operators", "docs"))
+    parser.add_argument("what", choices=("step", "starts", "long", "profile", "growth", "operators", "docs"))
     parser.add_argument("--rounds", type=int, default=11, help="how often each row is timed")
     parser.add_argument("--rows", nargs="+", default=[], help="of `zowrap bench step`; default: all")
     options = parser.parse_args()
@@ -40,7 +40,7 @@ def main() -> None:
         rows = rows or ["--row", "gaussian"]
         result = bench("--arch", "opt-125m", "--batch", "8", "--seq", "256", "--together", *rounds, *rows)
     else:
-        result = {"growth": growth, "operators": operators}[options.what].run(options.rounds)
+        result = {"growth": growth, "operators": operators, "profile": profile}[options.what].run(options.rounds)
     docs.RESULTS.mkdir(parents=True, exist_ok=True)
     write_json(result, docs.RESULTS / f"{options.what}.json")
 

@@ -39,7 +39,13 @@ a time. Gaussian directions, `zo_sgd`. The ratio is to two forwards for each que
 forwards would show as a ratio that rises down its column.
 """
 
-OPERATORS = """## Where the rest goes, and what else was tried
+PROFILE = """## Where the time goes
+
+`python -m benchmarks.performance profile`: seconds by kind of work, two plain forwards and a Gaussian step in turn,
+under torch's profiler. The plain forwards' cross-entropy is among all else.
+"""
+
+OPERATORS = """## What else was tried
 
 `python -m benchmarks.performance operators`
 """
@@ -73,7 +79,6 @@ AIMS = {
     "LoRA r8": 1.05,
 }
 LONG_AIMS = {"gaussian": 1.08}
-WEIGHTS = 125_239_296  # of OPT-125M
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -88,6 +93,7 @@ def page() -> str:
     for name, heading, body in (
         ("step", STEP, _steps),
         ("long", LONG, _long),
+        ("profile", PROFILE, _profile),
         ("growth", GROWTH, _growth),
         ("operators", OPERATORS, _operators),
     ):
@@ -163,34 +169,23 @@ def _growth(result: dict[str, Any]) -> str:
     return _table(["varied", "parameters", "tokens", "queries", "blocks", "a step", "ratio (quartiles)"], rows)
 
 
-def _profile(million: dict[str, float]) -> str:
-    """How much of what a step takes beyond two forwards goes into these loops."""
-    perturbation, update = (WEIGHTS / 1e6 * million[name] for name in ("perturbation", "update"))
-    parts = [
-        f"OPT-125M has {WEIGHTS / 1e6:.0f} million weights, so a step makes {perturbation * 1e3:.0f} ms of "
-        f"perturbations and {update * 1e3:.0f} ms of updates, whatever the batch."
-    ]
-    for name, size in (("step", "8 × 64"), ("long", "8 × 256")):
-        if (found := load(name)) is not None:
-            rows = {row["row"]: row for row in found["rows"]}
-            plain, ratio = rows["two compiled forwards"]["seconds"]["median"], rows["gaussian"]["ratio"]["median"]
-            share, more = 100 * (perturbation + update) / plain, 100 * (ratio - 1)
-            parts.append(
-                f"At {size} tokens that is {share:.0f} % of the two forwards' {plain * 1e3:.0f} ms, and the step took "
-                f"{more:.0f} % more than they did."
-            )
-    parts.append(
-        "The loops were timed on another day than the steps, when the machine was about a third slower. Where the rest "
-        "of the longer rows' excess goes was not profiled; at 512 tokens the third table shows the head's chunks as "
-        "one candidate."
-    )
-    return "\n".join(parts) + "\n"
+def _profile(result: dict[str, Any]) -> str:
+    """Seconds by kind, two forwards beside a step, and how much of the difference each kind makes up."""
+    rows = result["profile"]
+    head, lines = [""], {kind: [kind] for kind in rows[0]["seconds"]}
+    for plain, ours in zip(rows[::2], rows[1::2], strict=True):
+        total = sum(plain["seconds"].values())
+        head += [f"{plain['tokens']} tokens: two forwards", "a step", "more, of the forwards"]
+        for kind, line in lines.items():
+            before, after = plain["seconds"][kind], ours["seconds"][kind]
+            line += [f"{before * 1e3:.0f} ms", f"{after * 1e3:.0f} ms", f"{100 * (after - before) / total:+.1f} %"]
+    return _table(head, list(lines.values()))
 
 
 def _operators(result: dict[str, Any]) -> str:
     laws = [[r["law"], f"{r['per_second'] / 1e6:.0f}"] for r in result["laws"]]
     chunks = [
-        [r["part"], str(r["rows"] or "plain"), f"{r['seconds'] * 1e3:.0f} ms", f"{r['ratio']:.2f}"]
+        [str(r["tokens"]), r["part"], str(r["rows"] or "plain"), f"{r['seconds'] * 1e3:.0f} ms", f"{r['ratio']:.2f}"]
         for r in result["chunks"]
     ]
     stacked = [
@@ -198,16 +193,14 @@ def _operators(result: dict[str, Any]) -> str:
         for r in result["stacked"]
     ]
     loops = [[r["loops"], f"{r['seconds'] * 1e3:.2f} ms"] for r in result["deferred"]]
-    million = {r["loops"]: r["seconds"] for r in result["deferred"]}
     return "\n".join(
         [
             DESIGNS,
             _table(["law", "million elements a second"], laws),
             _table(["a step's loops over a million weights", "time"], loops),
-            _profile(million),
             "Products with six matrices of 3072 × 768, and the head with its loss, both points, perturbed, against the "
             "plain ones:\n",
-            _table(["part", "rows a chunk", "time", "ratio"], chunks),
+            _table(["tokens", "part", "rows a chunk", "time", "ratio"], chunks),
             "Plain products of 512 tokens for both points:\n",
             _table(["weight", "apart", "stacked"], stacked),
         ]

@@ -23,8 +23,10 @@ from zowrap.loss import token_sums
 
 ELEMENTS = 1 << 20
 TOKENS, WIDTH, INNER, VOCABULARY, LAYERS = 512, 768, 3072, 50272, 6
+LONG = 2048  # tokens of the longer rows
 # Rows of a chunk. They divide INNER, so that no chunk is longer or shorter than it says.
 CHUNKS = (256, 512, 1024, 3072)
+HEAD_CHUNKS = (512, 1024, 2048, 4096)  # about: a head is cut evenly
 
 
 def checked_table(bits: Tensor, table: Tensor) -> Tensor:
@@ -138,24 +140,28 @@ def deferred(rounds: int) -> list[dict[str, Any]]:
     return [{"loops": name, "seconds": statistics.median(s) / ELEMENTS * 1e6} for name, s in seconds.items()]
 
 
-@torch.no_grad()
 def chunks(rounds: int) -> list[dict[str, Any]]:
-    """Seconds of the products with tall matrices, and of the head with its loss, for two points."""
+    """Seconds of the products with tall matrices, and of the head with its loss, for two points of so many tokens."""
+    return [{"tokens": tokens, **row} for tokens in (TOKENS, LONG) for row in _chunks(rounds, tokens)]
+
+
+@torch.no_grad()
+def _chunks(rounds: int, tokens: int) -> list[dict[str, Any]]:
     zm = zowrap.zo_wrap(torch.nn.Linear(2, 2), "zo_sgd", lr=1e-7, loss_fn=lambda m, b: m(b["x"]).sum(-1))
     zm.step(x=torch.ones(2, 2))
     spec: str = zm._engine.spec  # type: ignore[attr-defined]
     key, coefficients = torch.tensor([1, 2], dtype=torch.int32), torch.tensor([1e-3, -1e-3])
     given: tuple[Any, ...] = ([], key, torch.ones(()), [], coefficients)
     weights = [torch.randn(INNER, WIDTH) for _ in range(LAYERS)]
-    inputs = [torch.randn(TOKENS, WIDTH) for _ in range(2)]
-    vocabulary, labels = torch.randn(VOCABULARY, WIDTH), torch.randint(0, VOCABULARY, (8, TOKENS // 8))
-    hidden = [torch.randn(8, TOKENS // 8, WIDTH) for _ in range(2)]
+    inputs = [torch.randn(tokens, WIDTH) for _ in range(2)]
+    vocabulary, labels = torch.randn(VOCABULARY, WIDTH), torch.randint(0, VOCABULARY, (8, tokens // 8))
+    hidden = [torch.randn(8, tokens // 8, WIDTH) for _ in range(2)]
     plain_head = torch.compile(lambda x: token_sums(torch.nn.functional.linear(x, vocabulary), labels), dynamic=False)
     perturb_linear, perturb_head = torch.ops.zowrap.perturb_linear, torch.ops.zowrap.perturb_head
 
     def at(length: int, call: Callable[[], Any]) -> Callable[[], Any]:
         def timed() -> None:
-            scratch.CHUNK_ROWS, scratch.LEAST_ELEMENTS = length, 1
+            scratch.CHUNK_ROWS, scratch.HEAD_ROWS, scratch.LEAST_ELEMENTS = length, length, 1
             call()
 
         return timed
@@ -170,12 +176,13 @@ def chunks(rounds: int) -> list[dict[str, Any]]:
     }
     for length in CHUNKS:
         calls["layers", length] = at(length, products)
+    for length in HEAD_CHUNKS:
         calls["head", length] = at(length, lambda: perturb_head(hidden, vocabulary, [], *given, labels, spec))
-    kept = scratch.CHUNK_ROWS, scratch.LEAST_ELEMENTS
+    kept = scratch.CHUNK_ROWS, scratch.HEAD_ROWS, scratch.LEAST_ELEMENTS
     try:
         seconds = interleaved(calls, rounds)
     finally:
-        scratch.CHUNK_ROWS, scratch.LEAST_ELEMENTS = kept
+        scratch.CHUNK_ROWS, scratch.HEAD_ROWS, scratch.LEAST_ELEMENTS = kept
     plain = {part: statistics.median(seconds[part, 0]) for part in ("layers", "head")}
     return [
         {"part": part, "rows": length, "seconds": statistics.median(s), "ratio": statistics.median(s) / plain[part]}

@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from benchmarks.performance import docs, growth, operators
+from benchmarks.performance import docs, growth, operators, profile
 from zowrap import scratch
+from zowrap.bench import architectures, contenders
 from zowrap.parameters import matches
 
 
@@ -34,19 +35,42 @@ def test_a_round_before_the_first_is_not_counted() -> None:
 
 
 def test_the_tables_of_parts_are_made_at_a_small_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"ELEMENTS": 256, "TOKENS": 8, "WIDTH": 16, "INNER": 32, "VOCABULARY": 40, "LAYERS": 1, "CHUNKS": (8, 16)}
+    sizes = {
+        "ELEMENTS": 256,
+        "TOKENS": 8,
+        "LONG": 16,
+        "WIDTH": 16,
+        "INNER": 32,
+        "VOCABULARY": 40,
+        "LAYERS": 1,
+        "CHUNKS": (8, 16),
+    }
     for name, value in sizes.items():
         monkeypatch.setattr(operators, name, value)
-    kept = scratch.CHUNK_ROWS, scratch.LEAST_ELEMENTS
+    kept = scratch.CHUNK_ROWS, scratch.HEAD_ROWS, scratch.LEAST_ELEMENTS
     found = operators.run(1)
-    assert kept == (scratch.CHUNK_ROWS, scratch.LEAST_ELEMENTS)
+    assert kept == (scratch.CHUNK_ROWS, scratch.HEAD_ROWS, scratch.LEAST_ELEMENTS)
     assert [row["law"] for row in found["laws"]] == list(operators.LAWS)
     assert all(0 < row["per_second"] < math.inf for row in found["laws"])
-    assert {(row["part"], row["rows"]) for row in found["chunks"]} == {
-        (part, rows) for part in ("layers", "head") for rows in (0, 8, 16)
+    assert {(row["tokens"], row["part"], row["rows"]) for row in found["chunks"]} == {
+        (tokens, part, rows) for tokens in (8, 16) for part in ("layers", "head") for rows in (0, 8, 16)
     }
     assert all(row["seconds"] > 0 for row in found["deferred"]) and all(row["stacked"] > 0 for row in found["stacked"])
     assert docs._operators(found).count("\n| --- |") == 4
+
+
+def test_a_profile_tells_kinds_of_work_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = architectures.build
+    monkeypatch.setattr(architectures, "build", lambda name: build("opt-tiny"))
+    monkeypatch.setattr(profile, "SIZES", ((2, 8), (2, 16)))
+    found = profile.run(1)
+    assert [(row["tokens"], row["row"]) for row in found["profile"]] == [
+        (tokens, row) for tokens in (16, 32) for row in (contenders.YARDSTICK, "gaussian")
+    ]
+    plain, ours = (row["seconds"] for row in found["profile"][:2])
+    only_ours = {profile.PERTURBATION, profile.LOOPS, profile.UPDATE}
+    assert {kind for kind in profile.KINDS if not plain[kind]} == only_ours and all(ours[kind] for kind in only_ours)
+    assert docs._profile(found).count(" tokens: two forwards") == 2
 
 
 def test_a_case_of_growth_counts_what_it_times() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from zowrap.data import Row, are_numbers, label_names
 from zowrap.errors import ZOError, nearest
-from zowrap.tasks.batches import Collator, Examples, batches
+from zowrap.tasks.batches import Collator, Examples, batches, even_lengths
 from zowrap.tasks.classification import TEMPLATES, Classification, choose_form, order_labels, pooling_of
 from zowrap.tasks.lm import LanguageModelling, choose_layout
 from zowrap.tasks.loading import Source, choose_dtype, open_source
@@ -20,6 +20,7 @@ __all__ = [
     "Task",
     "batches",
     "choose_dtype",
+    "even_lengths",
     "from_record",
     "open_source",
     "resolve",

@@ -48,7 +48,7 @@ class Examples(Dataset):
 
 @dataclass(frozen=True)
 class Collator:
-    """Examples → one batch, padded to the longest.
+    """Examples → one batch, padded to the longest, or to the next of some fixed lengths.
 
     Returns ``input_ids`` and ``attention_mask``, int64 ``[batch, length]``, and ``labels``, int64 ``[batch]`` for
     classes or ``[batch, length]`` with -100 where nothing is to be predicted.
@@ -56,10 +56,13 @@ class Collator:
     Attributes:
         pad_id: token id that fills ``input_ids``; nothing reads it, the mask hides it.
         side: ``"right"``, or ``"left"`` so that every row ends at the same position.
+        lengths: rising; a batch is padded to the first that holds it, so that few kinds of batches come
+            (:func:`even_lengths`). By default, and beyond the last, to its own longest row.
     """
 
     pad_id: int
     side: str = "right"
+    lengths: tuple[int, ...] = ()
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         ids = [example["input_ids"] for example in examples]
@@ -73,10 +76,17 @@ class Collator:
         return batch
 
     def _pad(self, rows: Sequence[list[int]], fill: int) -> Tensor:
-        length = max(map(len, rows))
+        longest = max(map(len, rows))
+        length = next((length for length in self.lengths if length >= longest), longest)
         if self.side == "left":
             return torch.tensor([[fill] * (length - len(row)) + row for row in rows])
         return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+
+
+def even_lengths(longest: int, count: int) -> tuple[int, ...]:
+    """At most ``count`` lengths in even steps, the last one ``longest``: no row grows by more than a step."""
+    step = -(-longest // count)
+    return (*range(step, longest, step), longest)
 
 
 def fit(ids: list[int], labels: list[int], limit: int, start_id: int | None = None) -> tuple[list[int], list[int]]:

@@ -1,0 +1,81 @@
+"""Where the time of a step goes, beside two plain forwards: seconds by kind of work, from torch's profiler.
+
+Steps and forwards take turns, so that a slow minute of the machine slows both; each figure is a median over the rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
+
+from zowrap.bench import architectures, contenders, measure
+
+SIZES = ((8, 64), (8, 256))
+PRODUCTS, HEAD, ATTENTION = "products with matrices", "products with the head", "attention"
+PERTURBATION, UPDATE, REST = "perturbations", "update", "all else"
+LOOPS = "loops of the head (perturbation, logsumexp)"
+KINDS = (PRODUCTS, HEAD, ATTENTION, PERTURBATION, LOOPS, UPDATE, REST)
+
+
+def run(rounds: int) -> dict[str, Any]:
+    """Both batch sizes of OPT-125M, Gaussian directions."""
+    model = architectures.build("opt-125m")
+    found = []
+    for batch, length in SIZES:
+        inputs = architectures.batch_for(model, batch, length)
+        both = [contenders.make(name, model, inputs) for name in (contenders.YARDSTICK, "gaussian")]
+        for contender in both:
+            contender.step()
+        times: dict[str, list[Counter[str]]] = {contender.name: [] for contender in both}
+        for _ in range(rounds):
+            for contender in both:
+                times[contender.name].append(by_kind(contender.step))
+        for name, rows in times.items():
+            seconds = {kind: statistics.median(row[kind] for row in rows) for kind in KINDS}
+            found.append({"tokens": batch * length, "row": name, "seconds": seconds})
+    return {"machine": measure.machine(), "rounds": rounds, "profile": found}
+
+
+def by_kind(step: Callable[[], Any]) -> Counter[str]:
+    """Seconds of one call by kind; the plain head's cross-entropy is among all else."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        step()
+    found: Counter[str] = Counter()
+    products = []
+    for event in recorded.events():
+        around = _around(event)
+        kind = _kind(event.name, around)
+        if kind == PRODUCTS and not around:
+            products.append(event.self_cpu_time_total)
+        else:
+            found[kind] += event.self_cpu_time_total
+    # The plain head is one product of each forward, by far the longest; ours is under an operator of its own.
+    longest = sorted(products)[-2:] if not found[HEAD] else []
+    found[HEAD] += sum(longest)
+    found[PRODUCTS] += sum(products) - sum(longest)
+    return Counter({kind: microseconds / 1e6 for kind, microseconds in found.items()})
+
+
+def _around(event: Any) -> str:
+    """The operator of this library within which something ran, or nothing."""
+    while event is not None:
+        if event.name.startswith("zowrap::"):
+            return str(event.name)
+        event = event.cpu_parent
+    return ""
+
+
+def _kind(name: str, around: str) -> str:
+    if name in ("aten::mm", "aten::addmm"):
+        return HEAD if "head" in around else PRODUCTS
+    if "attention" in name:
+        return ATTENTION
+    if "update" in around:
+        return UPDATE
+    if "head" in around:
+        return LOOPS
+    return PERTURBATION if around else REST
