@@ -163,7 +163,7 @@ def test_a_classifier_keeps_its_logits() -> None:
 @pytest.mark.parametrize("rows", [1, 40, 1000, 5000])
 @pytest.mark.parametrize("columns", [1, 7, 768, 1 << 23])
 @pytest.mark.parametrize("tokens", [0, 3, 2048, 1 << 23])
-def test_chunks_cover_every_row_once_in_nearly_equal_runs(rows, columns, tokens, monkeypatch) -> None:
+def test_chunks_cover_every_row_once_in_runs_of_whole_cache_lines(rows, columns, tokens, monkeypatch) -> None:
     monkeypatch.undo()
     runs = list(scratch.chunks(rows, columns, tokens))
     assert [first for first, _ in runs] == [0, *[last for _, last in runs[:-1]]]
@@ -171,3 +171,5 @@ def test_chunks_cover_every_row_once_in_nearly_equal_runs(rows, columns, tokens,
     longest = max(last - first for first, last in runs)
     assert longest == scratch.longest(rows, columns, tokens)
     assert longest * max(columns, tokens) <= scratch.MOST_ELEMENTS or longest == 1
+    aligned = longest % scratch.ROW_MULTIPLE == 0 or max(columns, tokens) * scratch.ROW_MULTIPLE > scratch.MOST_ELEMENTS
+    assert len(runs) == 1 or aligned

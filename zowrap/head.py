@@ -54,7 +54,7 @@ def head(x: Tensor, w: Tensor, bias: Tensor | None, thin: Tensor | None, left: T
     tokens = _Tokens(labels, everything=own_rows)
     inputs, running = tokens.of(x), _Running(tokens.labels)
     factors = None if thin is None else (thin if own_rows else tokens.of(thin))
-    for first, last in chunks(*w.shape, tokens=inputs.shape[0]):
+    for first, last in chunks(w.shape[0], w.shape[1], inputs.shape[0]):
         logits = _product(inputs, w[first:last])
         if factors is not None and left is not None:
             change = factors.reshape(-1, *factors.shape[-2:]) if own_rows else factors
@@ -115,7 +115,7 @@ def perturb_head(
     tokens = _Tokens(labels)
     inputs = [tokens.of(t) for t in x]
     running = [_Running(tokens.labels) for _ in range(coefficients.shape[0])]
-    runs, kernel = chunks(*w.shape, tokens=inputs[0].shape[0]), kernels.get(spec)
+    runs, kernel = chunks(w.shape[0], w.shape[1], inputs[0].shape[0]), kernels.get(spec)
     for first, last, weights in kernel.perturbed_chunks(w, slots, key, scale, scalars, coefficients, runs):
         for p, weight in enumerate(weights):
             logits = _product(inputs[p % len(inputs)], weight)

@@ -143,7 +143,7 @@ def merged(kept: Iterable[Kept]) -> Kept:
 
 def _head_rows(w: Tensor, labels: Tensor) -> int:
     """Rows of a vocabulary head that pass by at once, where no label is ignored."""
-    return longest(*w.shape, tokens=labels.numel())
+    return longest(w.shape[0], w.shape[1], labels.numel())
 
 
 def _size(value: Tensor) -> int:

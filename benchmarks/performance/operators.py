@@ -161,7 +161,7 @@ def _chunks(rounds: int, tokens: int) -> list[dict[str, Any]]:
 
     def at(length: int, call: Callable[[], Any]) -> Callable[[], Any]:
         def timed() -> None:
-            scratch.CHUNK_ROWS, scratch.HEAD_ROWS, scratch.LEAST_ELEMENTS = length, length, 1
+            scratch.CHUNK_ROWS, scratch.LEAST_ELEMENTS = length, 1
             call()
 
         return timed
@@ -178,11 +178,11 @@ def _chunks(rounds: int, tokens: int) -> list[dict[str, Any]]:
         calls["layers", length] = at(length, products)
     for length in HEAD_CHUNKS:
         calls["head", length] = at(length, lambda: perturb_head(hidden, vocabulary, [], *given, labels, spec))
-    kept = scratch.CHUNK_ROWS, scratch.HEAD_ROWS, scratch.LEAST_ELEMENTS
+    kept = scratch.CHUNK_ROWS, scratch.LEAST_ELEMENTS
     try:
         seconds = interleaved(calls, rounds)
     finally:
-        scratch.CHUNK_ROWS, scratch.HEAD_ROWS, scratch.LEAST_ELEMENTS = kept
+        scratch.CHUNK_ROWS, scratch.LEAST_ELEMENTS = kept
     plain = {part: statistics.median(seconds[part, 0]) for part in ("layers", "head")}
     return [
         {"part": part, "rows": length, "seconds": statistics.median(s), "ratio": statistics.median(s) / plain[part]}
