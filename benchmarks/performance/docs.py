@@ -56,15 +56,17 @@ DESIGNS = """\
   look-up, but one of a uniform number is still 2e-3 from normal at degree 13, and one of a sum of four fields 2e-4 at
   degree 5 with a lattice of its own on top; neither passes the test at 10⁷ draws with room to spare.
 - *Chunks.* Short chunks keep the scratch in the cache and make the products less efficient; long ones the reverse.
+  Their rows are a multiple of 16, a cache line of outputs. Cut evenly instead, into 1026 rows, the head of 2048 tokens
+  took 1.2 of the plain one's time, and a step of 8 × 256 tokens 1.06 to 1.15 of two forwards in three runs.
 - *The head.* Writing both streams' logits costs page faults and a second pass for the cross-entropy; their running
   logsumexp costs neither, and tokens whose label is ignored are left out altogether. On a GPU all tokens take part:
   finding out which ones count would wait for the device.
 - *One product for both streams.* Stacking the streams' rows where the weight is the same for both (a frozen base, the
-  layers above the active block) saves a read of the weight. The last table puts it between 6 % slower and 9 % faster
-  for a product, about the machine's own spread and 3 % faster in a sum over a layer's six: the streams stay apart.
+  layers above the active block) saves a read of the weight: 5 or 6 % of a product in the last table, and nothing or
+  less on other days. It would be at most 3 % of a step along low-rank directions, and the streams stay apart.
 - *The deferred update* (step t's update inside step t + 1's read of the weights) saves one pass over the weights, but
   not the noise, which has to be made for both steps. As a loop by itself it saves a fifth of the time (second table),
-  about 4 % of a step of 8 × 64 tokens and 1 % at 8 × 256. It is not built: a tied weight is read twice in a step, and
+  about 3 % of a step of 8 × 64 tokens and 1 % at 8 × 256. It is not built: a tied weight is read twice in a step, and
   whatever looks at the weights between steps would have to wait for a write.
 """
 
