@@ -541,3 +541,18 @@ def test_the_picture_and_the_metrics(
     assert evaluated == list(range(0, 21, 2))
     assert sorted(line["step"] for line in lines if "projected_grad" in line) == list(range(1, 21))
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_gpu_gets_batches_of_few_lengths_and_a_cpu_none_but_its_own() -> None:
+    from types import SimpleNamespace
+
+    from zowrap.cli.tune import _collator
+
+    from zowrap.recorded import MOST
+    from zowrap.tasks import Collator
+
+    task = SimpleNamespace(collator=lambda source: Collator(0))
+    plan: Any = SimpleNamespace(task=task, source=None, train=SimpleNamespace(lengths=[3, 100, 41]))
+    assert _collator(plan, "cpu").lengths == ()
+    lengths = _collator(plan, "cuda").lengths
+    assert len(lengths) == MOST and lengths[-1] == 100
