@@ -49,11 +49,10 @@ A run of `scales` or `codes` reloads with plain `from_pretrained`, with the same
 adapters, told how its base was loaded, which the header of its weights says:
 
 ```python
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
-from zowrap.quant.convert import read_base_options
+from transformers import AutoModelForSequenceClassification
+from zowrap.quant import load_options
 
-base = BitsAndBytesConfig(**read_base_options("RUN")["quantization"])
-model = AutoModelForSequenceClassification.from_pretrained("RUN", quantization_config=base)
+model = AutoModelForSequenceClassification.from_pretrained("RUN", **load_options("RUN"))
 ```
 
 Of a run of adapters, `bf16` and `fp32` are whole plain models with the adapters merged; this is also how those on a

@@ -69,6 +69,7 @@ def check_options(options: TuneOptions) -> None:
 
 def check_quantization(options: StepOptions) -> None:
     """Raise :class:`ZOError` for options about quantisation and adapters that exclude or need one another."""
+    from zowrap.quant.lowering import NEED, need_package
     from zowrap.quant.ways import WAYS
 
     if options.load_in_8bit and options.load_in_4bit:
@@ -79,6 +80,10 @@ def check_quantization(options: StepOptions) -> None:
         raise ZOError(f"--quantized {options.quantized} is for 8-bit weights: 4-bit ones take adapters")
     if options.use_peft and options.quantized not in (None, "adapters"):
         raise ZOError(f"--use-peft moves adapters, --quantized {options.quantized} something else: give one of them")
+    if options.load_in_8bit or options.load_in_4bit:
+        need_package("bitsandbytes", NEED)
+    if options.use_peft or options.quantized == "adapters" or options.load_in_4bit:
+        need_package("peft", "adapters need", "peft")
     if not (options.use_peft or options.quantized == "adapters" or options.load_in_4bit):
         for name in ("lora_r", "lora_alpha", "lora_target_modules"):
             if getattr(options, name) != getattr(TuneOptions(), name):
@@ -98,13 +103,25 @@ def users_words(options: StepOptions) -> Iterator[None]:
     except ZOError as error:
         about = re.match(r"(?:\w+: )?(\w+) (must .*)", str(error), re.DOTALL)
         if about is None:
-            raise
+            text = re.sub(r"(?:\w+=)?BitsAndBytesConfig\((\w+=True)\)", r"\1", str(error))
+            text = re.sub(r"\b(\w+)=('[^']*'|True|[\d.e-]+\d)", _as_option, text)
+            if text == str(error):
+                raise
+            raise type(error)(text) from error
         name, rest = about.groups()
         if name in {field.name for field in dataclasses.fields(TuneOptions)}:
             raise ZOError(f"--{name.replace('_', '-')} {rest}") from error
         if name in rule_options(options):
             raise ZOError(f"--rule-option {name} {rest}") from error
         raise
+
+
+def _as_option(found: re.Match[str]) -> str:
+    """``quantized='scales'`` → ``--quantized scales``, where there is such an option."""
+    name, value = found.groups()
+    if name not in {field.name for field in dataclasses.fields(TuneOptions)}:
+        return found[0]
+    return f"--{name.replace('_', '-')}" + ("" if value == "True" else f" {value.strip(chr(39))}")
 
 
 def learning_rate(options: TuneOptions) -> float | str:

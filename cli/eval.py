@@ -62,6 +62,7 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
         raise ZOError(f"--batch-size must be at least 1, got {options.batch_size}")
     quiet_libraries()
     from zowrap.data import read_rows, sample
+    from zowrap.quant import lower
     from zowrap.quant.convert import read_base_options
     from zowrap.tasks import choose_dtype, open_source
     from zowrap.weights import ADAPTER
@@ -83,6 +84,7 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
     if not len(examples):
         raise ZOError(f"{options.data}: no row has anything to predict")
     model = task.build(source, dtype)
+    lower(model)  # the same outputs, of more shapes: some processors' 4-bit layers want a multiple of 32 rows
     say(f"{dtype}".removeprefix("torch.") + f" ({reason})")
     record = measure(model, task, examples, source, options.batch_size, options.predictions)
     lines = [f"loss {record['loss']:.4f}, accuracy {record['accuracy']:.4f}, {record['examples']} examples"]

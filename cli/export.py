@@ -65,8 +65,11 @@ def export(context: typer.Context, options: ExportOptions) -> None:
     record = {"to": options.to, "files": [file.name for file in files], "bytes": size}
     lines = [f"wrote {options.to}: {len(files)} files, {size / 2**20:.1f} MiB"]
     if options.format in DTYPES and (adapters or is_quantized_folder(source)):
-        error = record["logit_error"] = output_error(source, options.to, options.format)
-        if error is not None:
+        error, why_not = output_error(source, options.to, options.format)
+        record |= {"logit_error": error, "logit_error_why": why_not}
+        if error is None:
+            lines.append(f"its outputs were not compared with the tuned model's: {why_not}")
+        else:
             lines.append(f"its outputs differ from the tuned model's by {error:.1%} of their spread")
     if errors:
         record["merge_error"] = max(errors.values())

@@ -41,6 +41,7 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
     """Say whether a model can be tuned here, what moves, and what a step costs; weights are read with --data alone."""
     _check(options)
     quiet_libraries()
+    from zowrap.data import read_rows
     from zowrap.report import report
     from zowrap.tasks import check_kind, choose_dtype, open_source
 
@@ -60,13 +61,17 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
     record["eps_why"], record["noise_floor"] = _why_eps(options, zm), None
     lines = [f"{options.model} in {_name(dtype)} ({why})", plan.sentence, *str(facts).splitlines()]
     lines.append(f"eps        {zm.eps:g} ({record['eps_why']})")
-    if options.data is not None:
+    rounds = zm._job.way is not None and zm._job.way.rounds
+    if options.data is not None and not rounds:
+        read_rows(options.data, default_split="train")  # a name that is wrong is wrong here, too
+        lines.append("floor      none: no layer rounds its activations to 8 bit")
+    elif options.data is not None:
         found = _floor(options, open_source(options.model, options.trust_remote_code), dtype)
         record["noise_floor"] = found.record()
         lines.append(_floor_line(found))
         if found.hidden:
             say(f"--eps {found.eps:g} is below the floor: the rounding of activations hides what the loss does")
-    elif zm._job.way is not None and zm._job.way.rounds:
+    elif rounds:
         lines.append("floor      activations are rounded to 8 bit: --data FILE measures how small eps may be")
     if options.html:
         _draw(options, programs, lines)

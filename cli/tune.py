@@ -123,6 +123,8 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     from zowrap.quant import quantization, ways
     from zowrap.tasks import choose_dtype
 
+    from .checks import users_words
+
     dtype, why = choose_dtype(options.dtype, plan.source)
     name = str(dtype).removeprefix("torch.")
     for asked, option in ((options.masters, "--masters"), (options.along == "evaluated", "--along evaluated")):
@@ -132,7 +134,8 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     model = plan.task.build(plan.source, dtype, options.seed)
     say(f"{plan.source.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights in {name} ({why})")
     quantized, eps = options.quantized, options.eps
-    way = ways.from_options(model, dataclasses.asdict(options), options.seed)
+    with users_words(options):
+        way = ways.from_options(model, dataclasses.asdict(options), options.seed)
     if way is not None:
         quantized = way.name
         say(f"{quantized} move ({way.why})")
@@ -146,24 +149,25 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
 
     from zowrap.trainer import ZOTrainer
 
-    from .checks import saved_options, to_config
+    from .checks import saved_options, to_config, users_words
     from .progress import Progress
 
     config = to_config(options)
     if not options.trainable and options.quantized is None and not options.use_peft:
         config.trainable = plan.task.default_trainable(model)
-    trainer = ZOTrainer(
-        model=model,
-        args=config,
-        train_dataset=plan.train,
-        eval_dataset=plan.evaluation,
-        data_collator=_collator(plan, config.device.type),
-        processing_class=plan.source.tokenizer,
-        loss_fn=plan.task.loss_fn,
-        batch_metrics=plan.task.metrics,
-        base_model=options.model,
-        config={"model": options.model, "options": saved_options(options), "task": plan.task.record()},
-    )
+    with users_words(options):
+        trainer = ZOTrainer(
+            model=model,
+            args=config,
+            train_dataset=plan.train,
+            eval_dataset=plan.evaluation,
+            data_collator=_collator(plan, config.device.type),
+            processing_class=plan.source.tokenizer,
+            loss_fn=plan.task.loss_fn,
+            batch_metrics=plan.task.metrics,
+            base_model=options.model,
+            config={"model": options.model, "options": saved_options(options), "task": plan.task.record()},
+        )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Progress(trainer.zm))

@@ -162,13 +162,39 @@ def _is_part(name: str) -> bool:
 
 def _write(part: nn.Module, directory: Path, max_shard_size: int | str) -> None:
     if _is_a(part, "PreTrainedModel"):
-        part.save_pretrained(str(directory), max_shard_size=max_shard_size)  # type: ignore[operator]
+        with _undoable_alone(part):
+            part.save_pretrained(str(directory), max_shard_size=max_shard_size)  # type: ignore[operator]
     elif hasattr(part, "save_pretrained"):
         part.save_pretrained(str(directory))  # type: ignore[operator]
     else:
         from safetensors.torch import save_model as save_module
 
         save_module(part, str(directory / WEIGHTS), metadata={"format": "pt"})
+
+
+@contextmanager
+def _undoable_alone(model: nn.Module):
+    """Inside, of the changes that reading made to a checkpoint's tensors the model recalls those that can be undone.
+
+    transformers undoes them all on saving, and fails at a quantised checkpoint's, which have no inverse. They need
+    none: quantised layers write the tensors of the file themselves.
+    """
+    said = model.__dict__.get("_weight_conversions")
+    if said:
+        model.__dict__["_weight_conversions"] = [each for each in said if _can_be_undone(each)]
+    try:
+        yield
+    finally:
+        if said:
+            model.__dict__["_weight_conversions"] = said
+
+
+def _can_be_undone(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except (NotImplementedError, ValueError):
+        return False
+    return True
 
 
 def _is_a(model: nn.Module, class_name: str) -> bool:

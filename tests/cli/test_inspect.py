@@ -245,6 +245,8 @@ def test_the_floor_under_eps_is_measured_with_data(
     found = told(zowrap_cli, *options)["noise_floor"]
     assert found["eps"] == pytest.approx(0.1) and found["rounding"] > 0 and 0 <= found["agreement"] <= 1
     assert found["floor"] is None or found["floor"] < 0.1
+    plain = zowrap_cli("inspect", models["sequence"], "--engine", "eager", "--data", data["train"])
+    assert plain.code == 0 and "floor      none" in plain.out
     nan = float("nan")
     monkeypatch.setattr(floor, "noise_floor", lambda zm, batch: floor.NoiseFloor(1e-4, nan, 0.03, nan, 0.5, 3e-5))
     shown = zowrap_cli("inspect", *options, "--eps", "1e-4")
@@ -259,8 +261,8 @@ def test_the_floor_under_eps_is_measured_with_data(
         (("--load-in-4bit", "--quantized", "codes"), "4-bit ones take adapters"),
         (("--quantized", "scales"), "this model has none"),
         (("--use-peft", "--lora-r", "0"), "--lora-r must be at least 1"),
-        (("--masters",), "masters=True is for 16-bit weights"),
-        (("--along", "evaluated"), "along='evaluated' is for 16-bit weights"),
+        (("--masters",), "--masters is for 16-bit weights"),
+        (("--along", "evaluated"), "--along evaluated is for 16-bit weights"),
         (("--rule-option", "momentum"), "--rule-option takes name=value"),
         (("--eps", "0"), "--eps must be a positive finite number"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ import transformers
 from safetensors import safe_open
 
 from tests.conftest import make_tokenizer
+from zowrap import quant
 from zowrap.quant import ways
-from zowrap.quant.convert import DTYPES, adapted, read_base_options
+from zowrap.quant.convert import DTYPES, adapted
 
 
 def run_options(models, data, out) -> list[str]:
@@ -117,7 +121,8 @@ def test_bad_options_are_one_sentence(options, problem, models, data, tmp_path, 
 def headless(tmp_path_factory) -> Path:
     """A BERT for masked words: a classification head, and its pooler, start random."""
     folder = tmp_path_factory.mktemp("models") / "masked"
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    # Plain transformers runs it, too: on some processors its 4-bit layers want 32 rows and whole blocks of 64 columns.
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     config = transformers.BertConfig(vocab_size=len(make_tokenizer("bert")), max_position_embeddings=128, **small)
     torch.manual_seed(0)
     transformers.BertForMaskedLM(config).save_pretrained(folder)
@@ -148,11 +153,8 @@ def test_a_fresh_head_moves_beside_adapters_and_is_saved(scheme, models, headles
     saved = stored(out / "adapter_model.safetensors")
     assert {"base_model.model.classifier.weight", "base_model.model.bert.pooler.dense.weight"} <= set(saved)
     # Plain transformers, told what the base is: the same logits.
-    settings = read_base_options(out)["quantization"]
     reload = [
-        transformers.AutoModelForSequenceClassification.from_pretrained(
-            out, num_labels=2, quantization_config=transformers.BitsAndBytesConfig(**settings)
-        ).eval()
+        transformers.AutoModelForSequenceClassification.from_pretrained(out, **quant.load_options(out)).eval()
         for _ in range(2)
     ]
     ids = torch.arange(5, 13).reshape(2, 4)
@@ -232,6 +234,9 @@ def test_rank_and_targets_hold_without_use_peft(targets, expected, models, data,
     assert (settings["r"], settings["lora_alpha"]) == (3, 5)
     names = {name.rsplit(".", 1)[-1] for name in settings["target_modules"]}
     assert names == (expected or {"query", "key", "value", "dense", "classifier"})
+    # Layers of 16 rows: the library's own refuse them on processors with bfloat16 instructions.
+    evaluated = zowrap_cli("eval", out, "--data", data["test"], "--json")
+    assert evaluated.code == 0, evaluated.err
     replayed = zowrap_cli("replay", models["sequence"], out, "--to", tmp_path / "again", "--json")
     assert replayed.code == 0, replayed.err
 
@@ -271,10 +276,88 @@ def test_a_scheme_that_is_not_supported_is_named_before_anything_loads(
     assert done.code == 2 and "quantised by GPTQ" in done.json["error"] and "load_in_8bit" in done.json["error"]
 
 
-def test_a_missing_package_is_named(models, data, tmp_path, zowrap_cli, monkeypatch) -> None:
-    def without(*args: Any, **options: Any) -> Any:
-        raise ImportError("8-bit quantization requires bitsandbytes: `pip install -U bitsandbytes`")
+@pytest.mark.parametrize("command", ["tune", "inspect"])
+@pytest.mark.parametrize(
+    "package, option, install",
+    [("bitsandbytes", "--load-in-8bit", "bitsandbytes"), ("peft", "--use-peft", "'zowrap[peft]'")],
+)
+def test_a_missing_package_is_named_before_anything_is_read(
+    command, package, option, install, models, data, tmp_path, zowrap_cli, monkeypatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    given = run_options({"sequence": tmp_path / "no model"}, data, tmp_path / "run")
+    done = zowrap_cli(*(given if command == "tune" else ["inspect", tmp_path / "no model", "--json"]), option)
+    assert done.code == 2 and f"{package}, which is not installed: pip install {install}" in done.json["error"]
 
-    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", without)
-    done = zowrap_cli(*run_options(models, data, tmp_path / "run"), "--load-in-8bit")
-    assert done.code == 2 and "needs a package" in done.json["error"] and "pip install" in done.json["error"]
+
+# --- checkpoints that are quantised already --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scheme, way", [("int8", "scales"), ("int8", "codes"), ("int8", "adapters"), ("nf4 twice", "adapters")]
+)
+def test_a_quantised_checkpoint_is_tuned_and_saved(scheme, way, data, tmp_path, zowrap_cli) -> None:
+    """What transformers did in reading it has no inverse, which its saving would ask for."""
+    stored_model(scheme).save_pretrained(tmp_path / "model")
+    make_tokenizer("bert").save_pretrained(tmp_path / "model")
+    given = run_options({"sequence": tmp_path / "model"}, data, tmp_path / "run")
+    done = zowrap_cli(*given, "--quantized", way, "--eval-data", data["test"], "--save-every", "2")
+    assert done.code == 0, done.err
+    evaluated = zowrap_cli("eval", tmp_path / "run", "--data", data["test"], "--json")
+    assert evaluated.code == 0 and evaluated.json["loss"] == pytest.approx(done.json["loss"], rel=1e-5), evaluated.err
+    if way != "adapters":
+        again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+        assert again.is_quantized
+
+
+@pytest.mark.parametrize("scheme, asked", [("int8", "4bit"), ("nf4 twice", "8bit")])
+@pytest.mark.parametrize("command", ["tune", "inspect"])
+def test_a_quantised_checkpoint_is_not_loaded_otherwise(scheme, asked, command, data, tmp_path, zowrap_cli) -> None:
+    stored_model(scheme).save_pretrained(tmp_path / "model")
+    make_tokenizer("bert").save_pretrained(tmp_path / "model")
+    given = run_options({"sequence": tmp_path / "model"}, data, tmp_path / "run")
+    given = given if command == "tune" else ["inspect", tmp_path / "model", "--json"]
+    done = zowrap_cli(*given, f"--load-in-{asked}")
+    assert done.code == 2 and f"cannot be loaded in {asked}: leave out --load-in-{asked}" in done.json["error"]
+
+
+def stored_model(scheme: str) -> Any:
+    """A classifier of two labels as loading it in a scheme gives it."""
+    from tests.quant.models import SCHEMES
+
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=len(make_tokenizer("bert")), max_position_embeddings=128, **small)
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.BertForSequenceClassification(config).save_pretrained(folder)
+        settings = transformers.BitsAndBytesConfig(**SCHEMES[scheme])
+        return transformers.BertForSequenceClassification.from_pretrained(folder, quantization_config=settings)
+
+
+# --- what the documentation says --------------------------------------------------------------------------------------
+
+
+def test_the_documented_way_to_reload_adapters(models, data, tmp_path, zowrap_cli) -> None:
+    """Three labels and a 16-bit base: neither is in a folder of adapters where from_pretrained looks for it."""
+    rows = [{"text": text, "label": label} for text, label in zip(("a film", "the plot", "good"), "xyz", strict=True)]
+    (tmp_path / "three.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 4))
+    config = transformers.BertConfig(
+        vocab_size=len(make_tokenizer("bert")), max_position_embeddings=128, num_labels=3, hidden_size=64,
+        num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+    )  # fmt: skip
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    make_tokenizer("bert").save_pretrained(tmp_path / "model")
+    out = tmp_path / "run"
+    given = run_options({"sequence": tmp_path / "model"}, {"train": tmp_path / "three.jsonl"}, out)
+    done = zowrap_cli(*given, "--load-in-8bit", "--use-peft", "--dtype", "bfloat16")
+    assert done.code == 0, done.err
+    page = Path(__file__).parents[2] / "docs" / "quantized.md"
+    (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(snippet.replace('"RUN"', repr(str(out))), names)
+    ids = torch.arange(5, 13).reshape(2, 4)
+    with torch.no_grad():
+        logits = names["model"].eval()(ids).logits
+        assert logits.shape == (2, 3) and logits.dtype == torch.bfloat16
+        assert torch.equal(logits, adapted(out)(ids).logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import bitsandbytes.nn
 import pytest
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,29 @@ def test_fp8_weights_are_recognised_without_a_configuration() -> None:
     model[0].weight = nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ZOError, match="fp8"):
         check_scheme(model)
+
+
+def test_layers_of_other_packages_are_recognised_by_their_module() -> None:
+    quanto = type("QLinear", (nn.Linear,), {"__module__": "optimum.quanto.nn.qlinear"})
+    with pytest.raises(ZOError, match=r"Quanto \(0\)"):
+        quant.lower(nn.Sequential(quanto(4, 4)))
+    mine = type("QLinear", (nn.Linear,), {"__module__": "optimum_of_mine.quanto"})
+    assert not quant.lower(nn.Sequential(mine(4, 4)))
+
+
+def test_layers_of_torch_without_parameters_are_recognised() -> None:
+    dynamic = type("Linear", (nn.Module,), {"__module__": "torch.ao.nn.quantized.dynamic.modules.linear"})
+    with pytest.raises(ZOError, match=r"torch\.ao"):
+        quant.lower(nn.Sequential(dynamic()))
+
+
+@pytest.mark.parametrize("kind", ["Linear8bitLt", "Linear4bit"])
+def test_layers_that_were_never_loaded_are_refused(kind: str) -> None:
+    options = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {}
+    layer = getattr(bitsandbytes.nn, kind)(64, 64, **options)
+    with pytest.raises(ZOError, match=f"0 is a {kind} that holds no quantised weights yet"):
+        quant.lower(nn.Sequential(layer))
+    assert len(quant.lower(nn.Sequential(layer.to("cpu")))) == 1
 
 
 def test_int8_layers_with_16_bit_weights_are_refused() -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
+import transformers as T
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import zowrap
 from tests.families import batch
-from tests.quant.models import logits, plain, quantized
+from tests.quant.models import SCHEMES, logits, plain, quantized
 from zowrap import quant
 from zowrap.errors import ZOError
 from zowrap.export import export_merged, export_run
 from zowrap.model import ZOModel
-from zowrap.quant import adapters, codes
+from zowrap.quant import adapters, codes, convert
 from zowrap.run import Run, load_checkpoint, load_weights, replay_run
 from zowrap.trainer import ZOConfig, ZOTrainer
 
@@ -108,6 +111,47 @@ def test_dequantised_checkpoints_are_plain_ones(scheme: str, form: str, dtype: t
         assert torch.equal(weight, codes.values(layer.weight, codes.unit_of(layer.SCB)))
 
 
+@pytest.mark.parametrize("scheme", ["int8", "nf4 twice"])
+def test_layers_that_hold_their_weight_the_other_way_round_stay_so(scheme: str, tmp_path) -> None:
+    """GPT-2's: the plain class takes the matrices of its quantised layers transposed, square ones as well."""
+    config = T.GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, n_positions=32)
+    torch.manual_seed(0)
+    T.GPT2LMHeadModel(config).save_pretrained(tmp_path / "plain")
+    settings = T.BitsAndBytesConfig(**SCHEMES[scheme])
+    model = T.GPT2LMHeadModel.from_pretrained(tmp_path / "plain", quantization_config=settings)
+    model.save_pretrained(tmp_path / "model")
+    export_run(tmp_path / "model", tmp_path / "fp32", form="fp32")
+    exact, copied = (T.GPT2LMHeadModel.from_pretrained(tmp_path / name) for name in ("plain", "fp32"))
+    for name, weight in exact.named_parameters():
+        assert (copied.get_parameter(name) - weight).norm() <= 0.2 * weight.norm(), name
+    error, why_not = convert.output_error(tmp_path / "model", tmp_path / "fp32", "fp32")
+    assert why_not is None and error is not None and error < 0.1
+    quant.lower(model)
+    quant.lowering.dequantize(model, torch.float32)
+    for name, weight in copied.named_parameters():
+        assert torch.allclose(model.get_parameter(name), weight, atol=1e-6), name
+
+
+def test_a_copy_that_is_not_the_whole_model_is_not_called_one(tmp_path) -> None:
+    quantized("llama").save_pretrained(tmp_path / "model")
+    export_run(tmp_path / "model", tmp_path / "plain", form="fp32")
+    file = tmp_path / "plain" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ZOError, match=r"not the whole model: model\.norm\.weight"):
+        convert.output_error(tmp_path / "model", tmp_path / "plain", "fp32")
+
+
+def test_outputs_that_cannot_be_compared_are_said_to_be_so(tmp_path) -> None:
+    quantized("llama").save_pretrained(tmp_path / "model")
+    export_run(tmp_path / "model", tmp_path / "plain", form="fp32")
+    settings = json.loads((tmp_path / "plain" / "config.json").read_text())
+    (tmp_path / "plain" / "config.json").write_text(json.dumps({**settings, "architectures": ["MyModel"]}))
+    found = convert.output_error(tmp_path / "model", tmp_path / "plain", "fp32")
+    assert found == (None, "transformers has no class MyModel")
+
+
 def test_a_folder_without_adapters_has_none_to_export(tmp_path) -> None:
     quantized("llama").save_pretrained(tmp_path / "model")
     with pytest.raises(ZOError, match="holds no adapters"):
@@ -126,6 +170,32 @@ def test_merging_adapters_requantises_and_says_what_it_lost() -> None:
     assert 0 < spread < 0.1
     with pytest.raises(ZOError, match="no adapters to merge"):
         adapters.merge(model)
+
+
+def test_what_merging_lost_is_of_the_change(tmp_path) -> None:
+    """Plain float32 layers lose rounding alone, bfloat16 ones more, an adapter that adds nothing nothing."""
+    peft = pytest.importorskip("peft")
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = peft.get_peft_model(plain("opt", dtype), peft.LoraConfig(r=2, target_modules=["fc1"]))
+        first, _ = (module for module in model.modules() if hasattr(module, "lora_B"))
+        torch.nn.init.normal_(first.lora_B["default"].weight)
+        exact = first.base_layer.weight.double() + adapters.lora_change(first, "default").double()
+        errors[dtype] = adapters.merge(model)
+        assert errors[dtype].pop(next(n for n in errors[dtype] if ".1." in n)) == 0.0
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+        assert torch.allclose(first.base_layer.weight.double(), exact, rtol=tolerance, atol=tolerance)
+    (one,), (other,) = (found.values() for found in errors.values())
+    assert one < 1e-6 < 1e-4 < other < 1e-1
+
+
+def test_a_tied_head_is_not_merged_into() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(plain("opt"), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    embedding = model.get_input_embeddings().weight.clone()
+    with pytest.raises(ZOError, match=r"lm_head is tied to that of .*embed_tokens"):
+        adapters.merge(model)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
 
 
 def test_a_run_goes_on_from_a_model_of_its_own_checkpoint(tmp_path) -> None:

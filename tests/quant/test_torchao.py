@@ -49,6 +49,10 @@ def test_tuned_scales_are_saved_and_reloaded_by_the_library(tmp_path) -> None:
     load_weights(tmp_path, other)  # as the best model of a run is taken
     for p, q in zip(zm.parameters, other.parameters, strict=True):
         assert torch.allclose(p.tensor, q.tensor, atol=1e-6), p.name
+    again = zowrap.zo_wrap(load(tmp_path), "zo_sgd", lr=1e-2, engine="eager")  # of a quantised checkpoint
+    again.update(projected_grad=torch.tensor(1.0))
+    again.save_pretrained(str(tmp_path / "again"))
+    assert torch.equal(logits(load(tmp_path / "again"), inputs), logits(again.model, inputs))
     quant.raise_back(zm.model)
     assert torch.equal(logits(zm.model, inputs), tuned)
 

@@ -314,6 +314,21 @@ def test_the_noise_floor_is_measured_and_nothing_moves() -> None:
     assert found.record()["rounding"] == found.rounding
     with pytest.raises(ZOError, match="eps must be a positive finite number"):
         quant.noise_floor(zm, batch("opt", 8, 12), eps=0.0)
+    with pytest.raises(ZOError, match="directions must be at least 1"):
+        quant.noise_floor(zm, batch("opt", 8, 12), directions=0)
+
+
+def test_layers_that_round_no_activations_have_no_floor() -> None:
+    with pytest.raises(ZOError, match="rounds its activations"):
+        quant.noise_floor(wrap("adapters", scheme="nf4"), batch("opt", 8, 12))
+
+
+def test_tuned_scales_are_not_left_under_adapters() -> None:
+    zm = wrap("scales", lr=1e-2)
+    zowrap.zo_wrap(wrap("scales").model, "zo_sgd", quantized="adapters", engine="eager")  # scales as they were
+    zm.update(projected_grad=torch.tensor(2.0))
+    with pytest.raises(ZOError, match=r"the scales of .* were tuned"):
+        zowrap.zo_wrap(zm.model, "zo_sgd", quantized="adapters", engine="eager")
 
 
 def test_where_rounding_outweighs_the_slope_there_is_no_floor() -> None:

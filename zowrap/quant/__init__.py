@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from zowrap.quant.convert import load_options
 from zowrap.quant.lowering import SUPPORTED, accepted_by_the_trainer, is_quantized, lower, lowered, raise_back, raised
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ __all__ = [
     "SUPPORTED",
     "accepted_by_the_trainer",
     "is_quantized",
+    "load_options",
     "lower",
     "lowered",
     "noise_floor",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zowrap.errors import ZOError
 from zowrap.parameters import Parameter, TrainableSpec, canonical_name, check_patterns, select, wanted
 from zowrap.quant.linear import Int8Linear, Lowered
-from zowrap.quant.lowering import fresh_weights, lowered, plain_linear, raised
+from zowrap.quant.lowering import fresh_weights, lowered, need_package, plain_layer, raised
 
 RANK, ALPHA = 8, 16  # peft's own defaults are 8 and 8; twice the rank is what TRL's scripts give
 _BESIDE = "ModulesToSaveWrapper"  # peft's module around one that moves beside the adapters, and is saved with them
@@ -36,10 +36,9 @@ def settings(rank: int, alpha: int, targets: set[str] | str, beside: Sequence[st
     Raises:
         ZOError: peft is not installed, or a number out of range.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ZOError("adapters need peft: pip install 'zowrap[peft]'") from error
+    need_package("peft", "adapters need", "peft")
+    from peft import LoraConfig
+
     if rank < 1 or alpha < 1:
         raise ZOError(f"--lora-r and --lora-alpha must be at least 1, got {rank} and {alpha}")
     named = targets if isinstance(targets, str) else sorted(targets)
@@ -211,23 +210,25 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, float
     """
     found = [(n, m) for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
     for name, module in found:
-        _check_mergeable(name, module, dtype)
+        _check_mergeable(model, name, module, dtype)
     if not found:
         raise ZOError("there are no adapters to merge")
     errors: dict[str, float] = {}
     for name, module in found:
         base = module.base_layer
         change = torch.stack([lora_change(module, adapter) for adapter in module.active_adapters]).sum(0)
+        wanted = (base.dequantized() if isinstance(base, Lowered) else base.weight.float()) + change
         if isinstance(base, Int8Linear) and dtype is None:
-            errors[name] = base.requantize(change)
+            base.requantize(wanted)
+            merged = base.dequantized()
+        elif isinstance(base, Lowered):
+            base = plain_layer(base, wanted, dtype or torch.float32)
+            merged = wanted.to(dtype or torch.float32)
         else:
-            weight = base.dequantized() if isinstance(base, Lowered) else base.weight.float()
-            if isinstance(base, Lowered):
-                base = plain_linear(base, weight + change, dtype or torch.float32)
-            else:
-                base.weight.data = (weight + change).to(dtype or base.weight.dtype)
-            lost = base.weight.float() - (weight + change)
-            errors[name] = float(lost.norm() / change.norm().clamp(min=1e-30))
+            base.weight.data = wanted.to(dtype or base.weight.dtype)
+            merged = base.weight
+        lost, size = (merged.float() - wanted).norm(), change.norm()
+        errors[name] = float(lost / size) if size > 0 else 0.0  # of no change nothing is lost
         model.set_submodule(name, base)
     for name, module in list(model.named_modules()):
         if type(module).__name__ == _BESIDE:
@@ -238,8 +239,14 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, float
     return errors
 
 
-def _check_mergeable(name: str, module: Any, dtype: torch.dtype | None) -> None:
+def _check_mergeable(model: nn.Module, name: str, module: Any, dtype: torch.dtype | None) -> None:
     base = module.base_layer
+    for other, holder in model.named_modules():
+        if holder is not base and any(each is base.weight for each in holder._parameters.values()):
+            raise ZOError(
+                f"the weight of {name} is tied to that of {other}, which merging would change as well: keep the "
+                "adapters beside the model, --format adapters"
+            )
     for adapter in module.active_adapters:
         variant = getattr(module, "lora_variant", {}).get(adapter)
         if variant is not None or getattr(module, "use_dora", {}).get(adapter):

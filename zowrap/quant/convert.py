@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from zowrap.errors import ZOError, nearest
 from zowrap.files import read_json, write_json
-from zowrap.quant import codes
+from zowrap.quant import codes, lowering
 from zowrap.weights import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -108,13 +108,29 @@ def write_dequantized(folder: Path_, to: Path, name: str, max_shard_size: int | 
         with opened(file) as stored:
             tensors.update({key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118 (not a dict)
     facts = {"format": "pt", **read_metadata(files[0])}
-    write_tensors(dequantized(tensors, dtype), to, WEIGHTS, max_shard_size, facts)
+    plain, turned = dequantized(tensors, dtype), _turned_weights(folder)
+    for key in turned & plain.keys():
+        if tensors[key].dtype in (torch.int8, torch.uint8):
+            plain[key] = plain[key].t().contiguous()
+    write_tensors(plain, to, WEIGHTS, max_shard_size, facts)
     for key in ("quantization_config", "torch_dtype"):
         settings.pop(key, None)
     write_json(to / "config.json", {**settings, "dtype": str(dtype).removeprefix("torch.")})
 
 
-def output_error(folder: Path_, plain: Path_, name: str) -> float | None:
+def _turned_weights(folder: Path_) -> set[str]:
+    """Names of the weights that a model holds the other way round than its quantised layers do (GPT-2's family)."""
+    kind, config = _class_of(folder)
+    if kind is None:
+        return set()
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = kind._from_config(config)
+    return {f"{name}.weight" for name, module in model.named_modules() if lowering.is_turned(type(module))}
+
+
+def output_error(folder: Path_, plain: Path_, name: str) -> tuple[float | None, str | None]:
     """How far a plain copy's outputs are from those of the quantised model, or of its adapters, that it was made of.
 
     Outputs are logits, or the last hidden state of a model without a head, on rows of token ids that are always the
@@ -124,32 +140,43 @@ def output_error(folder: Path_, plain: Path_, name: str) -> float | None:
         folder: the quantised model, ``plain`` its copy in ``"bf16"`` or ``"fp32"``.
 
     Returns:
-        The root mean square of the difference over the standard deviation of the quantised model's outputs. None for a
-        model that ``transformers`` has no class for, or that takes other inputs than token ids.
+        The root mean square of the difference over the standard deviation of the quantised model's outputs, and None.
+        Or None and the reason, for a model that ``transformers`` has no class for or that takes other inputs.
+
+    Raises:
+        ZOError: the copy is not the whole model, as ``transformers`` reads it.
     """
+    kind, config = _class_of(plain)
+    if kind is None:
+        return None, f"transformers has no class {(config.architectures or ['for it'])[0]}"
+    copied, report = kind.from_pretrained(plain, use_safetensors=True, dtype=DTYPES[name], output_loading_info=True)
+    wrong = [*report["missing_keys"], *map(str, report.get("mismatched_keys", ()))]
+    if wrong:
+        raise ZOError(f"{plain} was written, and is not the whole model: {wrong[0]} is missing or of another shape")
+    if (Path(folder) / ADAPTER).is_file():
+        model = adapted(folder)
+    else:
+        model = kind.from_pretrained(folder, use_safetensors=True).eval()
+    lowering.lower(model)  # the same outputs; on some processors the library's own layers take fewer shapes
     try:
-        wanted = _outputs(adapted(folder) if (Path(folder) / ADAPTER).is_file() else _loaded(folder))
-        found = _outputs(_loaded(plain, dtype=DTYPES[name]))
-    except Exception:  # a model raises what it likes for inputs that are not its own, and the copy is already written
-        return None
-    if wanted is None or found is None or wanted.shape != found.shape:
-        return None
-    return float((found - wanted).square().mean().sqrt() / wanted.std())
+        wanted, found = _outputs(model), _outputs(copied.eval())
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        # A model raises what it likes for inputs that are not its own.
+        return None, f"it does not take token ids alone ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    return float((found - wanted).square().mean().sqrt() / wanted.std()), None
 
 
-def _loaded(folder: Path_, **options: Any) -> nn.Module | None:
+def _class_of(folder: Path_) -> tuple[Any, Any]:
+    """The ``transformers`` class that a model folder names, None where there is none, and its configuration."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
-    kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
-    return None if kind is None else kind.from_pretrained(folder, use_safetensors=True, **options).eval()
+    return getattr(transformers, (config.architectures or [""])[0], None), config
 
 
 @torch.no_grad()
-def _outputs(model: Any) -> Tensor | None:
+def _outputs(model: Any) -> Tensor:
     """float32 ``[rows, ...]``; one row at a time, for some heads take more only with a padding token."""
-    if model is None:
-        return None
     config = model.config
     text = config.get_text_config()
     length = min(PROBE_LENGTH, getattr(text, "max_position_embeddings", None) or PROBE_LENGTH)
@@ -212,6 +239,30 @@ def read_base_options(folder: Path_) -> dict[str, Any]:
     return facts
 
 
+def load_options(folder: Path_) -> dict[str, Any]:
+    """Arguments with which ``from_pretrained`` loads a folder of adapters as they were tuned: how their base is loaded.
+
+    ``AutoModelForSequenceClassification.from_pretrained(RUN, **load_options(RUN))``
+
+    Returns:
+        ``dtype``, ``num_labels`` and ``quantization_config``, as far as they are known; nothing for a folder with a
+        whole model, whose configuration says all that.
+    """
+    if not (Path(folder) / ADAPTER).is_file():
+        return {}
+    facts = read_base_options(folder)
+    options: dict[str, Any] = {}
+    if facts.get("dtype"):
+        options["dtype"] = getattr(torch, facts["dtype"])
+    if facts.get("num_labels"):
+        options["num_labels"] = facts["num_labels"]
+    if facts.get("quantization"):
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(**facts["quantization"])
+    return options
+
+
 def _run_of(folder: Path_) -> dict[str, Any]:
     """``zowrap.json`` of a RUN; empty for any other folder."""
     file = Path(folder) / "zowrap.json"
@@ -264,7 +315,7 @@ def merged(folder: Path_, form: str) -> tuple[Any, dict[str, float]]:
     Raises:
         ZOError: there are no adapters, or the base's precision holds too little for them.
     """
-    from zowrap.quant import adapters, lowering
+    from zowrap.quant import adapters
 
     model, dtype = adapted(folder), DTYPES.get(form)
     lowering.lower(model)

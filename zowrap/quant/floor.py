@@ -68,8 +68,13 @@ def noise_floor(
         against: the ε whose signs are compared with; by default a third of ``eps``.
 
     Raises:
-        ZOError: a population, whose differences are each example's own, or an ε that is not positive.
+        ZOError: a model that rounds no activations, a population, whose differences are each example's own, or a
+            number that is not positive.
     """
+    if zm._job.way is None or not zm._job.way.rounds:
+        raise ZOError("no layer of this model rounds its activations to 8 bit: nothing puts a floor under eps")
+    if directions < 1:
+        raise ZOError(f"directions must be at least 1, got {directions}")
     if zm._estimator.per_example:
         raise ZOError("noise_floor looks at the loss of a whole batch: wrap the model with estimator='central'")
     eps = zm.eps if eps is None else eps

@@ -112,17 +112,14 @@ class Int8Linear(Lowered):
             self.log_scale = None
 
     @torch.no_grad()
-    def requantize(self, change: Tensor) -> float:
-        """Add ``change`` to the weight and quantise it anew. Returns what was lost, relative to the change."""
-        wanted = self.dequantized() + change
-        largest = wanted.abs().amax(dim=1)
-        steps = torch.where(largest > 0, wanted.t() * codes.LARGEST / largest, 0.0).t()
+    def requantize(self, weight: Tensor) -> None:
+        """Take the codes and scales that are nearest to ``weight``, float32 ``[outputs, inputs]``."""
+        largest = weight.abs().amax(dim=1)
+        steps = torch.where(largest > 0, weight.t() * codes.LARGEST / largest, 0.0).t()
         self.weight.copy_(steps.round().to(torch.int8))
         self.SCB.copy_(largest)
         if self.log_scale is not None:
             self.log_scale.zero_()
-        lost = codes.values(self.weight, codes.unit_of(largest)) - wanted
-        return float(lost.norm() / change.norm().clamp(min=1e-30))
 
     @torch.no_grad()
     def write_back(self) -> None:

@@ -9,7 +9,8 @@ values that tuning left, so that the model saves and loads as the library's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +23,12 @@ from zowrap.quant.linear import Int8Linear, Lowered, Nf4Linear
 from zowrap.quant.torchao import TorchaoLinear, is_int8_weight_only
 
 SUPPORTED = "bitsandbytes 8-bit (load_in_8bit) and 4-bit (load_in_4bit: nf4, fp4), torchao int8 weight-only"
+NEED = "8-bit and 4-bit weights need"
 # Packages of other schemes, by the module that their layers come from.
 _OTHERS = {
+    "optimum.quanto": "Quanto",
+    "torch.ao.nn.quantized": "torch.ao's dynamic or static quantisation",
+    "torch.ao.nn.intrinsic.quantized": "torch.ao's dynamic or static quantisation",
     "gptqmodel": "GPTQ",
     "auto_gptq": "GPTQ",
     "awq": "AWQ",
@@ -92,7 +97,7 @@ def lower(model: nn.Module) -> dict[str, Lowered]:
     _swap(model, replacement)
     found = lowered(model)
     devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
-    if len(devices) > 1:
+    if found and len(devices) > 1:
         raise_back(model)
         where = ", ".join(devices)
         raise ZOError(f"the layers of this quantised model lie on several devices ({where}): load the model onto one")
@@ -119,13 +124,28 @@ def raised(model: nn.Module) -> Iterator[None]:
         _swap(model, lambda module: again.get(id(module)))
 
 
-def plain_linear(layer: Lowered, weight: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """An ordinary linear layer in the place of a lowered one, with another weight."""
-    made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    made.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+def plain_layer(layer: Lowered, weight: Tensor, dtype: torch.dtype) -> nn.Module:
+    """An ordinary layer in the place of a lowered one, of the class that the model had before it was quantised.
+
+    Args:
+        weight: float ``[outputs, inputs]``; GPT-2's family has layers that hold it the other way round.
+    """
+    turned = is_turned(getattr(layer.original, "source_cls", nn.Linear))
+    with torch.device("meta"):
+        made: Any
+        if turned:
+            made = layer.original.source_cls(layer.out_features, layer.in_features)
+        else:
+            made = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    made.weight = nn.Parameter((weight.t().contiguous() if turned else weight).to(dtype), requires_grad=False)
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
     return made
+
+
+def is_turned(kind: type) -> bool:
+    """Whether layers of a class are transformers' ``Conv1D``: linear ones with a weight ``[inputs, outputs]``."""
+    return any(base.__name__ == "Conv1D" and base.__module__.startswith("transformers") for base in kind.__mro__)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
@@ -136,7 +156,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
         if not isinstance(module, Lowered):
             return None
         if id(module) not in made:
-            made[id(module)] = plain_linear(module, module.dequantized(), dtype)
+            made[id(module)] = plain_layer(module, module.dequantized(), dtype)
         return made[id(module)]
 
     _swap(model, replacement)
@@ -205,16 +225,55 @@ def _lowering_of(module: nn.Module) -> type[Lowered] | None:
 
 
 def _from(module: nn.Module, package: str) -> bool:
-    return any(base.__module__.split(".")[0] == package for base in type(module).__mro__)
+    return any(f"{base.__module__}.".startswith(f"{package}.") for base in type(module).__mro__)
 
 
 def check_settings(config: Any) -> None:
     """Raise :class:`ZOError` where a model's configuration names a scheme that is not supported."""
-    settings = getattr(config, "quantization_config", None)
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    name = str(getattr(method, "value", method) or "")
+    name = str(_settings(config).get("quant_method") or "")
     if name and name.lower() not in ("bitsandbytes", "torchao"):
         raise _unsupported(name.upper() if len(name) <= 5 else name)
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What a model's configuration says of its quantisation; empty where it is not quantised."""
+    said = getattr(config, "quantization_config", None)
+    found = dict(said if isinstance(said, dict) else said.to_dict()) if said else {}
+    method = found.get("quant_method")
+    return {**found, "quant_method": getattr(method, "value", method)} if found else {}
+
+
+def check_asked(name: str, config: Any, asked: Mapping[str, Any] | None) -> None:
+    """Raise :class:`ZOError` where a checkpoint is quantised already, in another way than loading it is to.
+
+    Args:
+        name: of the checkpoint.
+        asked: arguments of ``BitsAndBytesConfig``; None loads it as it is.
+    """
+    said = _settings(config)
+    if asked is None or not said:
+        return
+    wanted, found = (
+        next((bits for bits in ("8bit", "4bit") if each.get(f"load_in_{bits}") or each.get(f"_load_in_{bits}")), None)
+        for each in (asked, said)
+    )
+    if wanted and wanted != found:
+        raise ZOError(
+            f"{name} is quantised already, by {said.get('quant_method')}{f' to {found}' if found else ''}, and cannot "
+            f"be loaded in {wanted}: leave out --load-in-{wanted}, or give the model it was made of"
+        )
+
+
+def need_package(name: str, what: str, extra: str | None = None) -> None:
+    """Raise :class:`ZOError` where a package is not installed.
+
+    Args:
+        what: needs it, as the start of a sentence.
+        extra: of zowrap that installs it.
+    """
+    if importlib.util.find_spec(name) is None:
+        install = f"'zowrap[{extra}]'" if extra else name
+        raise ZOError(f"{what} {name}, which is not installed: pip install {install}")
 
 
 def check_scheme(model: nn.Module) -> None:
@@ -247,6 +306,19 @@ def _check_bitsandbytes(where: str, module: Any) -> None:
             f"{where} keeps 16-bit weights (llm_int8_has_fp16_weight) and rounds them in each forward: load the model "
             "with BitsAndBytesConfig(load_in_8bit=True) alone"
         )
+    if not _holds_codes(module):
+        raise ZOError(
+            f"{where or kind} is a {kind} that holds no quantised weights yet: load the model with from_pretrained, or "
+            "move it to its device first, which quantises it"
+        )
+
+
+def _holds_codes(module: Any) -> bool:
+    """Whether a layer's weights were loaded or quantised: the library builds it with those of a plain one."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.is_meta or weight.dtype == torch.int8:
+        return True
+    return any(getattr(holder, "quant_state", None) is not None for holder in (weight, module))
 
 
 def _unsupported(scheme: str, where: str = "") -> ZOError:

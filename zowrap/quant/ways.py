@@ -121,6 +121,13 @@ def parameters(model: nn.Module, way: Way, trainable: TrainableSpec, seed: int =
     """
     layers = lower(model)
     if way.name == "adapters":
+        tuned = {name: getattr(layer, "log_scale", None) for name, layer in layers.items()}
+        for name, log_scale in tuned.items():
+            if log_scale is not None and bool(log_scale.any()):
+                raise ZOError(
+                    f"the scales of {name} were tuned, and adapters are saved without what they stand on: save the "
+                    "model and load that, then put adapters on it"
+                )
         if not adapters.present(model):
             adapters.attach(model, seed=seed)
         return adapters.parameters(model, trainable)

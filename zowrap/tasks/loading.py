@@ -17,7 +17,7 @@ from torch import nn
 from zowrap.errors import ZOError, nearest
 from zowrap.memory import free_memory
 from zowrap.parameters import canonical_name
-from zowrap.quant.lowering import check_settings, is_quantized_layer, mark_fresh
+from zowrap.quant.lowering import NEED, check_asked, check_settings, is_quantized_layer, mark_fresh, need_package
 from zowrap.weights import ADAPTER, adapters_base, opened
 
 log = logging.getLogger("zowrap")
@@ -82,6 +82,8 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
     from transformers import AutoConfig, AutoTokenizer
 
     check_directory(name, weights=not empty)
+    if adapters_base(name) is not None:
+        need_package("peft", f"{name} holds adapters: they need", "peft")
     with _sentences(name):
         config = AutoConfig.from_pretrained(adapters_base(name) or name, trust_remote_code=trust_remote_code)
     check_settings(config)
@@ -252,8 +254,10 @@ def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **c
         changes: attributes of the configuration to set first (``num_labels`` …).
 
     Raises:
-        ZOError: the weights cannot be loaded, or a fresh head would lie on a checkpoint that is quantised already.
+        ZOError: the weights cannot be loaded, a fresh head would lie on a checkpoint that is quantised already, or
+            that one is not to be had as ``source.quantization`` says.
     """
+    check_asked(source.name, source.config, source.quantization)
     if source.empty:
         from zowrap.quant.skeleton import quantized
 
@@ -292,6 +296,7 @@ def _from_pretrained(
     if source.quantization is not None:
         from transformers import BitsAndBytesConfig
 
+        need_package("bitsandbytes", NEED)
         options["quantization_config"] = BitsAndBytesConfig(**source.quantization)
     with _sentences(source.name):
         model, report = auto_class.from_pretrained(
