@@ -186,7 +186,7 @@ class StepOptions:
         list[str],
         option(
             "--lora-target-modules",
-            "Names of the layers that get one; by default all linear ones. Repeatable.",
+            "Names of the layers that get one, with commas or repeated; by default all linear ones.",
             "Model",
         ),
     ] = dataclasses.field(default_factory=list)

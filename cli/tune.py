@@ -76,8 +76,15 @@ def prepare(options: TuneOptions) -> Plan:
     """Read and check the data, open the model, tokenise."""
     from zowrap.data import read_rows, sample
     from zowrap.tasks import open_source
+    from zowrap.weights import adapters_base
 
     assert options.data is not None and options.model is not None  # check_options asked for them
+    base = adapters_base(options.model)
+    if base is not None:
+        raise ZOError(
+            f"{options.model} holds adapters: go on with their run (--resume), start from what they stand on "
+            f"({base}), or from the two made one: zowrap export {options.model} --to DIR --format merged"
+        )
     rows = read_rows(options.data, default_split="train")
     eval_rows = None
     if options.eval_data is not None:

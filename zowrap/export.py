@@ -248,16 +248,21 @@ def export_run(
         max_shard_size: split the weights anew.
         metadata: strings to add to the header.
         overwrite: allow ``to`` to hold files already.
-        form: ``"same"`` quantisation, ``"bf16"``, ``"fp32"`` or ``"adapters"``, see :mod:`zowrap.quant.convert`. The
-            middle two are whole plain models: quantised weights are dequantised, adapters merged.
+        form: ``"same"`` quantisation, ``"bf16"``, ``"fp32"``, ``"adapters"`` or ``"merged"``, see
+            :mod:`zowrap.quant.convert`. The second and third are whole plain models: quantised weights are
+            dequantised, adapters merged.
 
     Returns:
         The files written.
 
     Raises:
-        ZOError: no weights, an unknown dtype, one for quantised weights, ``to`` is not empty, or the disk is full.
+        ZOError: no weights, an unknown form or dtype, a dtype for quantised weights, ``to`` is not empty, or the disk
+            is full.
     """
     run, to = Path(run), Path(to)
+    convert.check_format(form)
+    if form == "merged":
+        return export_merged(run, to, max_shard_size, overwrite, form, metadata)[0]
     if dtype is not None and dtype not in DTYPES:
         raise ZOError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}")
     _check_target(run, to, overwrite)

@@ -107,7 +107,12 @@ class ZOTrainer(Trainer):
         self.run = Run(str(args.output_dir))
         self._bare, self._loss_fn = model, loss_fn
         self._rule = args.rule_object()
-        self.wrap(args.engine)
+        try:
+            self.wrap(args.engine)
+        except ZOError:
+            if made_folder:  # nothing is in it yet, and nothing will be
+                Path(str(args.output_dir)).rmdir()
+            raise
         self._keeper = Keeper(self, base_model or export.model_name(model), config, made_folder)
         self.add_callback(KeeperCallback(self._keeper))
         self.resumed_from = 0

@@ -44,6 +44,7 @@ def test_the_tables_of_parts_are_made_at_a_small_size(monkeypatch: pytest.Monkey
         "VOCABULARY": 40,
         "LAYERS": 1,
         "CHUNKS": (8, 16),
+        "HEAD_CHUNKS": (8, 16),
     }
     for name, value in sizes.items():
         monkeypatch.setattr(operators, name, value)

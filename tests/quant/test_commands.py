@@ -224,7 +224,9 @@ def test_norms_move_beside_adapters_and_are_saved(models, data, tmp_path, zowrap
 # --- the options of adapters, and the folder they name ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets, expected", [(["query"], {"query"}), (["all-linear"], None)])
+@pytest.mark.parametrize(
+    "targets, expected", [(["query"], {"query"}), (["query,value"], {"query", "value"}), (["all-linear"], None)]
+)
 def test_rank_and_targets_hold_without_use_peft(targets, expected, models, data, tmp_path, zowrap_cli) -> None:
     out = tmp_path / "run"
     named = [word for target in targets for word in ("--lora-target-modules", target)]
@@ -289,6 +291,19 @@ def test_a_missing_package_is_named_before_anything_is_read(
     given = run_options({"sequence": tmp_path / "no model"}, data, tmp_path / "run")
     done = zowrap_cli(*(given if command == "tune" else ["inspect", tmp_path / "no model", "--json"]), option)
     assert done.code == 2 and f"{package}, which is not installed: pip install {install}" in done.json["error"]
+
+
+def test_a_folder_of_adapters_is_not_tuned_anew(models, data, tmp_path, zowrap_cli) -> None:
+    given = run_options(models, data, tmp_path / "one")
+    assert zowrap_cli(*given, "--load-in-8bit", "--use-peft").code == 0
+    done = zowrap_cli(*run_options({"sequence": tmp_path / "one"}, data, tmp_path / "other"))
+    assert done.code == 2 and "holds adapters: go on with their run (--resume), start from what" in done.json["error"]
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(models, data, tmp_path, zowrap_cli) -> None:
+    done = zowrap_cli(*run_options(models, data, tmp_path / "run"), "--trainable", "nothing.of.this")
+    assert done.code == 2 and not (tmp_path / "run").exists()
 
 
 # --- checkpoints that are quantised already --------------------------------------------------------------------------

@@ -84,7 +84,12 @@ def _pretrained(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def _named(targets: Sequence[str] | None) -> set[str] | str | None:
-    """Targets as peft takes them: one that is no plain name is a string to peft, which then expands or searches it."""
+    """Targets as peft takes them: one that is no plain name is a string to peft, which then expands or searches it.
+
+    Plain names may come with commas between them.
+    """
+    lists = [each.split(",") if re.fullmatch(r"[\w.,-]+", each) else [each] for each in targets or ()]
+    targets = [name for each in lists for name in each if name]
     if targets and len(targets) == 1 and (targets[0] == "all-linear" or re.search(r"[\\^$()|*+\[]", targets[0])):
         return targets[0]
     return set(targets) if targets else None
@@ -256,7 +261,9 @@ def _check_mergeable(model: nn.Module, name: str, module: Any, dtype: torch.dtyp
     if not isinstance(base, nn.Linear | Lowered):
         raise ZOError(f"{name} is a {type(base).__name__}: adapters are merged into linear layers alone")
     if isinstance(base, Lowered) and not isinstance(base, Int8Linear) and dtype is None:
+        few = "4-bit" in base.scheme
+        why = "so few bits would lose them" if few else "of 8-bit weights only bitsandbytes' are written anew"
         raise ZOError(
-            f"{name} is {base.scheme}: merging adapters into so few bits would lose them. Merge them into plain "
-            "weights, --format bf16 or fp32"
+            f"{name} is {base.scheme}, which adapters are not merged into: {why}. Merge them into plain weights, "
+            "--format bf16 or fp32"
         )
