@@ -6,7 +6,9 @@ runs, for many steps, batches and settings, has taken all of it from tensors.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 
 import zowrap
 from tests.uncompiled import compile_nothing
 from zowrap import recorded, rules
 from zowrap.errors import ZOWarning
+from zowrap.trainer import ZOConfig, ZOTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +209,59 @@ def test_a_recording_that_fails_leaves_the_step_as_it_was() -> None:
     for _ in range(2):
         plain.step(**batch_of(2, 6))
     assert same(ours, plain)
+
+
+class Stop(TrainerCallback):
+    """A kill after the third step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def trainer_in(folder: Path, **options: Any) -> ZOTrainer:
+    torch.manual_seed(0)
+    given: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-3, **options}
+    quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "lr_scheduler_type": "constant"}
+    args = ZOConfig(output_dir=str(folder), engine="compiled", **quiet, **given)
+    rows = [{"ids": ids} for ids in batch_of(24, 6)["ids"]]
+    return ZOTrainer(Words().eval(), args, train_dataset=rows, loss_fn=loss)
+
+
+def replays(trainer: ZOTrainer, **options: Any) -> int:
+    """Train with a recorder: how many steps were replayed ones."""
+    recorder, found = recording(trainer.zm), []
+    step = recorder.step
+    recorder.step = lambda batch: found.append(step(batch)) or found[-1]  # type: ignore[method-assign]
+    trainer.train(**options)
+    assert not recorder.failed
+    return sum(result is not None for result in found)
+
+
+def journal(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()[1:]]
+
+
+def test_a_training_replays_its_steps_and_goes_on_the_same(tmp_path: Path) -> None:
+    plain = trainer_in(tmp_path / "plain")
+    plain.train()
+    ours = trainer_in(tmp_path / "ours")
+    assert replays(ours) == 5  # all but the first, which compiles
+    cut = trainer_in(tmp_path / "cut")
+    cut.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        replays(cut)
+    resumed = trainer_in(tmp_path / "cut")
+    assert replays(resumed, resume_from_checkpoint=True) == 3  # of steps 3 to 6: the third is made again
+    for trainer, folder in ((ours, "ours"), (resumed, "cut")):
+        assert same(trainer.zm, plain.zm) and journal(tmp_path / folder) == journal(tmp_path / "plain")
+
+
+def test_a_training_step_of_several_micro_batches_runs_as_it_is(tmp_path: Path) -> None:
+    options = {"gradient_accumulation_steps": 2, "max_steps": 3}
+    plain, ours = trainer_in(tmp_path / "plain", **options), trainer_in(tmp_path / "ours", **options)
+    plain.train()
+    assert replays(ours) == 0 and same(ours.zm, plain.zm)
 
 
 def test_reading_a_number_counts_as_waiting() -> None:

@@ -405,6 +405,11 @@ class ZOModel:
         return self._job.rule
 
     @property
+    def accumulated(self) -> bool:
+        """Whether a micro-batch of the current step has been evaluated: :meth:`update` would apply it."""
+        return self._measured.sums is not None
+
+    @property
     def points(self) -> list[estimators.Point]:
         """Where a step evaluates the loss, in order."""
         return self._points

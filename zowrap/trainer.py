@@ -1,7 +1,8 @@
 """``ZOTrainer``: ``transformers.Trainer`` with the zeroth-order step in place of backward and optimiser.
 
 The loop is the Trainer's own: its data order, schedules, logging, evaluation, callbacks and trackers work as they do
-there. A micro-batch is :meth:`zowrap.ZOModel.accumulate`, the optimiser's step is :meth:`zowrap.ZOModel.update`.
+there. A step of one micro-batch is :meth:`zowrap.ZOModel.step`, which a GPU replays as one CUDA graph. Of several, each
+is :meth:`zowrap.ZOModel.accumulate` and the optimiser's step is :meth:`zowrap.ZOModel.update`.
 What differs is what lies on the disk, see :mod:`zowrap.run`.
 """
 
@@ -51,8 +52,20 @@ class ZOStep(torch.optim.Optimizer):
         self.done = done
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.zm.accumulated:  # else the step was made whole
+            self.zm.lr = float(self.param_groups[0]["lr"])
+            self.done(self.zm.update())
+
+    def whole(self, batch: dict[str, Any]) -> Tensor:
+        """Make the step on its only micro-batch: only as a whole can it be a recorded one.
+
+        Returns:
+            0-d float32 loss, the mean over the step's evaluations.
+        """
         self.zm.lr = float(self.param_groups[0]["lr"])
-        self.done(self.zm.update())
+        result = self.zm.step(**batch)
+        self.done(result)
+        return result.loss
 
 
 class ZOTrainer(Trainer):
@@ -155,17 +168,22 @@ class ZOTrainer(Trainer):
     # --- what a step is ----------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Evaluate one micro-batch at both sides of the step's direction; the weights stay.
+        """Evaluate one micro-batch at both sides of the step's direction.
+
+        The weights stay where a step has several; they move here, and not in the optimiser's step, where it has one.
 
         Returns:
             0-d loss for the Trainer's running mean: finite, and divided by the micro-batches of the step.
         """
-        loss = self.zm.accumulate(**self._prepare_inputs(inputs))
+        batch = self._prepare_inputs(inputs)
+        alone = self.args.gradient_accumulation_steps == 1
+        loss = self._step.whole(batch) if alone else self.zm.accumulate(**batch)
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0) / self.current_gradient_accumulation_steps
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = ZOStep(self.zm, self.args.learning_rate, self._keeper.stepped)  # type: ignore[arg-type]
+            self._step = ZOStep(self.zm, self.args.learning_rate, self._keeper.stepped)  # type: ignore[arg-type]
+            self.optimizer = self._step
         return self.optimizer
 
     # --- the run -----------------------------------------------------------------------------------------------
