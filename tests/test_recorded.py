@@ -6,7 +6,11 @@ runs, for many steps, batches and settings, has taken all of it from tensors.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import itertools
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +183,77 @@ def test_each_kind_of_batch_is_recorded_when_it_comes_again_and_only_so_many(mon
         ours.step(**batch_of(2, length)), plain.step(**batch_of(2, length))
         counts.append(len(recorder.recordings))
     assert counts == [0, 1, 1, 1, 2, 2, 2, 2] and same(ours, plain)
+
+
+def test_recordings_that_fit_no_longer_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, plain = wrapped(memory="auto"), wrapped(memory="auto")
+    recorder = recording(ours)
+    counts = []
+
+    def steps(count: int) -> None:
+        for zm in (ours, plain):
+            for i in range(count):
+                zm.step(**batch_of(2, 6, seed=i))
+        counts.append(len(recorder.recordings))
+
+    steps(3)
+    (old,) = recorder.recordings.values()
+    gone = weakref.ref(old)
+    del old
+    for zm in (ours, plain):
+        zm.load_state_dict({**zm.state_dict(), "seed": 5})
+    steps(1)
+    gc.collect()
+    assert gone() is None
+    steps(2)
+    for zm in (ours, plain):
+        zm.model.head.weight.data = zm.model.head.weight.data.clone()
+    steps(1)
+    steps(2)
+    for zm in (ours, plain):
+        zm._schedule.take("sequential", zm._schedule.largest)
+    steps(1)
+    steps(2)
+    assert counts == [1, 0, 1, 0, 1, 0, 1] and same(ours, plain)
+
+
+class Driver:
+    """What recording asks of CUDA, without one: graphs that run nothing, in pools with numbers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pools: list[int] = []
+        driver, handles = self, itertools.count()
+
+        class Graph:
+            def replay(self) -> None: ...
+
+        class Capture:
+            def __init__(self, graph: Graph, pool: int, **_: Any) -> None:
+                driver.pools.append(pool)
+
+            def __enter__(self) -> None: ...
+
+            def __exit__(self, *_: Any) -> None: ...
+
+        fakes = {"device": lambda _: contextlib.nullcontext(), "Stream": lambda _: "ours", "CUDAGraph": Graph}
+        fakes |= {"graph_pool_handle": lambda: next(handles), "current_stream": lambda _: "theirs", "graph": Capture}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_graphs_share_a_pool_until_the_last_one_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch)
+    record = recorded.cuda_graph(torch.device("cuda"))
+    kept = [record(lambda: None), record(lambda: None)]
+    first = driver.pools[0]
+    assert driver.pools == [first, first]
+    del kept[0]
+    kept.append(record(lambda: None))
+    assert driver.pools[-1] == first
+    kept.clear()
+    kept.append(record(lambda: None))
+    kept.append(record(lambda: None))
+    assert first != driver.pools[-1] == driver.pools[-2]
 
 
 def test_accumulated_steps_run_as_they_are_and_leave_recordings_right() -> None:

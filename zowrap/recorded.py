@@ -6,6 +6,7 @@ Whether a step that is not finite is skipped is decided there, too, and nothing 
 
 A kind of batch (its names, shapes and dtypes) is recorded when it comes for the second time: the first one compiles.
 At most :data:`MOST` are kept for each block; further kinds run as they are, which is slower and otherwise the same.
+All go, and their memory with them, when the seed, the schedule or the place of a weight is another: none fits then.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -62,6 +64,7 @@ class Recorder:
         self.zm, self.record = zm, record
         self.recordings: dict[Hashable, Recording] = {}
         self.seen: set[Hashable] = set()
+        self.under: Hashable = None
         self.number = torch.zeros((), dtype=torch.int64, device=zm._job.device)
         self.failed = False
 
@@ -71,6 +74,11 @@ class Recorder:
         if self.failed or math.isnan(zm.lr) or zm._engine.fallen_back is not None:  # type: ignore[attr-defined]
             return None
         inputs = zm._prepare(batch)
+        under = self._under()
+        if under != self.under:
+            self.recordings.clear()
+            self.seen.clear()
+            self.under = under
         key = self._key(inputs)
         if key not in self.recordings:
             if key not in self.seen or len(self.recordings) >= MOST * len(zm._job.blocks):
@@ -87,13 +95,17 @@ class Recorder:
                 return None
         return self._replayed(self.recordings[key], inputs)
 
-    def _key(self, inputs: dict[str, Any]) -> Hashable:
-        """What a recording is good for: kind of batch, block, schedule, and the memory that the weights lie in."""
+    def _under(self) -> Hashable:
+        """What all recordings were made under: seed, schedule, and the memory that the weights lie in."""
         zm = self.zm
+        return zm.seed, zm._schedule.sequential, tuple(t.data_ptr() for t in self._tensors())
+
+    def _key(self, inputs: dict[str, Any]) -> Hashable:
+        """What one recording is good for: kind of batch, and block."""
         kinds = tuple(
             (name, v.shape, v.dtype) if isinstance(v, Tensor) else (name, repr(v)) for name, v in inputs.items()
         )
-        return kinds, zm._block, zm.seed, zm._schedule.sequential, tuple(t.data_ptr() for t in self._tensors())
+        return kinds, self.zm._block
 
     def _tensors(self) -> Iterator[Tensor]:
         return itertools.chain(self.zm.model.parameters(), self.zm.model.buffers())
@@ -144,9 +156,13 @@ def cuda_graph(device: torch.device) -> Record:
     """Records CUDA graphs on ``device``. They share one pool of memory, since no two run at the same time."""
     with torch.cuda.device(device):
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def record(step: Callable[[], Any]) -> Replay:
+        nonlocal pool
         with torch.cuda.device(device):
+            if not alive:  # the allocator takes no graph into a pool that its last graph has left
+                pool = torch.cuda.graph_pool_handle()
             graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
             try:
                 # Other threads (a data loader that pins memory) may go on calling the driver meanwhile.
@@ -155,6 +171,7 @@ def cuda_graph(device: torch.device) -> Record:
             except BaseException:
                 torch.cuda.set_stream(before)  # a capture that broke off leaves its own stream current
                 raise
+            alive.add(graph)
         return graph.replay
 
     return record
