@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
@@ -26,6 +27,7 @@ import zowrap
 from tests.uncompiled import compile_nothing
 from zowrap import recorded, rules
 from zowrap.errors import ZOWarning
+from zowrap.quant.linear import Int8Linear
 from zowrap.trainer import ZOConfig, ZOTrainer
 
 
@@ -222,23 +224,48 @@ class Driver:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pools: list[int] = []
+        self.calls: list[tuple[Any, ...]] = []
+        self.refuses: str | None = None
         driver, handles = self, itertools.count()
 
         class Graph:
+            ended = False
+
             def replay(self) -> None: ...
+
+            def pool(self) -> None:
+                if not self.ended:
+                    raise RuntimeError("called without a preceding successful capture")
 
         class Capture:
             def __init__(self, graph: Graph, pool: int, **_: Any) -> None:
                 driver.pools.append(pool)
+                self.graph = graph
 
-            def __enter__(self) -> None: ...
+            def __enter__(self) -> None:
+                if driver.refuses == "begin":
+                    raise RuntimeError("capture refused")
 
-            def __exit__(self, *_: Any) -> None: ...
+            def __exit__(self, *_: Any) -> None:
+                if driver.refuses == "end":
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                self.graph.ended = True
 
         fakes = {"device": lambda _: contextlib.nullcontext(), "Stream": lambda _: "ours", "CUDAGraph": Graph}
         fakes |= {"graph_pool_handle": lambda: next(handles), "current_stream": lambda _: "theirs", "graph": Capture}
+        fakes |= {"set_stream": lambda stream: driver.calls.append(("stream", stream)), "current_device": lambda: 3}
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, lambda *given, name=name: driver.calls.append((name, *given)))
+
+    def fails(self, step: Callable[[], Any]) -> list[tuple[Any, ...]]:
+        """What is called after a recording that fails, behind the stream that was current before."""
+        with pytest.raises((RuntimeError, ZeroDivisionError)):
+            recorded.cuda_graph(torch.device("cuda"))(step)
+        (stream, *rest), self.calls = self.calls, []
+        assert stream == ("stream", "theirs")
+        return rest
 
 
 def test_graphs_share_a_pool_until_the_last_one_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +281,45 @@ def test_graphs_share_a_pool_until_the_last_one_is_gone(monkeypatch: pytest.Monk
     kept.append(record(lambda: None))
     kept.append(record(lambda: None))
     assert first != driver.pools[-1] == driver.pools[-2]
+
+
+def test_a_capture_that_broke_off_leaves_nothing_in_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "_broken", [])
+    driver = Driver(monkeypatch)
+    driver.refuses = "end"
+
+    def undone() -> list[tuple[Any, ...]]:
+        return [(name, 3, driver.pools[-1]) for name in ("_cuda_endAllocateToPool", "_cuda_releasePool")]
+
+    for version in ("2.11.0+cu130", "2.13.0"):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        assert driver.fails(lambda: None) == undone()
+        assert driver.fails(lambda: 1 / 0) == undone()  # whose error the end of the capture hides
+
+    def ended_already(*given: Any) -> None:
+        raise RuntimeError("not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended_already)
+    assert driver.fails(lambda: None) == undone()[1:]
+    assert len(recorded._broken) == 5
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.14.0"))
+    assert driver.fails(lambda: None) == []
+
+
+def test_a_capture_that_ended_or_never_began_is_torchs_own_to_undo(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch)
+    assert driver.fails(lambda: 1 / 0) == []
+    driver.refuses = "begin"
+    assert driver.fails(lambda: None) == []
+
+
+def test_without_the_allocators_functions_a_failed_capture_is_its_error_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "_broken", [])
+    driver = Driver(monkeypatch)
+    driver.refuses = "end"
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.delattr(torch._C, name)
+    assert driver.fails(lambda: None) == []
 
 
 def test_accumulated_steps_run_as_they_are_and_leave_recordings_right() -> None:
@@ -276,14 +342,16 @@ def test_a_recording_that_fails_leaves_the_step_as_it_was() -> None:
     def refuse(step: Callable[[], Any]) -> recorded.Replay:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    ours._recorder = recorded.Recorder(ours, refuse)
-    ours.step(**batch_of(2, 6)), plain.step(**batch_of(2, 6))
+    recorder = recording(ours)
+    for length in (6, 6, 7):
+        ours.step(**batch_of(2, length)), plain.step(**batch_of(2, length))
+    recorder.record = refuse
     with pytest.warns(ZOWarning, match="not recorded as CUDA graphs"):
-        ours.step(**batch_of(2, 6))
+        ours.step(**batch_of(2, 7))
     ours.step(**batch_of(2, 6))
-    for _ in range(2):
-        plain.step(**batch_of(2, 6))
-    assert same(ours, plain)
+    for length in (7, 6):
+        plain.step(**batch_of(2, length))
+    assert same(ours, plain) and not recorder.recordings
 
 
 class Stop(TrainerCallback):
@@ -347,6 +415,16 @@ def test_reading_a_number_counts_as_waiting() -> None:
 
 def test_thresholds_that_are_renewed_on_some_steps_are_not_recorded() -> None:
     assert recorded.can_be_recorded(wrapped()) and not recorded.can_be_recorded(wrapped(rule="sparse_mezo"))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_8_bit_layers_that_look_for_large_columns_are_not_recorded(threshold: float) -> None:
+    zm = wrapped()
+    layer = Int8Linear.__new__(Int8Linear)
+    nn.Module.__init__(layer)
+    layer.threshold = threshold
+    zm.model.layers[0].inner = layer
+    assert recorded.can_be_recorded(zm) is (threshold == 0)
 
 
 def test_a_cpu_records_nothing() -> None:

@@ -11,6 +11,7 @@ All go, and their memory with them, when the seed, the schedule or the place of 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import warnings
@@ -25,6 +26,7 @@ from torch import Tensor
 from zowrap import scratch
 from zowrap.engines.compiled import CompiledEngine
 from zowrap.errors import ZOError, ZOWarning
+from zowrap.quant.linear import Int8Linear
 
 if TYPE_CHECKING:
     from zowrap.model import StepResult, ZOModel
@@ -90,6 +92,7 @@ class Recorder:
                 raise
             except Exception as error:  # of the driver, the allocator or a compiler: the step itself has run before
                 self.failed = True
+                self.recordings.clear()  # none is replayed any more
                 first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
                 warnings.warn(f"steps are not recorded as CUDA graphs, because {first}", ZOWarning, stacklevel=4)
                 return None
@@ -163,18 +166,45 @@ def cuda_graph(device: torch.device) -> Record:
         with torch.cuda.device(device):
             if not alive:  # the allocator takes no graph into a pool that its last graph has left
                 pool = torch.cuda.graph_pool_handle()
-            graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+            graph, before, began = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device), False
             try:
                 # Other threads (a data loader that pins memory) may go on calling the driver meanwhile.
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    began = True
                     step()
             except BaseException:
                 torch.cuda.set_stream(before)  # a capture that broke off leaves its own stream current
+                if began:
+                    _clean_up(graph, pool)
                 raise
             alive.add(graph)
         return graph.replay
 
     return record
+
+
+# Graphs whose capture broke off: the allocator of pinned memory may go on asking them whose stream it serves.
+_broken: list[torch.cuda.CUDAGraph] = []
+
+
+def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Undo on the current device what a capture that broke off leaves behind in the allocator.
+
+    When the driver refuses to end a capture, torch up to 2.13.0 forgets part of what it set up. In 2.11 the allocator
+    goes on as if the capture ran, and asks a graph that is gone which stream is its own. Up to 2.13.0 the pool counts
+    as in use for good, so that the steps that now run as they are never get its memory back. Later versions undo all of
+    it themselves, and undoing it twice would end the process.
+    """
+    if torch.__version__ >= "2.13.1":  # compared as versions
+        return
+    with contextlib.suppress(RuntimeError):
+        graph.pool()
+        return  # the capture was ended well, it was the step in it that failed
+    _broken.append(graph)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        if hasattr(torch._C, name):
+            with contextlib.suppress(RuntimeError):  # since 2.12 the first of them is done already
+                getattr(torch._C, name)(torch.cuda.current_device(), pool)
 
 
 def recorder_for(zm: ZOModel) -> Recorder | None:
@@ -186,5 +216,10 @@ def recorder_for(zm: ZOModel) -> Recorder | None:
 
 
 def can_be_recorded(zm: ZOModel) -> bool:
-    """Whether a step is the same work every time: compiled, and no state that is renewed on some steps alone."""
-    return isinstance(zm._engine, CompiledEngine) and zm._job.rule.refresh is None
+    """Whether a step is the same work every time, and never waits for the device.
+
+    That is: compiled, no state that is renewed on some steps alone, and no 8-bit layer with a threshold, which reads
+    from the device whether there are columns to multiply apart.
+    """
+    waits = any(isinstance(module, Int8Linear) and module.threshold > 0 for module in zm.model.modules())
+    return isinstance(zm._engine, CompiledEngine) and zm._job.rule.refresh is None and not waits
