@@ -198,12 +198,22 @@ def test_the_choice_of_a_learning_rate_keeps_the_schedule(free: Any) -> None:
     assert zm.options()["memory"] == "sequential"
 
 
-def test_free_memory_of_a_gpu_counts_what_the_allocator_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend, free", [("native", 114), ("cudaMallocAsync", 120)])
+def test_free_memory_of_a_gpu_counts_what_the_allocator_keeps_for_all(
+    monkeypatch: pytest.MonkeyPatch, backend: str, free: int
+) -> None:
+    """And not what it keeps in the pools of CUDA graphs."""
     device = torch.device("cuda", 1)
     figures = {"mem_get_info": (100, 1000), "memory_reserved": 50, "memory_allocated": 30}
     for name, figure in figures.items():
         monkeypatch.setattr(torch.cuda, name, {device: figure}.__getitem__)
-    assert memory.free_memory(device) == 120
+    segments = [
+        {"device": number, "segment_pool_id": pool, "total_size": total, "allocated_size": used}
+        for number, pool, total, used in ((1, (0, 0), 38, 24), (1, (0, 7), 12, 6), (0, (0, 7), 90, 0))
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    assert memory.free_memory(device) == free
 
 
 # --- going on ------------------------------------------------------------------------------------------------------

@@ -21,17 +21,29 @@ _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2⁶³ where nothing limi
 def free_memory(device: torch.device | None = None) -> int:
     """Bytes free on ``device``, by default where a model would live: the current GPU, else main memory.
 
-    Of a GPU, blocks that the caching allocator holds and does not use are free; of main memory there is less where a
-    cgroup limits the process.
+    Of a GPU, blocks that the caching allocator holds and does not use are free, but for those in the pools of CUDA
+    graphs, which only their replays use; of main memory there is less where a cgroup limits the process.
     """
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        return torch.cuda.mem_get_info(device)[0] + unused - _unused_in_pools(device)
     import psutil  # a requirement of accelerate
 
     return max(0, min([psutil.virtual_memory().available, *_left_in_cgroups()]))
+
+
+def _unused_in_pools(device: torch.device) -> int:
+    """Bytes of a GPU that private pools of the caching allocator hold and do not use."""
+    if torch.cuda.get_allocator_backend() != "native":  # cudaMallocAsync has no such pools, and no snapshot
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == index and tuple(segment["segment_pool_id"]) != (0, 0)
+    )
 
 
 def _left_in_cgroups(root: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
