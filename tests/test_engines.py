@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import zowrap
+from tests.devices import gpu_generator
 from tests.families import DataDependent, batch, make, snapshot, unchanged
 from zowrap import compiler
 from zowrap.errors import ZOCaptureError
@@ -327,6 +328,20 @@ def test_random_models_draw_alike_at_both_points_and_are_not_compiled() -> None:
         result = zm.step(x=torch.zeros(64, 3))
     assert abs(result.projected_grad) < 1e-4  # independent draws would give about a hundred
     assert zm.model.calls == 0
+
+
+def test_random_models_on_a_gpu_draw_alike_at_both_points_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, drawn = torch.device("cuda", 1), gpu_generator(monkeypatch)
+
+    def loss(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+        drawn.position += 1
+        return model(given["x"]).mean(-1) * 0 + drawn.position
+
+    zm = zowrap.zo_wrap(nn.Linear(3, 3), loss_fn=loss, engine="eager")
+    stream = zm._streams.queries[0]
+    monkeypatch.setattr(zm._job, "device", device)
+    sums, _ = zm._engine.losses({"x": torch.zeros(2, 3)}, stream, torch.tensor([1e-3, -1e-3]))
+    assert torch.equal(sums, torch.ones(2, 2)) and drawn.devices == {device}
 
 
 def test_a_wrong_first_batch_does_not_disable_the_compiled_engine() -> None:

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 import zowrap
+from tests.devices import gpu_generator
 from zowrap import rules
 from zowrap.errors import ZOError
-from zowrap.lr import SHARE, tune_lr
+from zowrap.lr import SHARE, tune_lr, unmoved
+from zowrap.plan import generators_kept
 
 HEIGHT, CURVATURE = 3.0, 0.5
 
@@ -166,6 +168,16 @@ def test_nothing_moves_and_every_forward_is_counted(name):
     assert watched == [(i, 20) for i in range(len(watched))]
     assert zm.lr == choice.lr and zm.step_count == 0
     assert "chosen for 400 steps" in str(choice)
+
+
+def test_the_generator_of_a_gpu_stands_where_it_stood_too(monkeypatch):
+    device, drawn = torch.device("cuda", 1), gpu_generator(monkeypatch)
+    zm = bowl()
+    monkeypatch.setattr(zm._job, "device", device)
+    for kept in (unmoved(zm), generators_kept(device)):
+        with kept:
+            drawn.position += 5
+    assert drawn.position == 0 and drawn.devices == {device}
 
 
 def test_it_does_not_depend_on_the_rate_that_was_set():

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zowrap import generators
 from zowrap.errors import ZOError
 from zowrap.model import ZOModel
 from zowrap.rehearsal import Rehearsal
@@ -145,13 +146,13 @@ def not_finite(losses: Tensor) -> ZOError:
 
 @contextmanager
 def unmoved(zm: ZOModel) -> Iterator[None]:
-    """Afterwards the rule's state, step and ε are what they were."""
-    state = zm.state_dict()
-    generators = torch.get_rng_state()
+    """Afterwards the rule's state, step and ε are what they were, and torch's generators stand where they stood."""
+    state, device = zm.state_dict(), zm._job.device
+    kept = generators.states(device)
     try:
         yield
     finally:
-        torch.set_rng_state(generators)
+        generators.restore(device, kept)
         # The form of the loss and the schedule were found on the way: they stay.
         found = {"loss": zm.loss_module.form, **zm._schedule.record()}
         zm.load_state_dict({**state, **found, "lr": zm.rule.lr})

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from zowrap import generators
 from zowrap.errors import ZOError
 from zowrap.keeper import Interrupted, Keeper
 from zowrap.lr import tune_lr
@@ -58,7 +59,7 @@ def _choose(trainer: ZOTrainer, keeper: Keeper, steps: int) -> float:
 
     schedule = _schedule(trainer.args, steps)
     try:
-        with generators_kept():
+        with generators_kept(trainer.args.device):
             choice = tune_lr(trainer.zm, _first_batches(trainer), steps, schedule=schedule, watch=watch)
     except ZOError:
         keeper.failed_at_once()
@@ -89,12 +90,12 @@ def _schedule(args: Any, steps: int) -> Callable[[int], float] | None:
 
 
 @contextmanager
-def generators_kept() -> Iterator[None]:
-    """Afterwards the global generators stand where they stood."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Afterwards the global generators stand where they stood, that of a GPU among them."""
+    states = random.getstate(), np.random.get_state(), generators.states(device)
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        generators.restore(device, states[2])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zowrap import lowrank, noise
+from zowrap import generators, lowrank, noise
 from zowrap.directions import integer_squares, squared_norm
 from zowrap.engines.base import DirectionStream, Job
 from zowrap.errors import ZOError
@@ -65,10 +65,11 @@ class EagerEngine:
 
     def _along(self, batch: Batch, stream: DirectionStream, coefficients: Tensor, which: int) -> tuple[Tensor, Tensor]:
         rows = []
-        generator = torch.get_rng_state()
+        kept = generators.states(self.job.device)
         weights = torch.zeros(())
         for coefficient in coefficients:
-            torch.set_rng_state(generator)  # a model that draws random numbers draws the same ones at every point
+            # A model that draws random numbers draws the same ones at every point.
+            generators.restore(self.job.device, kept)
             copies = {}
             for i, p in self.active(stream.block):
                 if p.codes:  # the layer adds what the weights of its codes are moved by
