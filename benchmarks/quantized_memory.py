@@ -50,13 +50,14 @@ def here(name: str, kind: str) -> None:
 
     way = FORMS[name]
     model, batch = _load(kind, way.quantization, way.dtype)
+    device = next(model.parameters()).device
     weights = weight_bytes(model)
 
     @torch.no_grad()
     def forward() -> None:
         model(**batch)
 
-    plain = peak_bytes(Contender("forward", forward))
+    plain = peak_bytes(Contender("forward", forward), device)
     zm = zowrap.zo_wrap(
         model,
         "meazo",
@@ -69,7 +70,7 @@ def here(name: str, kind: str) -> None:
         **way.wrap,
     )
     held = weight_bytes(model) + zm.inspect().state_bytes
-    step = peak_bytes(Contender("step", lambda: zm.step(**batch)))
+    step = peak_bytes(Contender("step", lambda: zm.step(**batch), wrapped=zm), device)
     line = {"form": name, "model": kind, "batch": BATCHES[kind], "weights": weights, "held": held}
     print(json.dumps({**line, "step": step, "forward": plain, "lowered": len(quant.lowered(model))}))
 

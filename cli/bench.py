@@ -57,7 +57,7 @@ def step(context: typer.Context, options: BenchOptions) -> None:
     make = _maker(options)
     if options.only is not None:
         contender = make(options.only)
-        facts = {"start_seconds": contender.start_seconds, "peak_bytes": measure.peak_bytes(contender)}
+        facts = {"start_seconds": contender.start_seconds, "peak_bytes": measure.peak_bytes(contender, _device())}
         result(facts, options.json)
         return
     names = [*contenders.PLAIN, *options.row] if options.row else list(contenders.NAMES)
@@ -104,14 +104,20 @@ def _check(options: BenchOptions) -> None:
         raise ZOError(f"--dtype is float32, bfloat16 or float16, not {options.dtype!r}")
 
 
+def _device() -> Any:
+    """Where all rows run."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _maker(options: BenchOptions) -> Callable[[str], Any]:
     """Contenders by name; all that leave the model's modules as they are share one model."""
     import torch
 
     from zowrap.bench import architectures, contenders
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    build = functools.partial(architectures.build, options.arch, getattr(torch, options.dtype), device)
+    build = functools.partial(architectures.build, options.arch, getattr(torch, options.dtype), str(_device()))
     shared = functools.cache(build)
 
     def make(name: str) -> Any:

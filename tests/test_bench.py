@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,3 +85,34 @@ def test_a_ratio_is_to_the_yardstick_just_before_and_after(monkeypatch) -> None:
     assert [ratio for _, ratio in times["first"]] == [2.0, 2 / 3]
     assert times["second"] == [(0.25, 0.125), (2.0, 1.0)]
     assert measure.spread([3.0, 1.0, 2.0])["median"] == 2.0
+
+
+def test_a_peak_is_that_of_steps_which_allocate_where_the_model_lies(monkeypatch) -> None:
+    """A GPU beside a model on the CPU is not asked, and a replay, which allocates nothing, is not measured."""
+    seen = []
+    zm = SimpleNamespace(_recorder="recorder")
+    contender = contenders.Contender("ours", lambda: seen.append(("step", zm._recorder)), wrapped=zm)
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: seen.append((name, device)) or 7)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    measure.peak_bytes(contender, torch.device("cpu"), steps=1)
+    step, gpu = ("step", None), torch.device("cuda", 1)
+    assert seen == [step, step] and zm._recorder == "recorder"
+    seen.clear()
+    assert measure.peak_bytes(contender, gpu, steps=1) == 0
+    before = [(name, gpu) for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated")]
+    assert seen == [step, *before, step, ("synchronize", gpu), ("max_memory_allocated", gpu)]
+    assert zm._recorder == "recorder"
+
+
+@pytest.mark.parametrize("name", ["two compiled forwards", "classic MeZO"])
+def test_the_peak_of_graphs_that_others_recorded_is_not_known(monkeypatch, name) -> None:
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **_: modes.append(mode) or function)
+    model = architectures.build("opt-tiny")
+    batch = architectures.batch_for(model, 2, 8)
+    assert not contenders.make(name, model, batch).replays
+    monkeypatch.setattr(contenders, "_on_gpu", lambda model: True)
+    contender = contenders.make(name, model, batch)
+    assert modes == [None, "reduce-overhead"]
+    assert contender.replays and measure.peak_bytes(contender, torch.device("cuda")) is None

@@ -38,18 +38,12 @@ def run(case: Case, rounds: int) -> Iterator[dict[str, Any]]:
 
 def _row(case: Case, name: str, model: Any, batch: dict[str, torch.Tensor], rounds: int) -> dict[str, Any]:
     plain = contenders.make(contenders.YARDSTICK, model, batch)
-    # What a CUDA graph keeps for itself does not count as allocated: peaks are those of steps that are not recorded.
     memory = {
         "resting": _held(),
-        "inference": measure.peak_bytes(contenders.make("two eager forwards", model, batch)),
+        "inference": measure.peak_bytes(contenders.make("two eager forwards", model, batch), model.device),
     }
     contender, costs = _contender(case, name, model, batch)
-    recorder = None
-    if contender.wrapped is not None:
-        recorder, contender.wrapped._recorder = contender.wrapped._recorder, None
-    peak = measure.peak_bytes(contender)
-    if contender.wrapped is not None:
-        contender.wrapped._recorder = recorder
+    peak = measure.peak_bytes(contender, model.device)
     memory["peak"] = None if peak is None else _held() + peak  # held: the rule's or the optimiser's state, too
     if name in FIRST:
         # Its model trains: the plain forward would run through the very hooks that training put in.

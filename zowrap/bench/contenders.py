@@ -28,6 +28,7 @@ class Contender:
         per_call: how many steps one call makes (a sweep over all blocks counts as so many).
         start_seconds: from the model to the end of the first step, with compilation; None where nothing is compiled.
         wrapped: the model of a row of ours.
+        replays: its steps are CUDA graphs that others recorded.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Contender:
     per_call: int = 1
     start_seconds: float | None = None
     wrapped: zowrap.ZOModel | None = None
+    replays: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,11 @@ def make(name: str, model: torch.nn.Module, batch: Batch) -> Contender:
         return Contender(name, lambda: (_loss(model, batch), _loss(model, batch)))
     if name in PLAIN:
         compiled, seconds = _compiled(model, batch)
+        facts: dict[str, Any] = {"start_seconds": seconds, "replays": _on_gpu(model)}
         if name == YARDSTICK:
-            return Contender(name, lambda: (compiled(batch), compiled(batch)), start_seconds=seconds)
+            return Contender(name, lambda: (compiled(batch), compiled(batch)), **facts)
         mezo = ClassicMeZO(model, lambda: compiled(batch))
-        return Contender(name, mezo.step, start_seconds=seconds)
+        return Contender(name, mezo.step, **facts)
     return _ours(_row(name), model, batch)
 
 
@@ -139,12 +142,16 @@ def _loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return model(**batch, use_cache=False).loss
 
 
+def _on_gpu(model: torch.nn.Module) -> bool:
+    return next(model.parameters()).is_cuda
+
+
 def _compiled(model: torch.nn.Module, batch: Batch) -> tuple[Callable[[Batch], torch.Tensor], float]:
     """The plain loss by torch.compile, for this very batch size, and the seconds its first call took."""
     cache.use()  # the yardstick's code is kept where ours is, and no warmer
     module = LossModule(model)
     # On a GPU with CUDA graphs, as ours: without them small batches wait for launches.
-    mode = "reduce-overhead" if next(module.parameters()).is_cuda else None
+    mode = "reduce-overhead" if _on_gpu(module) else None
     function = torch.compile(lambda b: torch.sum(module(b)[0]), dynamic=False, mode=mode)
 
     @torch.no_grad()

@@ -60,21 +60,40 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "low": low, "high": high}
 
 
-def peak_bytes(contender: Contender, steps: int = 3) -> int | None:
+def peak_bytes(contender: Contender, device: torch.device, steps: int = 3) -> int | None:
     """Most memory held at once during some steps, above what is held between them; None where that is not known.
 
     On Linux it is the resident set, with the allocator's free pages returned first; on CUDA the allocator's own peak.
+    The replay of a CUDA graph allocates nothing there: a step of ours is not recorded meanwhile, and of a contender
+    that replays graphs of its own nothing is known.
+
+    Args:
+        device: where the contender's model lies.
     """
+    if contender.replays:
+        return None
+    zm = contender.wrapped
+    if zm is None:
+        return _peak_bytes(contender, device, steps)
+    recorder, zm._recorder = zm._recorder, None
+    try:
+        return _peak_bytes(contender, device, steps)
+    finally:
+        zm._recorder = recorder
+
+
+def _peak_bytes(contender: Contender, device: torch.device, steps: int) -> int | None:
+    """Of steps that allocate what they need."""
     contender.step()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         for _ in range(steps):
             contender.step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
