@@ -123,8 +123,8 @@ def quiet_libraries() -> None:
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # bitsandbytes reports optional kernels on every import, the hub each retry: the failure itself is told by us.
-    for name in ("bitsandbytes", "huggingface_hub", "datasets"):
+    # Some report optional kernels on every import, the hub each retry: a failure itself is told by us.
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     log = logging.getLogger("zowrap")
     if not any(isinstance(handler, _OneLine) for handler in log.handlers):
