@@ -92,11 +92,11 @@ however small, and nothing is kept beside the weights. Two options change that:
   roundings in the update's loop. Codes need no such thing: their products are taken at W ± εz unrounded.
 """
 
-SIXTEEN_MEASURED = """`along` is `"drawn"` by default. In language modelling above, `"evaluated"` ends at a lower loss with each of
-three seeds at both sizes of ε, by 0.000 to 0.015, less than the seeds differ; on TREC nothing is to be seen. It counts
-where a part of the weights is so large that ε does not reach their last place: these wander along directions drawn. On
-a quadratic of 1,000 weights, three quarters of them about 0 and a quarter about 1, as the gains of norms are, 6,000
-forwards each (`python -m benchmarks.quantized sixteen`):
+SIXTEEN_MEASURED = """`along` is `"drawn"` by default. In language modelling above, `"evaluated"` ends at a lower
+loss with each of three seeds at both sizes of ε, by 0.000 to 0.015, less than the seeds differ; on TREC nothing is to
+be seen. It counts where a part of the weights is so large that ε does not reach their last place: these wander along
+directions drawn. On a quadratic of 1,000 weights, three quarters of them about 0 and a quarter about 1, as the gains of
+norms are, 6,000 forwards each (`python -m benchmarks.quantized sixteen`):
 """
 
 NOISE = """## The floor under ε
