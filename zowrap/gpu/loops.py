@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zowrap.compiler import Compiled, trace
-from zowrap.errors import ZOInternalError
+from zowrap.errors import ZOCaptureError, ZOInternalError
 from zowrap.gpu import sources
 from zowrap.gpu.emit import Body, Small, emit
 
@@ -27,6 +27,9 @@ def compile_loop(function: Callable[..., Any], examples: Sequence[Tensor], dynam
             elements of int64.
         examples: those listed in ``dynamic`` are arrays: ``[n]``, or ``[rows, columns]`` with ``[rows]`` and
             ``[columns]`` beside it, all contiguous.
+
+    Raises:
+        ZOCaptureError: an operation of the function has no counterpart on a GPU, or there is no Triton.
     """
     start = time.perf_counter()
     loop = _Loop(function, examples, dynamic)
@@ -80,6 +83,8 @@ class _Loop:
         """See :func:`zowrap.gpu.emit.emit`."""
         indices = ["i"] if len(self.axes) == 1 else ["row", "column"]
         extents = ["count"] if len(self.axes) == 1 else ["count // columns", "columns"]
+        if name.removeprefix("index ") not in self.axes:
+            raise ZOCaptureError(f"a kernel on a GPU knows the sizes of its elements, and no size {name}")
         if name.startswith("index "):
             return indices[self.axes.index(name.removeprefix("index "))]
         return extents[self.axes.index(name)]
