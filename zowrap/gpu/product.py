@@ -80,8 +80,8 @@ def perturbed_products(
 
 
 def _precision(w: Tensor) -> str:
-    """As torch multiplies: in TF32 only where the program allows it."""
-    return "tf32" if w.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """As torch multiplies: in TF32 only where the program allows it, by the older of its settings or the newer."""
+    return "tf32" if w.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _tile_rows(outputs: int) -> int:
