@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zowrap.gpu import sources
+
 # Logits that one program holds at a time; a token's chunk takes a few turns.
 BLOCK = 1024
 
@@ -47,6 +49,5 @@ def add(logits: Tensor, labels: Tensor, highest: Tensor, total: Tensor, picked: 
     """
     if logits.shape[0]:
         with torch.cuda.device_of(logits):
-            _add[(logits.shape[0],)](
-                logits, labels, highest, total, picked, first, logits.shape[1], BLOCK=BLOCK, num_warps=4
-            )
+            given = [logits, labels, highest, total, picked, first, logits.shape[1]]
+            sources.launch(_add, (logits.shape[0],), *given, BLOCK=BLOCK, num_warps=4)

@@ -68,9 +68,8 @@ class _Loop:
             with torch.cuda.device_of(main):
                 grid = (triton.cdiv(count, BLOCK),)
                 # Fusing a product with a sum would round once where a CPU rounds twice.
-                self.kernel[grid](
-                    *inputs, *outputs, count, columns, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False
-                )
+                given = [*inputs, *outputs, count, columns]
+                sources.launch(self.kernel, grid, *given, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)
         return outputs
 
     def _address(self, fake: Tensor) -> str:

@@ -62,7 +62,9 @@ def perturbed_products(
     grid = (-(-outputs // rows), -(-tokens // block))
     given = [*(t.contiguous() for t in x), *out, w, *slots, key, scale, *scalars, coefficients]
     with torch.cuda.device_of(w):
-        kernel[grid](
+        sources.launch(
+            kernel,
+            grid,
             *given,
             noise.gaussian_table(w.device),
             tokens,
