@@ -112,7 +112,9 @@ def test_sixteen_bit_weights_are_written_as_the_reference_writes_them(
     exercise(kernels_of("zo_adam", None, dtype, device, masters=masters, along=along), dtype, checked, device)
 
 
-def exercise(zm: Any, dtype: torch.dtype, checked: list[str], device: torch.device) -> None:
+def exercise(
+    zm: Any, dtype: torch.dtype, checked: list[str], device: torch.device, count: int = 1003, columns: int = 17
+) -> None:
     """Every kernel of a model on numbers of all kinds."""
     kernel, job = zm._engine.kernels, zm._job
     generator = torch.Generator().manual_seed(0)
@@ -124,19 +126,19 @@ def exercise(zm: Any, dtype: torch.dtype, checked: list[str], device: torch.devi
     shapes = {name: tuple(shape) for name, shape in kernel.coefficient_shapes.items()}
     hyper = [torch.tensor(v, device=device) for v in (1e-2, 1e-3, 0.1)]
     # From the middle of a parameter that is longer than 2³² elements.
-    w, start = random(1003, of=dtype), (1 << 32) + 77
-    slots = [random(1003).abs() for _ in kernel.slot_names]
+    w, start = random(count, of=dtype), (1 << 32) + 77
+    slots = [random(count).abs() for _ in kernel.slot_names]
     for apply in (torch.tensor(True, device=device), torch.tensor(False, device=device)):
         if job.direction.lowrank is not None:
             coefficients = [random(*shape).abs() for name, shape in shapes.items() if name != "g"]
-            kernel.update_along(w, slots, random(1003), key, coefficients, hyper, apply, True, start)
+            kernel.update_along(w, slots, random(count), key, coefficients, hyper, apply, True, start)
             continue
         scalars = [random().abs() for _ in kernel.scalar_names]
         seen = [slots[kernel.slot_names.index(name)] for name in kernel.read_names]
         points = random(3)
         kernel.perturb(w, seen, key, hyper[0], scalars, points, [torch.empty_like(w) for _ in range(3)], start)
         ids = torch.tensor([7, 0, 4_000_000_000], device=device)
-        table = [t[:51].view(3, 17) for t in (w, *seen)]
+        table = [t[: 3 * columns].view(3, columns) for t in (w, *seen)]
         kernel.perturb_rows(table[0], table[1:], ids, key, hyper[0], scalars, points, 3)
         if job.direction.needs_norm:
             kernel.squared_norm(w, key)

@@ -13,7 +13,8 @@ from zowrap.gpu import sources
 BLOCK = 1024
 
 
-@triton.jit
+# Of the alignment of single numbers nothing is gained, and each would be a kernel of its own.
+@triton.jit(do_not_specialize=["labels", "highest", "total", "picked", "first"])
 def _add(logits, labels, highest, total, picked, first, classes, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * classes

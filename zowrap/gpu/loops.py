@@ -105,7 +105,12 @@ class _Loop:
             else:
                 lines.append(f"tl.store(o{i} + i, {text}, mask=inside)")
         arguments = ", ".join([*pointers, "count", "columns", "BLOCK: tl.constexpr"])
-        return f"@triton.jit\ndef kernel({arguments}):\n" + "".join(f"    {line}\n" for line in lines)
+        # Triton compiles again for each alignment of an argument. Where single numbers are read it gains nothing, and
+        # keys lie aligned or not by the parameter's number; of the elements, their count and columns it makes wide
+        # loads and fewer divisions, so those stay as they are and :meth:`zowrap.kernels.Kernels.warm` meets each.
+        loose = [f"p{i}" for i in range(len(fakes)) if i not in self.arrays or self._address(fakes[i]) != "i"]
+        head = f"@triton.jit(do_not_specialize={loose})\ndef kernel({arguments}):\n"
+        return head + "".join(f"    {line}\n" for line in lines)
 
 
 def _is_read(node: Any) -> bool:

@@ -154,4 +154,6 @@ def _source(
     ]
     constants = [f"{name}: tl.constexpr" for name in ("TOKENS", "OUTPUTS", "INPUTS", "PRECISION")]
     arguments = ", ".join([*given, *names, "tokens", "outputs", "inputs", *constants])
-    return f"@triton.jit\ndef kernel({arguments}):\n" + "".join(f"    {line}\n" for line in lines)
+    # Of these nothing is gained by their alignment, and each would be a kernel of its own.
+    head = f"@triton.jit(do_not_specialize={[*names, 'tokens']})\ndef kernel({arguments}):\n"
+    return head + "".join(f"    {line}\n" for line in lines)
