@@ -136,7 +136,7 @@ def test_loops_and_the_cross_entropy_do_not_spill() -> None:
     assert [line["name"] for line in kernels_named("loop|cross-entropy") if line["stack"]] == []
 
 
-@pytest.mark.parametrize(("points", "most"), [(2, 8), (3, 160)])
+@pytest.mark.parametrize(("points", "most"), [(2, 8), (3, 256)])
 def test_products_spill_no_more_than_is_said(points: int, most: int) -> None:
     """docs/gpu.md says so many bytes of a thread; their tiles are made to fill the registers."""
     assert max(line["stack"] for line in kernels_named(f"product of {points}")) <= most
