@@ -31,6 +31,7 @@ def reference(
     return [x[p % len(x)].double() @ weight for p, weight in enumerate(weights)]
 
 
+@pytest.mark.usefixtures("loops_run")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("tokens", (1, 17, 130))
 @pytest.mark.parametrize("transposed", (False, True))
