@@ -1,10 +1,13 @@
-"""Embeddings report an id out of range instead of ending the process.
+"""Embeddings report an id out of range instead of ending the process, on a CPU.
 
     before                                  after
     e = embedding(w, ids, 0)                e = zowrap.rows(w, ids)
 
 Compiled CPU code checks an index with an assertion that terminates the process; a user who feeds one wrong token id
 would lose the run. ``zowrap.rows`` raises an ``IndexError`` before anything is written.
+
+On a GPU the kernel of the look-up asserts and CUDA serves the process no more, as under plain torch: to look first
+would make every step wait for the device. What a run has saved by then is whole.
 """
 
 from __future__ import annotations

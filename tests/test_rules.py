@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import zowrap
 from tests.rule_cases import CASES, EPS, KINDS, LR, draw_losses, feed, flat, name_of, noise_of, wrap
@@ -184,6 +185,15 @@ def test_sums_over_slots_do_not_depend_on_the_runs_they_are_taken_in(monkeypatch
     pieces = reduced(reduce, slots)
     assert whole["square"].dtype == torch.float64
     assert all(torch.allclose(whole[name], pieces[name], rtol=1e-12) for name in ("mv", "square"))
+
+
+@pytest.mark.parametrize(("device", "pieces"), [("cpu", 64), ("cuda", 4)])
+def test_sums_over_slots_are_taken_in_few_pieces_on_a_gpu(device: str, pieces: int) -> None:
+    taken = []
+    with FakeTensorMode():
+        slots = {"m": torch.empty(1 << 13, 1 << 13, device=device)}
+        reduced(lambda part: taken.append(part) or {"sum": part["m"]}, slots)
+    assert len(taken) == pieces
 
 
 def test_conmezo_warm_up_survives_in_the_state() -> None:

@@ -82,13 +82,73 @@ def _misses() -> int:
     return found["autograd_cache_miss"] + found["autograd_cache_bypass"]
 
 
+def _add(x: Tensor, y: Any, *, alpha: Any = 1) -> Any:
+    return NotImplemented if alpha == 1 else x + alpha * y
+
+
+def _sub(x: Tensor, y: Any, *, alpha: Any = 1) -> Any:
+    return NotImplemented if alpha == 1 else x - alpha * y
+
+
+def _addcmul(x: Tensor, y: Tensor, z: Tensor, *, value: Any = 1) -> Tensor:
+    return x + value * (y * z)
+
+
+def _addcdiv(x: Tensor, y: Tensor, z: Tensor, *, value: Any = 1) -> Tensor:
+    return x + value * (y / z)
+
+
+def _lerp(x: Tensor, y: Tensor, weight: float) -> Tensor:
+    return x + weight * (y - x) if abs(weight) < 0.5 else y - (1 - weight) * (y - x)
+
+
+def _lerp_tensor(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    return torch.where(weight.abs() < 0.5, x + weight * (y - x), y - (1 - weight) * (y - x))
+
+
+def _pow(x: Tensor, exponent: Any) -> Any:
+    if not x.is_floating_point() or not isinstance(exponent, (int, float)):
+        return NotImplemented
+    if exponent == 0.5:
+        return x.sqrt()
+    if exponent != exponent // 1 or abs(exponent) >= 32:  # torch's own limit for squaring
+        return NotImplemented
+    return _power(x.reciprocal() if exponent < 0 else x, int(abs(exponent)))
+
+
+def _power(x: Tensor, exponent: int) -> Tensor:
+    if exponent < 2:
+        return x.clone() if exponent else torch.ones_like(x)
+    half = _power(x, exponent // 2)
+    return half * half * x if exponent % 2 else half * half
+
+
+def _masked_fill(x: Tensor, mask: Tensor, value: Any) -> Tensor:
+    return torch.where(mask, torch.full_like(x, value), x)
+
+
+aten = torch.ops.aten
+# Operations that torch's compiler makes one fused instruction of, or not, as device and version have it: in steps that
+# round one by one, as it would do for a CPU. So a rule that uses them has the same bits everywhere.
+_WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
+    aten.add.Tensor: _add,
+    aten.sub.Tensor: _sub,
+    aten.addcmul.default: _addcmul,
+    aten.addcdiv.default: _addcdiv,
+    aten.lerp.Scalar: _lerp,
+    aten.lerp.Tensor: _lerp_tensor,
+    aten.pow.Tensor_Scalar: _pow,
+    aten.masked_fill.Scalar: _masked_fill,
+}
+
+
 def trace(
     function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int], fixed: Sequence[int] = ()
 ) -> tuple[fx.GraphModule, list]:
     """Record ``function`` as an fx graph.
 
     Every size of the inputs listed in ``dynamic`` is symbolic, except those listed in ``fixed``; equal sizes of the
-    examples become one symbol.
+    examples become one symbol. What would round once or twice as a compiler sees fit is written out.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with torch.no_grad(), size_oblivious():
@@ -102,7 +162,7 @@ def trace(
             example = torch.empty_like(example)  # one tensor given twice would become one input
             fakes.append(mode.from_tensor(example, symbolic_context=context, source=source))
         with mode:
-            traced = make_fx(function)(*fakes)
+            traced = make_fx(function, decomposition_table=_WRITTEN_OUT)(*fakes)
     # An empty tuple would be written as an annotation that torch's compile cache cannot read: nothing would be kept.
     traced.graph.output_node().type = None
     traced.recompile()

@@ -306,23 +306,24 @@ class Kernels:
             self._run(("along", w.dtype, decay), kernel, arrays, small)
 
     def warm(
-        self, dtype: torch.dtype, device: torch.device, queries: int, points: int, decay: bool, rows: bool
+        self, dtype: torch.dtype, device: torch.device, queries: int, points: int, decay: bool, rows: bool, size: int
     ) -> None:
         """Compile what parameters of ``dtype`` need, by running it on a dummy, so that no step stops half-way.
 
         Args:
             points: of the evaluations; 0 compiles the update alone.
             rows: whether an embedding is perturbed.
+            size: elements of the dummy, see :func:`alike`.
         """
-        w, one = torch.zeros(2, dtype=dtype, device=device), torch.ones((), device=device)
+        w, one = torch.zeros(size, dtype=dtype, device=device), torch.ones((), device=device)
         key = torch.zeros(2, dtype=torch.int32, device=device)
-        slots = [torch.ones(2, device=device) for _ in self.rule.element_slots(dtype)]
+        slots = [torch.ones(size, device=device) for _ in self.rule.element_slots(dtype)]
         shapes = {name: tuple(shape) for name, shape in self.coefficient_shapes.items()}
         if self.direction_law.lowrank is not None:
             given = [torch.ones(shape, device=device) for name, shape in shapes.items() if name != "g"]
-            return self.update_along(w, slots, torch.ones(2, device=device), key, given, [one] * 3, one > 0, decay)
+            return self.update_along(w, slots, torch.ones(size, device=device), key, given, [one] * 3, one > 0, decay)
         scalars = [one] * len(self.scalar_names)
-        seen = [torch.ones(2, device=device) for _ in self.read_names]
+        seen = [torch.ones(size, device=device) for _ in self.read_names]
         coefficients = torch.zeros(points, device=device)
         if self.direction_law.needs_norm:
             self.squared_norm(w, key)
@@ -330,8 +331,8 @@ class Kernels:
             self.perturb(w, seen, key, one, scalars, coefficients, [w.clone() for _ in range(points)])
         if points and rows:
             ids = torch.zeros(1, dtype=torch.int64, device=device)
-            pairs = [slot.view(1, 2) for slot in seen]
-            self.perturb_rows(w.view(1, 2), pairs, ids, key, one, scalars, coefficients, points)
+            pairs = [slot.view(1, size) for slot in seen]
+            self.perturb_rows(w.view(1, size), pairs, ids, key, one, scalars, coefficients, points)
         named = [torch.ones(shape, device=device) for shape in shapes.values()]
         keys, scales = [key] * queries, [one] * queries
         self.update(w, slots, keys, scales, scalars, key, named, [one] * 3, one > 0, decay)
@@ -357,6 +358,14 @@ def compile_loop(function: Callable[..., Any], examples: Sequence[Tensor], dynam
 
         return loops.compile_loop(function, examples, dynamic)
     return compile_function(function, examples, dynamic)
+
+
+def alike(count: int) -> int:
+    """The smallest number of elements that takes the same machine code on a GPU as ``count``.
+
+    Triton has code of its own for multiples of 16, whose elements are read four or eight at a time, and for 1.
+    """
+    return 16 if count % 16 == 0 else min(count, 2)
 
 
 _registry: dict[str, Kernels] = {}

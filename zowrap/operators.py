@@ -50,7 +50,10 @@ def perturb_rows(
     coefficients: Tensor,
     spec: str,
 ) -> list[Tensor]:
-    """``[(w + coefficients[p] · z)[ids] for p]``: ``ids`` int64 of any shape, results ``[*ids.shape, columns]``."""
+    """``[(w + coefficients[p] · z)[ids] for p]``: ``ids`` int64 of any shape, results ``[*ids.shape, columns]``.
+
+    An id out of range: see :func:`rows`.
+    """
     flat = ids.reshape(-1).contiguous()  # of rows of one token the view has gaps
     touched = w.index_select(0, flat)
     gathered = [s.index_select(0, flat) for s in slots]
@@ -66,7 +69,7 @@ def _(w, slots, ids, key, scale, scalars, coefficients, spec):
 
 @operator("rows")
 def rows(w: Tensor, ids: Tensor) -> Tensor:
-    """``w[ids]``; an id out of range raises ``IndexError``."""
+    """``w[ids]``; an id out of range raises ``IndexError`` on a CPU and is a device-side assertion on a GPU."""
     return w.index_select(0, ids.reshape(-1)).view(*ids.shape, *w.shape[1:])
 
 

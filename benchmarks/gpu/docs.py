@@ -27,8 +27,11 @@ What is different on a GPU:
   operation as these do: noise, perturbed weights and elementwise updates have the bits of a CPU, given the same
   coefficients. The coefficients themselves, sums over state and the thin products of low-rank updates are torch's own
   and may differ in the last bit. The tests run the arithmetic of every kernel in Triton's interpreter on a CPU, and
-  compile each kind for a Hopper GPU: no product is fused with a sum, nothing is flushed to 0 or approximated, no
-  register spills.
+  compile each kind for a Hopper GPU. In the elementwise ones no product is fused with a sum, nothing is approximated or
+  taken for 0, and no register spills. Products add up as matrix products do, in tiles that fill the registers: with two
+  points a thread spills at most 8 bytes, with three (`hizoo`, conservative steps) at most 256.
+- *A rule of your own* becomes such kernels where it is written with sums, products, quotients, roots, whole powers,
+  signs, comparisons, clamps and rounding; with anything else (`exp`, say) the run warns and goes on eagerly.
 - *Products of up to 128 tokens* (32 in float32) read a weight once for both sides of a direction and make its
   perturbed forms in registers. With more tokens each block of them would make the noise again: there row chunks pass
   through a scratch. The choice follows shape and dtype alone, so a resumed run adds up in the same order.

@@ -45,25 +45,36 @@ class Stand:
         names = list(self.function.arg_names)
         values = {**dict(zip(names, given, strict=False)), **{n: v for n, v in named.items() if n in names}}
         options = {n: v for n, v in named.items() if n not in names}
-        self.found.append({"architecture": ARCHITECTURE, **_compiled(self.function, values, options)})
+        self.found.append(_line(self.function, values, options, self.found))
 
 
-def _compiled(function: Any, values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    import triton
-    from triton.backends.compiler import GPUTarget
+def _line(function: Any, values: dict[str, Any], options: dict[str, Any], found: list[dict[str, Any]]) -> Any:
+    """What one launch takes: a line of ``found`` again, where Triton would take what it has compiled before."""
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 
-    constants = {p.name for p in function.params if p.is_constexpr}
-    signature, aligned = {}, {}
-    for i, name in enumerate(function.arg_names):
-        value = values[name]
-        signature[name] = "constexpr" if name in constants else mangle_type(value)
-        if name not in constants and (isinstance(value, Tensor) or value % 16 == 0):
-            aligned[(i,)] = [["tt.divisibility", 16]]  # as torch's allocator gives memory
-    source = ASTSource(function, signature, {name: values[name] for name in constants}, aligned)
+    constants, signature, aligned = {}, {}, {}
+    for i, parameter in enumerate(function.params):
+        name, value, special = parameter.name, values[parameter.name], not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and isinstance(value, int) and value == 1):
+            constants[name], signature[name] = value, "constexpr"
+            continue
+        signature[name] = mangle_type(value)
+        if special and (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    variant = repr((function.__module__, signature, constants, aligned, options))
+    for line in found:
+        if line["variant"] == variant:
+            return dict(line)
+    source = ASTSource(function, signature, constants, aligned)
+    return {"architecture": ARCHITECTURE, "variant": variant, **_compiled(source, values.get("BLOCK"), options)}
+
+
+def _compiled(source: Any, block: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
     kernel = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURE, 32), options=options)
-    block = values.get("BLOCK")
     per_thread = block // (32 * options.get("num_warps", 4)) if block else None
     return {"ptx": kernel.asm["ptx"], "shared": kernel.metadata.shared, **_facts(kernel.asm["cubin"], per_thread)}
 

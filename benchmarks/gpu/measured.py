@@ -19,6 +19,8 @@ from zowrap.errors import ZOCaptureError
 
 # Hash, table look-up and sign of one random number, counted in zowrap/noise.py.
 INTEGER_OPERATIONS = 24
+# Our rows that tune adapters: "gaussian" on them alone, and beside 8-bit weights.
+ADAPTERS = ("LoRA r8", "adapters")
 
 
 def run(case: Case, rounds: int) -> Iterator[dict[str, Any]]:
@@ -37,6 +39,8 @@ def run(case: Case, rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def _row(case: Case, name: str, model: Any, batch: dict[str, torch.Tensor], rounds: int) -> dict[str, Any]:
+    if name in ADAPTERS:  # they take part in the plain forwards, too
+        model = first_order.with_adapters(model).eval()
     plain = contenders.make(contenders.YARDSTICK, model, batch)
     memory = {
         "resting": _held(),
@@ -49,7 +53,7 @@ def _row(case: Case, name: str, model: Any, batch: dict[str, torch.Tensor], roun
         # Its model trains: the plain forward would run through the very hooks that training put in.
         return {"seconds": measure.spread(measure.seconds(contender, rounds)), **memory}
     times = measure.interleaved([plain, contender], rounds)
-    seconds, ratios = zip(*times[name], strict=True)
+    seconds, ratios = zip(*times[contender.name], strict=True)
     return {"seconds": measure.spread(seconds), "ratio": measure.spread(ratios), **memory, "costs": costs}
 
 
@@ -60,10 +64,8 @@ def _contender(
     if name in FIRST:
         return first_order.make(name, model, batch, case.int8), None
     if name not in ("scales", "adapters"):
-        contender = contenders.make(name, model, batch)
+        contender = contenders.make("gaussian" if name in ADAPTERS else name, model, batch)
     else:
-        if name == "adapters":
-            model = first_order.with_adapters(model)
         zm = zowrap.zo_wrap(model, "zo_sgd", lr=1e-7, engine="compiled", quantized=name)
         zm.step(**batch)
         contender = contenders.Contender(name, functools.partial(zm.step, **batch), wrapped=zm)

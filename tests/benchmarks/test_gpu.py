@@ -35,6 +35,22 @@ def test_quantised_rows_are_measured() -> None:
     assert record["ratio"]["median"] > 0 and record["costs"]["bytes"] > 0
 
 
+@pytest.mark.parametrize(("case", "row"), [(CASES[0], "LoRA r8"), (next(c for c in CASES if c.int8), "adapters")])
+def test_adapters_are_measured_against_forwards_with_adapters(
+    case: Any, row: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, seen = measured.contenders.make, {}
+
+    def note(name: str, model: torch.nn.Module, batch: Any) -> Any:
+        seen[name] = any("lora_A" in each for each, _ in model.named_modules())
+        return make(name, model, batch)
+
+    monkeypatch.setattr(measured.contenders, "make", note)
+    (record,) = run(case, row)
+    assert record["row"] == row and record["ratio"]["median"] > 0
+    assert seen.items() >= {(measured.contenders.YARDSTICK, True), ("two eager forwards", True)} and all(seen.values())
+
+
 def test_a_row_that_does_not_fit_says_so_and_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     make = measured.contenders.make
 

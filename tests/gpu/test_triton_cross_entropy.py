@@ -15,6 +15,8 @@ pytest.importorskip("triton", reason="the kernels for a GPU are written in Trito
 
 from zowrap.gpu import cross_entropy
 
+pytestmark = pytest.mark.usefixtures("loops_run")
+
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("cuts", ((0, 1), (0, 700, 1500), (0, 1023, 1024, 1500)))

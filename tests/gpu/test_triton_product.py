@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ def reference(
     return [x[p % len(x)].double() @ weight for p, weight in enumerate(weights)]
 
 
+@pytest.mark.usefixtures("loops_run")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("tokens", (1, 17, 130))
 @pytest.mark.parametrize("transposed", (False, True))
@@ -67,6 +70,18 @@ def test_products_equal_those_with_perturbed_copies(
 
 def test_tiles_are_fixed_by_the_shape_alone() -> None:
     assert [product._tile_rows(n) for n in (16384, 8192, 4096, 2048, 100)] == [64, 64, 32, 16, 16]
+
+
+@pytest.mark.parametrize(("setting", "value"), [("allow_tf32", True), ("fp32_precision", "tf32")])
+def test_tf32_is_taken_where_the_program_allows_it(setting: str, value: Any) -> None:
+    float32 = torch.zeros(8, 8)
+    assert product._precision(float32) == "ieee"
+    try:
+        setattr(torch.backends.cuda.matmul, setting, value)
+        assert product._precision(float32) == "tf32" and product._precision(float32.bfloat16()) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert product._precision(float32) == "ieee"
 
 
 def test_a_cpu_takes_the_scratch() -> None:

@@ -18,7 +18,7 @@ from zowrap import quant
 from zowrap.errors import ZOError
 from zowrap.export import export_merged, export_run
 from zowrap.model import ZOModel
-from zowrap.quant import adapters, codes, convert
+from zowrap.quant import adapters, code_operators, codes, convert
 from zowrap.run import Run, load_checkpoint, load_weights, replay_run
 from zowrap.trainer import ZOConfig, ZOTrainer
 
@@ -57,6 +57,16 @@ def test_scales_are_taken_from_a_saved_model(tmp_path) -> None:
     load_weights(tmp_path, other)
     for p, q in zip(zm.parameters, other.parameters, strict=True):
         assert torch.allclose(p.tensor, q.tensor, atol=1e-6)
+
+
+def test_what_writes_codes_is_made_ready_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dummy run at every step would be a dozen launches for nothing."""
+    made, calls = code_operators.warm, []
+    monkeypatch.setattr(code_operators, "warm", lambda *given: calls.append(given) or made(*given))
+    zm = wrap("codes", "compiled")
+    for _ in range(3):
+        zm.update(projected_grad=torch.tensor(1.0))
+    assert len(calls) == 1
 
 
 class Rows(torch.utils.data.Dataset):

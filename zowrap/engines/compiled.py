@@ -204,19 +204,21 @@ class CompiledEngine:
     def _warm(self, block: int, points: int, rows: bool = False) -> None:
         """Compile every kernel that a step of the block needs, before anything is evaluated or written."""
         job = self.job
+        parameters = [job.parameters[i] for i in job.blocks[block].indices]
         kinds = {
-            (
-                torch.float32 if job.parameters[i].codes else job.parameters[i].tensor.dtype,
-                job.decays and job.parameters[i].decays,
-            )
-            for i in job.blocks[block].indices
+            (torch.float32 if p.codes else p.tensor.dtype, job.decays and p.decays, size)
+            for p in parameters
+            for size in (kernels.alike(p.tensor.numel()), 16)  # as a whole, and in chunks
         }
-        for dtype, decay in sorted(kinds, key=str):
-            if (kind := (dtype, decay, points, rows)) not in self._warmed:
-                self.kernels.warm(dtype, job.device, job.queries, points, decay, rows)
+        for dtype, decay, size in sorted(kinds, key=str):
+            wide = rows and size == 16  # as rows of embeddings are
+            if (kind := (dtype, decay, points, wide, size)) not in self._warmed:
+                self.kernels.warm(dtype, job.device, job.queries, points, decay, wide, size)
                 self._warmed.add(kind)
-        if any(job.parameters[i].codes for i in job.blocks[block].indices):
-            code_operators.warm(self.kernels, job.device)
+        for columns in {kernels.alike(p.tensor.shape[1]) for p in parameters if p.codes}:
+            if ("codes", columns) not in self._warmed:
+                code_operators.warm(self.kernels, job.device, columns)
+                self._warmed.add(("codes", columns))
 
     # --- falling back -----------------------------------------------------------------------------------------
 

@@ -7,11 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zowrap.gpu import sources
+
 # Logits that one program holds at a time; a token's chunk takes a few turns.
 BLOCK = 1024
 
 
-@triton.jit
+# Of the alignment of single numbers nothing is gained, and each would be a kernel of its own.
+@triton.jit(do_not_specialize=["labels", "highest", "total", "picked", "first"])
 def _add(logits, labels, highest, total, picked, first, classes, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * classes
@@ -47,6 +50,5 @@ def add(logits: Tensor, labels: Tensor, highest: Tensor, total: Tensor, picked: 
     """
     if logits.shape[0]:
         with torch.cuda.device_of(logits):
-            _add[(logits.shape[0],)](
-                logits, labels, highest, total, picked, first, logits.shape[1], BLOCK=BLOCK, num_warps=4
-            )
+            given = [logits, labels, highest, total, picked, first, logits.shape[1]]
+            sources.launch(_add, (logits.shape[0],), *given, BLOCK=BLOCK, num_warps=4)

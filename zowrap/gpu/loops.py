@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zowrap.compiler import Compiled, trace
-from zowrap.errors import ZOInternalError
+from zowrap.errors import ZOCaptureError, ZOInternalError
 from zowrap.gpu import sources
 from zowrap.gpu.emit import Body, Small, emit
 
@@ -27,6 +27,9 @@ def compile_loop(function: Callable[..., Any], examples: Sequence[Tensor], dynam
             elements of int64.
         examples: those listed in ``dynamic`` are arrays: ``[n]``, or ``[rows, columns]`` with ``[rows]`` and
             ``[columns]`` beside it, all contiguous.
+
+    Raises:
+        ZOCaptureError: an operation of the function has no counterpart on a GPU, or there is no Triton.
     """
     start = time.perf_counter()
     loop = _Loop(function, examples, dynamic)
@@ -65,9 +68,8 @@ class _Loop:
             with torch.cuda.device_of(main):
                 grid = (triton.cdiv(count, BLOCK),)
                 # Fusing a product with a sum would round once where a CPU rounds twice.
-                self.kernel[grid](
-                    *inputs, *outputs, count, columns, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False
-                )
+                given = [*inputs, *outputs, count, columns]
+                sources.launch(self.kernel, grid, *given, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)
         return outputs
 
     def _address(self, fake: Tensor) -> str:
@@ -80,6 +82,8 @@ class _Loop:
         """See :func:`zowrap.gpu.emit.emit`."""
         indices = ["i"] if len(self.axes) == 1 else ["row", "column"]
         extents = ["count"] if len(self.axes) == 1 else ["count // columns", "columns"]
+        if name.removeprefix("index ") not in self.axes:
+            raise ZOCaptureError(f"a kernel on a GPU knows the sizes of its elements, and no size {name}")
         if name.startswith("index "):
             return indices[self.axes.index(name.removeprefix("index "))]
         return extents[self.axes.index(name)]
@@ -101,7 +105,12 @@ class _Loop:
             else:
                 lines.append(f"tl.store(o{i} + i, {text}, mask=inside)")
         arguments = ", ".join([*pointers, "count", "columns", "BLOCK: tl.constexpr"])
-        return f"@triton.jit\ndef kernel({arguments}):\n" + "".join(f"    {line}\n" for line in lines)
+        # Triton compiles again for each alignment of an argument. Where single numbers are read it gains nothing, and
+        # keys lie aligned or not by the parameter's number; of the elements, their count and columns it makes wide
+        # loads and fewer divisions, so those stay as they are and :meth:`zowrap.kernels.Kernels.warm` meets each.
+        loose = [f"p{i}" for i in range(len(fakes)) if i not in self.arrays or self._address(fakes[i]) != "i"]
+        head = f"@triton.jit(do_not_specialize={loose})\ndef kernel({arguments}):\n"
+        return head + "".join(f"    {line}\n" for line in lines)
 
 
 def _is_read(node: Any) -> bool:

@@ -62,7 +62,9 @@ def perturbed_products(
     grid = (-(-outputs // rows), -(-tokens // block))
     given = [*(t.contiguous() for t in x), *out, w, *slots, key, scale, *scalars, coefficients]
     with torch.cuda.device_of(w):
-        kernel[grid](
+        sources.launch(
+            kernel,
+            grid,
             *given,
             noise.gaussian_table(w.device),
             tokens,
@@ -80,8 +82,8 @@ def perturbed_products(
 
 
 def _precision(w: Tensor) -> str:
-    """As torch multiplies: in TF32 only where the program allows it."""
-    return "tf32" if w.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """As torch multiplies: in TF32 only where the program allows it, by the older of its settings or the newer."""
+    return "tf32" if w.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _tile_rows(outputs: int) -> int:
@@ -152,4 +154,6 @@ def _source(
     ]
     constants = [f"{name}: tl.constexpr" for name in ("TOKENS", "OUTPUTS", "INPUTS", "PRECISION")]
     arguments = ", ".join([*given, *names, "tokens", "outputs", "inputs", *constants])
-    return f"@triton.jit\ndef kernel({arguments}):\n" + "".join(f"    {line}\n" for line in lines)
+    # Of these nothing is gained by their alignment, and each would be a kernel of its own.
+    head = f"@triton.jit(do_not_specialize={[*names, 'tokens']})\ndef kernel({arguments}):\n"
+    return head + "".join(f"    {line}\n" for line in lines)

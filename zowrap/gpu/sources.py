@@ -9,6 +9,10 @@ import linecache
 from types import CodeType
 from typing import Any
 
+import torch
+
+from zowrap.errors import ZOCaptureError
+
 _HEAD = """import triton
 import triton.language as tl
 
@@ -35,11 +39,32 @@ def kernel(source: str) -> Any:
     """The function ``kernel`` of a piece of Triton, compiled when it is first launched.
 
     Triton keeps the machine code by the text, so another process that writes the same kernel compiles nothing.
+
+    Raises:
+        ZOCaptureError: Triton is not installed.
     """
     text = _HEAD + source
     name = f"zowrap_{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
     spec = importlib.util.spec_from_loader(name, _InMemory(name, text))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ZOCaptureError(f"kernels on a GPU need Triton (pip install triton): {error}") from error
     return module.kernel
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *given: Any, **options: Any) -> None:
+    """Run a kernel, compiled if it was not yet.
+
+    Raises:
+        ZOCaptureError: Triton, an assembler or compiler that it calls, or the driver refuses the kernel.
+    """
+    try:
+        kernel[grid](*given, **options)
+    except Exception as error:  # their errors have no type in common
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise  # it has run before: the recording is what cannot be
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise ZOCaptureError(f"Triton refused a kernel ({type(error).__name__}: {first[:200]})") from error

@@ -127,11 +127,16 @@ def _(codes, row_scale, slots, keys, scales, scalars, rounding_key, coefficients
     return None
 
 
-def warm(kernel: kernels.Kernels, device: torch.device) -> None:
-    """Compile what a write of codes needs, by running it on a dummy, so that no update stops half-way."""
-    matrix, ones = torch.zeros(2, 2, device=device), torch.ones(2, device=device)
+def warm(kernel: kernels.Kernels, device: torch.device, columns: int) -> None:
+    """Compile what a write of codes needs, by running it on dummies, so that no update stops half-way.
+
+    Args:
+        columns: of a row, see :func:`zowrap.kernels.alike`.
+    """
     key = torch.zeros(2, dtype=torch.int32, device=device)
-    _write(kernel, matrix.to(torch.int8), matrix, matrix, ones, 0, key, ones[0] > 0)
+    for rows in (16, 1):  # a chunk, and the last one
+        matrix, ones = torch.zeros(rows, columns, device=device), torch.ones(rows, device=device)
+        _write(kernel, matrix.to(torch.int8), matrix, matrix, ones, 0, key, ones[0] > 0)
 
 
 def _write(
