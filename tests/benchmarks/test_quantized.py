@@ -33,11 +33,11 @@ def test_language_models_are_chosen_and_compared_by_loss() -> None:
 
 
 def test_a_floor_that_means_nothing_is_not_shown() -> None:
-    line = {"form": "int8 scales", "eps": 0.1, "slope": 2.0, "rounding": 0.3, "floor": 0.075, "agreement": 0.9}
-    earlier = {**line, "eps": 0.01, "floor": 0.0036}
-    rows = quantized_report.noise_table([{**line, "against": 0.03}, earlier]).splitlines()[2:]
+    line = {"form": "int8 scales", "rounding": 0.3, "agreement": 0.9, "against": 0.03}
+    lines = [{**line, "eps": 0.1, "slope": 2.0, "floor": 0.075}, {**line, "eps": 0.01, "slope": None, "floor": None}]
+    rows = quantized_report.noise_table(lines).splitlines()[2:]
     assert rows[0] == "| int8 scales | 0.1 | 2 | 0.3 | 0.075 | 90% with ε 0.03 |"
-    assert rows[1] == "| int8 scales | 0.01 | below rounding | 0.3 | below rounding | 90% with ε 0.1 |"
+    assert rows[1] == "| int8 scales | 0.01 | below rounding | 0.3 | below rounding | 90% with ε 0.03 |"
 
 
 def test_what_became_of_the_codes_is_told() -> None:
