@@ -35,7 +35,13 @@ def test_quantised_rows_are_measured() -> None:
     assert record["ratio"]["median"] > 0 and record["costs"]["bytes"] > 0
 
 
-@pytest.mark.parametrize(("case", "row"), [(CASES[0], "LoRA r8"), (next(c for c in CASES if c.int8), "adapters")])
+@pytest.mark.parametrize(
+    ("case", "row"),
+    [
+        pytest.param(CASES[0], "LoRA r8", marks=pytest.mark.slow),
+        (next(c for c in CASES if c.int8), "adapters"),
+    ],
+)
 def test_adapters_are_measured_against_forwards_with_adapters(
     case: Any, row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
