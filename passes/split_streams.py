@@ -21,7 +21,7 @@ from torch import fx
 from zowrap.passes.manager import Pass
 from zowrap.passes.select_tunable import tunable_values
 
-from zowrap.errors import ZOInternalError
+from zowrap.errors import ZOCaptureError, ZOInternalError
 from zowrap.program import Program
 
 
@@ -68,11 +68,24 @@ class SplitStreams(Pass):
         return f"{len(tainted)} nodes in {self.points} streams, {total - self.points * len(tainted)} shared"
 
 
+# Numbers read out of tensors; other numbers that a program computes are sizes.
+_READ = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
+
+
 def _tainted(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
-    """Tensor-valued nodes that a perturbed weight reaches. Sizes are the same in every stream: the first's serve."""
+    """Tensor-valued nodes that a perturbed weight reaches. Sizes are the same in every stream: the first's serve.
+
+    Raises:
+        ZOCaptureError: the model reads a number out of one (``.item()``): each stream has its own.
+    """
     tainted = set(sources)
     for node in graph.nodes:
         if node.op == "call_function" and any(n in tainted for n in node.all_input_nodes):
+            if node.target in _READ:
+                raise ZOCaptureError(
+                    "the model makes a Python number of a tensor that depends on what moves (.item(), float()), and "
+                    "that is another one at each point"
+                )
             value = node.meta.get("val")
             if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool):
                 tainted.add(node)

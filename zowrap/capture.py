@@ -1,7 +1,9 @@
 """From a model and its loss to a program, by ``torch.export``.
 
 The example batch that export sees is brought to fixed canonical sizes first, never the sizes of whatever batch came
-first: compilers take hints from it, and a resumed run must compile the same code.
+first: compilers take hints from it, and a resumed run must compile the same code. A model that does something else at
+other sizes is captured there with a batch as it comes: what it compiles then, down to the last bits of a loss, may be
+another thing in a run that is resumed between such batches.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from zowrap.compiler import size_oblivious
 from zowrap.errors import ZOCaptureError, ZOError, ZOWarning
+from zowrap.guards import Guards
 from zowrap.loss import Batch, LossModule
 from zowrap.modes import evaluation_mode
 from zowrap.program import Input, Program
@@ -151,6 +154,9 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
         InputKind.CONSTANT_TENSOR: "constant",
         InputKind.USER_INPUT: "batch",
     }
+    for node in exported.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise ZOCaptureError(f"the model holds a graph of its own ({node.target.name()}), which is not supported")
     inputs, constants = [], {}
     names = iter(_batch_names(exported))
     for spec in exported.graph_signature.input_specs:
@@ -162,6 +168,9 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
             constants[target] = exported.constants[target]
         inputs.append(Input(spec.arg.name, kind, target))
     program = Program(exported.graph_module, inputs, constants, _fake_mode(exported))
+    given = {g.target: v for g, v in zip(inputs, program.fakes(), strict=True) if g.kind == "batch"}
+    sizes = {name: value.shape for name, value in given.items() if isinstance(value, Tensor)}
+    program.guards = Guards(sizes, program.fake_mode.shape_env)
     _drop_mutations(program, exported)
     return program
 

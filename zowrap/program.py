@@ -19,6 +19,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from zowrap.compiler import size_oblivious
 from zowrap.errors import ZOInternalError
+from zowrap.guards import Guards
 
 CHECK_SHAPES = (
     False  # recompute all shapes after every pass (the tests do): catches a broken pass at once, costs seconds
@@ -52,6 +53,7 @@ class Program:
         history: ``(pass name, program as Python)`` after each pass.
         notes: what the passes did, for people.
         epilogue: the update that follows the evaluations, once attached.
+        guards: for which sizes of a batch the captured program is right.
     """
 
     graph_module: fx.GraphModule
@@ -62,6 +64,7 @@ class Program:
     history: list[tuple[str, str]] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     epilogue: fx.GraphModule | None = None
+    guards: Guards = field(default_factory=lambda: Guards({}, None))
 
     @property
     def graph(self) -> fx.Graph:
@@ -105,13 +108,8 @@ class Program:
             FakeTensorProp(self.graph_module, self.fake_mode).propagate_dont_convert_inputs(*self.fakes())
 
     def accepts(self, batch: dict[str, Any]) -> bool:
-        """Whether the sizes that capture had to fix are the batch's sizes."""
-        for node, given in zip(self.graph.find_nodes(op="placeholder"), self.inputs, strict=True):
-            if given.kind == "batch" and isinstance(batch[given.target], torch.Tensor):
-                sizes = zip(node.meta["val"].shape, batch[given.target].shape, strict=True)
-                if any(isinstance(fixed, int) and fixed != size for fixed, size in sizes):
-                    return False
-        return True
+        """Whether the program is right for the sizes of a batch of its kind."""
+        return self.guards.hold(batch)
 
     def clone(self) -> Program:
         """A copy that passes may rewrite; tensors and symbolic sizes are shared."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from zowrap.capture import canonical_batch, capture, signature
 from zowrap.directions import squared_norm
 from zowrap.engines.base import DirectionStream, Job
 from zowrap.engines.eager import EagerEngine, carried_left
-from zowrap.errors import ZOCaptureError, ZOWarning
+from zowrap.errors import ZOCaptureError, ZOError, ZOWarning
 from zowrap.loss import Batch
 from zowrap.passes.build import build
 from zowrap.passes.epilogue import build_epilogue, coefficient_shapes
@@ -87,7 +88,8 @@ class CompiledEngine:
             try:
                 *sums, weights = executable.compiled(*inputs)
             except AssertionError as error:  # Inductor checks the sizes that it relies on
-                raise ZOCaptureError(f"the compiled program does not fit this batch ({error})") from error
+                first = (str(error).splitlines() or [""])[0]
+                raise ZOCaptureError(f"the compiled program does not fit this batch ({first[:200]})") from error
         except ZOCaptureError as error:
             if not self.fall_back:
                 raise ZOCaptureError(f"engine='compiled' was asked for, but {error}") from error
@@ -106,7 +108,8 @@ class CompiledEngine:
             start = time.perf_counter()
             program = self.program(batch, block, points, per_example)
             self.trace_seconds += time.perf_counter() - start
-            compiled = compile_regions(program, self._kinds, self.min_layers)
+            with _told_as_refusal():
+                compiled = compile_regions(program, self._kinds, self.min_layers)
             looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
             self._warm(block, points, rows=bool(looked_up))
             self.compile_count += compiled.compilations
@@ -130,12 +133,13 @@ class CompiledEngine:
             ZOCaptureError: the model cannot be captured.
         """
         job, captured, epilogue = self.job, self.captured(batch), self._epilogues[block]
-        try:
-            return build(captured.clone(), job, block, self.spec, points, self._scalar_names, epilogue, per_example)
-        except UnusedBlock:
-            if len(job.blocks) == 1 or per_example:
-                raise
-            return build(captured.clone(), job, block, self.spec, 0, self._scalar_names, epilogue)
+        with _told_as_refusal():
+            try:
+                return build(captured.clone(), job, block, self.spec, points, self._scalar_names, epilogue, per_example)
+            except UnusedBlock:
+                if len(job.blocks) == 1 or per_example:
+                    raise
+                return build(captured.clone(), job, block, self.spec, 0, self._scalar_names, epilogue)
 
     def captured(self, batch: Batch) -> Program:
         """The captured loss for this kind of batch; captured on first need.
@@ -165,12 +169,16 @@ class CompiledEngine:
         """Capture one more program for this kind of batch."""
         if len(programs) == MAX_FIXED_SIZES:
             raise ZOCaptureError(
-                f"this model fixes the sizes of its inputs when captured, and {MAX_FIXED_SIZES} sizes were captured "
+                f"what this model does depends on the sizes of its inputs, and {MAX_FIXED_SIZES} sizes were captured "
                 f"already (pad every batch to one size)"
             )
-        programs.append(capture(self.job.loss, batch if programs else canonical_batch(batch, self.job.loss.model)))
-        if not programs[-1].accepts(batch):  # the canonical sizes got fixed: take the batch's own
-            programs[-1] = capture(self.job.loss, batch)
+        if not programs:
+            programs.append(capture(self.job.loss, canonical_batch(batch, self.job.loss.model)))
+            if programs[-1].accepts(batch):
+                return programs[-1]
+            programs.pop()  # the canonical sizes got fixed, or the model does something else at the batch's own
+        programs.append(capture(self.job.loss, batch))
+        programs[-1].guards.accept(batch)
         return programs[-1]
 
     def _arguments(
@@ -304,6 +312,18 @@ class CompiledEngine:
                 for i, ((_, block, points), e) in enumerate(self.executables.items())
             },
         }
+
+
+@contextmanager
+def _told_as_refusal() -> Iterator[None]:
+    """What passes or the compiler fail at is a model that cannot be compiled: the eager engine can still run it."""
+    try:
+        yield
+    except (ZOError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        raise ZOCaptureError(f"this model cannot be compiled ({what})") from error
 
 
 def _spec(job: Job) -> str:
