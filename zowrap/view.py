@@ -18,6 +18,8 @@ from torch import Tensor, fx
 from zowrap.laying import Laid
 from zowrap.liveness import Analysis
 from zowrap.memory import in_words
+from zowrap.program import Program
+from zowrap.quant import code_operators, operators  # noqa: F401  (registers torch.ops.zowrap)
 from zowrap.regions import layer_of
 
 ours = torch.ops.zowrap
@@ -27,6 +29,8 @@ _FOR_ALL = {
     ours.perturb_head.default,
     ours.perturb_rows.default,
     ours.perturb_lowrank.default,
+    ours.int8_points.default,
+    ours.codes_points.default,
 }
 SHARED, ALL = "shared", "all"
 
@@ -40,7 +44,9 @@ def page(title: str, laid: Laid, facts: Sequence[str]) -> str:
     """
     points = laid.program.points
     columns = [SHARED, *(f"stream {p}" for p in range(points))]
-    streams = streams_of(laid.program.graph, points)
+    streams = streams_of(laid.program)
+    placeholders = laid.program.graph.find_nodes(op="placeholder")
+    weights = {n for n, given in zip(placeholders, laid.program.inputs, strict=True) if given.kind == "parameter"}
     legend = [(SHARED, "shared"), (ALL, "noise, for all streams at once")]
     legend += [(f"s{p}", f"stream {p}") for p in range(points)] + [("weight", "weights"), ("update", "epilogue")]
     body = [
@@ -49,20 +55,19 @@ def page(title: str, laid: Laid, facts: Sequence[str]) -> str:
         "<p class=legend>" + " ".join(f"<span class='{kind}'>{text}</span>" for kind, text in legend) + "</p>",
     ]
     for same in _lanes(laid.pieces):
-        body += _lane(same, streams, columns)
+        body += _lane(same, streams, columns, weights)
     if laid.program.epilogue is not None:
         body += _epilogue(laid.program.epilogue.graph)
     colours = "".join(f".s{p}{{background:hsl({_HUES[p % len(_HUES)]} 75% 82%)}}" for p in range(points))
     return _PAGE.format(title=escape(title), style=_STYLE + colours, body="\n".join(body))
 
 
-def streams_of(graph: fx.Graph, points: int) -> dict[fx.Node, str]:
+def streams_of(program: Program) -> dict[fx.Node, str]:
     """``"shared"``, ``"s<point>"`` or ``"all"`` for every node that is computed."""
-    coefficients = {
-        n for n in graph.find_nodes(op="placeholder") if n.name == "coefficients" or n.target == "coefficients"
-    }
+    # Not by the placeholder's name: passes that record the program again give it another.
+    points, coefficients = program.points, program.placeholder("stream", "coefficients")
     reached: dict[fx.Node, frozenset[int]] = {}
-    for node in graph.nodes:
+    for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         before = node.all_input_nodes
@@ -70,7 +75,7 @@ def streams_of(graph: fx.Graph, points: int) -> dict[fx.Node, str]:
             reached[node] = frozenset(range(points))
         elif node.target is operator.getitem and before[0].target in _FOR_ALL:
             reached[node] = frozenset({node.args[1]})
-        elif node.target is torch.ops.aten.select.int and before[0] in coefficients:
+        elif node.target is torch.ops.aten.select.int and before[0] is coefficients:
             reached[node] = frozenset({node.args[2]})
         else:
             reached[node] = frozenset().union(*(reached.get(n, frozenset()) for n in before))
@@ -84,7 +89,9 @@ def _lanes(pieces: Sequence[tuple[Any, Analysis]]) -> Iterator[list[tuple[Any, A
         yield list(same)
 
 
-def _lane(same: list[tuple[Any, Analysis]], streams: dict[fx.Node, str], columns: list[str]) -> list[str]:
+def _lane(
+    same: list[tuple[Any, Analysis]], streams: dict[fx.Node, str], columns: list[str], weights: set[fx.Node]
+) -> list[str]:
     region, analysis = same[0]
     name = _layer_name(region.nodes)
     times = f" and {len(same) - 1} more like it" if len(same) > 1 else ""
@@ -99,12 +106,11 @@ def _lane(same: list[tuple[Any, Analysis]], streams: dict[fx.Node, str], columns
         for kind, count in counts.items()
         if count
     )
-    weights = [n for n in region.inputs if n.op == "placeholder" and n.name.startswith("p_")]
     lines = [
         "<section>",
         f"<h2>{escape(name)}{times}</h2><p>{told}{' (each)' if times else ''}</p><div class=bar>{bar}</div>",
         "<details><summary>nodes</summary>",
-        f"<p>{' '.join(_chip(n, 'weight') for n in weights)}</p>",
+        f"<p>{' '.join(_chip(n, 'weight') for n in region.inputs if n in weights)}</p>",
         f"<div class=grid style='grid-template-columns:repeat({len(columns)},minmax(0,1fr))'>",
         *(f"<b>{column}</b>" for column in columns),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,28 @@ def test_a_picture_tells_streams_apart(zowrap_cli: Cli, bare: dict[str, Path], t
         assert f"class='{kind}" in text or f"class={kind}" in text, kind
     assert "more like it" not in text  # two layers are one region
     assert text.count("<section>") == text.count("</section>") == 2 and "epilogue" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--direction", "lowrank(1)"),
+        ("--estimator", "population"),
+        ("--load-in-8bit",),
+        ("--load-in-8bit", "--quantized", "codes"),
+    ],
+)
+def test_every_picture_of_two_points_has_both_streams(
+    zowrap_cli: Cli, bare: dict[str, Path], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    file = tmp_path / "step.html"
+    told = zowrap_cli("inspect", bare["sequence"], *options, "--html", file)
+    assert told.code == 0, told.err
+    text = file.read_text(encoding="utf-8")
+    nodes = {kind: len(re.findall(f"<span class='{kind}( stored)?' title", text)) for kind in ("s0", "s1", "all")}
+    assert nodes["s0"] == nodes["s1"] > nodes["all"], nodes
+    assert "<span class='weight' title" in text
 
 
 def test_a_picture_of_many_layers_is_short(zowrap_cli: Cli, tmp_path: Path) -> None:
