@@ -99,7 +99,11 @@ def _usage(error: Any) -> str:
     name = getattr(error, "option_name", None)
     if name and possible:
         return f"no such option: {name}; did you mean {' or '.join(sorted(possible))}?"
-    return str(error.format_message()).replace("\n", " ")
+    text = str(error.format_message()).replace("\n", " ")
+    if text or error.ctx is None:
+        return text
+    commands = error.ctx.command.list_commands(error.ctx)  # a group without a command, whose help is printed by now
+    return f"{error.ctx.command_path} needs a command: {', '.join(commands)}"
 
 
 def _bug(error: Exception, as_json: bool) -> int:

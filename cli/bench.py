@@ -60,9 +60,8 @@ def step(context: typer.Context, options: BenchOptions) -> None:
         facts = {"start_seconds": contender.start_seconds, "peak_bytes": measure.peak_bytes(contender, _device())}
         result(facts, options.json)
         return
-    names = [*contenders.PLAIN, *options.row] if options.row else list(contenders.NAMES)
     rows = []
-    for name in names:
+    for name in contenders.names_of(options.row):
         say(f"preparing: {name}")
         rows.append(make(name))
     say(f"timing {len(rows)} rows, {options.rounds} rounds")

@@ -15,12 +15,32 @@ from zowrap.errors import ZOError
 
 @pytest.mark.parametrize(
     "options",
-    [["--arch", "opt-125n"], ["--batch", "0"], ["--dtype", "int8"], ["--row", "gausian", "--arch", "opt-tiny"]],
+    [
+        ["--arch", "opt-125n"],
+        ["--batch", "0"],
+        ["--dtype", "int8"],
+        ["--row", "gausian", "--row", "meazo"],
+        ["--row", "meazo, rademachr"],
+    ],
 )
-def test_what_cannot_be_measured_is_refused_in_one_sentence(options, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(contenders, "PLAIN", ())  # nothing slow before the refusal
+def test_what_cannot_be_measured_is_refused_in_one_sentence_before_anything_is_compiled(
+    options, capsys, monkeypatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("something was compiled")
+
+    monkeypatch.setattr(contenders, "_compiled", refuse)
+    monkeypatch.setattr(contenders, "_ours", refuse)
     assert main(["bench", "step", *options, "--json"]) == 2
-    assert options[1] in json.loads(capsys.readouterr().out)["error"]
+    assert options[1].split(", ")[-1] in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_a_row_that_is_given_twice_is_timed_once(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(contenders, "make", lambda name, *_: contenders.Contender(name, lambda: None))
+    rows = ["--row", "classic MeZO", "--row", "meazo", "--row", "meazo"]
+    assert main(["bench", "step", "--arch", "opt-tiny", "--together", "--rounds", "2", "--json", *rows]) == 0
+    assert [r["row"] for r in json.loads(capsys.readouterr().out)["rows"]] == [*contenders.PLAIN, "meazo"]
+    assert contenders.names_of([]) == list(contenders.NAMES)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,17 @@ def test_usage_errors(zowrap_cli: Cli, arguments: tuple[str, ...], as_json: bool
         assert told.out == "" and told.err.startswith("error: ") and told.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("group", "sentence"), [((), "zowrap needs a command: "), (("bench",), "zowrap bench needs a")]
+)
+def test_a_group_without_a_command_prints_its_help_and_what_is_missing(
+    zowrap_cli: Cli, group: tuple[str, ...], sentence: str
+) -> None:
+    told = zowrap_cli(*group)
+    assert told.code == 2 and "Usage: " in told.out
+    assert told.err.startswith(f"error: {sentence}") and told.err.count("\n") == 1
+
+
 def test_our_own_failures_exit_with_1(zowrap_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     import zowrap.rules
     from zowrap.errors import ZOInternalError

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import zowrap
-from zowrap import cache, rules
+from zowrap import cache, directions, rules
 from zowrap.errors import ZOError, nearest
 from zowrap.loss import LossModule
 from zowrap.modes import evaluation_mode
@@ -69,6 +69,18 @@ YARDSTICK = "two compiled forwards"
 NAMES = (*PLAIN, *(row.name for row in OURS))
 
 
+def names_of(rows: Sequence[str]) -> list[str]:
+    """The names of a table with these rows, each once, the plain forwards first; without any, of the whole table.
+
+    Raises:
+        ZOError: unknown name.
+    """
+    found = list(dict.fromkeys([*PLAIN, *rows])) if rows else list(NAMES)
+    for name in found[len(PLAIN) :]:
+        _row(name)
+    return found
+
+
 def make(name: str, model: torch.nn.Module, batch: Batch) -> Contender:
     """The contender of that name around ``model``, which moves.
 
@@ -101,6 +113,8 @@ def _row(name: str) -> Row:
         raise ZOError(f"unknown row {name!r}{nearest(name, [*NAMES, *rules.REGISTRY])}")
     options: dict[str, Any] = {"rule": rule}
     for part in rest:
+        if part != LAYER:
+            directions.get(part)
         options.update({"blocks": "layer"} if part == LAYER else {"direction": part})
     return Row(name, options)
 
