@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import warnings
@@ -253,6 +254,22 @@ def test_training_mode_is_evaluated_without_dropout_and_restored() -> None:
 
 def data_dependent_loss(model: nn.Module, inputs: dict) -> Tensor:
     return model(inputs["x"]).square().mean()
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_failed_capture_prints_nothing_of_torchs(debug, capfd, monkeypatch) -> None:
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    if debug:
+        monkeypatch.setenv("ZOWRAP_DEBUG", "1")
+    else:
+        monkeypatch.delenv("ZOWRAP_DEBUG", raising=False)
+    with pytest.warns(UserWarning, match="running eagerly"):
+        zowrap.zo_wrap(DataDependent(), loss_fn=data_dependent_loss).step(x=torch.randn(4, 3))
+    printed = capfd.readouterr()
+    assert ("def forward" in printed.err) == debug and printed.out == ""
+    assert debug or printed.err == ""
+    assert log.level == level and "print" not in vars(torch.export._trace)
 
 
 def test_what_cannot_be_captured_falls_back_with_one_warning() -> None:

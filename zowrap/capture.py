@@ -8,10 +8,15 @@ another thing in a run that is resumed between such batches.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.export._trace as trace
 from torch import Tensor
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
@@ -119,7 +124,7 @@ def capture(loss: LossModule, batch: Batch) -> Program:
         tried.append((shapes, equal))
         sizes = size_oblivious(use_duck_shape=equal)
         try:
-            with warnings.catch_warnings(), torch.no_grad(), sizes, evaluation_mode(loss):
+            with warnings.catch_warnings(), torch.no_grad(), sizes, evaluation_mode(loss), _hushed():
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(loss, (dict(batch),), dynamic_shapes=shapes, strict=False)
                 if _needs_functionalising(exported):
@@ -134,6 +139,26 @@ def capture(loss: LossModule, batch: Batch) -> Program:
     raise ZOCaptureError(
         f"torch.export cannot capture this model ({type(problem).__name__}: {text[:200]})"
     ) from problem
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Each failed attempt of export prints its graph, twice, and logs: what failed is said by us, in one sentence.
+
+    ``ZOWRAP_DEBUG=1`` leaves everything as it is.
+    """
+    if os.environ.get("ZOWRAP_DEBUG"):
+        yield
+        return
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level, names = log.level, vars(trace)
+    log.setLevel(logging.ERROR)
+    names["print"] = lambda *_, **__: None  # in that module alone: what a forward prints is the user's
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        del names["print"]
 
 
 def _needs_functionalising(exported: torch.export.ExportedProgram) -> bool:
