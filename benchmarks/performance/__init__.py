@@ -8,5 +8,8 @@
     python -m benchmarks.performance operators    what the noise and the chunked products cost, and what else was tried
     python -m benchmarks.performance docs         the page, from the JSON of the others
 
-Nothing else may run on the machine's cores meanwhile.
+Each writes its file anew, with the rows that it was asked for (``--rows``); the page names the rows of ``zowrap bench
+step`` that a file lacks. ``starts`` gives every row all three figures: a row of its file that holds a peak alone was
+put there by hand, and ``zowrap bench step --only ROW --json`` measures such a peak again, in one process. Nothing else
+may run on the machine's cores meanwhile.
 """

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from zowrap.bench import contenders
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "performance"
@@ -18,8 +21,9 @@ unless it shares work between them. A ratio is that of a whole step, update incl
 before and after it, in one process; the table gives the median over the rounds and the quartiles. "First start" is the
 time from the model to the end of the first step in a fresh process with an empty cache, "second start" the same once
 more; "peak" is the most memory that a step holds beyond what lies there between steps. Both stand where they were
-measured, by `python -m benchmarks.performance starts`. The page is generated from
-`benchmarks/results/performance` by `python -m benchmarks.performance docs`.
+measured, by `python -m benchmarks.performance starts`; a peak alone is that of one process, as
+`zowrap bench step --only ROW --json` measures it. The page is generated from `benchmarks/results/performance` by
+`python -m benchmarks.performance docs`.
 """
 
 STEP = """## A step: OPT-125M, float32, 8 × 64 tokens
@@ -100,10 +104,13 @@ def page() -> str:
         ("operators", OPERATORS, _operators),
     ):
         if (result := load(name)) is not None:
-            if name == "step" and (starts := load("starts")) is not None:
-                alone = {row["row"]: row for row in starts["rows"]}
+            lacking = ""
+            if name == "step":
+                starts = load("starts")
+                lacking = _lacking(result, starts)
+                alone = {row["row"]: row for row in starts["rows"]} if starts is not None else {}
                 result = {**result, "rows": [{**row, **alone.get(row["row"], {})} for row in result["rows"]]}
-            parts += [heading, _machine(result), body(result)]
+            parts += [heading, _machine(result), body(result), *([lacking] if lacking else [])]
     return "\n".join(parts)
 
 
@@ -115,6 +122,24 @@ def write() -> None:
 def _machine(result: dict[str, Any]) -> str:
     m = result["machine"]
     return f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}; {result['rounds']} rounds.\n"
+
+
+def _lacking(step: dict[str, Any], starts: dict[str, Any] | None) -> str:
+    """Which rows of ``zowrap bench step`` the kept files have no figures of; empty where they have all."""
+    alone = [] if starts is None else starts["rows"]
+    clauses = [
+        f"{sentence} {', '.join(f'`{name}`' for name in contenders.NAMES if name not in rows)}."
+        for sentence, rows in (
+            (f"This table, timed in {step['rounds']} rounds, lacks", {row["row"] for row in step["rows"]}),
+            ("Start times are not known of", {row["row"] for row in alone if "first_start" in row}),
+            ("Peaks are not known of", {row["row"] for row in alone}),
+        )
+        if not rows.issuperset(contenders.NAMES)
+    ]
+    if not clauses:
+        return ""
+    text = f"`zowrap bench step` has {len(contenders.NAMES)} rows. {' '.join(clauses)}"
+    return textwrap.fill(text, 120, break_on_hyphens=False) + "\n"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

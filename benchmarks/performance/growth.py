@@ -15,8 +15,9 @@ import torch
 import zowrap
 from zowrap.bench import architectures, contenders, measure
 
-# Width of the model → parameters: ×1 to ×16. The middle case is the second.
-WIDTHS = {128: "×1", 256: "×3", 512: "×16"}
+# Widths of the model: 2.4, 7.9 and 28.4 million parameters, ×1, ×3.3 and ×12. Doubling the width does not quadruple
+# them, for the embeddings only double. The middle case is the second.
+WIDTHS = (128, 256, 512)
 LAYERS, VOCABULARY = 8, 4096
 TOKENS = ((1, 64), (8, 64), (8, 256), (8, 1024))
 QUERIES = (1, 4, 16)

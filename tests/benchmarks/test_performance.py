@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks.performance import docs, growth, operators, profile
+from benchmarks.performance import __main__, docs, growth, operators, profile
 from zowrap import scratch
 from zowrap.bench import architectures, contenders
 from zowrap.parameters import matches
@@ -14,6 +16,30 @@ from zowrap.parameters import matches
 
 def test_the_page_is_what_the_kept_results_make() -> None:
     assert docs.PAGE.read_text(encoding="utf-8") == docs.page()
+
+
+def test_the_table_of_a_step_is_of_every_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(docs, "RESULTS", tmp_path)
+    monkeypatch.setattr(__main__, "bench", lambda *options: asked.append(options) or {"rows": []})
+    monkeypatch.setattr(sys, "argv", ["performance", "step", "--rounds", "3"])
+    __main__.main()
+    (options,) = asked
+    assert options[-2:] == ("--rounds", "3") and "--row" not in options  # without --row: all
+    assert contenders.names_of([]) == list(contenders.NAMES) and len(contenders.NAMES) == 16
+    assert (tmp_path / "step.json").exists()
+
+
+def test_the_page_names_the_rows_that_the_kept_files_lack() -> None:
+    *kept, last = contenders.NAMES
+    whole = [{"row": name, "first_start": None, "peak_bytes": 1} for name in contenders.NAMES]
+    step = {"rounds": 3, "rows": [{"row": name} for name in kept]}
+    told = docs._lacking(step, {"rows": [*whole[:-2], {"row": kept[-1], "peak_bytes": 1}]})
+    assert " ".join(told.split()) == (
+        f"`zowrap bench step` has 16 rows. This table, timed in 3 rounds, lacks `{last}`. "
+        f"Start times are not known of `{kept[-1]}`, `{last}`. Peaks are not known of `{last}`."
+    )
+    assert docs._lacking({"rounds": 3, "rows": whole}, {"rows": whole}) == ""
 
 
 def test_every_axis_of_growth_has_its_cases() -> None:
