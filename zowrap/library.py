@@ -2,7 +2,7 @@
 
 ``torch.library.custom_op`` puts autograd, version counters and a check for aliases around every call, a tenth of a
 millisecond that a model of a hundred parameters would pay two hundred times a step. Nothing here is differentiated,
-and what is written is said in the schema, which the passes check (:meth:`zowrap.program.Program.verify`).
+and what is written is said in the schema, which the passes check (:func:`zowrap.program.verify`).
 """
 
 from __future__ import annotations

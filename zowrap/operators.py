@@ -5,6 +5,8 @@
 ``rows``            an embedding that nothing perturbs
 ``perturb_linear``  a matrix product: row chunks of w ± εz pass through a small reused scratch, once for all points
 ``perturb_lowrank`` a whole parameter along a product of thin factors; passes turn its uses into thin products
+``attention``, ``gather``, ``cat``  torch's own, with a form for one example at a time: only while the population pass
+records the program, which has torch's again when that is done
 ``update_``, ``update_lowrank_``  the epilogue's write: the only operators that change a weight
 
 Each is opaque to the compiler (it sees shapes only), so noise never multiplies into the consumers' code, and each

@@ -15,7 +15,8 @@ CHUNK_ROWS = 1024
 # start anywhere took up to 1.4 times as long (2048 tokens, 768 inputs, 2011 outputs against 2016).
 ROW_MULTIPLE = 16
 # A chunk of narrow rows is no smaller than this, so that a call's fixed cost stays small beside its work; a chunk of
-# wide rows no larger, so that the scratch stays at 16 MB of float32 whatever the model.
+# wide rows no larger, so that a buffer stays at 16 MB of float32 whatever the model: there is one for each point and
+# each purpose. Only a single row of more elements than that makes it larger, for rows are not cut.
 LEAST_ELEMENTS, MOST_ELEMENTS = 1 << 18, 1 << 22
 
 _Kept = dict[tuple[str, torch.dtype, torch.device, int], list[Tensor]]

@@ -72,7 +72,9 @@ def zo_wrap(
         blocks: ``None``, ``"layer"`` or name patterns: one block is perturbed and updated per step.
         block_order: see :data:`zowrap.blocks.ORDERS`.
         trainable: name patterns or a predicate; by default what has ``requires_grad``.
-        loss_fn: ``loss_fn(model, batch)``, 0-d or ``[batch]``; by default the model's own loss.
+        loss_fn: ``loss_fn(model, batch)``, 0-d or ``[batch]``; by default the model's own loss. The compiled engine
+            takes the Python values that it or the model reads (numbers, flags, which tensor a name stands for) at the
+            first call of each program, and keeps them; a tensor that is changed in place is followed.
         engine: ``"compiled"``, ``"eager"``, or None: compiled where possible, else eager with one warning.
         weight_decay: decoupled, on matrices only. 0: zeroth-order runs are short and start from trained weights.
         quantized: how quantised weights move: ``"scales"``, ``"codes"`` or ``"adapters"``
