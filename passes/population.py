@@ -81,7 +81,9 @@ class Population(Pass):
             raise ZOInternalError("a tensor was baked into the program")
 
     def _rows(self, program: Program) -> Any:
-        named = {g.target: v for g, v in zip(program.inputs, program.fakes(), strict=True) if g.kind == "batch"}
+        # The sizes of an input that nothing reads are symbols of their own.
+        placeholders = zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=True)
+        named = {given.target: n.meta["val"] for given, n in placeholders if given.kind == "batch" and n.users}
         tensors = [v for v in (named.get("labels"), *named.values()) if isinstance(v, torch.Tensor) and v.ndim]
         if not tensors:
             raise ZOCaptureError("the batch has no tensor with a row for each example")

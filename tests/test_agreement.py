@@ -155,20 +155,19 @@ def pooled(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return model.bert(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state.square().mean((1, 2))
 
 
-def test_an_unused_block_has_equal_losses_and_the_others_stay_compiled() -> None:
-    oracle, fast = (
-        zowrap.zo_wrap(make("bert"), "zo_sgd", lr=1e-2, loss_fn=pooled, blocks="layer", engine=engine)
-        for engine in ("eager", None)
-    )
+@pytest.mark.parametrize("estimator", ["central", "population"])
+def test_an_unused_block_has_equal_losses_and_the_others_stay_compiled(estimator) -> None:
+    options = {"lr": 1e-2, "loss_fn": pooled, "blocks": "layer", "estimator": estimator}
+    oracle, fast = (zowrap.zo_wrap(make("bert"), "zo_sgd", engine=engine, **options) for engine in ("eager", None))
     flat = 0
     for step in range(len(fast._job.blocks)):
         inputs = batch("bert", 3, 9, seed=step)
         expected, found = oracle.step(**inputs), fast.step(**inputs)
         assert torch.allclose(found.losses, expected.losses, rtol=1e-5)
-        flat += bool(found.losses[0] == found.losses[1])
+        flat += torch.equal(found.losses[0], found.losses[1])
     assert flat >= 1 and fast._engine.fallen_back is None
     for a, b in zip(oracle.parameters, fast.parameters, strict=True):
-        assert torch.allclose(a.tensor, b.tensor, atol=1e-5)
+        assert torch.allclose(a.tensor, b.tensor, atol=5e-5)  # losses' rounding, over 2ε
 
 
 def test_a_model_whose_only_block_is_unused_says_so() -> None:

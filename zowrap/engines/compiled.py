@@ -137,7 +137,7 @@ class CompiledEngine:
             try:
                 return build(captured.clone(), job, block, self.spec, points, self._scalar_names, epilogue, per_example)
             except UnusedBlock:
-                if len(job.blocks) == 1 or per_example:
+                if len(job.blocks) == 1:
                     raise
                 return build(captured.clone(), job, block, self.spec, 0, self._scalar_names, epilogue)
 
