@@ -309,6 +309,19 @@ def test_a_wrong_token_id_is_an_error_also_below_the_active_block(engine) -> Non
         zm.step(**inputs)
 
 
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_int32_indices_give_the_same_losses(name) -> None:
+    """After int64 ones, whose kernels are there already."""
+    compiled, eager = (zowrap.zo_wrap(make("llama"), engine=engine, eps=0.1) for engine in ("compiled", "eager"))
+    inputs = batch("llama", 4, 9)
+    short = {**inputs, name: inputs[name].int()}
+    for zm in (compiled, eager):
+        zm.accumulate(**inputs)
+        zm.discard()
+        zm.accumulate(**short)
+    assert torch.allclose(compiled._measured.losses(), eager._measured.losses(), rtol=1e-5, atol=0)
+
+
 class Broken(nn.Module):
     """Draws random numbers in evaluation mode, and counts its calls in a buffer."""
 

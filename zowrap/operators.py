@@ -50,11 +50,13 @@ def perturb_rows(
     coefficients: Tensor,
     spec: str,
 ) -> list[Tensor]:
-    """``[(w + coefficients[p] · z)[ids] for p]``: ``ids`` int64 of any shape, results ``[*ids.shape, columns]``.
+    """``[(w + coefficients[p] · z)[ids] for p]``: ``ids`` int64 or int32 of any shape, results
+    ``[*ids.shape, columns]``.
 
     An id out of range: see :func:`rows`.
     """
-    flat = ids.reshape(-1).contiguous()  # of rows of one token the view has gaps
+    # The kernel is compiled for int64; of rows of one token the view has gaps.
+    flat = ids.reshape(-1).to(torch.int64).contiguous()
     touched = w.index_select(0, flat)
     gathered = [s.index_select(0, flat) for s in slots]
     points = coefficients.shape[0]
