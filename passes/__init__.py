@@ -3,7 +3,7 @@
 The order (``zowrap.passes.build`` runs them):
 
 1. ``strip_training``   drop dropout, run-time assertions and aliases
-2. ``check_lookups``    embeddings on a CPU report an id out of range instead of ending the process
+2. ``check_lookups``    look-ups on a CPU report an index out of range instead of ending the process
 3. ``select_tunable``   each tunable weight → ``perturb(weight, key, coefficients)``
 4. ``split_streams``    one evaluation → one stream per point; what no perturbation reaches stays single
 5. ``perturb``          matrices, embeddings: the perturbed weight is never formed

@@ -309,6 +309,60 @@ def test_a_wrong_token_id_is_an_error_also_below_the_active_block(engine) -> Non
         zm.step(**inputs)
 
 
+WRONG_INDICES = """
+import torch, zowrap
+from torch import nn
+from torch.nn import functional as F
+
+torch.set_num_threads(2)
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)))
+
+FORMS = {
+    "index": lambda t, b: t[b["ids"]],
+    "index_select": lambda t, b: t.index_select(0, b["ids"].flatten()),
+    "gather": lambda t, b: (b["x"] @ t[:8]).flatten(0, 1).gather(1, b["ids"].view(-1, 1)),
+    "cross_entropy": lambda t, b: F.cross_entropy((b["x"] @ t[:8, :60]).mT, b["ids"], ignore_index=-7),
+    "nll": lambda t, b: F.nll_loss((b["x"] @ t[:8]).flatten(0, 1), b["ids"].flatten()),
+}
+LEGAL = {"index": -1000, "cross_entropy": -7, "nll": -100}  # beside the numbers from 0 on
+ENTRIES = {"gather": 64, "cross_entropy": 60, "nll": 64}
+for name, form in FORMS.items():
+    entries = ENTRIES.get(name, 1000)
+    inputs = {"x": torch.ones(64, 60, 8), "ids": torch.arange(64 * 60).view(64, 60) % entries}
+    inputs["ids"][5, 6] = LEGAL.get(name, 0)
+    loss = lambda m, b: form(m.table, b).square().mean()
+    compiled, eager = (zowrap.zo_wrap(Table(), loss_fn=loss, engine=e) for e in ("compiled", "eager"))
+    for zm in (compiled, eager):
+        zm.accumulate(**inputs)
+    assert torch.allclose(compiled._measured.losses(), eager._measured.losses(), rtol=1e-5), name
+    for wrong in (entries, -1001, -1):
+        if wrong == -1 and name == "index":
+            continue
+        bad = {**inputs, "ids": inputs["ids"].clone()}
+        bad["ids"][40, 7] = wrong
+        try:
+            compiled.step(**bad)
+        except IndexError as error:
+            assert f"index {wrong} is out of range" in str(error), error
+        else:
+            raise AssertionError((name, wrong))
+print("alive")
+"""
+
+
+def test_a_wrong_index_does_not_end_the_process() -> None:
+    """With two threads an assertion of machine code would, whoever looks up: the model or its loss."""
+    import os
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", WRONG_INDICES], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.strip().endswith("alive"), done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("name", ["input_ids", "labels"])
 def test_int32_indices_give_the_same_losses(name) -> None:
     """After int64 ones, whose kernels are there already."""

@@ -3,6 +3,7 @@
 ``perturb``         a whole parameter at every point: for vectors, and for uses that have no cheaper form
 ``perturb_rows``    an embedding: noise for the touched rows only
 ``rows``            an embedding that nothing perturbs
+``index_error``     stands before every other look-up: 0, or an error where an index is out of range
 ``perturb_linear``  a matrix product: row chunks of w ± εz pass through a small reused scratch, once for all points
 ``perturb_lowrank`` a whole parameter along a product of thin factors; passes turn its uses into thin products
 ``update_``, ``update_lowrank_``  the epilogue's write: the only operators that change a weight
@@ -92,6 +93,38 @@ def _(info, in_dims, w, ids):
     w = w.movedim(w_dim, 0)
     first = torch.arange(ids.shape[0], device=ids.device) * w.shape[1]
     return rows(w.flatten(0, 1), ids + first.view(-1, *[1] * (ids.ndim - 1))), 0
+
+
+@operator("index_error")
+def index_error(index: Tensor, size: int, wraps: bool, ignored: int | None) -> Tensor:
+    """0-d zero of ``index``'s dtype, to be added to it: the look-up cannot run before it has been looked at.
+
+    Args:
+        index: int64 or int32 of any shape; ``size``: what it looks up has this many entries.
+        wraps: negative numbers count from the end.
+        ignored: a number that names no entry and is none the less allowed.
+
+    Raises:
+        IndexError: a number names no entry.
+    """
+    if index.numel():
+        first = -size if wraps else 0
+        lowest, highest = (int(value) for value in torch.aminmax(index))
+        if lowest < first or highest >= size:
+            wrong = index[((index < first) | (index >= size)) & (index != (first if ignored is None else ignored))]
+            if wrong.numel():
+                raise IndexError(f"index {int(wrong[0])} is out of range: there are {size} entries")
+    return torch.zeros((), dtype=index.dtype, device=index.device)
+
+
+@index_error.register_fake
+def _(index, size, wraps, ignored):
+    return index.new_zeros(())
+
+
+@index_error.register_vmap
+def _(info, in_dims, index, size, wraps, ignored):
+    return index_error(index, size, wraps, ignored), None
 
 
 @operator("attention")
