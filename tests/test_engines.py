@@ -376,6 +376,58 @@ def test_int32_indices_give_the_same_losses(name) -> None:
     assert torch.allclose(compiled._measured.losses(), eager._measured.losses(), rtol=1e-5, atol=0)
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], packed: bool = False, **options) -> None:
+        super().__init__()
+        self.packed = packed
+        self.embed = nn.Embedding(50, 8)
+        self.layers = kind(8, 6, batch_first=True, **options)
+        self.head = nn.LazyLinear(3)
+        self(torch.zeros(2, 4, dtype=torch.int64))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        if self.packed:
+            x = nn.utils.rnn.pack_padded_sequence(x, torch.full((len(ids),), 4), batch_first=True)
+            return self.head(self.layers(x)[0].data).unflatten(0, (-1, len(ids))).mean(0)
+        out, state = self.layers(x)
+        last = state[0] if isinstance(state, tuple) else state
+        return self.head(out[:, -1]) + last.sum((0, 2)).unsqueeze(-1)
+
+
+def recurrent_wrap(engine: str | None, *args, **options):
+    torch.manual_seed(0)
+    model = Recurrent(*args, **options)
+    loss = lambda m, b: nn.functional.cross_entropy(m(b["ids"]), b["ids"][:, 0] % 3)  # noqa: E731
+    return zowrap.zo_wrap(model, "zo_sgd", lr=1e-2, eps=0.1, loss_fn=loss, engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.LSTM, {}),
+        (nn.LSTM, {"num_layers": 2, "dropout": 0.5, "bidirectional": True, "proj_size": 3}),
+        (nn.GRU, {}),
+        (nn.RNN, {"bias": False}),
+    ],
+)
+def test_recurrent_layers_compile_once_for_every_size(kind, options) -> None:
+    eager, compiled = (recurrent_wrap(engine, kind, **options) for engine in ("eager", "compiled"))
+    for rows, length in [(8, 11), (3, 7), (1, 20)]:
+        ids = torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(rows))
+        a, b = eager.step(ids=ids).losses, compiled.step(ids=ids).losses
+        assert torch.allclose(a, b, rtol=1e-5), (rows, length)
+    for name, value in eager.model.state_dict().items():
+        assert torch.allclose(value, compiled.model.state_dict()[name], atol=1e-6), name
+    assert [len(programs) for programs in compiled._engine._captured.values()] == [1]
+
+
+def test_recurrent_layers_over_packed_sequences_run_eagerly() -> None:
+    zm = recurrent_wrap(None, nn.GRU, packed=True)
+    with pytest.warns(UserWarning, match="running eagerly, because torch.export cannot capture"):
+        zm.step(ids=torch.zeros(2, 4, dtype=torch.int64))
+
+
 class Broken(nn.Module):
     """Draws random numbers in evaluation mode, and counts its calls in a buffer."""
 

@@ -4,6 +4,7 @@
 ``perturb_rows``    an embedding: noise for the touched rows only
 ``rows``            an embedding that nothing perturbs
 ``index_error``     stands before every other look-up: 0, or an error where an index is out of range
+``recurrent``       an LSTM or its like, which compilers unroll for one length
 ``perturb_linear``  a matrix product: row chunks of w ± εz pass through a small reused scratch, once for all points
 ``perturb_lowrank`` a whole parameter along a product of thin factors; passes turn its uses into thin products
 ``update_``, ``update_lowrank_``  the epilogue's write: the only operators that change a weight
@@ -125,6 +126,39 @@ def _(index, size, wraps, ignored):
 @index_error.register_vmap
 def _(info, in_dims, index, size, wraps, ignored):
     return index_error(index, size, wraps, ignored), None
+
+
+@operator("recurrent")
+def recurrent(
+    kind: str,
+    x: Tensor,
+    states: list[Tensor],
+    weights: list[Tensor],
+    has_biases: bool,
+    layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> list[Tensor]:
+    """torch's recurrent layers without dropout, for any batch and length.
+
+    Args:
+        kind: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` or ``"rnn_relu"``.
+        x: ``[length, rows, inputs]``; ``[rows, length, inputs]`` with ``batch_first``.
+        states: the first one of each layer and direction, ``[layers · directions, rows, size]``; two of an LSTM.
+        weights: as :class:`torch.nn.RNNBase` lists them.
+
+    Returns:
+        The outputs, laid out like ``x``, and the last states.
+    """
+    first = states if kind == "lstm" else states[0]
+    rest = (has_biases, layers, 0.0, False, bidirectional, batch_first)
+    return [result.contiguous() for result in getattr(torch.ops.aten, kind).input(x, first, weights, *rest)]
+
+
+@recurrent.register_fake
+def _(kind, x, states, weights, has_biases, layers, bidirectional, batch_first):
+    size = states[0].shape[-1] * (2 if bidirectional else 1)
+    return [x.new_empty((*x.shape[:-1], size)), *[x.new_empty(state.shape) for state in states]]
 
 
 @operator("attention")
