@@ -3,7 +3,7 @@
 The order (``zowrap.passes.build`` runs them):
 
 1. ``strip_training``   drop dropout, run-time assertions and aliases
-2. ``check_lookups``    embeddings on a CPU report an id out of range instead of ending the process
+2. ``check_lookups``    look-ups on a CPU report an index out of range instead of ending the process
 3. ``fuse_head``        a vocabulary head and its cross-entropy → one operator that never holds the logits
 4. ``select_tunable``   each tunable weight → ``perturb(weight, key, coefficients)``
 5. ``split_streams``    one evaluation → one stream per point; what no perturbation reaches stays single

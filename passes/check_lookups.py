@@ -1,10 +1,13 @@
-"""Embeddings report an id out of range instead of ending the process, on a CPU.
+"""Look-ups report an index out of range instead of ending the process, on a CPU.
 
     before                                  after
     e = embedding(w, ids, 0)                e = zowrap.rows(w, ids)
+    x = index(table, [ids])                 x = index(table, [ids + zowrap.index_error(ids, 50, True, None)])
+    s = cross_entropy_loss(logits, labels)  s = cross_entropy_loss(logits, labels + zowrap.index_error(labels, …))
 
 Compiled CPU code checks an index with an assertion that terminates the process; a user who feeds one wrong token id
-would lose the run. ``zowrap.rows`` raises an ``IndexError`` before anything is written.
+or label would lose the run. ``zowrap.rows`` and ``zowrap.index_error`` raise an ``IndexError`` before anything is
+written. The second adds 0 to the index, so that gathers and losses stay part of the loops around them.
 
 On a GPU the kernel of the look-up asserts and CUDA serves the process no more, as under plain torch: to look first
 would make every step wait for the device. What a run has saved by then is whole.
@@ -12,12 +15,27 @@ would make every step wait for the device. What a run has saved by then is whole
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import fx
 from zowrap.passes.manager import Pass
 
 from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
 from zowrap.errors import ZOInternalError
+from zowrap.loss import IGNORED
 from zowrap.program import Program
+
+aten = torch.ops.aten
+_PICKS = {aten.gather.default, aten.index_select.default}
+_LOSSES = {
+    aten.cross_entropy_loss.default,
+    aten.nll_loss_nd.default,
+    aten.nll_loss.default,
+    aten.nll_loss2d.default,
+    aten.nll_loss_forward.default,
+    aten.nll_loss2d_forward.default,
+}
 
 
 class CheckLookups(Pass):
@@ -26,11 +44,74 @@ class CheckLookups(Pass):
     name = "check_lookups"
 
     def call(self, program: Program) -> str:
-        lookups = program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
+        lookups = program.graph.find_nodes(op="call_function", target=aten.embedding.default)
         for node in lookups:
             node.target, node.args, node.kwargs = torch.ops.zowrap.rows.default, node.args[:2], {}
-        return f"{len(lookups)} embeddings"
+        checks = _Checks(program)
+        for node in list(program.graph.nodes):
+            checks.put(node)
+        return f"{len(lookups)} embeddings, {len(checks.made)} other indices"
 
     def ensures(self, program: Program) -> None:
-        if program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
+        if program.graph.find_nodes(op="call_function", target=aten.embedding.default):
             raise ZOInternalError("an unchecked embedding is left")
+
+
+class _Checks:
+    """Puts a check before each look-up; look-ups by one index among as many entries share theirs."""
+
+    def __init__(self, program: Program) -> None:
+        self.graph = program.graph
+        self.made: dict[tuple[Any, ...], fx.Node] = {}
+        self.read = _readers_of_values(program.graph)
+
+    def put(self, node: fx.Node) -> None:
+        args: list[Any] = list(node.args)
+        if node.target is aten.index.Tensor:
+            if all(i is None or _is_integer(i) for i in args[1]):  # a mask among them may span several dimensions
+                args[1] = [i and self._checked(node, i, args[0], d, wraps=True) for d, i in enumerate(args[1])]
+        elif node.target in _PICKS:
+            args[2] = self._checked(node, args[2], args[0], args[1])
+        elif node.target in _LOSSES and _is_integer(args[1]):  # else they are probabilities
+            ignored: Any = args[4] if len(args) > 4 else node.kwargs.get("ignore_index", IGNORED)
+            args[1] = self._checked(node, args[1], args[0], 1 if args[0].meta["val"].ndim > 1 else 0, ignored=ignored)
+        node.args = tuple(args)
+
+    def _checked(
+        self, node: fx.Node, index: fx.Node, table: fx.Node, dim: int, wraps: bool = False, ignored: int | None = None
+    ) -> fx.Node:
+        """``index``, to be used by ``node`` along ``dim`` of ``table``, behind its check."""
+        value, entries = index.meta["val"], table.meta["val"]
+        if value.device.type != "cpu" or not entries.ndim:
+            return index
+        size = entries.shape[dim]
+        if index not in self.read and not isinstance(size, int):
+            return index  # positions in a batch, counted out by its own sizes
+        key = (index, str(size), wraps, ignored)
+        if key not in self.made:
+            source = index
+            while source.target is aten.expand.default:  # the same numbers over and over
+                source = source.args[0]  # type: ignore[assignment]
+            with self.graph.inserting_before(node):
+                count: Any = size
+                if not isinstance(size, int):
+                    count = self.graph.call_function(aten.sym_size.int, (table, dim))
+                    count.meta["val"] = size
+                zero = self.graph.call_function(torch.ops.zowrap.index_error.default, (source, count, wraps, ignored))
+                zero.meta["val"] = value.new_zeros(())
+                self.made[key] = self.graph.call_function(aten.add.Tensor, (index, zero))
+                self.made[key].meta["val"] = value
+        return self.made[key]
+
+
+def _is_integer(node: fx.Node) -> bool:
+    return node.meta["val"].dtype in (torch.int64, torch.int32)
+
+
+def _readers_of_values(graph: fx.Graph) -> set[fx.Node]:
+    """The inputs and all that is computed of their numbers, not of their sizes alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (node.target is not aten.sym_size.int and found & set(node.all_input_nodes)):
+            found.add(node)
+    return found

@@ -326,6 +326,125 @@ def test_a_wrong_token_id_is_an_error_also_below_the_active_block(engine) -> Non
         zm.step(**inputs)
 
 
+WRONG_INDICES = """
+import torch, zowrap
+from torch import nn
+from torch.nn import functional as F
+
+torch.set_num_threads(2)
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)))
+
+FORMS = {
+    "index": lambda t, b: t[b["ids"]],
+    "index_select": lambda t, b: t.index_select(0, b["ids"].flatten()),
+    "gather": lambda t, b: (b["x"] @ t[:8]).flatten(0, 1).gather(1, b["ids"].view(-1, 1)),
+    "cross_entropy": lambda t, b: F.cross_entropy((b["x"] @ t[:8, :60]).mT, b["ids"], ignore_index=-7),
+    "nll": lambda t, b: F.nll_loss((b["x"] @ t[:8]).flatten(0, 1), b["ids"].flatten()),
+}
+LEGAL = {"index": -1000, "cross_entropy": -7, "nll": -100}  # beside the numbers from 0 on
+ENTRIES = {"gather": 64, "cross_entropy": 60, "nll": 64}
+for name, form in FORMS.items():
+    entries = ENTRIES.get(name, 1000)
+    inputs = {"x": torch.ones(64, 60, 8), "ids": torch.arange(64 * 60).view(64, 60) % entries}
+    inputs["ids"][5, 6] = LEGAL.get(name, 0)
+    loss = lambda m, b: form(m.table, b).square().mean()
+    compiled, eager = (zowrap.zo_wrap(Table(), loss_fn=loss, engine=e) for e in ("compiled", "eager"))
+    for zm in (compiled, eager):
+        zm.accumulate(**inputs)
+    assert torch.allclose(compiled._measured.losses(), eager._measured.losses(), rtol=1e-5), name
+    for wrong in (entries, -1001, -1):
+        if wrong == -1 and name == "index":
+            continue
+        bad = {**inputs, "ids": inputs["ids"].clone()}
+        bad["ids"][40, 7] = wrong
+        try:
+            compiled.step(**bad)
+        except IndexError as error:
+            assert f"index {wrong} is out of range" in str(error), error
+        else:
+            raise AssertionError((name, wrong))
+print("alive")
+"""
+
+
+def test_a_wrong_index_does_not_end_the_process() -> None:
+    """With two threads an assertion of machine code would, whoever looks up: the model or its loss."""
+    import os
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", WRONG_INDICES], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.strip().endswith("alive"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_int32_indices_give_the_same_losses(name) -> None:
+    """After int64 ones, whose kernels are there already."""
+    compiled, eager = (zowrap.zo_wrap(make("llama"), engine=engine, eps=0.1) for engine in ("compiled", "eager"))
+    inputs = batch("llama", 4, 9)
+    short = {**inputs, name: inputs[name].int()}
+    for zm in (compiled, eager):
+        zm.accumulate(**inputs)
+        zm.discard()
+        zm.accumulate(**short)
+    assert torch.allclose(compiled._measured.losses(), eager._measured.losses(), rtol=1e-5, atol=0)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], packed: bool = False, **options) -> None:
+        super().__init__()
+        self.packed = packed
+        self.embed = nn.Embedding(50, 8)
+        self.layers = kind(8, 6, batch_first=True, **options)
+        self.head = nn.LazyLinear(3)
+        self(torch.zeros(2, 4, dtype=torch.int64))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        if self.packed:
+            x = nn.utils.rnn.pack_padded_sequence(x, torch.full((len(ids),), 4), batch_first=True)
+            return self.head(self.layers(x)[0].data).unflatten(0, (-1, len(ids))).mean(0)
+        out, state = self.layers(x)
+        last = state[0] if isinstance(state, tuple) else state
+        return self.head(out[:, -1]) + last.sum((0, 2)).unsqueeze(-1)
+
+
+def recurrent_wrap(engine: str | None, *args, **options):
+    torch.manual_seed(0)
+    model = Recurrent(*args, **options)
+    loss = lambda m, b: nn.functional.cross_entropy(m(b["ids"]), b["ids"][:, 0] % 3)  # noqa: E731
+    return zowrap.zo_wrap(model, "zo_sgd", lr=1e-2, eps=0.1, loss_fn=loss, engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.LSTM, {}),
+        (nn.LSTM, {"num_layers": 2, "dropout": 0.5, "bidirectional": True, "proj_size": 3}),
+        (nn.GRU, {}),
+        (nn.RNN, {"bias": False}),
+    ],
+)
+def test_recurrent_layers_compile_once_for_every_size(kind, options) -> None:
+    eager, compiled = (recurrent_wrap(engine, kind, **options) for engine in ("eager", "compiled"))
+    for rows, length in [(8, 11), (3, 7), (1, 20)]:
+        ids = torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(rows))
+        a, b = eager.step(ids=ids).losses, compiled.step(ids=ids).losses
+        assert torch.allclose(a, b, rtol=1e-5), (rows, length)
+    for name, value in eager.model.state_dict().items():
+        assert torch.allclose(value, compiled.model.state_dict()[name], atol=1e-6), name
+    assert [len(programs) for programs in compiled._engine._captured.values()] == [1]
+
+
+def test_recurrent_layers_over_packed_sequences_run_eagerly() -> None:
+    zm = recurrent_wrap(None, nn.GRU, packed=True)
+    with pytest.warns(UserWarning, match="running eagerly, because torch.export cannot capture"):
+        zm.step(ids=torch.zeros(2, 4, dtype=torch.int64))
+
+
 class Broken(nn.Module):
     """Draws random numbers in evaluation mode, and counts its calls in a buffer."""
 

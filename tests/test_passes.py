@@ -76,6 +76,25 @@ def test_no_matrix_is_ever_perturbed_whole(wrapped, program) -> None:
     assert count(program, torch.ops.aten.linear.default) == 0
 
 
+def test_look_ups_are_checked_once_and_positions_not_at_all(wrapped, program) -> None:
+    run(program, [StripTraining(), CheckLookups()])
+    assert count(program, torch.ops.aten.index.Tensor) and not count(program, zo.index_error.default)
+
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (torch.nn.Parameter(torch.randn(50, 4)) for _ in range(2))
+
+        def forward(self, ids):
+            return self.a[ids] + self.b[ids] + self.a[torch.arange(ids.shape[1])]
+
+    wrapped = zowrap.zo_wrap(Twice(), loss_fn=lambda m, b: m(b["ids"]).mean((1, 2)), engine="compiled")
+    program = capture(wrapped._job.loss, {"ids": torch.zeros(8, 48, dtype=torch.int64)})
+    run(program, [StripTraining(), CheckLookups()])
+    assert count(program, torch.ops.aten.index.Tensor) == 3
+    assert count(program, zo.index_error.default) == 2  # the ids, and positions in a table that may be too short
+
+
 def test_programs_print_and_run_after_every_pass(wrapped, program) -> None:
     run(program, [StripTraining(), CheckLookups(), select(wrapped), SplitStreams(2), Perturb()])
     names = [name for name, _ in program.history]

@@ -27,6 +27,7 @@ from zowrap.guards import Guards
 from zowrap.loss import Batch, LossModule
 from zowrap.modes import evaluation_mode
 from zowrap.program import Input, Program
+from zowrap.recurrent import recurrent_layers
 
 # Typical of fine-tuning on short texts; they are hints, every size runs. Both differ from 1 so that nothing
 # specialises, and from each other so that no two sizes are taken for the same one.
@@ -124,7 +125,14 @@ def capture(loss: LossModule, batch: Batch) -> Program:
         tried.append((shapes, equal))
         sizes = size_oblivious(use_duck_shape=equal)
         try:
-            with warnings.catch_warnings(), torch.no_grad(), sizes, evaluation_mode(loss), _hushed():
+            with (
+                warnings.catch_warnings(),
+                torch.no_grad(),
+                sizes,
+                evaluation_mode(loss),
+                recurrent_layers(),
+                _hushed(),
+            ):
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(loss, (dict(batch),), dynamic_shapes=shapes, strict=False)
                 if _needs_functionalising(exported):

@@ -144,7 +144,8 @@ class _Tokens:
 
     def __init__(self, labels: Tensor, everything: bool = False) -> None:
         self.shape = labels.shape
-        flat = labels.reshape(-1).contiguous()  # of rows of one token the view has gaps
+        # The kernels are compiled for int64; of rows of one token the view has gaps.
+        flat = labels.reshape(-1).to(torch.int64).contiguous()
         counted = flat != IGNORED
         self.index = None
         if not everything and labels.device.type == "cpu" and not bool(counted.all()):

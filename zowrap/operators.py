@@ -3,6 +3,8 @@
 ``perturb``         a whole parameter at every point: for vectors, and for uses that have no cheaper form
 ``perturb_rows``    an embedding: noise for the touched rows only
 ``rows``            an embedding that nothing perturbs
+``index_error``     stands before every other look-up: 0, or an error where an index is out of range
+``recurrent``       an LSTM or its like, which compilers unroll for one length
 ``perturb_linear``  a matrix product: row chunks of w ± εz pass through a small reused scratch, once for all points
 ``perturb_lowrank`` a whole parameter along a product of thin factors; passes turn its uses into thin products
 ``attention``, ``gather``, ``cat``  torch's own, with a form for one example at a time: only while the population pass
@@ -52,11 +54,13 @@ def perturb_rows(
     coefficients: Tensor,
     spec: str,
 ) -> list[Tensor]:
-    """``[(w + coefficients[p] · z)[ids] for p]``: ``ids`` int64 of any shape, results ``[*ids.shape, columns]``.
+    """``[(w + coefficients[p] · z)[ids] for p]``: ``ids`` int64 or int32 of any shape, results
+    ``[*ids.shape, columns]``.
 
     An id out of range: see :func:`rows`.
     """
-    flat = ids.reshape(-1).contiguous()  # of rows of one token the view has gaps
+    # The kernel is compiled for int64; of rows of one token the view has gaps.
+    flat = ids.reshape(-1).to(torch.int64).contiguous()
     touched = w.index_select(0, flat)
     gathered = [s.index_select(0, flat) for s in slots]
     points = coefficients.shape[0]
@@ -92,6 +96,71 @@ def _(info, in_dims, w, ids):
     w = w.movedim(w_dim, 0)
     first = torch.arange(ids.shape[0], device=ids.device) * w.shape[1]
     return rows(w.flatten(0, 1), ids + first.view(-1, *[1] * (ids.ndim - 1))), 0
+
+
+@operator("index_error")
+def index_error(index: Tensor, size: int, wraps: bool, ignored: int | None) -> Tensor:
+    """0-d zero of ``index``'s dtype, to be added to it: the look-up cannot run before it has been looked at.
+
+    Args:
+        index: int64 or int32 of any shape; ``size``: what it looks up has this many entries.
+        wraps: negative numbers count from the end.
+        ignored: a number that names no entry and is none the less allowed.
+
+    Raises:
+        IndexError: a number names no entry.
+    """
+    if index.numel():
+        first = -size if wraps else 0
+        lowest, highest = (int(value) for value in torch.aminmax(index))
+        if lowest < first or highest >= size:
+            wrong = index[((index < first) | (index >= size)) & (index != (first if ignored is None else ignored))]
+            if wrong.numel():
+                raise IndexError(f"index {int(wrong[0])} is out of range: there are {size} entries")
+    return torch.zeros((), dtype=index.dtype, device=index.device)
+
+
+@index_error.register_fake
+def _(index, size, wraps, ignored):
+    return index.new_zeros(())
+
+
+@index_error.register_vmap
+def _(info, in_dims, index, size, wraps, ignored):
+    return index_error(index, size, wraps, ignored), None
+
+
+@operator("recurrent")
+def recurrent(
+    kind: str,
+    x: Tensor,
+    states: list[Tensor],
+    weights: list[Tensor],
+    has_biases: bool,
+    layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> list[Tensor]:
+    """torch's recurrent layers without dropout, for any batch and length.
+
+    Args:
+        kind: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` or ``"rnn_relu"``.
+        x: ``[length, rows, inputs]``; ``[rows, length, inputs]`` with ``batch_first``.
+        states: the first one of each layer and direction, ``[layers · directions, rows, size]``; two of an LSTM.
+        weights: as :class:`torch.nn.RNNBase` lists them.
+
+    Returns:
+        The outputs, laid out like ``x``, and the last states.
+    """
+    first = states if kind == "lstm" else states[0]
+    rest = (has_biases, layers, 0.0, False, bidirectional, batch_first)
+    return [result.contiguous() for result in getattr(torch.ops.aten, kind).input(x, first, weights, *rest)]
+
+
+@recurrent.register_fake
+def _(kind, x, states, weights, has_biases, layers, bidirectional, batch_first):
+    size = states[0].shape[-1] * (2 if bidirectional else 1)
+    return [x.new_empty((*x.shape[:-1], size)), *[x.new_empty(state.shape) for state in states]]
 
 
 @operator("attention")
