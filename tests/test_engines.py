@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
@@ -240,6 +241,58 @@ def test_tied_weights_are_one_parameter_and_stay_tied() -> None:
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
     zm.step(**batch("llama", 4, 9))
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+class Recurring(nn.Module):
+    """One module under three names, and its weight in a module of its own as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.layers = nn.ModuleList([self.first, self.first])
+        self.last = nn.Linear(5, 5)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.last(x)
+
+
+def recurring_loss(model: nn.Module, inputs: dict) -> Tensor:
+    return model(inputs["x"]).square().mean(-1)
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_shared_modules_are_perturbed_everywhere_and_left_as_they_were(engine) -> None:
+    torch.manual_seed(0)
+    model, inputs = Recurring(), {"x": torch.randn(4, 5)}
+    zm = zowrap.zo_wrap(model, "zo_sgd", lr=1e-2, eps=0.1, loss_fn=recurring_loss, engine=engine)
+    oracle = zm._engine if engine == "eager" else zm._engine.eager
+    (stream,), weight, before = zm._streams.queries, model.first.weight, snapshot(model)
+    expected = []
+    for sign in (0.1, -0.1):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for i, p in enumerate(other.parameters()):
+                p += sign * oracle.direction(stream, i)
+        expected.append(recurring_loss(other, inputs).mean())
+    zm.accumulate(**inputs)
+    assert torch.allclose(zm._measured.losses(), torch.stack(expected), rtol=1e-5)
+    assert model.first.weight is weight and model.last.weight is weight and unchanged(model, before)
+    zm.update()
+    assert model.last.weight is weight and not unchanged(model, before)
+
+
+def test_the_exact_slope_leaves_shared_modules_as_they_were() -> None:
+    torch.manual_seed(0)
+    model, inputs = Recurring(), {"x": torch.randn(4, 5)}
+    zm = zowrap.zo_wrap(model, "zo_sgd", eps=1e-3, loss_fn=recurring_loss, engine="eager")
+    weight, (stream,) = model.first.weight, zm._streams.queries
+    _, slopes, _ = zm._engine.derivative(inputs, stream)
+    assert model.first.weight is weight
+    plus, minus = zm._engine.losses(inputs, stream, torch.tensor([1e-3, -1e-3]))[0]
+    assert torch.allclose(slopes, (plus - minus) / 2e-3, rtol=1e-2, atol=1e-4)
 
 
 def test_training_mode_is_evaluated_without_dropout_and_restored() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zowrap import generators, lowrank, noise
@@ -31,6 +31,7 @@ class EagerEngine:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self._places = [_places(job.loss.model, p.names) for p in job.parameters]
 
     def active(self, block: int) -> list[tuple[int, Parameter]]:
         """(index, parameter) of the block's parameters."""
@@ -74,11 +75,11 @@ class EagerEngine:
             for i, p in self.active(stream.block):
                 if p.codes:  # the layer adds what the weights of its codes are moved by
                     copy = coefficient * self.direction(stream, i, which)
-                    copies.update({f"model.{name.removesuffix('weight')}delta": copy for name in p.names})
+                    copies.update({f"model.{name.removesuffix('weight')}delta": copy for name in self._places[i]})
                     continue
                 copy = perturbed(p.tensor, self.direction(stream, i, which), coefficient)
-                copies.update({f"model.{name}": copy for name in p.names})
-            sums, weights = torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=True)
+                copies.update({f"model.{name}": copy for name in self._places[i]})
+            sums, weights = torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=False)
             rows.append(sums)
         return torch.stack(rows), weights
 
@@ -93,8 +94,8 @@ class EagerEngine:
         tangents = {i: self.direction(stream, i).to(p.tensor.dtype) for i, p in active}
 
         def loss(values: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-            copies = {f"model.{name}": values[i] for i, p in active for name in p.names}
-            return torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=True)
+            copies = {f"model.{name}": values[i] for i, _ in active for name in self._places[i]}
+            return torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=False)
 
         # Fused attention has no forward-mode derivative; the plain formula does.
         with torch.no_grad(), evaluation_mode(self.job.loss), sdpa_kernel(SDPBackend.MATH):
@@ -180,6 +181,19 @@ class EagerEngine:
 
     def describe(self) -> dict[str, Any]:
         return {"engine": self.name, "program_hash": None, "compile_count": 0}
+
+
+def _places(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """One of ``names`` for each place that holds the parameter: a module and an attribute.
+
+    A module registered twice is one place under two names. ``functional_call`` given both, or finding both itself
+    (``tie_weights``), saves what it put there under the first as the original of the second, and leaves it there.
+    """
+    places: dict[tuple[int, str], str] = {}
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        places.setdefault((id(model.get_submodule(module)), attribute), name)
+    return list(places.values())
 
 
 def carried_left(
