@@ -16,7 +16,7 @@ import zowrap
 from tests.devices import gpu_generator
 from tests.families import DataDependent, batch, make, snapshot, unchanged
 from zowrap import compiler
-from zowrap.errors import ZOCaptureError
+from zowrap.errors import ZOCaptureError, ZOError
 
 ONE_OF_EACH = ("opt", "llama", "bert", "t5")  # decoder, decoder with tied head, encoder, encoder–decoder
 
@@ -293,6 +293,42 @@ def test_the_exact_slope_leaves_shared_modules_as_they_were() -> None:
     assert model.first.weight is weight
     plus, minus = zm._engine.losses(inputs, stream, torch.tensor([1e-3, -1e-3]))[0]
     assert torch.allclose(slopes, (plus - minus) / 2e-3, rtol=1e-2, atol=1e-4)
+
+
+class Writing(nn.Module):
+    """Writes to the weight of an embedding, to a small buffer and, if it has one, to a large buffer."""
+
+    def __init__(self, max_norm: float | None, size: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 4, max_norm=max_norm)
+        self.head = nn.Linear(4, 1)
+        self.register_buffer("calls", torch.zeros(3))
+        self.register_buffer("table", torch.zeros(size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        self.table += 1
+        return self.head(self.embed(ids)).mean((1, 2))
+
+
+@pytest.mark.parametrize("trainable", ["embed", "head"])
+@pytest.mark.parametrize(
+    ("written", "max_norm", "size"), [("embed.weight", 0.1, 8), ("table", None, 70_000), (None, None, 8)]
+)
+def test_a_forward_that_writes_to_the_model_is_undone_or_named(trainable, written, max_norm, size) -> None:
+    model, inputs = Writing(max_norm, size), {"ids": torch.randint(0, 11, (3, 5))}
+    zm = zowrap.zo_wrap(
+        model, "zo_sgd", trainable=trainable, loss_fn=lambda m, b: m(b["ids"]), engine="eager", eps=1e-3
+    )
+    before = snapshot(model)
+    for evaluate in (zm.loss, zm.accumulate):
+        if written is None:
+            evaluate(**inputs)
+            assert unchanged(model, before)
+        else:
+            with pytest.raises(ZOError, match=rf"writes to {written} \(of shape"):
+                evaluate(**inputs)
+            assert not model.calls.any()
 
 
 def test_training_mode_is_evaluated_without_dropout_and_restored() -> None:

@@ -18,7 +18,7 @@ from zowrap.directions import integer_squares, squared_norm
 from zowrap.engines.base import DirectionStream, Job
 from zowrap.errors import ZOError
 from zowrap.loss import Batch, example, rows_of
-from zowrap.modes import evaluation_mode
+from zowrap.modes import evaluation_mode, unwritten
 from zowrap.parameters import Parameter
 from zowrap.quant import codes
 from zowrap.step import Conclusion, at_least_float32, is_16_bit, perturbed, taken, update_leaf
@@ -79,7 +79,8 @@ class EagerEngine:
                     continue
                 copy = perturbed(p.tensor, self.direction(stream, i, which), coefficient)
                 copies.update({f"model.{name}": copy for name in self._places[i]})
-            sums, weights = torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=False)
+            with unwritten(copies.items()):  # else a model would pass or fail by what is perturbed
+                sums, weights = torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=False)
             rows.append(sums)
         return torch.stack(rows), weights
 
