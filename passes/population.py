@@ -25,7 +25,11 @@ from zowrap.step import at_least_float32
 
 
 class Population(Pass):
-    """See the module. Inputs from the batch whose first dimension is the number of rows are per example."""
+    """See the module. Inputs from the batch are per example, unless they have one row, which all examples share.
+
+    That is the rule of :func:`zowrap.loss.per_example_names`. Whether the model needs the sizes to be equal does not
+    matter: attention takes a mask of any number of rows.
+    """
 
     name = "population"
 
@@ -39,7 +43,11 @@ class Population(Pass):
         fakes = program.fakes()
         dims: list[int | None] = []
         for i, (given, value) in enumerate(zip(program.inputs, fakes, strict=True)):
-            mapped = given.kind == "batch" and isinstance(value, torch.Tensor) and value.ndim and _same(value, rows)
+            mapped = given.kind == "batch" and isinstance(value, torch.Tensor) and value.ndim and not _one_row(value)
+            if mapped and not _varies(value):
+                raise ZOCaptureError(_FIXED)
+            if mapped and str(value.shape[0]) != str(rows):
+                fakes[i] = self._per_example(program, value[0], rows)
             if given.kind == "stream" and given.target == "factors":
                 fakes[i] = self._per_example(program, value, rows)
                 mapped = True
@@ -61,9 +69,8 @@ class Population(Pass):
             raise ZOCaptureError(
                 f"this model cannot give each example a direction of its own ({type(error).__name__}: {first[:200]})"
             ) from error
-        for given, value in zip(program.inputs, fakes, strict=True):
-            if given.kind == "batch" and isinstance(value, torch.Tensor) and value.ndim and not _varies(value):
-                raise ZOCaptureError("recording it for each example would fix the size of its batches")
+        if any(b and not _varies(value) for b, value in zip(batch, fakes, strict=True)):
+            raise ZOCaptureError(_FIXED)
         names = [n.name for n in traced.graph.find_nodes(op="placeholder")]
         program.inputs = [type(g)(n, g.kind, g.target) for g, n in zip(program.inputs, names, strict=True)]
         for node in traced.graph.find_nodes(op="call_function", target=torch.ops.zowrap.attention.default):
@@ -93,6 +100,8 @@ class Population(Pass):
         with program.fake_mode:
             return torch.empty((rows, *value.shape), dtype=value.dtype, device=value.device)
 
+
+_FIXED = "recording it for each example would fix the size of its batches"
 
 # Stand-ins that have a form under vmap, and what they are once that is done.
 _PLAIN = {
@@ -183,5 +192,5 @@ def _varies(value: torch.Tensor) -> bool:
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
-def _same(value: torch.Tensor, rows: Any) -> bool:
-    return str(value.shape[0]) == str(rows)
+def _one_row(value: torch.Tensor) -> bool:
+    return isinstance(value.shape[0], int) and value.shape[0] == 1

@@ -205,6 +205,48 @@ def test_the_compiled_population_equals_the_loop_at_every_batch_size() -> None:
         assert torch.allclose(a.tensor, b.tensor, rtol=1e-5, atol=1e-6), a.name
 
 
+def shifted_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """``shift`` may have any number of rows."""
+    return nn.functional.cross_entropy(model(inputs["x"]) + inputs["shift"].sum(0), inputs["y"], reduction="none")
+
+
+def shifted(rows: int, shifts: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(rows)
+    x, shift = torch.randn(rows, 5, generator=draw), torch.randn(shifts, 3, generator=draw)
+    return {"x": x, "y": torch.randint(0, 3, (rows,), generator=draw), "shift": shift, "unread": torch.arange(rows)}
+
+
+def linear(engine: str | None):
+    torch.manual_seed(0)
+    return zowrap.zo_wrap(nn.Linear(5, 3), "zo_sgd", loss_fn=shifted_loss, estimator="population", engine=engine)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_are_the_examples_own_and_one_row_is_shared(shared) -> None:
+    """Also where the loss would run with any number of them."""
+    eager, compiled = linear("eager"), linear("compiled")
+    for rows in (4, 2, 7, 1):
+        inputs = shifted(rows, 1 if shared else rows)
+        for zm in (eager, compiled):
+            zm.discard()
+            zm.accumulate(**inputs)
+            assert zm._measured.losses().shape == (2, rows)
+        assert torch.allclose(eager._measured.losses(), compiled._measured.losses(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize(("rows", "shifts"), [(4, 2), (2, 4), (1, 2)])
+def test_another_number_of_rows_is_refused(engine, rows, shifts) -> None:
+    """In a batch of as many examples it would be taken apart."""
+    message = f"'shift' has {shifts} for {rows} example{'s' if rows > 1 else ''} \\("
+    zm = linear(engine)
+    with pytest.raises(ZOError, match=message):
+        zm.step(**shifted(rows, shifts))
+    with pytest.raises(ZOError, match=message):  # also once there is a program
+        zm.step(**shifted(3, 1))
+        zm.step(**shifted(rows, shifts))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_takes_a_population(name) -> None:

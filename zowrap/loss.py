@@ -101,11 +101,31 @@ def rows_of(batch: Batch) -> int:
     return tensors[0].shape[0] if tensors else 1
 
 
+def per_example_names(batch: Batch) -> set[str]:
+    """Which tensors of a population's batch have a row for each example.
+
+    All examples share the others: what has no dimension, or one row. Any other number of rows would be the number of
+    examples in some batch by chance, and mean another thing there.
+
+    Raises:
+        ZOError: a tensor has another number of rows.
+    """
+    rows = rows_of(batch)
+    sizes = {name: v.shape[0] for name, v in batch.items() if isinstance(v, Tensor) and v.ndim}
+    for name, size in sizes.items():
+        if size not in (1, rows):
+            raise ZOError(
+                f"in a population every tensor of the batch has a row for each example, or one row that all share: "
+                f"{name!r} has {size} for {rows} example{'s' * (rows != 1)} (counted by the labels, or else by the "
+                f"first tensor)"
+            )
+    return {name for name, size in sizes.items() if size == rows}
+
+
 def example(batch: Batch, row: int) -> Batch:
     """One example as a batch of one; what does not have a row for each example is shared by all."""
-    rows = rows_of(batch)
-    per_row = {name for name, v in batch.items() if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows}
-    return {name: v[row : row + 1] if name in per_row else v for name, v in batch.items()}
+    own = per_example_names(batch)
+    return {name: v[row : row + 1] if name in own else v for name, v in batch.items()}
 
 
 class LossModule(nn.Module):

@@ -21,7 +21,7 @@ from zowrap import blocks as block_lib
 from zowrap import estimators, noise
 from zowrap.engines import EagerEngine, Job, build_engine
 from zowrap.errors import ZOError
-from zowrap.loss import LossModule, rows_of
+from zowrap.loss import LossModule, per_example_names, rows_of
 from zowrap.measured import Measured, Measurement
 from zowrap.parameters import Parameter, parameters_hash
 from zowrap.recorded import recorder_for
@@ -342,6 +342,8 @@ class ZOModel:
     @torch.no_grad()
     def _evaluate(self, batch: dict[str, Any]) -> Measurement:
         """One micro-batch at the points of the step, grouped as the schedule has it."""
+        if self._estimator.per_example:
+            per_example_names(batch)  # before anything is captured: raises where the batch does not fit
         self._schedule.settle(self, batch)
         if self._estimator.per_example:
             first = self._measured.examples

@@ -67,8 +67,9 @@ def zo_wrap(
         direction: law of the directions, see :mod:`zowrap.directions`; by default the rule's own, mostly gaussian.
         queries: directions per step, averaged (n-SPSA); by default the rule's own, mostly 1: most steps per forward.
         estimator: ``"central"`` (two forwards per direction), ``"forward"`` (one, and one shared), ``"population"``
-            (two, every example along its own low-rank direction) or ``"forward_gradient"`` (exact, a reference); by
-            default the rule's own, mostly central. See :mod:`zowrap.estimators`.
+            (two, every example along its own low-rank direction; each tensor of the batch has a row for each example,
+            or one row that all share) or ``"forward_gradient"`` (exact, a reference); by default the rule's own,
+            mostly central. See :mod:`zowrap.estimators`.
         blocks: ``None``, ``"layer"`` or name patterns: one block is perturbed and updated per step.
         block_order: see :data:`zowrap.blocks.ORDERS`.
         trainable: name patterns or a predicate; by default what has ``requires_grad``.
