@@ -29,6 +29,9 @@ measured, by `python -m benchmarks.performance starts`; a peak alone is that of 
 STEP = """## A step: OPT-125M, float32, 8 × 64 tokens
 
 `python -m benchmarks.performance step` (`zowrap bench step --arch opt-125m --batch 8 --seq 64 --together --json`)
+
+`sparse_mezo` takes a quantile of every matrix anew at each step, which costs as much as the two forwards;
+`refresh=100` takes it at every hundredth.
 """
 
 LONG = """## Longer rows: 8 × 256 tokens
