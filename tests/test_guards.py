@@ -66,6 +66,16 @@ def test_sizes_that_nothing_was_asked_of_share_a_program() -> None:
     assert len(programs) == 1
 
 
+def test_a_program_for_one_size_that_would_be_too_long_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zowrap.engines import compiled
+
+    monkeypatch.setattr(compiled, "MAX_OWN_NODES", 5)
+    zm = wrap("length", "compiled")
+    zm.loss(**rows_of(4, 40))  # on the way that the canonical batch took
+    with pytest.raises(zowrap.errors.ZOCaptureError, match=r"for this size alone would have \d+ operations"):
+        zm.loss(**rows_of(4, 20))
+
+
 class Number(nn.Module):
     """Divides by a number read out of a tensor: of its own output, of a weight, or of the batch."""
 

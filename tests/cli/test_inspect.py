@@ -190,13 +190,13 @@ def test_what_cannot_be_captured_is_said(zowrap_cli: Cli, tmp_path: Path) -> Non
     config = T.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4)
     config.architectures = ["MambaForCausalLM"]
     config.save_pretrained(tmp_path)
-    told = zowrap_cli("inspect", tmp_path, "--json")
+    told = zowrap_cli("inspect", tmp_path, "--max-length", "8", "--json")
     assert told.code == 0, told.err
     record = json.loads(told.out)
     assert record["moves"] and record["needed_bytes"] > 0
     if record["costs"] is None:
         assert record["costs_unknown"]
-        assert zowrap_cli("inspect", tmp_path, "--programs").code == 2
+        assert zowrap_cli("inspect", tmp_path, "--max-length", "8", "--programs").code == 2
 
 
 # --- quantised models, and what else changes a step -----------------------------------------------------------------

@@ -34,6 +34,8 @@ from zowrap.regions import MIN_LAYERS, Kind, Regions, compile_regions
 from zowrap.step import Conclusion
 
 MAX_FIXED_SIZES = 8  # programs per kind of batch where export cannot make a size dynamic; each costs a compilation
+# Of a program for one size: a model that loops over positions is as many times as long, and compiles for minutes.
+MAX_OWN_NODES = 10_000
 MAX_KINDS = 16  # kinds of batch; more come only where a value that is no tensor changes from step to step
 
 
@@ -177,9 +179,16 @@ class CompiledEngine:
             if programs[-1].accepts(batch):
                 return programs[-1]
             programs.pop()  # the canonical sizes got fixed, or the model does something else at the batch's own
-        programs.append(capture(self.job.loss, batch))
-        programs[-1].guards.accept(batch)
-        return programs[-1]
+        own = capture(self.job.loss, batch)
+        count = len(own.graph.nodes)
+        if count > MAX_OWN_NODES:
+            raise ZOCaptureError(
+                f"what this model does depends on the sizes of its inputs, and a program for this size alone would "
+                f"have {count:,} operations"
+            )
+        own.guards.accept(batch)
+        programs.append(own)
+        return own
 
     def _arguments(
         self, program: Program, batch: Batch, stream: DirectionStream | None, coefficients: Tensor
