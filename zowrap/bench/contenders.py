@@ -110,7 +110,7 @@ def _row(name: str) -> Row:
             return row
     rule, *rest = name.split(", ")
     if rule not in rules.REGISTRY and rule not in rules.ALIASES:
-        raise ZOError(f"unknown row {name!r}{nearest(name, [*NAMES, *rules.REGISTRY])}")
+        raise ZOError(f"unknown row {name!r}{nearest(name, dict.fromkeys([*NAMES, *rules.REGISTRY]))}")
     options: dict[str, Any] = {"rule": rule}
     for part in rest:
         if part != LAYER:
