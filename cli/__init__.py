@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from zowrap.errors import ZOError
+from zowrap.errors import ZOError, first_line
 
 from . import bench, env, eval, export, inspect, replay, rules, tune
 from .console import Interrupted, fail, json_asked, result, say, stdout_for_result
@@ -110,6 +110,5 @@ def _bug(error: Exception, as_json: bool) -> int:
     """Our failure, or the machine's: one sentence, the traceback on request."""
     if os.environ.get("ZOWRAP_DEBUG"):
         traceback.print_exc()
-    text = str(error).strip()
-    first = text.splitlines()[0] if text else "no message"
+    first = first_line(error, "no message")
     return fail(f"{type(error).__name__}: {first} (ZOWRAP_DEBUG=1 shows the traceback)", as_json, 1)

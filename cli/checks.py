@@ -14,13 +14,14 @@ from typing import Any
 
 import typer
 
-from zowrap.errors import ZOError, nearest
+from zowrap.errors import ZOError, first_line, nearest
 
 from .console import say
 from .options import CHANGEABLE, PER_CALL, StepOptions, TuneOptions, given
 
 SCHEDULES = ("constant", "linear", "cosine")
 PATHS = ("model", "data", "eval_data")
+FIELDS = {field.name for field in dataclasses.fields(TuneOptions)}
 
 
 def check_options(options: TuneOptions) -> None:
@@ -69,7 +70,7 @@ def check_options(options: TuneOptions) -> None:
 
 def check_quantization(options: StepOptions) -> None:
     """Raise :class:`ZOError` for options about quantisation and adapters that exclude or need one another."""
-    from zowrap.quant.lowering import NEED, need_package
+    from zowrap.quant.lowering import need_package
     from zowrap.quant.ways import WAYS
 
     if options.load_in_8bit and options.load_in_4bit:
@@ -81,9 +82,9 @@ def check_quantization(options: StepOptions) -> None:
     if options.use_peft and options.quantized not in (None, "adapters"):
         raise ZOError(f"--use-peft moves adapters, --quantized {options.quantized} something else: give one of them")
     if options.load_in_8bit or options.load_in_4bit:
-        need_package("bitsandbytes", NEED)
+        need_package("bitsandbytes")
     if options.use_peft or options.quantized == "adapters" or options.load_in_4bit:
-        need_package("peft", "adapters need", "peft")
+        need_package("peft")
     if not (options.use_peft or options.quantized == "adapters" or options.load_in_4bit):
         for name in ("lora_r", "lora_alpha", "lora_target_modules"):
             if getattr(options, name) != getattr(TuneOptions(), name):
@@ -109,7 +110,7 @@ def users_words(options: StepOptions) -> Iterator[None]:
                 raise
             raise type(error)(text) from error
         name, rest = about.groups()
-        if name in {field.name for field in dataclasses.fields(TuneOptions)}:
+        if name in FIELDS:
             raise ZOError(f"--{name.replace('_', '-')} {rest}") from error
         if name in rule_options(options):
             raise ZOError(f"--rule-option {name} {rest}") from error
@@ -119,7 +120,7 @@ def users_words(options: StepOptions) -> Iterator[None]:
 def _as_option(found: re.Match[str]) -> str:
     """``quantized='scales'`` → ``--quantized scales``, where there is such an option."""
     name, value = found.groups()
-    if name not in {field.name for field in dataclasses.fields(TuneOptions)}:
+    if name not in FIELDS:
         return found[0]
     return f"--{name.replace('_', '-')}" + ("" if value == "True" else f" {value.strip(chr(39))}")
 
@@ -178,7 +179,7 @@ def _check_trackers(names: list[str]) -> None:
             for callback in get_reporting_integration_callbacks([name]):
                 callback()
         except (ValueError, RuntimeError, ImportError) as error:
-            raise ZOError(f"--report-to {name}: {str(error).splitlines()[0]}") from error
+            raise ZOError(f"--report-to {name}: {first_line(error)}") from error
 
 
 def rule_options(options: StepOptions) -> dict[str, Any]:
@@ -257,7 +258,7 @@ def to_config(options: TuneOptions) -> Any:
     except ZOError:
         raise
     except (ValueError, TypeError, ImportError) as error:  # transformers' own checks
-        raise ZOError(str(error).splitlines()[0]) from error
+        raise ZOError(first_line(error)) from error
 
 
 # --- what a run keeps of its options ------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions,
             option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
             used = "and is used in its place" if name in CHANGEABLE else "which is used: a run keeps its options"
             say(f"{option} {value} differs from the run's own {saved[name]}, {used}")
-    fields = {field.name for field in dataclasses.fields(TuneOptions)} - {*PER_CALL, "out"}
+    fields = FIELDS - {*PER_CALL, "out"}
     anew = {name for name in CHANGEABLE if given(context, name)}
     kept = {name: value for name, value in saved.items() if name in fields - anew}
     status = run.status()

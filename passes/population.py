@@ -19,7 +19,7 @@ from zowrap.passes.manager import Pass
 
 from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
 from zowrap.compiler import size_oblivious
-from zowrap.errors import ZOCaptureError, ZOInternalError
+from zowrap.errors import ZOCaptureError, ZOInternalError, first_line
 from zowrap.program import Program
 from zowrap.step import at_least_float32
 
@@ -65,7 +65,7 @@ class Population(Pass):
             with torch.no_grad(), size_oblivious(use_duck_shape=False), program.fake_mode, preserve_node_meta():
                 traced = make_fx(all_examples)(*fakes)
         except Exception as error:
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            first = first_line(error, "")
             raise ZOCaptureError(
                 f"this model cannot give each example a direction of its own ({type(error).__name__}: {first[:200]})"
             ) from error

@@ -22,7 +22,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
 from zowrap.compiler import size_oblivious
-from zowrap.errors import ZOCaptureError, ZOError, ZOWarning
+from zowrap.errors import ZOCaptureError, ZOError, ZOWarning, first_line
 from zowrap.guards import Guards
 from zowrap.loss import Batch, LossModule
 from zowrap.modes import evaluation_mode
@@ -143,7 +143,7 @@ def capture(loss: LossModule, batch: Batch) -> Program:
             problem = problem or error
             continue
         return _program(exported)
-    text = next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
+    text = first_line(problem, "")
     raise ZOCaptureError(
         f"torch.export cannot capture this model ({type(problem).__name__}: {text[:200]})"
     ) from problem

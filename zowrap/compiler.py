@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from zowrap import cache
-from zowrap.errors import ZOCaptureError
+from zowrap.errors import ZOCaptureError, first_line
 
 compile_count = 0  # graphs and kernels made ready by this process, from the cache or not
 cache.use()
@@ -187,5 +187,5 @@ def _why_not_compiled(error: Exception) -> str:
         return "no working C++ compiler was found (install g++, or set CXX to one)"
     if "CppCompileError" in text + name or isinstance(error, subprocess.CalledProcessError):
         return "the C++ compiler failed on generated code (set CXX to a recent g++ or clang)"
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), name)
+    first = first_line(error, name)
     return f"the compiler refused the captured program ({name}: {first[:200]})"

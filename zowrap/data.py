@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zowrap.errors import ZOError
+from zowrap.errors import ZOError, first_line
 
 _HUB_NAME = re.compile(r"^(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w\[\]%:+.-]+))?$")
 
@@ -242,7 +242,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         records = parquet.read_table(path).to_pylist()
     except Exception as error:  # pyarrow raises a dozen kinds; all mean the file is not readable Parquet
-        raise ZOError(f"{path.name} is not readable as Parquet: {str(error).splitlines()[0]}") from error
+        raise ZOError(f"{path.name} is not readable as Parquet: {first_line(error)}") from error
     for number, record in enumerate(records, start=1):
         yield Row(record, f"{path.name} row {number}")
 
@@ -283,7 +283,7 @@ def _read_hub(source: str, default_split: str) -> list[Row]:
     try:
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub raises many kinds; each becomes one sentence
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ZOError(
             f"{source} is not a file here, and as a data set of the hub it could not be loaded ({reason}); "
             "a private or gated one needs HF_TOKEN"

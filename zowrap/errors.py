@@ -27,6 +27,12 @@ class ZOWarning(UserWarning):
     """Something the user should know: what was ignored, or what runs more slowly and why."""
 
 
+def first_line(error: object, otherwise: str | None = None) -> str:
+    """The first line with a word in it of what another library raised; ``otherwise``, or its class, where none has."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__ if otherwise is None else otherwise)
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A clause naming the closest valid choice, e.g. ``"; did you mean 'meazo'?"`` (or the list of choices)."""
     choices = list(choices)

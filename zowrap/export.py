@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import zowrap
 from zowrap import quant
-from zowrap.errors import ZOError, nearest
+from zowrap.errors import ZOError, first_line, nearest
 from zowrap.files import TMP, move_into, read_json, remove, write_json, writing
 from zowrap.quant import convert
 from zowrap.weights import (
@@ -380,7 +380,7 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
         reason = str(error).split("\n")[0].rstrip(". ")
         raise ZOError(f"{file} holds more than tensors, and loading that could run code: refused ({reason})") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ZOError(f"{file} cannot be read as weights: {str(error).splitlines()[0]}") from None
+        raise ZOError(f"{file} cannot be read as weights: {first_line(error)}") from None
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):

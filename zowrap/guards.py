@@ -32,14 +32,17 @@ class Guards:
 
     def hold(self, batch: Mapping[str, Any]) -> bool:
         """Whether the program is right for the sizes of ``batch``, of the names and ranks of the captured one."""
-        sizes = tuple(tuple(batch[name].shape) for name in self._sizes)
+        sizes = self._sizes_of(batch)
         if sizes not in self._known:
             self._known[sizes] = self._fit(sizes)
         return self._known[sizes]
 
     def accept(self, batch: Mapping[str, Any]) -> None:
         """Take the program as right for the sizes of the very batch that it was captured with."""
-        self._known[tuple(tuple(batch[name].shape) for name in self._sizes)] = True
+        self._known[self._sizes_of(batch)] = True
+
+    def _sizes_of(self, batch: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(batch[name].shape) for name in self._sizes)
 
     def _fit(self, sizes: tuple[tuple[int, ...], ...]) -> bool:
         pairs = [

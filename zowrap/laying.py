@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from zowrap.errors import ZOCaptureError
+from zowrap.errors import ZOCaptureError, first_line
 from zowrap.liveness import Analysis, analyse
 from zowrap.loss import Batch
 from zowrap.program import Program
@@ -59,7 +59,7 @@ class Sizes:
         try:
             pieces = self._pieces(program)
         except (RuntimeError, TypeError, NotImplementedError) as error:
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            first = first_line(error, "")
             raise ZOCaptureError(
                 f"the sizes inside this model follow from its data ({type(error).__name__}: {first[:160]})"
             ) from error

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from zowrap import scratch
 from zowrap.engines.compiled import CompiledEngine
-from zowrap.errors import ZOError, ZOWarning
+from zowrap.errors import ZOError, ZOWarning, first_line
 from zowrap.quant.linear import Int8Linear
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Recorder:
             except Exception as error:  # of the driver, the allocator or a compiler: the step itself has run before
                 self.failed = True
                 self.recordings.clear()  # none is replayed any more
-                first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                first = first_line(error)[:200]
                 warnings.warn(f"steps are not recorded as CUDA graphs, because {first}", ZOWarning, stacklevel=4)
                 return None
         return self._replayed(self.recordings[key], inputs)

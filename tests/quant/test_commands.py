@@ -117,15 +117,19 @@ def test_bad_options_are_one_sentence(options, problem, models, data, tmp_path, 
 # --- a head that the checkpoint does not have ----------------------------------------------------------------------
 
 
+def bert_config(**options: Any) -> transformers.BertConfig:
+    """Plain transformers runs it, too: on some processors its 4-bit layers want 32 rows and blocks of 64 columns."""
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    words = len(make_tokenizer("bert"))
+    return transformers.BertConfig(vocab_size=words, max_position_embeddings=128, **small, **options)
+
+
 @pytest.fixture(scope="module")
 def headless(tmp_path_factory) -> Path:
     """A BERT for masked words: a classification head, and its pooler, start random."""
     folder = tmp_path_factory.mktemp("models") / "masked"
-    # Plain transformers runs it, too: on some processors its 4-bit layers want 32 rows and whole blocks of 64 columns.
-    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = transformers.BertConfig(vocab_size=len(make_tokenizer("bert")), max_position_embeddings=128, **small)
     torch.manual_seed(0)
-    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    transformers.BertForMaskedLM(bert_config()).save_pretrained(folder)
     make_tokenizer("bert").save_pretrained(folder)
     return folder
 
@@ -341,11 +345,9 @@ def stored_model(scheme: str) -> Any:
     """A classifier of two labels as loading it in a scheme gives it."""
     from tests.quant.models import SCHEMES
 
-    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=len(make_tokenizer("bert")), max_position_embeddings=128, **small)
     with tempfile.TemporaryDirectory() as folder:
-        transformers.BertForSequenceClassification(config).save_pretrained(folder)
+        transformers.BertForSequenceClassification(bert_config()).save_pretrained(folder)
         settings = transformers.BitsAndBytesConfig(**SCHEMES[scheme])
         return transformers.BertForSequenceClassification.from_pretrained(folder, quantization_config=settings)
 
@@ -357,11 +359,7 @@ def test_the_documented_way_to_reload_adapters(models, data, tmp_path, zowrap_cl
     """Three labels and a 16-bit base: neither is in a folder of adapters where from_pretrained looks for it."""
     rows = [{"text": text, "label": label} for text, label in zip(("a film", "the plot", "good"), "xyz", strict=True)]
     (tmp_path / "three.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 4))
-    config = transformers.BertConfig(
-        vocab_size=len(make_tokenizer("bert")), max_position_embeddings=128, num_labels=3, hidden_size=64,
-        num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-    )  # fmt: skip
-    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    transformers.BertForSequenceClassification(bert_config(num_labels=3)).save_pretrained(tmp_path / "model")
     make_tokenizer("bert").save_pretrained(tmp_path / "model")
     out = tmp_path / "run"
     given = run_options({"sequence": tmp_path / "model"}, {"train": tmp_path / "three.jsonl"}, out)

@@ -23,7 +23,7 @@ from zowrap.capture import canonical_batch, capture, signature
 from zowrap.directions import squared_norm
 from zowrap.engines.base import DirectionStream, Job
 from zowrap.engines.eager import EagerEngine, carried_left
-from zowrap.errors import ZOCaptureError, ZOError, ZOWarning
+from zowrap.errors import ZOCaptureError, ZOError, ZOWarning, first_line
 from zowrap.loss import Batch
 from zowrap.passes.build import build
 from zowrap.passes.epilogue import build_epilogue, coefficient_shapes
@@ -90,8 +90,8 @@ class CompiledEngine:
             try:
                 *sums, weights = executable.compiled(*inputs)
             except AssertionError as error:  # Inductor checks the sizes that it relies on
-                first = (str(error).splitlines() or [""])[0]
-                raise ZOCaptureError(f"the compiled program does not fit this batch ({first[:200]})") from error
+                first = first_line(error)[:200]
+                raise ZOCaptureError(f"the compiled program does not fit this batch ({first})") from error
         except ZOCaptureError as error:
             if not self.fall_back:
                 raise ZOCaptureError(f"engine='compiled' was asked for, but {error}") from error
@@ -331,7 +331,7 @@ def _told_as_refusal() -> Iterator[None]:
     except (ZOError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        what = f"{type(error).__name__}: {first_line(error, '')[:200]}"
         raise ZOCaptureError(f"this model cannot be compiled ({what})") from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zowrap.errors import ZOCaptureError
+from zowrap.errors import ZOCaptureError, first_line
 
 _HEAD = """import triton
 import triton.language as tl
@@ -66,5 +66,5 @@ def launch(kernel: Any, grid: tuple[int, ...], *given: Any, **options: Any) -> N
     except Exception as error:  # their errors have no type in common
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise  # it has run before: the recording is what cannot be
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        first = first_line(error, "no reason given")
         raise ZOCaptureError(f"Triton refused a kernel ({type(error).__name__}: {first[:200]})") from error

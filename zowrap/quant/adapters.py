@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zowrap.errors import ZOError
+from zowrap.errors import ZOError, first_line
 from zowrap.parameters import Parameter, TrainableSpec, canonical_name, check_patterns, select, wanted
 from zowrap.quant.linear import Int8Linear, Lowered
 from zowrap.quant.lowering import fresh_weights, lowered, need_package, plain_layer, raised
@@ -36,7 +36,7 @@ def settings(rank: int, alpha: int, targets: set[str] | str, beside: Sequence[st
     Raises:
         ZOError: peft is not installed, or a number out of range.
     """
-    need_package("peft", "adapters need", "peft")
+    need_package("peft")
     from peft import LoraConfig
 
     if rank < 1 or alpha < 1:
@@ -73,7 +73,7 @@ def attach(
 
                 inject_adapter_in_model(config, part)
     except ValueError as error:
-        raise ZOError(str(error).splitlines()[0]) from error
+        raise ZOError(first_line(error)) from error
 
 
 def _pretrained(model: nn.Module) -> tuple[nn.Module, str]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zowrap.errors import ZOError, nearest
+from zowrap.errors import ZOError, first_line, nearest
 from zowrap.files import read_json, write_json
 from zowrap.quant import codes, lowering
 from zowrap.weights import (
@@ -162,7 +162,7 @@ def output_error(folder: Path_, plain: Path_, name: str) -> tuple[float | None, 
         wanted, found = _outputs(model), _outputs(copied.eval())
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         # A model raises what it likes for inputs that are not its own.
-        return None, f"it does not take token ids alone ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        return None, f"it does not take token ids alone ({first_line(error)})"
     return float((found - wanted).square().mean().sqrt() / wanted.std()), None
 
 
@@ -211,12 +211,9 @@ def base_options(model: nn.Module) -> dict[str, str]:
         facts["num_labels"] = config.num_labels
     if isinstance(getattr(inner, "dtype", None), torch.dtype):
         facts["dtype"] = str(inner.dtype).removeprefix("torch.")
-    settings = getattr(config, "quantization_config", None)
-    if settings is not None:
-        settings = settings if isinstance(settings, dict) else settings.to_dict()
-        method = settings.get("quant_method")
-        if getattr(method, "value", method) == "bitsandbytes":  # others are quantised on the disk already
-            facts["quantization"] = settings
+    settings = lowering.quantization_of(config)
+    if settings.get("quant_method") == "bitsandbytes":  # others are quantised on the disk already
+        facts["quantization"] = settings
     return {"base_options": json.dumps(facts, default=str)}
 
 

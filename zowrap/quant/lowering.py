@@ -23,7 +23,6 @@ from zowrap.quant.linear import Int8Linear, Lowered, Nf4Linear
 from zowrap.quant.torchao import TorchaoLinear, is_int8_weight_only
 
 SUPPORTED = "bitsandbytes 8-bit (load_in_8bit) and 4-bit (load_in_4bit: nf4, fp4), torchao int8 weight-only"
-NEED = "8-bit and 4-bit weights need"
 # Packages of other schemes, by the module that their layers come from.
 _OTHERS = {
     "optimum.quanto": "Quanto",
@@ -230,12 +229,12 @@ def _from(module: nn.Module, package: str) -> bool:
 
 def check_settings(config: Any) -> None:
     """Raise :class:`ZOError` where a model's configuration names a scheme that is not supported."""
-    name = str(_settings(config).get("quant_method") or "")
+    name = str(quantization_of(config).get("quant_method") or "")
     if name and name.lower() not in ("bitsandbytes", "torchao"):
         raise _unsupported(name.upper() if len(name) <= 5 else name)
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def quantization_of(config: Any) -> dict[str, Any]:
     """What a model's configuration says of its quantisation; empty where it is not quantised."""
     said = getattr(config, "quantization_config", None)
     found = dict(said if isinstance(said, dict) else said.to_dict()) if said else {}
@@ -250,7 +249,7 @@ def check_asked(name: str, config: Any, asked: Mapping[str, Any] | None) -> None
         name: of the checkpoint.
         asked: arguments of ``BitsAndBytesConfig``; None loads it as it is.
     """
-    said = _settings(config)
+    said = quantization_of(config)
     if asked is None or not said:
         return
     wanted, found = (
@@ -264,16 +263,18 @@ def check_asked(name: str, config: Any, asked: Mapping[str, Any] | None) -> None
         )
 
 
-def need_package(name: str, what: str, extra: str | None = None) -> None:
-    """Raise :class:`ZOError` where a package is not installed.
+# What needs a package, as the start of a sentence, and what pip installs it by.
+_NEEDED = {
+    "bitsandbytes": ("8-bit and 4-bit weights need", "bitsandbytes"),
+    "peft": ("adapters need", "'zowrap[peft]'"),
+}
 
-    Args:
-        what: needs it, as the start of a sentence.
-        extra: of zowrap that installs it.
-    """
+
+def need_package(name: str, what: str | None = None) -> None:
+    """Raise :class:`ZOError` where bitsandbytes or peft is not installed; ``what`` starts another sentence."""
     if importlib.util.find_spec(name) is None:
-        install = f"'zowrap[{extra}]'" if extra else name
-        raise ZOError(f"{what} {name}, which is not installed: pip install {install}")
+        usual, install = _NEEDED[name]
+        raise ZOError(f"{what or usual} {name}, which is not installed: pip install {install}")
 
 
 def check_scheme(model: nn.Module) -> None:

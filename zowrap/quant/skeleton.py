@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zowrap.errors import ZOError
 from zowrap.quant.linear import Nf4Linear
-from zowrap.quant.lowering import NEED, check_scheme, lower, need_package
+from zowrap.quant.lowering import check_scheme, lower, need_package
 
 _NESTED_BLOCK = 256  # statistics that share one of their own, where they are quantised too
 
@@ -72,7 +72,7 @@ def _replace_layers(model: Any, settings: Any, stored: bool) -> None:
     """
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    need_package("bitsandbytes", NEED)
+    need_package("bitsandbytes")
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=stored)
     quantizer.preprocess_model(model=model, device_map=None)
     quantizer.postprocess_model(model)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from zowrap.errors import ZOError, nearest
+from zowrap.errors import ZOError, first_line, nearest
 from zowrap.memory import free_memory
 from zowrap.parameters import canonical_name
-from zowrap.quant.lowering import NEED, check_asked, check_settings, is_quantized_layer, mark_fresh, need_package
+from zowrap.quant.lowering import check_asked, check_settings, is_quantized_layer, mark_fresh, need_package
 from zowrap.weights import ADAPTER, adapters_base, opened
 
 log = logging.getLogger("zowrap")
@@ -83,7 +83,7 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
 
     check_directory(name, weights=not empty)
     if adapters_base(name) is not None:
-        need_package("peft", f"{name} holds adapters: they need", "peft")
+        need_package("peft", f"{name} holds adapters: they need")
     with _sentences(name):
         config = AutoConfig.from_pretrained(adapters_base(name) or name, trust_remote_code=trust_remote_code)
     check_settings(config)
@@ -161,7 +161,7 @@ def _sentences(name: str, what: str = "") -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         text = str(error).strip()
-        first = text.splitlines()[0] if text else type(error).__name__
+        first = first_line(error)
         kinds = [type(each) for each in (error, error.__cause__) if each is not None]
         kind = " ".join(f"{each.__name__} {each}" for each in kinds)
         if "trust_remote_code" in text:
@@ -296,7 +296,7 @@ def _from_pretrained(
     if source.quantization is not None:
         from transformers import BitsAndBytesConfig
 
-        need_package("bitsandbytes", NEED)
+        need_package("bitsandbytes")
         options["quantization_config"] = BitsAndBytesConfig(**source.quantization)
     with _sentences(source.name):
         model, report = auto_class.from_pretrained(
