@@ -15,9 +15,10 @@ from typing import Any
 import typer
 
 from zowrap.errors import ZOError, first_line, nearest
+from zowrap.files import same_place
 
 from .console import say
-from .options import CHANGEABLE, PER_CALL, StepOptions, TuneOptions, given
+from .options import CHANGEABLE, PER_CALL, RIGHTS, StepOptions, TuneOptions, given
 
 SCHEDULES = ("constant", "linear", "cosine")
 PATHS = ("model", "data", "eval_data")
@@ -66,6 +67,8 @@ def check_options(options: TuneOptions) -> None:
         _check_trackers(options.report_to)
         to_config(options)
     _check_out(options)
+    if Path(str(options.out)).is_dir():
+        check_out_is_free(options)
 
 
 def check_quantization(options: StepOptions) -> None:
@@ -202,13 +205,22 @@ def _check_out(options: TuneOptions) -> None:
     out = Path(str(options.out))
     if out.exists() and not out.is_dir():
         raise ZOError(f"--out {out} is a file: give the name of a directory")
-    if Path(str(options.model)).is_dir() and out.is_dir() and out.samefile(str(options.model)):
+    if same_place(out, str(options.model)):
         raise ZOError(f"--out {out} is the model's own directory: the run would replace the model it starts from")
-    if out.is_dir() and any(out.iterdir()) and not (options.overwrite or options.resume):
-        raise ZOError(f"--out {out} exists and is not empty: give another, or --resume or --overwrite")
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ZOError(f"--out {out} cannot be written: {parent} is not a directory you may write to")
+
+
+def check_out_is_free(options: TuneOptions) -> None:
+    """Raise :class:`ZOError` if ``--out`` holds anything and may neither be gone on with nor replaced.
+
+    What a start that was killed in its first calls left there is nothing.
+    """
+    from zowrap.run import Run
+
+    if Run(str(options.out)).holds_something() and not (options.overwrite or options.resume):
+        raise ZOError(f"--out {options.out} exists and is not empty: give another, or --resume or --overwrite")
 
 
 def to_config(options: TuneOptions) -> Any:
@@ -276,6 +288,21 @@ def saved_options(options: TuneOptions) -> dict[str, Any]:
     return values
 
 
+def _check_rights(options: TuneOptions, saved: dict[str, Any]) -> None:
+    """What the run was given as a right has to be given again: its folder may be somebody else's work.
+
+    Raises:
+        ZOError: it was tuned with code that its model brings.
+    """
+    if saved.get("trust_remote_code") and not options.trust_remote_code:
+        raise ZOError(
+            f"{options.out} was tuned with --trust-remote-code, which its folder cannot ask for: if you trust the code "
+            f"of {saved.get('model')!r}, give --trust-remote-code again"
+        )
+    if saved.get("report_to") and not options.report_to:
+        say(f"{options.out} reported to {saved['report_to']}: give --report-to again to go on with that")
+
+
 def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions, dict[str, Any] | None]:
     """With ``--resume``, the run's own options, less those given anew that may be; its result, where it is finished.
 
@@ -292,7 +319,7 @@ def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions,
     from zowrap.run import Run
 
     run = Run(options.out)
-    if not run.config_file.is_file() and run.path.is_dir() and any(run.path.iterdir()):
+    if not run.config_file.is_file() and run.holds_something():
         raise ZOError(f"{options.out} is not a run: there is no {run.config_file.name} in it")
     config = run.config() if run.config_file.is_file() else {}
     if not config.get("task"):
@@ -301,13 +328,14 @@ def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions,
         say(f"{options.out} holds nothing to go on from: starting over")
         return options, None
     saved = config["options"]
+    _check_rights(options, saved)
     asked = saved_options(options)
     for name, value in asked.items():
-        if name not in ("out", "plugin") and name in saved and given(context, name) and value != saved[name]:
+        if name not in RIGHTS and name in saved and given(context, name) and value != saved[name]:
             option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
             used = "and is used in its place" if name in CHANGEABLE else "which is used: a run keeps its options"
             say(f"{option} {value} differs from the run's own {saved[name]}, {used}")
-    fields = FIELDS - {*PER_CALL, "out"}
+    fields = FIELDS - {*PER_CALL, *RIGHTS}
     anew = {name for name in CHANGEABLE if given(context, name)}
     kept = {name: value for name, value in saved.items() if name in fields - anew}
     status = run.status()

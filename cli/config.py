@@ -19,8 +19,9 @@ def apply(context: typer.Context, path: str | None) -> str | None:
     """
     if path is None:
         return None
-    from .options import unalias
+    from .options import expand, unalias
 
+    path = str(expand(path))
     parameters = {parameter.name: parameter for parameter in context.command.params}
     names = {name: name for name in parameters if name not in ("help", "config")}
     values: dict[str, Any] = {}

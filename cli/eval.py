@@ -10,9 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from zowrap.errors import ZOError
+from zowrap.files import same_place
 
 from .console import quiet_libraries, result, say
 from .options import (
+    PATH,
     Dtype,
     EndOfText,
     Head,
@@ -32,12 +34,14 @@ from .options import (
 
 @dataclasses.dataclass
 class EvalOptions:
-    model: Annotated[str, typer.Argument(help="A run of zowrap tune, a model directory, or a hub name.")]
+    model: Annotated[str, typer.Argument(help="A run of zowrap tune, a model directory, or a hub name."), PATH]
     task: TaskKind = "classification"
-    data: Annotated[str | None, option("--data", "What to evaluate: a file, or name[:split] of the hub.", "Data")] = (
+    data: Annotated[
+        str | None, option("--data", "What to evaluate: a file, or name[:split] of the hub.", "Data"), PATH
+    ] = None
+    predictions: Annotated[str | None, option("--predictions", "Write one line per row to this .jsonl file."), PATH] = (
         None
     )
-    predictions: Annotated[str | None, option("--predictions", "Write one line per row to this .jsonl file.")] = None
     # 32 rows of ordinary text fit beside any model that can be tuned with 16.
     batch_size: Annotated[int, option("--batch-size", "Examples per forward pass.")] = 32
     max_eval_examples: Annotated[int | None, option("--max-eval-examples", "A fixed random part of the data.")] = None
@@ -60,6 +64,7 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
         raise ZOError("what is to be evaluated? give --data FILE")
     if options.batch_size < 1:
         raise ZOError(f"--batch-size must be at least 1, got {options.batch_size}")
+    _check_predictions(options)
     quiet_libraries()
     from zowrap.data import read_rows, sample
     from zowrap.quant import lower
@@ -89,6 +94,18 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
     record = measure(model, task, examples, source, options.batch_size, options.predictions)
     lines = [f"loss {record['loss']:.4f}, accuracy {record['accuracy']:.4f}, {record['examples']} examples"]
     result(record, options.json, lines)
+
+
+def _check_predictions(options: EvalOptions) -> None:
+    """Raise :class:`ZOError` where ``--predictions`` would replace what is read: the data, or a file of the model's."""
+    if options.predictions is None:
+        return
+    file = Path(options.predictions)
+    if file.is_dir():
+        raise ZOError(f"--predictions {file} is a directory: give the name of a file")
+    inside = file.exists() and same_place(file.parent, options.model)
+    if inside or (options.data is not None and same_place(file, options.data)):
+        raise ZOError(f"--predictions {file} would replace a file that is read here: give the name of a new one")
 
 
 def saved_task(model: str) -> dict[str, Any] | None:

@@ -11,16 +11,16 @@ import typer
 from zowrap.errors import ZOError
 
 from .console import quiet_libraries, result
-from .options import Json, option, takes
-from .replay import check_target
+from .options import PATH, Json, option, takes
+from .replay import check_target, recorded_base
 
 
 @dataclasses.dataclass
 class ExportOptions:
     source: Annotated[
-        str, typer.Argument(help="A run of zowrap tune, a model directory, or a hub name.", show_default=False)
+        str, typer.Argument(help="A run of zowrap tune, a model directory, or a hub name.", show_default=False), PATH
     ]
-    to: Annotated[str | None, option("--to", "Directory to write: new or empty.")] = None
+    to: Annotated[str | None, option("--to", "Directory to write: new or empty."), PATH] = None
     dtype: Annotated[str | None, option("--dtype", "float32, bfloat16 or float16; by default as it is.")] = None
     format: Annotated[
         str, option("--format", "same, bf16 or fp32 (a plain model: dequantised, adapters merged), adapters, merged.")
@@ -39,14 +39,25 @@ def export(context: typer.Context, options: ExportOptions) -> None:
     if options.to is None:
         raise ZOError("where to? give --to DIR")
     quiet_libraries()
-    from zowrap.export import convert_pickle, export_run, pickled_weights, weight_files
-    from zowrap.quant.convert import DTYPES, check_format, is_quantized_folder, output_error
-    from zowrap.weights import ADAPTER
+    from zowrap.lock import locked
+    from zowrap.quant.convert import check_format
 
     check_format(options.format)
     if options.format != "same" and (options.dtype or options.allow_pickle):
         raise ZOError("--format says what the weights become: leave out --dtype and --allow-pickle")
     source = _directory(options)
+    check_target(options.to, options.overwrite, "--to", str(source), recorded_base(source))
+    with locked(options.to):
+        _write(options, source)
+
+
+def _write(options: ExportOptions, source: Path) -> None:
+    """Write the model, as the one process that writes into ``--to``, and say what came of it."""
+    from zowrap.export import convert_pickle, export_run, pickled_weights, weight_files
+    from zowrap.quant.convert import DTYPES, is_quantized_folder, output_error
+    from zowrap.weights import ADAPTER
+
+    assert options.to is not None
     errors: dict[str, float] = {}
     adapters = (source / ADAPTER).is_file()
     if options.format == "merged" or (adapters and options.format in DTYPES):
@@ -81,7 +92,7 @@ def _directory(options: ExportOptions) -> Path:
     """Where the model's files lie; one of the hub is fetched."""
     from zowrap.tasks.loading import fetch, may_be_of_the_hub
 
-    path = Path(options.source).expanduser()
+    path = Path(options.source)
     if path.is_dir():
         return path
     if path.exists() or not may_be_of_the_hub(options.source):

@@ -16,14 +16,14 @@ from zowrap.errors import ZOCaptureError, ZOError
 
 from .console import quiet_libraries, result, say
 from .eval import resolve_task, saved_task, split_labels
-from .options import StepOptions, option, takes
+from .options import PATH, StepOptions, option, takes
 
 LENGTH = 256  # tokens of a row where --max-length does not say: a paragraph
 
 
 @dataclasses.dataclass(kw_only=True)
 class InspectOptions(StepOptions):
-    model: Annotated[str, typer.Argument(help="A model directory, a run, or a hub name.", show_default=False)]
+    model: Annotated[str, typer.Argument(help="A model directory, a run, or a hub name.", show_default=False), PATH]
     task: Annotated[str | None, option("--task", "classification or lm; by default the checkpoint's own head.")] = None
     max_length: Annotated[
         int | None, option("--max-length", f"Tokens of a row; by default {LENGTH}, or what the model reads.")
@@ -31,9 +31,10 @@ class InspectOptions(StepOptions):
     data: Annotated[
         str | None,
         option("--data", "Load the model and measure on rows of this file how small --eps may be.", "Data"),
+        PATH,
     ] = None
     programs: Annotated[bool, option("--programs", "Print the programs of a step after each pass.")] = False
-    html: Annotated[str | None, option("--html", "Write a picture of the step's program to this file.")] = None
+    html: Annotated[str | None, option("--html", "Write a picture of the step's program to this file."), PATH] = None
 
 
 @takes(InspectOptions)

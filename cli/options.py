@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
@@ -49,6 +50,7 @@ def takes(options: type) -> Callable[[Callable[[typer.Context, Any], Any]], Call
 
     def decorate(function: Callable[[typer.Context, Any], Any]) -> Callable[..., Any]:
         def command(context: typer.Context, **values: Any) -> Any:
+            values.update({name: expand(values[name]) for name in paths})
             if values.get("plugin"):
                 from zowrap.rules import plugins
 
@@ -56,6 +58,7 @@ def takes(options: type) -> Callable[[Callable[[typer.Context, Any], Any]], Call
             return function(context, options(**values))
 
         hints = get_type_hints(options, include_extras=True)
+        paths = [field.name for field in dataclasses.fields(options) if _is_path(hints[field.name])]
         parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
         for field in dataclasses.fields(options):
             default = field.default
@@ -85,10 +88,25 @@ def option(names: str, text: str, panel: str | None = None, **more: Any) -> Any:
     return typer.Option(*names.split(), help=text, rich_help_panel=panel, **more)
 
 
+# Marks an option that names a file or a folder: ``~`` in it is expanded once, before any command sees it.
+PATH = object()
+
+
+def expand(value: Any) -> Any:
+    """``~/models`` → ``/home/me/models``, which no shell does in a quoted argument or a configuration file."""
+    if isinstance(value, list):
+        return [expand(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _is_path(annotation: Any) -> bool:
+    return any(each is PATH for each in getattr(annotation, "__metadata__", ()))
+
+
 # Options that several commands have.
 Json = Annotated[bool, option("--json", "Print one JSON object on stdout; everything else goes to stderr.")]
 Plugin = Annotated[
-    list[str], option("--plugin", "Python file or module that registers update rules of your own. Repeatable.")
+    list[str], option("--plugin", "Python file or module that registers update rules of your own. Repeatable."), PATH
 ]
 Memory = Annotated[str, option("--memory", "paired, sequential or auto: the faster one that fits.", "Zeroth order")]
 TaskKind = Annotated[str, option("--task", "classification or lm.", "Data")]
@@ -199,15 +217,17 @@ class StepOptions:
 class TuneOptions(StepOptions):
     """Everything ``zowrap tune`` takes. Defaults that are None are resolved from the model or the rule."""
 
-    model: Annotated[str | None, typer.Argument(help="Model directory or hub name.", show_default=False)] = None
+    model: Annotated[str | None, typer.Argument(help="Model directory or hub name.", show_default=False), PATH] = None
     task: TaskKind = "classification"
     data: Annotated[
-        str | None, option("--data", "Training data: .jsonl, .csv, .parquet, or name[:split] of the hub.", "Data")
+        str | None,
+        option("--data", "Training data: .jsonl, .csv, .parquet, or name[:split] of the hub.", "Data"),
+        PATH,
     ] = None
     eval_data: Annotated[
-        str | None, option("--eval-data", "Data that measures progress and picks the best model.", "Data")
+        str | None, option("--eval-data", "Data that measures progress and picks the best model.", "Data"), PATH
     ] = None
-    out: Annotated[str | None, option("--out", "Directory of the run; it loads with from_pretrained.")] = None
+    out: Annotated[str | None, option("--out", "Directory of the run; it loads with from_pretrained."), PATH] = None
     # Text: a number, or "auto". A run keeps the number.
     lr: Annotated[
         str, option("--lr", "Learning rate; auto chooses it from a few forward passes before step 1.", "Zeroth order")
@@ -249,5 +269,7 @@ class TuneOptions(StepOptions):
 # Not part of what a run is: they say how this one command is to behave. --plugin is among them because it runs code,
 # and nothing that a run's folder names may do that.
 PER_CALL = ("resume", "overwrite", "config", "json", "show_examples", "plugin")
+# Rights, which are the user's to give: a run's folder names them, and going on with it does not bring them back.
+RIGHTS = ("trust_remote_code", "plugin", "report_to", "out")
 # What a run may be given anew when it goes on: it changes how a step is evaluated, not which steps are made.
 CHANGEABLE = ("memory",)

@@ -27,15 +27,31 @@ def tune(context: typer.Context, options: TuneOptions) -> None:
     """Fine-tune MODEL on labelled or plain text, with forward passes alone."""
     began = time.time()
     quiet_libraries()
-    from .checks import check_options, restored
-    from .progress import Progress
+    from zowrap.lock import check_one_process, locked
 
+    from .checks import check_options, check_out_is_free, restored
+
+    check_one_process()
     options, finished = restored(context, options)
     if finished is not None:
         say(f"{options.out} is finished: nothing is left to do")
         result(finished, options.json, [summary(finished)])
         return
     check_options(options)
+    assert options.out is not None
+    with locked(options.out):
+        check_out_is_free(options)  # another process may have been at work there until now
+        train(options, began)
+
+
+def train(options: TuneOptions, began: float) -> None:
+    """Prepare, train and report, as the one process that writes into ``--out``.
+
+    Args:
+        began: when the command began, in seconds since the epoch.
+    """
+    from .progress import Progress
+
     plan = prepare(options)
     model, options = load(plan, options)
     trainer = build_trainer(plan, model, options)

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import warnings
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -521,3 +522,73 @@ def test_trackers_are_fed(tmp_path):
     (events,) = {path.parent for path in tmp_path.rglob("events.out*")}
     found = EventAccumulator(str(events)).Reload().Tags()["scalars"]
     assert {"train/loss", "train/projected_grad", "train/learning_rate", "eval/loss"} <= set(found)
+
+
+# --- methods of the Trainer that a subclass overrides ----------------------------------------------------------------
+
+
+class _Theirs:
+    """What a trainer of another project brings."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        raise AssertionError("never called")
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("compute_loss", "loss_fn="),
+        ("training_step", "rule="),
+        ("create_optimizer", "rule="),
+        ("create_optimizer_and_scheduler", "lr_scheduler_type"),
+        ("get_optimizer_cls_and_kwargs", "rule="),
+        ("get_decay_parameter_names", "weight_decay="),
+    ],
+)
+def test_an_override_that_would_be_ignored_is_refused_by_name(name: str, instead: str, tmp_path: Path) -> None:
+    kind = type("Mine", (ZOTrainer,), {name: lambda self, *args, **kwargs: None})
+    with pytest.raises(ZOError, match=f"Mine overrides {name}, .*{instead}"):
+        kind(tiny_llama(), ZOConfig(output_dir=str(tmp_path / "run"), **QUIET), train_dataset=rows())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_mixed_in_behind_the_trainer_is_refused(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    behind = type("Behind", (ZOTrainer, type("Theirs", (_Theirs, Trainer), {})), {})
+    before = type("Before", (_Theirs, ZOTrainer), {})
+    for kind in (behind, before):
+        with pytest.raises(ZOError, match="_Theirs overrides compute_loss"):
+            kind(tiny_llama(), ZOConfig(output_dir=str(tmp_path), **QUIET), train_dataset=rows())
+
+
+def test_a_loss_put_on_the_trainer_itself_is_refused_when_it_trains(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path / "run")
+    trainer.compute_loss = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    with pytest.raises(ZOError, match="this trainer overrides compute_loss"):
+        trainer.train()
+
+
+def test_an_overridden_prediction_step_evaluates(tmp_path: Path) -> None:
+    class Mine(ZOTrainer):
+        called = 0
+
+        def prediction_step(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            Mine.called += 1
+            return super().prediction_step(*args, **kwargs)
+
+    args = ZOConfig(output_dir=str(tmp_path), per_device_eval_batch_size=4, **QUIET)
+    mine = Mine(tiny_llama(), args, collate, rows(), eval_dataset=rows()[:8]).evaluate()["eval_loss"]
+    assert Mine.called == 2
+    assert mine == pytest.approx(trainer_in(tmp_path, per_device_eval_batch_size=4).evaluate()["eval_loss"], rel=1e-6)
+    with pytest.raises(ZOError, match=r"prediction_step .* batch_metrics="):
+        Mine(tiny_llama(), args, collate, batch_metrics=lambda output, batch: {})
+
+
+def test_the_models_own_folder_is_not_trained_into(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    loaded = type(model).from_pretrained(tmp_path / "base")
+    (tmp_path / "alias").symlink_to(tmp_path / "base", target_is_directory=True)
+    with pytest.raises(ZOError, match="the model's own folder"):
+        trainer_in(tmp_path / "alias", loaded, overwrite=True).train()

@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from zowrap import rules
 from zowrap.errors import ZOError, ZOWarning, nearest
+from zowrap.lock import check_one_process
 from zowrap.schedule import check_memory
 
 # Evaluate and save ten times in a run, log a hundred times (the Trainer takes a fraction of max_steps).
@@ -166,12 +167,13 @@ class ZOConfig(TrainingArguments):
         if self.eval_on_start is None:
             self.eval_on_start = False  # until the trainer knows whether there is an eval_dataset
             self.unset.add("eval_on_start")
+        check_one_process()  # before transformers asks: on a machine without a GPU it says 1 whatever was started
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no other memory to copy to; torch warns of it
         if self.data_seed is None:
             self.data_seed = self.seed  # the data's order then follows from the seed, not from the generator's past
-        if self.world_size > 1:
+        if self.world_size > 1:  # started by something that sets no variable
             raise ZOError("several processes (torchrun, accelerate launch) are not supported: start one")
         if self.n_gpu > 1:
             warnings.warn(

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import zowrap
 from zowrap import quant
 from zowrap.errors import ZOError, first_line, nearest
-from zowrap.files import TMP, move_into, read_json, remove, write_json, writing
+from zowrap.files import TMP, move_into, read_json, remove, same_place, write_json, writing
+from zowrap.lock import entries
 from zowrap.quant import convert
 from zowrap.weights import (
     ADAPTER,
@@ -279,7 +280,7 @@ def export_run(
         _write_copy(run, beside, form, DTYPES.get(dtype or ""), max_shard_size)
         for file in sorted(beside.glob("*.safetensors")) if metadata else []:
             add_metadata(file, metadata or {})
-    return sorted(p for p in to.iterdir() if p.is_file())
+    return [p for p in entries(to) if p.is_file()]
 
 
 def _write_copy(run: Path, to: Path, form: str, dtype: torch.dtype | None, max_shard_size: int | str | None) -> None:
@@ -322,7 +323,7 @@ def export_merged(
             _write(model, beside, max_shard_size or MAX_SHARD_SIZE)
         for file in sorted(beside.glob("*.safetensors")):
             add_metadata(file, {"zowrap": zowrap.__version__, **_facts_of(run), **(metadata or {})})
-    return sorted(p for p in to.iterdir() if p.is_file()), errors
+    return [p for p in entries(to) if p.is_file()], errors
 
 
 def _facts_of(run: Path) -> dict[str, str]:
@@ -359,15 +360,15 @@ def convert_pickle(model_dir: Path_, to: Path_, overwrite: bool = False) -> list
             write_tensors(tensors, beside, ADAPTER, None, facts)
         else:
             write_tensors(tensors, beside, WEIGHTS, MAX_SHARD_SIZE, facts)
-    return sorted(p for p in to.iterdir() if p.is_file())
+    return [p for p in entries(to) if p.is_file()]
 
 
 def _check_target(source: Path, to: Path, overwrite: bool) -> None:
     if to.exists() and not to.is_dir():
         raise ZOError(f"{to} is a file: give the name of a folder")
-    if to.is_dir() and source.is_dir() and to.samefile(source):
+    if same_place(to, source):
         raise ZOError(f"{to} is the folder to copy from: give another one")
-    if to.is_dir() and any(to.iterdir()) and not overwrite:
+    if entries(to) and not overwrite:
         raise ZOError(f"{to} is not empty: give a new folder, or --overwrite")
 
 

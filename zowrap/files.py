@@ -50,6 +50,16 @@ def _explain(error: BaseException, path: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths name one file or folder, by whatever links and detours; also where it is not there yet."""
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
 def remove(path: str | os.PathLike[str]) -> None:
     """Remove a file or a directory tree if it is there."""
     path = Path(path)

@@ -44,11 +44,8 @@ class Keeper:
         flush_steps: results that may wait to be written.
     """
 
-    def __init__(
-        self, trainer: ZOTrainer, base_model: str | None, config: dict[str, Any] | None, made_folder: bool
-    ) -> None:
+    def __init__(self, trainer: ZOTrainer, base_model: str | None, config: dict[str, Any] | None) -> None:
         self.trainer = trainer
-        self._made_folder = made_folder
         self.config = config
         self.base = {"base_model": base_model} if base_model else {}
         self.best_step: int | None = None
@@ -141,8 +138,6 @@ class Keeper:
         for path in sorted(run.path.rglob("*"), reverse=True):
             if path not in self._there_before:
                 remove(path)
-        if self._made_folder and not any(run.path.iterdir()):
-            run.path.rmdir()
 
     def _close_files(self, sync: bool) -> None:
         for lines in (self._journal, self.trainer.run.metrics):

@@ -8,7 +8,7 @@ own loss is something else keeps its own, as one row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -82,9 +82,7 @@ _HEADS: tuple[tuple[str, Callable[..., tuple[Tensor, Tensor]]], ...] = (
 
 
 def _head_of(model: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    inner: Any = model
-    while type(inner).__name__.startswith("PeftModel") and hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
+    inner = _without_adapters(model)
     if not hasattr(inner, "config"):
         return None
     names = [base.__name__ for base in type(inner).__mro__]
@@ -126,6 +124,97 @@ def example(batch: Batch, row: int) -> Batch:
     """One example as a batch of one; what does not have a row for each example is shared by all."""
     own = per_example_names(batch)
     return {name: v[row : row + 1] if name in own else v for name, v in batch.items()}
+
+
+# --- is the model's own loss the one that its head announces? ------------------------------------------------------
+
+PROBE_ROWS = 8  # of a probe's batch: one class that all probes share, and seven others
+# Beyond this many classes probes would cost more than a first step; the model's own loss then stays.
+MOST_CLASSES = 1024
+
+
+def _is_transformers_own(model: nn.Module) -> bool:
+    """Whether the loss is computed by transformers' code alone: its class as it is, and nothing put in its place."""
+    inner = _without_adapters(model)
+    places = (type(inner).__module__, getattr(type(inner).forward, "__module__", ""))
+    replaced = {"forward", "loss_function", "_loss_function"} & {*vars(inner), *inner._modules}
+    hooked = bool(inner._forward_hooks)
+    return all(place.startswith("transformers.models.") for place in places) and not replaced and not hooked
+
+
+def _without_adapters(model: nn.Module) -> Any:
+    """The model inside peft's, which computes the loss."""
+    inner: Any = model
+    while type(inner).__name__.startswith("PeftModel") and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return inner
+
+
+def _first_rows(batch: Batch, count: int) -> Batch:
+    return {name: v[:count] if isinstance(v, Tensor) and v.ndim else v for name, v in batch.items()}
+
+
+def probes(batch: Batch, config: Any, labels_are_tokens: bool) -> Iterator[Batch]:
+    """Batches with labels that tell a loss of weighted, smoothed or masked labels from the plain one.
+
+    Of class labels each probe holds class 0 beside others, until every class was there: what weighs one of them
+    otherwise changes a mean. Token labels become random tokens, and the special ones. Floating-point labels are given
+    as they are, and as their distance from 1.
+
+    Args:
+        batch: with ``labels``; its inputs are used over and over.
+        config: of the model, which names the classes and the special tokens.
+        labels_are_tokens: labels of more than one position are token ids, and not classes of tokens.
+
+    Yields:
+        Nothing where the labels have no kind that probes are known for, or a tensor has no row for each example.
+    """
+    labels = batch["labels"]
+    if not isinstance(labels, Tensor) or not labels.ndim:
+        return
+    rows = labels.shape[0]
+    tensors = {name: v for name, v in batch.items() if isinstance(v, Tensor) and v.ndim}
+    if any(v.shape[0] != rows for v in tensors.values()):
+        return
+
+    def repeated(count: int) -> Batch:
+        picked = torch.arange(count, device=labels.device) % rows
+        return {name: v[picked.to(v.device)] if name in tensors else v for name, v in batch.items()}
+
+    if labels.is_floating_point():
+        wide = repeated(max(2, min(rows, PROBE_ROWS)))
+        yield wide
+        yield {**wide, "labels": 1 - wide["labels"]}
+    elif labels.ndim == 1 or labels.shape[1:].numel() == 1:
+        classes = getattr(config, "num_labels", None) or 0
+        if not 2 <= classes <= MOST_CLASSES:
+            return
+        for first in range(1, classes, PROBE_ROWS - 1):
+            named = [0, *range(first, min(first + PROBE_ROWS - 1, classes))]
+            given = torch.tensor(named, dtype=labels.dtype, device=labels.device)
+            yield {**repeated(len(named)), "labels": given.reshape(-1, *labels.shape[1:])}
+    else:
+        wide = repeated(max(2, min(rows, PROBE_ROWS // 2)))
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        size = getattr(text, "vocab_size", None) if labels_are_tokens else getattr(config, "num_labels", None)
+        if not isinstance(size, int) or size < 2:
+            return
+        counted = wide["labels"] != IGNORED
+        draw = torch.Generator().manual_seed(0)
+        for special in ([], _special_tokens(text) if labels_are_tokens else []):
+            drawn = torch.randint(size, wide["labels"].shape, generator=draw).to(labels.device, labels.dtype)
+            if special:
+                of = torch.tensor(special, dtype=labels.dtype, device=labels.device)
+                drawn = torch.where(drawn % 2 == 0, of[drawn // 2 % len(of)], drawn)
+            yield {**wide, "labels": torch.where(counted, drawn, IGNORED)}
+
+
+def _special_tokens(config: Any) -> list[int]:
+    found = []
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"):
+        value = getattr(config, name, None)
+        found += [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
+    return sorted({each for each in found if 0 <= each < (getattr(config, "vocab_size", 0) or 0)})
 
 
 class LossModule(nn.Module):
@@ -212,11 +301,13 @@ class LossModule(nn.Module):
 
     @torch.no_grad()
     def settle(self, batch: Batch) -> None:
-        """Keep the model's own loss where ours from the logits is not the same number on (two rows of) ``batch``.
+        """Keep the model's own loss where ours from the logits is not the same function.
 
-        A head may add a regulariser, weigh classes or shift labels in its own way. Where its own loss cannot be had
-        (it needs values the batch lacks), ours stands. Done once, on the first batch with labels on which the loss can
-        be had.
+        A head may add a regulariser, weigh classes, smooth or shift labels in its own way. The two are compared on the
+        batch's own labels and, unless the loss is one that transformers itself computes, on labels made to tell them
+        apart (:func:`probes`): a weight of a class shows only beside another class. Where the probes cannot tell, the
+        model's own loss stays. Where its own loss cannot be had (it needs values the batch lacks), ours stands. Done
+        once, on the first batch with labels on which the loss can be had.
         """
         if self.settled or (self.head is not None and "labels" not in batch):
             return
@@ -225,22 +316,39 @@ class LossModule(nn.Module):
         self.settled = True
 
     def _compare(self, batch: Batch) -> None:
-        """Give up our loss where the model's own is another number."""
-        few = {name: v[:2] if isinstance(v, Tensor) and v.ndim else v for name, v in batch.items()}
+        """Give up our loss where the model's own is another number, or may be on other labels."""
         with evaluation_mode(self):
-            sums, weights = self(few)
-            try:
-                extra = {"use_cache": False} if hasattr(getattr(self.model, "config", None), "use_cache") else {}
-                own = self.model(**few, **extra).loss
-            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
-                return
+            same = self._agrees(_first_rows(batch, 2))
+            if same and not _is_transformers_own(self.model):
+                names = [base.__name__ for base in type(_without_adapters(self.model)).__mro__]
+                tokens = not any(name.endswith("ForTokenClassification") for name in names)
+                tried = probes(batch, getattr(self.model, "config", None), labels_are_tokens=tokens)
+                found = [self._agrees(probe, told_apart=True) for probe in tried]
+                same = bool(found) and all(found)
+        if same is False:
+            self.head = None
+
+    def _agrees(self, batch: Batch, told_apart: bool = False) -> bool | None:
+        """Whether the model's own loss of a batch is ours; None where its own cannot be had.
+
+        Args:
+            told_apart: the rows' losses must differ, so that a mean that weighs them otherwise is another number.
+        """
+        sums, weights = self(batch)
+        try:
+            extra = {"use_cache": False} if hasattr(getattr(self.model, "config", None), "use_cache") else {}
+            own = self.model(**batch, **extra).loss
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+            return None
         if own is None or own.ndim:
-            return
+            return None
         ours = sums.sum() / weights.sum()
         # A model in 16 bit computes its own loss from rounded numbers; in float32 the two agree to rounding.
         rtol = 1e-4 if all(p.dtype == torch.float32 for p in self.model.parameters()) else 2e-2
-        if not torch.allclose(ours, own.float(), rtol=rtol, atol=1e-6, equal_nan=True):
-            self.head = None
+        each = sums / weights.clamp(min=1)
+        if told_apart and not (each.max() - each.min()) > 10 * rtol * ours.abs():
+            return False
+        return torch.allclose(ours, own.float(), rtol=rtol, atol=1e-6, equal_nan=True)
 
 
 def shift_right(labels: Tensor, config: Any) -> Tensor:

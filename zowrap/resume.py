@@ -8,7 +8,6 @@ what is due after it; every other step is replayed from its record.
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 from transformers import TrainerState
 
 from zowrap.errors import ZOError
-from zowrap.files import remove
+from zowrap.files import remove, same_place
 from zowrap.journal import Journal, describe
 from zowrap.run import check_start, checkpoint_facts, load_checkpoint, replay
 
@@ -88,7 +87,7 @@ def find_start(trainer: ZOTrainer, resume: str | bool | None) -> Start:
     fresh = Start(0, first, None, header, plan=plan)
     if not resume:
         return _from_the_first_step(trainer, fresh)
-    if not isinstance(resume, bool) and not _same(Path(resume), run.path):
+    if not isinstance(resume, bool) and not same_place(Path(resume), run.path):
         return _from_checkpoint(trainer, Path(resume), header)
     run.clean()
     journal = Journal.resume(run.journal_file, header)
@@ -126,7 +125,7 @@ def _recorded_plan(trainer: ZOTrainer, resume: str | bool | None) -> dict[str, A
     run = trainer.run
     if not resume:
         return None
-    if not isinstance(resume, bool) and not _same(Path(resume), run.path):
+    if not isinstance(resume, bool) and not same_place(Path(resume), run.path):
         return checkpoint_facts(Path(resume), "plan")
     run.clean()
     journal = Journal.read_from(run.journal_file)
@@ -140,6 +139,9 @@ def _from_the_first_step(trainer: ZOTrainer, fresh: Start, clear: bool = False) 
     run = trainer.run
     if trainer.zm.step_count:
         raise ZOError(f"the model has already moved {trainer.zm.step_count} steps: make a new trainer with a new model")
+    base = trainer._keeper.base.get("base_model")
+    if base and same_place(base, run.path):
+        raise ZOError(f"{run.path} is the model's own folder: the run would replace the model it starts from")
     if run.exists() and not (clear or trainer.args.overwrite):
         raise ZOError(
             f"{run.path} already holds a run: go on with it (resume_from_checkpoint=True), "
@@ -156,7 +158,7 @@ def _from_the_first_step(trainer: ZOTrainer, fresh: Start, clear: bool = False) 
 def _from_checkpoint(trainer: ZOTrainer, checkpoint: Path, header: dict[str, Any]) -> Start:
     """Go on from one checkpoint, whatever came after it."""
     run = trainer.run
-    inside = _same(checkpoint.parent, run.path)
+    inside = same_place(checkpoint.parent, run.path)
     if not inside and run.exists():
         raise ZOError(f"{run.path} already holds a run: {checkpoint} of another one cannot go on there")
     journal = Journal.resume(run.journal_file, header) if inside else None
@@ -201,10 +203,6 @@ def say_differences(theirs: dict[str, Any], ours: dict[str, Any], names: Iterabl
             say(
                 f"the run began with {name} {theirs[name]}, now it is {ours[name]}: later steps may differ in last bits"
             )
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and os.path.samefile(one, other)
 
 
 def _state_of(saved: dict[str, Any]) -> TrainerState:

@@ -27,12 +27,15 @@ from zowrap import export, weights
 from zowrap.errors import ZOError
 from zowrap.files import TMP, read_json, remove, sync, write_json, writing
 from zowrap.journal import Journal, Lines, environment, fingerprint
+from zowrap.lock import entries
 from zowrap.parameters import Parameter, canonical_name
 
 if TYPE_CHECKING:
     from zowrap.model import ZOModel
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+# What a kill can leave of files that were being written; a user's own notes.tmp is none of them.
+_LEFTOVER = re.compile(r"^(zowrap\.json|journal\.jsonl|model|checkpoint-\d+)" + re.escape(TMP) + r"$|^loss\.tmp\.png$")
 STATE, TENSORS, TRAINER = "zo_state.json", "zo_state.safetensors", "trainer_state.json"
 
 
@@ -142,8 +145,13 @@ class Run:
 
     def clean(self) -> None:
         """Remove what a kill in the middle of a write left behind."""
-        for entry in list(self.path.glob(f"*{TMP}")) if self.path.is_dir() else []:
-            remove(entry)
+        for entry in list(self.path.iterdir()) if self.path.is_dir() else []:
+            if _LEFTOVER.match(entry.name):
+                remove(entry)
+
+    def holds_something(self) -> bool:
+        """Whether the folder holds more than a start that was killed in its first calls leaves behind."""
+        return not all(_LEFTOVER.match(entry.name) for entry in entries(self.path))
 
 
 def checkpoint_facts(directory: Path, name: str) -> dict[str, Any]:

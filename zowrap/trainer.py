@@ -24,6 +24,7 @@ from zowrap import evaluation, export, quant
 from zowrap.config import ZOConfig
 from zowrap.errors import ZOError
 from zowrap.keeper import Interrupted, Keeper, KeeperCallback
+from zowrap.lock import locked
 from zowrap.model import StepResult, ZOModel
 from zowrap.plan import settle_lr
 from zowrap.resume import Start, find_start, say
@@ -106,6 +107,9 @@ class ZOTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         _check_arguments(model, args, kwargs)
+        _check_overrides(self)
+        if batch_metrics is not None and _overridden(self, "prediction_step"):
+            raise ZOError("prediction_step is overridden, and batch_metrics= takes its place: give one of them")
         assert model is not None
         args = args or ZOConfig(output_dir="tmp_trainer")
         if loss_fn is not None and "remove_unused_columns" in args.unset:
@@ -113,7 +117,7 @@ class ZOTrainer(Trainer):
         # eval_dataset is the fifth argument of the Trainer, the third after (model, args).
         eval_dataset = kwargs.get("eval_dataset", positional[2] if len(positional) > 2 else None)
         args.evaluates(eval_dataset is not None)
-        made_folder = not Path(str(args.output_dir)).exists()  # the Trainer makes it
+        self._made_folder = not Path(str(args.output_dir)).exists()  # the Trainer makes it
         with quant.accepted_by_the_trainer(model):
             super().__init__(model, args, *positional, **kwargs)
         self.batch_metrics = batch_metrics
@@ -123,10 +127,10 @@ class ZOTrainer(Trainer):
         try:
             self.wrap(args.engine)
         except ZOError:
-            if made_folder:  # nothing is in it yet, and nothing will be
+            if self._made_folder:  # nothing is in it yet, and nothing will be
                 Path(str(args.output_dir)).rmdir()
             raise
-        self._keeper = Keeper(self, base_model or export.model_name(model), config, made_folder)
+        self._keeper = Keeper(self, base_model or export.model_name(model), config)
         self.add_callback(KeeperCallback(self._keeper))
         self.resumed_from = 0
         self.interrupted = False
@@ -208,11 +212,19 @@ class ZOTrainer(Trainer):
                 after it, bitwise as if the run had not stopped; a path goes on from that checkpoint.
 
         Raises:
-            ZOError: ``output_dir`` holds another run, the loss is not finite from the start or for ``max_skipped``
-                steps in a row, or the disk is full.
+            ZOError: ``output_dir`` holds another run, another process trains into it, the loss is not finite from the
+                start or for ``max_skipped`` steps in a row, or the disk is full.
         """
+        _check_overrides(self)
+        with locked(self.run.path, self._made_folder):
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval, kwargs)
+
+    def _train(
+        self, resume: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None, kwargs: dict[str, Any]
+    ) -> TrainOutput:
+        """Train, as the one process that writes into the folder."""
         self.interrupted = False
-        start = find_start(self, resume_from_checkpoint)
+        start = find_start(self, resume)
         self.resumed_from = start.step
         self._keeper.open(start)
         for name in ("logging_steps", "eval_steps", "save_steps"):  # fractions of the run, now that its length is known
@@ -321,7 +333,8 @@ class ZOTrainer(Trainer):
         """Loss and metrics reduced batch by batch, unless ``compute_metrics`` asks for all predictions at once."""
         self._keeper.flush()
         self._sums = sums = evaluation.Evaluation()
-        if description != "Evaluation" or (self.compute_metrics is not None and self.batch_metrics is None):
+        whole = self.compute_metrics is not None or _overridden(self, "prediction_step")
+        if description != "Evaluation" or (whole and self.batch_metrics is None):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -353,6 +366,33 @@ class ZOTrainer(Trainer):
             logs.pop("grad_norm", None)
             logs.update(self._keeper.logged())
         super().log(logs, start_time)
+
+
+# Methods of the Trainer that have no part in a zeroth-order step → what takes their place.
+_NOT_OVERRIDDEN = {
+    "compute_loss": "give the loss as loss_fn=(lambda model, batch: ...)",
+    "training_step": "the step is the rule's: give rule=, and the loss as loss_fn=(lambda model, batch: ...)",
+    "create_optimizer": "the update is the rule's: give rule= and rule_options=",
+    "create_optimizer_and_scheduler": "the update is the rule's (rule=), the schedule is lr_scheduler_type",
+    "get_optimizer_cls_and_kwargs": "the update is the rule's: give rule= and rule_options=",
+    "get_decay_parameter_names": "weight decay is the rule's: give weight_decay=, which leaves out vectors",
+}
+
+
+def _overridden(trainer: ZOTrainer, name: str) -> str | None:
+    """The class (or ``"this trainer"``) that has its own method of that name beside the Trainer's and ours."""
+    if name in vars(trainer):
+        return "this trainer"
+    others = (each for each in type(trainer).__mro__ if not issubclass(ZOTrainer, each))
+    return next((each.__name__ for each in others if name in vars(each)), None)
+
+
+def _check_overrides(trainer: ZOTrainer) -> None:
+    """Refuse methods that would never be called, or would train something else than the rule does."""
+    for name, instead in _NOT_OVERRIDDEN.items():
+        where = _overridden(trainer, name)
+        if where is not None:
+            raise ZOError(f"{where} overrides {name}, which a zeroth-order trainer does not use: {instead}")
 
 
 def _check_arguments(model: Any, args: Any, kwargs: dict[str, Any]) -> None:

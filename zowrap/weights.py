@@ -76,6 +76,42 @@ def adapters_base(directory: Path_) -> str | None:
     return named if named and not (Path(directory) / "config.json").is_file() else None
 
 
+def check_adapter_settings(directory: Path_) -> None:
+    """Refuse adapters whose settings name code: peft imports the module that ``megatron_core`` names.
+
+    Raises:
+        ZOError: ``adapter_config.json`` names a module to import, or asks for remote code.
+    """
+    file = Path(directory) / ADAPTER_CONFIG
+    if not file.is_file():
+        return
+    settings = read_json(file)
+    if not isinstance(settings, dict):
+        raise ZOError(f"{file} is damaged: it holds no JSON object")
+    if settings.get("megatron_config") is not None or settings.get("megatron_core") not in (None, _MEGATRON):
+        raise ZOError(
+            f"{file} names a module to import (megatron_config, megatron_core), and nothing that a folder names is "
+            f"imported: remove these two entries if the adapters are yours"
+        )
+    if _asks_for_code(settings):
+        raise ZOError(
+            f"{file} asks for trust_remote_code, and a folder cannot ask for that: remove the entry if the adapters "
+            f"are yours"
+        )
+
+
+_MEGATRON = "megatron.core"  # peft's default, which it writes into every configuration and imports for none
+
+
+def _asks_for_code(settings: Any) -> bool:
+    """Whether ``trust_remote_code`` is set anywhere in the settings."""
+    if isinstance(settings, list):
+        return any(map(_asks_for_code, settings))
+    if not isinstance(settings, dict):
+        return False
+    return bool(settings.get("trust_remote_code")) or any(map(_asks_for_code, settings.values()))
+
+
 def weight_files(directory: Path_) -> list[Path]:
     """The safetensors files of a model folder: one, its shards by the index, or an adapter."""
     directory = Path(directory)
@@ -104,6 +140,7 @@ def require_safetensors(model_dir: Path_) -> None:
     directory = Path(model_dir)
     if not directory.is_dir():
         raise ZOError(f"{directory} is not a folder with a model")
+    check_adapter_settings(directory)
     files = weight_files(directory) or list(directory.glob("*.safetensors"))
     for file in files:
         with opened(file):

@@ -28,6 +28,7 @@ from zowrap.weights import (
     WEIGHTS,
     Path_,
     adapters_base,
+    check_adapter_settings,
     opened,
     read_metadata,
     weight_files,
@@ -156,6 +157,7 @@ def output_error(folder: Path_, plain: Path_, name: str) -> tuple[float | None, 
     if (Path(folder) / ADAPTER).is_file():
         model = adapted(folder)
     else:
+        check_adapter_settings(folder)
         model = kind.from_pretrained(folder, use_safetensors=True).eval()
     lowering.lower(model)  # the same outputs; on some processors the library's own layers take fewer shapes
     try:

@@ -18,7 +18,7 @@ from zowrap.errors import ZOError, first_line, nearest
 from zowrap.memory import free_memory
 from zowrap.parameters import canonical_name
 from zowrap.quant.lowering import check_asked, check_settings, is_quantized_layer, mark_fresh, need_package
-from zowrap.weights import ADAPTER, adapters_base, opened
+from zowrap.weights import ADAPTER, adapters_base, check_adapter_settings, opened
 
 log = logging.getLogger("zowrap")
 
@@ -107,6 +107,7 @@ def check_directory(name: str, weights: bool = True) -> None:
 
     path = Path(name).expanduser()
     if path.is_dir():
+        check_adapter_settings(path)
         if not (path / "config.json").is_file() and adapters_base(path) is None:
             raise ZOError(f"{name} is not a model directory: it has no config.json")
         if weights:
@@ -291,6 +292,7 @@ def _from_pretrained(
     source: Source, auto_class: Any, dtype: torch.dtype, seed: int, changes: dict[str, Any]
 ) -> tuple[Any, list[str]]:
     """The model, and the names of the weights that its checkpoint does not have."""
+    check_adapter_settings(source.name)
     options = dict(changes)
     torch.manual_seed(seed)
     if source.quantization is not None:

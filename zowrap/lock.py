@@ -1,0 +1,187 @@
+"""One process at a time trains into a folder: an advisory lock that the system releases when its owner dies.
+
+The lock is ``flock`` on a small file in the folder, which names the owner for the sentence that a second process gets.
+Whoever only reads the folder needs no lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zowrap.errors import ZOError, ZOWarning
+
+try:
+    import fcntl
+except ImportError:  # Windows: no advisory locks of this kind
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".zowrap.lock"
+# What launchers set for each of their processes; the names that accelerate itself looks for.
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# A file system without locks says one of these.
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+def check_one_process() -> None:
+    """Refuse to be one of several processes of a launcher: each would train the whole run, into the same folder.
+
+    Raises:
+        ZOError: ``torchrun``, ``accelerate launch`` or MPI started more than one process.
+    """
+    for name in _WORLD_SIZES:
+        size = os.environ.get(name, "")
+        if size.strip().isdigit() and int(size) > 1:
+            raise ZOError(
+                f"several processes (torchrun, accelerate launch) are not supported, and {name} is {size}: start one"
+            )
+
+
+@dataclass
+class _Held:
+    """A lock that this process holds.
+
+    Attributes:
+        descriptor: of the open lock file; closing it releases the lock. None where the file system has no locks.
+        count: how many :func:`locked` are inside one another.
+        made: folders that were made for the lock, innermost first.
+    """
+
+    descriptor: int | None
+    made: list[Path] = field(default_factory=list)
+    count: int = 1
+
+
+_held: dict[tuple[int, int], _Held] = {}
+
+
+def _forget() -> None:
+    """In a child of ``fork``: the lock is the parent's, and must not outlive it in this process."""
+    for held in _held.values():
+        if held.descriptor is not None:
+            os.close(held.descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str], made: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder, which is made if it is not there; again within the same process is allowed.
+
+    A folder that was made and stays empty is removed again.
+
+    Args:
+        made: the caller made the folder, for what it does under the lock.
+
+    Raises:
+        ZOError: another process holds it, or the folder cannot be made.
+    """
+    path = Path(folder)
+    created = _make(path) or ([path] if made else [])
+    facts = os.stat(path)
+    key = (facts.st_dev, facts.st_ino)
+    if key in _held:
+        _held[key].count += 1
+    else:
+        try:
+            _held[key] = _Held(_acquire(path), created)
+        except BaseException:
+            _remove_empty(created)
+            raise
+    held = _held[key]
+    try:
+        yield
+    finally:
+        held.count -= 1
+        if not held.count and _held.pop(key, None) is not None:  # gone already in a forked child
+            _release(path, held)
+
+
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds beside its lock, sorted; nothing where there is no folder."""
+    return sorted(entry for entry in folder.iterdir() if entry.name != LOCK) if folder.is_dir() else []
+
+
+def _make(path: Path) -> list[Path]:
+    """Make a folder and those above it. Returns the made ones, innermost first."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ZOError(f"{path} cannot be made: {os.strerror(error.errno or 0).lower()}") from error
+    return missing
+
+
+def _acquire(path: Path) -> int | None:
+    if fcntl is None:
+        return None
+    file = path / LOCK
+    while True:
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise ZOError(f"{path} cannot be written: {os.strerror(error.errno or 0).lower()}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = _owner(descriptor)
+            os.close(descriptor)
+            if error.errno in _UNSUPPORTED:
+                warnings.warn(
+                    f"{path} lies on a file system without locks: take care that one process alone trains there",
+                    ZOWarning,
+                    stacklevel=5,
+                )
+                return None
+            raise ZOError(
+                f"another process trains in {path} ({owner}): wait for its end, or give another folder"
+            ) from None
+        # The last owner may have removed the file after it was opened here: then the lock is of a file that is gone.
+        if _is_there(file, descriptor):
+            break
+        os.close(descriptor)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+    return descriptor
+
+
+def _is_there(file: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(file, follow_symlinks=False), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _owner(descriptor: int) -> str:
+    """``process 4711 on host``, as the owner wrote it; it may not have written it yet."""
+    try:
+        facts = json.loads(os.pread(descriptor, 4096, 0))
+        pid, host = int(facts["pid"]), str(facts["host"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it has not said which"
+    return f"process {pid} on {host if host.isprintable() else repr(host)}"
+
+
+def _release(path: Path, held: _Held) -> None:
+    if held.descriptor is not None:
+        (path / LOCK).unlink(missing_ok=True)
+        os.close(held.descriptor)
+    _remove_empty(held.made)
+
+
+def _remove_empty(made: list[Path]) -> None:
+    for folder in made:
+        try:
+            folder.rmdir()
+        except OSError:  # it holds something by now, or is gone
+            return
