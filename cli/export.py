@@ -11,6 +11,7 @@ import typer
 from zowrap.errors import ZOError
 
 from .console import quiet_libraries, result
+from .eval import say_failure
 from .options import Json, option, takes
 from .replay import check_target
 
@@ -47,6 +48,7 @@ def export(context: typer.Context, options: ExportOptions) -> None:
     if options.format != "same" and (options.dtype or options.allow_pickle):
         raise ZOError("--format says what the weights become: leave out --dtype and --allow-pickle")
     source = _directory(options)
+    say_failure(source)
     errors: dict[str, float] = {}
     adapters = (source / ADAPTER).is_file()
     if options.format == "merged" or (adapters and options.format in DTYPES):

@@ -207,6 +207,10 @@ class TuneOptions(StepOptions):
     eval_data: Annotated[
         str | None, option("--eval-data", "Data that measures progress and picks the best model.", "Data")
     ] = None
+    test_data: Annotated[
+        str | None,
+        option("--test-data", "Data that chooses nothing: the untuned and the best model are measured on it.", "Data"),
+    ] = None
     out: Annotated[str | None, option("--out", "Directory of the run; it loads with from_pretrained.")] = None
     # Text: a number, or "auto". A run keeps the number.
     lr: Annotated[
