@@ -521,7 +521,12 @@ def test_labels_that_name_no_class_are_refused_by_row(tmp_path, lr):
             trainer_of(train, dev).train()
         assert not (tmp_path / "run").exists()
     ignored = [*good[:5], {**good[5], "labels": -100}, *good[6:]]
-    trainer_of(ignored).train()
+    trainer = trainer_of(ignored)
+    trainer.train()
+    trainer.refuse_wrong_labels()
+    trainer.train_dataset, trainer._wrong_labels = bad, torch.tensor(True)  # as an accelerator leaves it
+    with pytest.raises(ZOError, match="label 2 of the training data names no class, in row 5"):
+        trainer._keeper.flush()
 
 
 def test_each_evaluation_is_compared_row_by_row_with_the_first(tmp_path):

@@ -91,7 +91,7 @@ def certainty(now: Rows, before: Rows | None = None) -> dict[str, dict[str, Any]
         sums, counts = rows["sums"], rows["counts"]
         facts: dict[str, Any] = {"rows": len(sums), "interval": intervals.interval(sums, counts)}
         earlier = (before or {}).get(name)
-        if earlier is not None and earlier["counts"] == counts:
+        if earlier is not None and earlier["counts"] == counts and None not in earlier["sums"]:
             sign = -1 if name.endswith("loss") else 1
             pairs = [sign * (b - a) for a, b in zip(earlier["sums"], sums, strict=True)]
             facts |= {"better": sum(change > 0 for change in pairs), "worse": sum(change < 0 for change in pairs)}

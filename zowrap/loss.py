@@ -183,7 +183,8 @@ class LossModule(nn.Module):
         config = getattr(self.model, "config", None)
         if self.head is None or config is None:
             return None
-        if self.head is _classes:
+        kinds = [base.__name__ for base in type(self.model).__mro__]
+        if self.head is _classes or any(kind.endswith("ForTokenClassification") for kind in kinds):
             count = getattr(config, "num_labels", None)
             return count if isinstance(count, int) and count > 1 else None
         model: Any = self.model
