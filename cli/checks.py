@@ -21,7 +21,7 @@ from .console import say
 from .options import CHANGEABLE, PER_CALL, RIGHTS, StepOptions, TuneOptions, given
 
 SCHEDULES = ("constant", "linear", "cosine")
-PATHS = ("model", "data", "eval_data")
+PATHS = ("model", "data", "eval_data", "test_data")
 FIELDS = {field.name for field in dataclasses.fields(TuneOptions)}
 
 
@@ -339,6 +339,8 @@ def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions,
     anew = {name for name in CHANGEABLE if given(context, name)}
     kept = {name: value for name, value in saved.items() if name in fields - anew}
     status = run.status()
+    if status.get("state") == "failed":
+        raise ZOError(f"the run in {options.out} failed, and would fail again: {run.failure()}; start one anew")
     finished = status.get("result") if status.get("state") == "finished" else None
     if finished is None:
         find_recorded(saved["rule"], run.path, saved.get("plugin") or ())

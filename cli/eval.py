@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json as json_lib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,10 @@ from .options import (
     option,
     takes,
 )
+from .summary import spread
+
+if TYPE_CHECKING:
+    from zowrap.evaluation import Evaluation
 
 
 @dataclasses.dataclass
@@ -74,7 +78,7 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
 
     rows = sample(read_rows(options.data, default_split="test"), options.max_eval_examples)
     saved = saved_task(options.model)
-    if saved is not None and not Path(options.model, "model.safetensors").exists():
+    if saved is not None:
         _check_finished(options.model)
     source = open_source(options.model, options.trust_remote_code)
     task, why = _task(context, options, saved, rows, source)
@@ -92,8 +96,8 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
     lower(model)  # the same outputs, of more shapes: some processors' 4-bit layers want a multiple of 32 rows
     say(f"{dtype}".removeprefix("torch.") + f" ({reason})")
     record = measure(model, task, examples, source, options.batch_size, options.predictions)
-    lines = [f"loss {record['loss']:.4f}, accuracy {record['accuracy']:.4f}, {record['examples']} examples"]
-    result(record, options.json, lines)
+    accuracy = f"accuracy {record['accuracy']:.4f}{spread(record['accuracy_interval'])}"
+    result(record, options.json, [f"loss {record['loss']:.4f}, {accuracy}, {record['examples']} examples"])
 
 
 def _check_predictions(options: EvalOptions) -> None:
@@ -118,9 +122,27 @@ def saved_task(model: str) -> dict[str, Any] | None:
 
 def _check_finished(model: str) -> None:
     from zowrap.export import weight_files
+    from zowrap.run import Run
 
-    if not weight_files(model):
-        raise ZOError(f"{model} holds no finished model yet: go on with zowrap tune --resume --out {model}")
+    there = bool(weight_files(model))
+    if there:
+        say_failure(model)
+        return
+    reason = Run(model).failure()
+    if reason:
+        raise ZOError(f"{model} holds no tuned model, because its run failed: {reason}")
+    raise ZOError(f"{model} holds no finished model yet: go on with zowrap tune --resume --out {model}")
+
+
+def say_failure(folder: str | Path) -> None:
+    """Say of a run that failed which model its folder holds."""
+    from zowrap.run import Run
+
+    run = Run(folder)
+    reason = run.failure()
+    if reason:
+        step = run.status().get("best_step")
+        say(f"the run in {folder} failed: {reason}; its folder holds the best model from before, of step {step}")
 
 
 def resolve_task(options: Any, rows: Any, source: Any) -> Any:
@@ -182,12 +204,11 @@ def say_counts(examples: Any, max_length: int, what: str = "rows") -> None:
 def measure(
     model: Any, task: Any, examples: Any, source: Any, batch_size: int, predictions: str | None = None
 ) -> dict[str, Any]:
-    """``{"loss", "accuracy", "examples"}``: loss weighted by examples or label tokens, as in training."""
+    """Loss and accuracy, weighted by examples or label tokens as in training, and how sure the accuracy is."""
     import torch
 
-    from zowrap.evaluation import evaluate as evaluate_batches
+    from zowrap.evaluation import certainty
     from zowrap.files import write_text
-    from zowrap.tasks import batches
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines: list[str] = []
@@ -198,11 +219,23 @@ def measure(
                 lines.append(json_lib.dumps({"row": examples.rows[len(lines)], **record}, ensure_ascii=False))
         return task.metrics(output, batch)
 
+    found = run_over(model.to(device), task, examples, source, batch_size, device, metrics)
+    if predictions is not None:
+        write_text(predictions, "\n".join(lines) + "\n")
+    means, interval = found.means(), certainty(found.rows())["accuracy"]["interval"]
+    record = {"loss": means["loss"], "accuracy": means["accuracy"], "accuracy_interval": interval}
+    return {**record, "examples": found.examples}
+
+
+def run_over(
+    model: Any, task: Any, examples: Any, source: Any, batch_size: int, device: Any, metrics: Any
+) -> Evaluation:
+    """Evaluate a model that is on ``device`` over tokenised rows."""
+    from zowrap.evaluation import run
+    from zowrap.tasks import batches
+
     on_device = (
         {name: value.to(device) for name, value in batch.items()}
         for batch in batches(examples, task.collator(source), batch_size)
     )
-    means = evaluate_batches(model.to(device), on_device, task.loss_fn, metrics)
-    if predictions is not None:
-        write_text(predictions, "\n".join(lines) + "\n")
-    return {"loss": means["loss"], "accuracy": means["accuracy"], "examples": means["examples"]}
+    return run(model, on_device, task.loss_fn, metrics)

@@ -11,6 +11,7 @@ import typer
 from zowrap.errors import ZOError
 
 from .console import quiet_libraries, result
+from .eval import say_failure
 from .options import PATH, Json, option, takes
 from .replay import check_target, recorded_base
 
@@ -58,6 +59,7 @@ def _write(options: ExportOptions, source: Path) -> None:
     from zowrap.weights import ADAPTER
 
     assert options.to is not None
+    say_failure(source)
     errors: dict[str, float] = {}
     adapters = (source / ADAPTER).is_file()
     if options.format == "merged" or (adapters and options.format in DTYPES):

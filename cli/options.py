@@ -227,6 +227,11 @@ class TuneOptions(StepOptions):
     eval_data: Annotated[
         str | None, option("--eval-data", "Data that measures progress and picks the best model.", "Data"), PATH
     ] = None
+    test_data: Annotated[
+        str | None,
+        option("--test-data", "Data that chooses nothing: the untuned and the best model are measured on it.", "Data"),
+        PATH,
+    ] = None
     out: Annotated[str | None, option("--out", "Directory of the run; it loads with from_pretrained."), PATH] = None
     # Text: a number, or "auto". A run keeps the number.
     lr: Annotated[

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+from zowrap.intervals import wilson
 
 from .console import say
 from .picture import read_metrics
@@ -34,10 +37,12 @@ class Progress(TrainerCallback):
 
     Args:
         zm: the model that is tuned.
+        rows: of the evaluation data, where the accuracy counts rows.
     """
 
-    def __init__(self, zm: Any) -> None:
+    def __init__(self, zm: Any, rows: int | None = None) -> None:
         self.zm = zm
+        self.rows = rows
         self.facts: dict[str, float] = {}
         self.loss: float | None = None
         self.began = 0.0
@@ -98,6 +103,9 @@ class Progress(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         metrics = metrics or {}
         parts = [f"{name} {metrics[f'eval_{name}']:.4f}" for name in ("loss", "accuracy") if f"eval_{name}" in metrics]
+        if self.rows and "eval_accuracy" in metrics:
+            low, high = wilson(metrics["eval_accuracy"] * self.rows, self.rows)
+            parts[-1] += f" ± {(high - low) / 2:.4f}"
         text = f"step {state.global_step}/{state.max_steps}  evaluation: {', '.join(parts)}"
         if self.bar is not None:
             self.bar.console.print(text, highlight=False)
@@ -114,6 +122,8 @@ class Progress(TrainerCallback):
             self.bar = None
 
     def _smooth(self, loss: float) -> None:
+        if not math.isfinite(loss):  # every step of a window was skipped
+            return
         self.loss = loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
 
     def _text(self, state: Any) -> str:

@@ -8,6 +8,7 @@ Whatever can be wrong is found before the first write; the loop itself is :class
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from zowrap.errors import ZOError
 from .console import Interrupted, quiet_libraries, result, say
 from .eval import resolve_task, say_counts
 from .options import TuneOptions, takes
+from .summary import dev_facts, lines, unseen_facts
 
 
 @takes(TuneOptions)
@@ -35,7 +37,7 @@ def tune(context: typer.Context, options: TuneOptions) -> None:
     options, finished = restored(context, options)
     if finished is not None:
         say(f"{options.out} is finished: nothing is left to do")
-        result(finished, options.json, [summary(finished)])
+        result(finished, options.json, lines(finished))
         return
     check_options(options)
     assert options.out is not None
@@ -68,8 +70,9 @@ def train(options: TuneOptions, began: float) -> None:
             f"zowrap tune --resume --out {options.out}",
             record,
         )
+    record |= report_test(trainer, plan, options)
     trainer.run.update_status(result=record)
-    result(record, options.json, [summary(record)])
+    result(record, options.json, lines(record))
 
 
 @dataclass
@@ -79,13 +82,14 @@ class Plan:
     Attributes:
         source: the model's configuration and tokenizer.
         task: every choice about the data made.
-        train, evaluation: tokenised; evaluation is None without ``--eval-data``.
+        train, evaluation, test: tokenised; None without ``--eval-data``, ``--test-data``.
     """
 
     source: Any
     task: Any
     train: Any
     evaluation: Any
+    test: Any = None
 
 
 def prepare(options: TuneOptions) -> Plan:
@@ -105,16 +109,19 @@ def prepare(options: TuneOptions) -> Plan:
     eval_rows = None
     if options.eval_data is not None:
         eval_rows = sample(read_rows(options.eval_data, default_split="test"), options.max_eval_examples)
+    test_rows = None if options.test_data is None else read_rows(options.test_data, default_split="test")
     source = open_source(options.model, options.trust_remote_code)
     task, why = resolve_task(options, rows, source)
     task.check(rows)
-    if eval_rows is not None:
-        task.check(eval_rows)
+    for others in (eval_rows, test_rows):
+        if others is not None:
+            task.check(others)
     say(why)
     train = _tokenised(task, rows, source, "training rows")
     evaluation = None if eval_rows is None else _tokenised(task, eval_rows, source, "evaluation rows")
+    test = None if test_rows is None else _tokenised(task, test_rows, source, "test rows")
     show(train, source, options.show_examples)
-    return Plan(source, task, train, evaluation)
+    return Plan(source, task, train, evaluation, test)
 
 
 def _tokenised(task: Any, rows: Any, source: Any, what: str) -> Any:
@@ -193,8 +200,65 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
         )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(Progress(trainer.zm))
+    rows = None if plan.evaluation is None or options.task != "classification" else len(plan.evaluation)
+    trainer.add_callback(Progress(trainer.zm, rows))
+    if plan.test is not None:
+        trainer.add_callback(tests_first(trainer, plan))
     return trainer
+
+
+def tests_first(trainer: Any, plan: Plan) -> Any:
+    """A callback that measures the untuned model on the test data, once the run's folder is there.
+
+    What it came to stays in the folder: a resumed run, whose model has moved, reads it there.
+    """
+    from transformers import TrainerCallback
+
+    class TestFirst(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                found = measure_test(trainer, plan)
+                trainer.run.keep_before("test", {**found.means(), "rows": found.rows()})
+
+    return TestFirst()
+
+
+def measure_test(trainer: Any, plan: Plan) -> Any:
+    """The model as it stands on the test data, as ``zowrap eval`` measures it."""
+    from .eval import run_over
+
+    args = trainer.args
+    task, size = plan.task, args.per_device_eval_batch_size
+    found = run_over(trainer.zm.model, task, plan.test, plan.source, size, args.device, task.metrics)
+    if not math.isfinite(found.means()["loss"]):
+        at = trainer.zm.step_count
+        if not at:
+            trainer.failed_at_once()
+        else:
+            trainer.run.update_status(state="failed", reason="the loss on the test data is not finite", step=at)
+        raise ZOError("the loss on the test data is not finite: check its rows, or try --dtype float32")
+    return found
+
+
+def report_test(trainer: Any, plan: Plan, options: TuneOptions) -> dict[str, Any]:
+    """What ``--json`` prints of the test data: the untuned model's figures and those of the model in ``out``."""
+    from zowrap.evaluation import certainty
+    from zowrap.run import load_weights
+
+    before = trainer.run.before().get("test") or {}
+    metric = _metric(options)
+    if plan.test is None:
+        return unseen_facts({}, {}, {}, metric)
+    if trainer.best_step is not None and trainer.best_step != trainer.zm.step_count:
+        load_weights(trainer.run.path, trainer.zm)
+    found = measure_test(trainer, plan)
+    after = {**found.means(), "examples": found.examples}
+    return unseen_facts(before, after, certainty(found.rows(), before.get("rows")), metric)
+
+
+def _metric(options: TuneOptions) -> str:
+    """What chooses the best model: a class is right or wrong, of a language model the loss is what matters."""
+    return "accuracy" if options.task == "classification" else "loss"
 
 
 def _collator(plan: Plan, device: str) -> Any:
@@ -222,7 +286,6 @@ def report(trainer: Any, options: TuneOptions, seconds: float) -> dict[str, Any]
     facts = trainer.zm.inspect()
     best = trainer.best_step
     final: dict[str, Any] = next((e for e in reversed(evaluations) if best is None or e["step"] == best), {})
-    first: dict[str, Any] = next((e for e in evaluations if e["step"] == 0), {})
     chosen_with = (trainer.lr_choice or {}).get("forwards", 0)
     recent = [s["loss"] for s in steps[-50:] if s.get("loss") is not None]
     return {
@@ -234,9 +297,9 @@ def report(trainer: Any, options: TuneOptions, seconds: float) -> dict[str, Any]
         "resumed_from": trainer.resumed_from,
         "loss": final.get("eval_loss", sum(recent) / len(recent) if recent else None),
         "accuracy": final.get("eval_accuracy"),
-        "loss_before": first.get("eval_loss"),
-        "accuracy_before": first.get("eval_accuracy"),
         "best_step": best,
+        **dev_facts(evaluations, best, _metric(options)),
+        "skipped_steps": trainer.skipped_steps,
         "forwards": done * facts.forwards * options.grad_accum + chosen_with,
         "lr_forwards": chosen_with,
         "engine": facts.engine,
@@ -244,17 +307,3 @@ def report(trainer: Any, options: TuneOptions, seconds: float) -> dict[str, Any]
         "full_rows": facts.full_rows and facts.full_rows[0],
         "seconds": round(seconds, 2),
     }
-
-
-def summary(record: dict[str, Any]) -> str:
-    """The outcome in one line for people."""
-    parts = [f"{record['out']}: {record['steps']} steps"]
-    for name in ("loss", "accuracy"):
-        before, after = record.get(f"{name}_before"), record.get(name)
-        if after is not None:
-            parts.append(f"{name} {after:.4f}" if before is None else f"{name} {before:.4f} → {after:.4f}")
-    if record.get("best_step") is not None:
-        parts.append(f"best at step {record['best_step']}")
-    if record.get("full_rows"):
-        parts.append(f"{record['full_rows']:,} rows of codes are full: they end at ±127")
-    return ", ".join(parts)

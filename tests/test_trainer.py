@@ -378,6 +378,187 @@ def test_skipped_steps_are_counted_left_out_of_the_log_and_change_nothing(tmp_pa
     assert all(math.isfinite(entry["loss"]) for entry in logs_of(trainer)) and math.isfinite(output.training_loss)
     finite = [np.mean(r["losses"]) for r in records[:8] if not r["skipped"]]
     assert logs_of(trainer)[0]["loss"] == pytest.approx(np.mean(finite))
+    assert [entry["skipped_steps"] for entry in logs_of(trainer)] == [2, 3, 3]
+    assert output.metrics["skipped_steps"] == trainer.skipped_steps == 3
+
+
+def test_the_first_skipped_step_is_told_and_none_is_counted_where_there_is_none(tmp_path):
+    trainer = trainer_in(tmp_path / "a", logging_steps=8, eval_dataset=None)
+    not_finite_from(trainer, {3, 4})
+    with pytest.warns(ZOWarning, match=r"step 3 was skipped.*a smaller lr or eps") as caught:
+        trainer.train()
+    assert len([each for each in caught if "skipped" in str(each.message)]) == 1
+    quiet = trainer_in(tmp_path / "b", max_steps=4, eval_dataset=None)
+    assert quiet.train().metrics["skipped_steps"] == 0
+    assert not any("skipped_steps" in entry for entry in quiet.state.log_history)
+
+
+def test_a_resumed_run_counts_the_skipped_steps_of_the_whole_run(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 12:
+                raise RuntimeError("the machine went down")
+
+    trainer = trainer_in(tmp_path, callbacks=[Stop()])
+    not_finite_from(trainer, {3, 4, 10})
+    with pytest.raises(RuntimeError):
+        trainer.train()
+    again = trainer_in(tmp_path)
+    not_finite_from(again, {15})
+    assert again.train(resume_from_checkpoint=True).metrics["skipped_steps"] == 4
+    finished = trainer_in(tmp_path)
+    assert finished.train(resume_from_checkpoint=True).metrics["skipped_steps"] == 4
+
+
+def test_a_run_whose_last_steps_were_all_skipped_has_failed(tmp_path):
+    trainer = trainer_in(tmp_path, eval_dataset=None, save_steps=8)
+    not_finite_from(trainer, range(20, 25))
+    with pytest.raises(ZOError, match=r"the run failed: the last 5 steps were all skipped, up to step 24.*smaller lr"):
+        trainer.train()
+    status = Run(tmp_path).status()
+    assert status["state"] == "failed" and "the last 5 steps" in status["reason"] and status["step"] == 24
+    assert Run(tmp_path).recorded_steps() == 24 and not list(tmp_path.glob("*.safetensors"))
+    again = trainer_in(tmp_path, eval_dataset=None, save_steps=8)
+    not_finite_from(again, range(20, 25))
+    with pytest.raises(ZOError, match="the last 5 steps were all skipped"):
+        again.train(resume_from_checkpoint=True)
+    few = trainer_in(tmp_path / "few", eval_dataset=None)
+    not_finite_from(few, range(21, 25))
+    few.train()
+    assert Run(tmp_path / "few").status()["state"] == "finished"
+
+
+class Breaks(TrainerCallback):
+    """Makes a weight infinite after a step, without a loss that shows it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                kwargs["model"].unused.fill_(math.inf)
+
+
+def test_weights_that_are_not_finite_are_never_written_as_a_result(tmp_path):
+    def trainer_of(folder, step, **options):
+        model = tiny_llama()
+        model.unused = nn.Parameter(torch.ones(3))
+        return trainer_in(folder, model, callbacks=[Breaks(step)], save_steps=8, **options)
+
+    trainer = trainer_of(tmp_path / "a", 10)
+    with pytest.raises(ZOError, match=r"after step 1[0-6] the weights are not finite \(unused\).*the model of step"):
+        trainer.train()
+    run = Run(tmp_path / "a")
+    assert run.checkpoints() == [8] and run.status()["state"] == "failed"
+    assert all(bool(tensor.isfinite().all()) for tensor in weights_of(run.path).values())
+    last = trainer_of(tmp_path / "b", 24, eval_dataset=None, save_strategy="no")
+    with pytest.raises(ZOError, match="after step 24 the weights are not finite"):
+        last.train()
+    assert not list((tmp_path / "b").glob("*.safetensors"))
+
+
+def test_a_model_that_is_not_finite_is_refused_before_anything_is_written(tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = math.nan
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)  # what does not move counts as well
+    trainer = trainer_in(tmp_path / "run", model)
+    with pytest.raises(ZOError, match=r"model\.layers\.1\.mlp\.up_proj\.weight of the model holds values that are not"):
+        trainer.train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_row_without_a_loss_is_told_before_the_first_step(tmp_path):
+    data = [{"x": torch.full((4,), float(i))} for i in range(1, 9)]
+    dev = [*data[:2], {"x": torch.full((4,), math.nan)}, *data]
+
+    def loss_fn(model, batch):
+        return model(batch["x"]).square().mean(-1)
+
+    args = ZOConfig(output_dir=str(tmp_path / "run"), max_steps=4, learning_rate=1e-3, **QUIET)
+    trainer = ZOTrainer(nn.Linear(4, 1), args, train_dataset=data, eval_dataset=dev, loss_fn=loss_fn)
+    with pytest.raises(ZOError, match="before the first step gives a loss that is not finite, first in row 2 of"):
+        trainer.train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_that_ends_without_a_loss_has_failed(tmp_path):
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append(0)
+        loss = model(batch["x"]).square().mean(-1)
+        return loss if len(batch["x"]) != 7 or len(seen) == 1 else loss / 0
+
+    data = [{"x": torch.full((4,), float(i))} for i in range(1, 8)]
+    options = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 7, "eval_steps": 4}
+    args = ZOConfig(output_dir=str(tmp_path), max_steps=4, learning_rate=1e-3, **options, **QUIET)
+    trainer = ZOTrainer(nn.Linear(4, 1), args, train_dataset=data, eval_dataset=data, loss_fn=loss_fn)
+    with pytest.raises(
+        ZOError, match=r"the evaluation at step 4 gave a loss that is not finite.*model of step 0 is kept"
+    ):
+        trainer.train()
+    assert weights_of(tmp_path)
+
+
+@pytest.mark.parametrize("lr", [1e-3, "auto"])
+def test_labels_that_name_no_class_are_refused_by_row(tmp_path, lr):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    good = [{"input_ids": [1, 2, 3, 4 + i], "attention_mask": [1] * 4, "labels": i % 2} for i in range(8)]
+    bad = [*good[:5], {**good[5], "labels": 2}, *good[6:]]
+
+    def trainer_of(train, dev=None):
+        model = BertForSequenceClassification(BertConfig(vocab_size=32, num_labels=2, **sizes))
+        args = ZOConfig(output_dir=str(tmp_path / "run"), max_steps=4, learning_rate=lr, **QUIET)
+        return ZOTrainer(model, args, train_dataset=train, eval_dataset=dev)
+
+    for train, dev, what in ((bad, None, "training"), (good, bad, "evaluation")):
+        with pytest.raises(
+            ZOError, match=f"label 2 of the {what} data names no class, in row 5 .*has 2, numbered from 0"
+        ):
+            trainer_of(train, dev).train()
+        assert not (tmp_path / "run").exists()
+    ignored = [*good[:5], {**good[5], "labels": -100}, *good[6:]]
+    trainer = trainer_of(ignored)
+    trainer.train()
+    trainer.refuse_wrong_labels()
+    trainer.train_dataset, trainer._wrong_labels = bad, torch.tensor(True)  # as an accelerator leaves it
+    with pytest.raises(ZOError, match="label 2 of the training data names no class, in row 5"):
+        trainer._keeper.flush()
+
+
+def test_each_evaluation_is_compared_row_by_row_with_the_first(tmp_path):
+    trainer_in(tmp_path, max_steps=20, learning_rate=1e-2).train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first, *later = [line["eval_rows"]["loss"] for line in lines if "eval_loss" in line]
+    assert first["rows"] == 8 and first["better"] == first["worse"] == 0
+    assert all(each["better"] + each["worse"] <= 8 for each in later) and any(each["better"] for each in later)
+    means = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert all(
+        each["interval"][0] < mean < each["interval"][1] for each, mean in zip([first, *later], means, strict=True)
+    )
+    kept = Run(tmp_path).before()["eval"]["rows"]["loss"]
+    assert len(kept["sums"]) == 8 and sum(kept["sums"]) / sum(kept["counts"]) == pytest.approx(means[0])
+
+
+def test_metrics_by_row_are_summed_and_others_with_axes_refused(tmp_path):
+    def by_row(output, batch):
+        hits = (output.logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]) & (batch["labels"][:, 1:] != -100)
+        counted = batch["labels"][:, 1:] != -100
+        return {"hits": (hits.sum(-1), counted.sum(-1))}
+
+    def summed(output, batch):
+        (hits, counted) = by_row(output, batch)["hits"]
+        return {"hits": (hits.sum(), counted.sum())}
+
+    one = trainer_in(tmp_path / "a", batch_metrics=by_row, per_device_eval_batch_size=3).evaluate()
+    two = trainer_in(tmp_path / "b", batch_metrics=summed, per_device_eval_batch_size=3).evaluate()
+    assert one["eval_hits"] == two["eval_hits"]
+    with pytest.raises(ZOError, match="an entry per row"):
+        trainer_in(tmp_path / "c", batch_metrics=lambda output, batch: {"hits": (torch.ones(3, 2), 1)}).evaluate()
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path):

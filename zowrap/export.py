@@ -268,6 +268,9 @@ def export_run(
         raise ZOError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}")
     _check_target(run, to, overwrite)
     if (run / "zowrap.json").is_file() and not weight_files(run):
+        reason = (read_json(run / "zowrap.json").get("status") or {}).get("reason")
+        if reason:
+            raise ZOError(f"{run} holds no tuned model, because its run failed: {reason}")
         raise ZOError(f"{run} holds no finished model yet: go on with its training, or export one of its checkpoints")
     require_safetensors(run)
     if dtype is not None and convert.is_quantized_folder(run):

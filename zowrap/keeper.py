@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
 
 from zowrap import export
-from zowrap.errors import ZOError
+from zowrap.errors import ZOError, ZOWarning
+from zowrap.evaluation import Evaluation, certainty
 from zowrap.files import remove
+from zowrap.finite import moved_wrong
 from zowrap.journal import Journal, environment
 from zowrap.lr import not_finite
 from zowrap.model import StepResult
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 # Reading a result waits for the device. On an accelerator results stay there and are read together, at most this many
 # steps or seconds apart; on a CPU every record is written right after its step, so a kill loses that step at most.
 FLUSH_STEPS, FLUSH_SECONDS = 50, 60.0
+# A run whose last steps were all skipped ends without a loss: this many of them, or a hundredth of the run if more.
+LAST_STEPS = 5
+_HELPS = "a smaller lr or eps, or a model in float32, usually helps"
 _SPEED = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
 
@@ -40,6 +46,7 @@ class Keeper:
         base: ``{"base_model": name}`` where the name is known.
         plan: what was settled at the first start, see :class:`zowrap.resume.Start`.
         best_step, best_metric: of the model in the root of the run.
+        skipped: steps skipped so far, those of earlier starts included.
         signal: whether the run was asked to stop.
         flush_steps: results that may wait to be written.
     """
@@ -61,7 +68,8 @@ class Keeper:
         self._settled = False
         self._began_with: dict[str, Any] = {}
         self.plan: dict[str, Any] = {}
-        self._skipped_in_a_row = 0
+        self.skipped = self._skipped_in_a_row = 0
+        self._last_evaluation: dict[str, Any] = {}
         self._total = self._count = 0.0
         self._window: list[tuple[float, float]] = []  # (loss, |projected gradient|) of the steps since the last log
 
@@ -74,7 +82,8 @@ class Keeper:
         self._there_before, self._failed_at_once = set(run.path.rglob("*")), False
         self._pending, self._window, self._total, self._count = [], [], 0.0, 0.0
         self.best_step = self.best_metric = self._best_key = None
-        self._skipped_in_a_row = 0
+        self.skipped = self._skipped_in_a_row = 0
+        self._last_evaluation = start.evaluations[-1] if start.evaluations else {}
         if not start.finished:
             if not start.step or not run.config_file.is_file():
                 options = {k: v for k, v in trainer.args.to_dict().items() if not k.startswith(("hub_", "push_"))}
@@ -111,13 +120,45 @@ class Keeper:
                 metrics.append(self._metrics_line(record, None))
 
     def close(self, interrupted: bool) -> None:
-        """After the last step: the model in the root where no evaluation chose one, and the status."""
+        """After the last step: the model in the root where no evaluation chose one, and the status.
+
+        Raises:
+            ZOError: the weights or the losses have ended as something that is not finite.
+        """
         self.flush()
         step = self.trainer.zm.step_count
+        if not interrupted:
+            self._check_end(step)
         if self.best_step is None:
             self._write_root()
         self._set_status(state="interrupted" if interrupted else "finished", step=step)
         self._close_files(sync=True)
+
+    def _check_end(self, step: int) -> None:
+        """Fail where a run has come to its last step, and to nothing: what it holds from before stays."""
+        self._check_moved()
+        wrong = [name for name, value in _losses(self._last_evaluation).items() if not _finite(value)]
+        if wrong:
+            at = self._last_evaluation["step"]
+            self._fail(f"the evaluation at step {at} gave a {wrong[0].removeprefix('eval_')} that is not finite")
+        last = min(max(LAST_STEPS, step // 100), step - 1)
+        if self._skipped_in_a_row >= max(1, last):
+            skipped = self._skipped_in_a_row
+            what = "the last step was" if skipped == 1 else f"the last {skipped} steps were all"
+            self._fail(f"{what} skipped, up to step {step}: a loss was not finite")
+
+    def _check_moved(self) -> None:
+        """Fail where what moved is not finite: such weights are never handed out."""
+        zm = self.trainer.zm
+        name = moved_wrong(zm.parameters)
+        if name is not None:
+            self._fail(f"after step {zm.step_count} the weights are not finite ({name})")
+
+    def _fail(self, reason: str, helps: str = _HELPS) -> NoReturn:
+        """End the run as failed: the status says why."""
+        self._set_status(state="failed", reason=reason, step=self.trainer.zm.step_count)
+        kept = "" if self.best_step is None else f"; the model of step {self.best_step} is kept"
+        raise ZOError(f"the run failed: {reason}; {helps}{kept}")
 
     def abandon(self) -> None:
         """On the way out with an error: keep what is known, and add no second error.
@@ -171,6 +212,7 @@ class Keeper:
         first = self.trainer.zm.step_count == 1
         if first and bool(result.skipped):
             self.failed_at_once()
+            self.trainer.refuse_wrong_labels()
             raise not_finite(result.losses)
         self._settle_environment()
         if first or len(self._pending) >= self.flush_steps or now - self._flushed >= FLUSH_SECONDS:
@@ -194,11 +236,12 @@ class Keeper:
             ZOError: too many skipped steps in a row, or the disk is full.
         """
         self._write_pending()
+        self.trainer.refuse_wrong_labels()
         most = self.trainer.args.max_skipped
         if self._skipped_in_a_row >= most:
-            raise ZOError(
+            self._fail(
                 f"{self._skipped_in_a_row} steps in a row had a loss that is not finite (max_skipped={most}), up to "
-                f"step {self.trainer.zm.step_count}: a smaller lr or eps, or a model in float32, usually helps"
+                f"step {self.trainer.zm.step_count}"
             )
 
     def _write_pending(self) -> None:
@@ -211,9 +254,20 @@ class Keeper:
         mean_seconds = sum(seconds for _, seconds in pending) / len(pending)
         self.trainer.run.metrics.append(*(self._metrics_line(record, mean_seconds) for record in records))
         for record in records:
+            if record["skipped"] and not self.skipped:
+                self._warn_of_skipped(record["step"] + 1)
             self._count_in(record, since=0)
 
+    def _warn_of_skipped(self, step: int) -> None:
+        warnings.warn(
+            f"step {step} was skipped, its loss or projected gradient is not finite: the weights stay as they were, "
+            f"and later skipped steps are counted; if there are many, {_HELPS}",
+            ZOWarning,
+            stacklevel=2,
+        )
+
     def _count_in(self, record: dict[str, Any], since: int) -> None:
+        self.skipped += bool(record["skipped"])
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if record["skipped"] else 0
         loss, projected_grad = _loss(record), _projected_grad(record)
         if math.isfinite(loss):
@@ -234,13 +288,17 @@ class Keeper:
         return {**line, "seconds": None if seconds is None else round(seconds, 6)}
 
     def logged(self) -> dict[str, float]:
-        """Mean loss and |projected gradient| of the finite steps since the last log, for the Trainer's log."""
+        """Mean loss and |projected gradient| of the finite steps since the last log, for the Trainer's log.
+
+        ``skipped_steps``, the number so far, is among it where there are any.
+        """
         self.flush()
         window, self._window = self._window, []
+        skipped = {"skipped_steps": self.skipped} if self.skipped else {}
         if not window:
-            return {"loss": math.nan}
+            return {"loss": math.nan, **skipped}
         loss, projected_grad = (sum(values) / len(window) for values in zip(*window, strict=True))
-        return {"loss": loss, "projected_grad": projected_grad}
+        return {"loss": loss, "projected_grad": projected_grad, **skipped}
 
     def mean_loss(self) -> float:
         """Mean loss of the run's finite steps."""
@@ -248,14 +306,45 @@ class Keeper:
 
     # --- evaluations and checkpoints ---------------------------------------------------------------------------
 
-    def evaluated(self, metrics: dict[str, Any], step: int) -> None:
-        """Take an evaluation: the best model goes to the root of the run, then the line to metrics.jsonl."""
+    def evaluated(self, metrics: dict[str, Any], step: int, sums: Evaluation, prefix: str) -> None:
+        """Take an evaluation: the best model goes to the root of the run, then the line to metrics.jsonl.
+
+        Args:
+            metrics: as the Trainer has them, their names begin with ``prefix``.
+            sums: what they are means of.
+
+        Raises:
+            ZOError: a loss before the first step is not finite, or weights are not that would become the best model.
+        """
         kept = {k: v for k, v in metrics.items() if k.startswith("eval_") and not k.endswith(_SPEED)}
-        line = {"step": step, **{k: v for k, v in kept.items() if isinstance(v, int | float)}}
+        line: dict[str, Any] = {"step": step, **{k: v for k, v in kept.items() if isinstance(v, int | float)}}
+        if step == 0:
+            self._check_start(line, sums)
+        rows = sums.rows()
+        if rows:
+            if step == 0:
+                self.trainer.run.keep_before(prefix, {"rows": rows})
+            before = (self.trainer.run.before().get(prefix) or {}).get("rows")
+            line[f"{prefix}_rows"] = certainty(rows, before)
+        self._last_evaluation = line
         if self._is_best(line, step):
             self._write_root()
             self._set_status(best_step=self.best_step, best_metric=self.best_metric, metric=self._best_key)
         self.trainer.run.metrics.append(line)
+
+    def _check_start(self, line: dict[str, Any], sums: Evaluation) -> None:
+        """Refuse evaluation data on which the untuned model has no loss: no model of the run could be the best."""
+        wrong = [name for name, value in _losses(line).items() if not _finite(value)]
+        if not wrong:
+            return
+        losses = sums.rows().get("loss", {}).get("sums", [])
+        row = next((i for i, value in enumerate(losses) if not math.isfinite(value)), None)
+        where = "" if row is None else f", first in row {row} of the evaluation data (counted from 0)"
+        self.failed_at_once()
+        raise ZOError(
+            f"the evaluation before the first step gives a {wrong[0].removeprefix('eval_')} that is not finite{where}: "
+            "check its data and labels; for a 16-bit model try dtype float32 or bfloat16"
+        )
 
     def _is_best(self, metrics: dict[str, Any], step: int) -> bool:
         args = self.trainer.args
@@ -272,9 +361,14 @@ class Keeper:
         return True
 
     def checkpoint(self) -> None:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the present step.
+
+        Raises:
+            ZOError: the weights are not finite; earlier checkpoints stay.
+        """
         trainer = self.trainer
         self.flush()
+        self._check_moved()
         for lines in (self._journal, trainer.run.metrics):
             if lines is not None:
                 lines.sync()
@@ -293,6 +387,7 @@ class Keeper:
 
     def _write_root(self) -> None:
         trainer = self.trainer
+        self._check_moved()
         metadata = {**trainer.zm.facts(), **self.base}
         export.save_model(trainer.zm.model, trainer.run.path, metadata, tokenizer=trainer.tokenizer())
 
@@ -333,12 +428,23 @@ class KeeperCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if self.keeper.trainer.is_in_train and metrics:
-            self.keeper.evaluated(metrics, state.global_step)
+            trainer = self.keeper.trainer
+            self.keeper.evaluated(metrics, state.global_step, *trainer.last_evaluation)
 
 
 def _loss(record: dict[str, Any]) -> float:
     """What the step reported: the mean over its evaluations."""
     return record["loss"]
+
+
+def _losses(line: dict[str, Any]) -> dict[str, Any]:
+    """The losses in a line of metrics.jsonl."""
+    return {name: value for name, value in line.items() if name.startswith("eval_") and name.endswith("loss")}
+
+
+def _finite(value: Any) -> bool:
+    """Whether a number is finite; None is what metrics.jsonl holds for one that is not."""
+    return value is not None and math.isfinite(value)
 
 
 def _projected_grad(record: dict[str, Any]) -> float:

@@ -92,6 +92,11 @@ def _head_of(model: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     return head
 
 
+def labels_out_of_range(labels: Tensor, classes: int) -> Tensor:
+    """bool, shaped as the labels: which name no class."""
+    return ((labels < 0) & (labels != IGNORED)) | (labels >= classes)
+
+
 def rows_of(batch: Batch) -> int:
     """Number of examples: the first dimension of the labels, or else of the first tensor that has one."""
     labels = batch.get("labels")
@@ -260,6 +265,22 @@ class LossModule(nn.Module):
         if not self.settled:
             return "unsettled"
         return "own" if self.head is None else self.head.__name__.strip("_")
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes a label may name, numbered from 0; None where the loss is not a known head's."""
+        config = getattr(self.model, "config", None)
+        if self.head is None or config is None:
+            return None
+        kinds = [base.__name__ for base in type(self.model).__mro__]
+        if self.head is _classes or any(kind.endswith("ForTokenClassification") for kind in kinds):
+            count = getattr(config, "num_labels", None)
+            return count if isinstance(count, int) and count > 1 else None
+        model: Any = self.model
+        try:
+            return getattr(model.get_output_embeddings(), "out_features", None)
+        except (AttributeError, NotImplementedError):
+            return None
 
     def settle_as(self, form: str) -> None:
         """Take the loss that a run was started with (:attr:`form`), whatever the next batch suggests."""

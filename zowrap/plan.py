@@ -74,7 +74,7 @@ def _first_batches(trainer: ZOTrainer) -> Iterator[list[dict[str, Any]]]:
     loader: Any = trainer.get_train_dataloader()
     batches = iter(getattr(loader, "base_dataloader", loader))
     while group := list(itertools.islice(batches, trainer.args.gradient_accumulation_steps)):
-        yield [trainer._prepare_inputs(batch) for batch in group]
+        yield [trainer.prepared(batch) for batch in group]
 
 
 def _schedule(args: Any, steps: int) -> Callable[[int], float] | None:

@@ -152,6 +152,7 @@ def _from_the_first_step(trainer: ZOTrainer, fresh: Start, clear: bool = False) 
         remove(run.checkpoint(step))
     remove(run.journal_file)
     remove(run.metrics.path)
+    remove(run.before_file)
     return fresh
 
 

@@ -4,6 +4,7 @@
     RUN/zowrap.json       the resolved configuration and how far the run came
     RUN/journal.jsonl     what run this is, then one record per step (see zowrap.journal)
     RUN/metrics.jsonl     one line per step and one per evaluation, to plot
+    RUN/before.json       what the untuned model came to, row by row, to compare later evaluations with
     RUN/checkpoint-N/     the model and the rule's state after N steps
 
 A checkpoint is a rare snapshot: what lies between it and the present is replayed from the journal, without a forward
@@ -59,6 +60,19 @@ class Run:
     def journal_file(self) -> Path:
         return self.path / "journal.jsonl"
 
+    @property
+    def before_file(self) -> Path:
+        return self.path / "before.json"
+
+    def before(self) -> dict[str, Any]:
+        """What the untuned model came to, by the name of the evaluation set."""
+        found = read_json(self.before_file) if self.before_file.is_file() else {}
+        return found if isinstance(found, dict) else {}
+
+    def keep_before(self, name: str, found: dict[str, Any]) -> None:
+        """Keep what the untuned model came to on one set."""
+        write_json(self.before_file, {**self.before(), name: found})
+
     def exists(self) -> bool:
         """Whether a training has left steps here."""
         return bool(self.checkpoints()) or self.recorded_steps() > 0
@@ -86,14 +100,25 @@ class Run:
         write_json(self.config_file, config)
 
     def status(self) -> dict[str, Any]:
-        """How far the run came: ``state`` (``running``, ``interrupted`` or ``finished``), ``step``, ``max_steps`` …"""
+        """How far the run came: ``state``, ``step``, ``max_steps`` …
+
+        The state is ``running``, ``interrupted``, ``finished`` or ``failed``, the last with a ``reason``.
+        """
         return dict(read_json(self.config_file).get("status") or {}) if self.config_file.is_file() else {}
 
     def update_status(self, **facts: Any) -> None:
-        """Change the given facts of the status."""
+        """Change the given facts of the status; of another state, the reason of a failure is dropped."""
         config = self.config()
-        config["status"] = {**(config.get("status") or {}), **facts}
+        status = dict(config.get("status") or {})
+        if "state" in facts:
+            status.pop("reason", None)
+        config["status"] = {**status, **facts}
         write_json(self.config_file, config)
+
+    def failure(self) -> str | None:
+        """Why the run failed, as a clause with the step; None where it did not."""
+        status = self.status()
+        return str(status.get("reason")) if status.get("state") == "failed" else None
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 

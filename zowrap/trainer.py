@@ -8,12 +8,13 @@ What differs is what lies on the disk, see :mod:`zowrap.run`.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,10 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from zowrap import evaluation, export, quant
 from zowrap.config import ZOConfig
 from zowrap.errors import ZOError
+from zowrap.finite import check_model
 from zowrap.keeper import Interrupted, Keeper, KeeperCallback
 from zowrap.lock import locked
+from zowrap.loss import labels_out_of_range
 from zowrap.model import StepResult, ZOModel
 from zowrap.plan import settle_lr
 from zowrap.resume import Start, find_start, say
@@ -136,6 +139,8 @@ class ZOTrainer(Trainer):
         self.interrupted = False
         self._resuming: Start | None = None
         self._sums = evaluation.Evaluation()
+        self._sums_of = "eval"
+        self._wrong_labels: Tensor | None = None  # 0-d bool, on an accelerator: a label of a step named no class
 
     def wrap(self, engine: str | None) -> None:
         """Wrap the model, with the rule at its first step: ``zm`` is then another."""
@@ -179,10 +184,55 @@ class ZOTrainer(Trainer):
         Returns:
             0-d loss for the Trainer's running mean: finite, and divided by the micro-batches of the step.
         """
-        batch = self._prepare_inputs(inputs)
+        batch = self.prepared(inputs)
         alone = self.args.gradient_accumulation_steps == 1
         loss = self._step.whole(batch) if alone else self.zm.accumulate(**batch)
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0) / self.current_gradient_accumulation_steps
+
+    def prepared(self, inputs: dict[str, Any], what: str = "training") -> dict[str, Any]:
+        """The batch on the device, its labels checked: one that names no class would make the loss NaN.
+
+        On an accelerator the answer is read with the steps' results (:meth:`refuse_wrong_labels`): none waits for it.
+
+        Raises:
+            ZOError: a label names no class.
+        """
+        batch = self._prepare_inputs(inputs)
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+            return batch
+        waits = labels.device.type == "cpu" or what != "training" or not self._loss.settled
+        if labels.device.type == "cpu":
+            self._loss.settle(batch)  # the model's own loss may know other labels
+        classes = self._loss.classes
+        if classes is None:
+            return batch
+        # Before that is known, on an accelerator, only what is too large: there it would end the process.
+        wrong = labels_out_of_range(labels, classes) if self._loss.settled else labels >= classes
+        if not waits:
+            any_wrong = wrong.any()
+            self._wrong_labels = any_wrong if self._wrong_labels is None else self._wrong_labels | any_wrong
+        elif bool(wrong.any()):
+            self._refuse_label(int(labels[wrong][0]), classes, what)
+        return batch
+
+    def refuse_wrong_labels(self) -> None:
+        """Raise :class:`ZOError` where a label of the steps so far named no class."""
+        wrong, self._wrong_labels = self._wrong_labels, None
+        if wrong is not None and bool(wrong) and self._loss.classes is not None:
+            self._refuse_label(None, self._loss.classes, "training")
+
+    def _refuse_label(self, label: int | None, classes: int, what: str) -> NoReturn:
+        row, found = _row_out_of_range(self.train_dataset if what == "training" else self.eval_dataset, classes)
+        label = found if row is not None else label
+        name = "a label" if label is None else f"label {label}"
+        where = "" if row is None else f", in row {row} (counted from 0)"
+        if self.zm.step_count == 0:
+            self._keeper.failed_at_once()
+        raise ZOError(
+            f"{name} of the {what} data names no class{where}: the model has {classes}, numbered from 0 to "
+            f"{classes - 1} (-100 leaves a label out)"
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -212,8 +262,10 @@ class ZOTrainer(Trainer):
                 after it, bitwise as if the run had not stopped; a path goes on from that checkpoint.
 
         Raises:
-            ZOError: ``output_dir`` holds another run, another process trains into it, the loss is not finite from the
-                start or for ``max_skipped`` steps in a row, or the disk is full.
+            ZOError: the model's weights are not finite, ``output_dir`` holds another run, another process trains into
+                it, the loss is not finite from the start, for ``max_skipped`` steps in a row or at the end, a label
+                names no class, or the disk is full. What was good before stays: the journal, an earlier checkpoint,
+                the best model.
         """
         _check_overrides(self)
         with locked(self.run.path, self._made_folder):
@@ -224,6 +276,7 @@ class ZOTrainer(Trainer):
     ) -> TrainOutput:
         """Train, as the one process that writes into the folder."""
         self.interrupted = False
+        check_model(self.zm.model)
         start = find_start(self, resume)
         self.resumed_from = start.step
         self._keeper.open(start)
@@ -259,15 +312,35 @@ class ZOTrainer(Trainer):
             self._resuming = None
         if self.args.load_best_model_at_end and self.best_step is not None:
             self._load_best_model()
-        return output._replace(training_loss=self._keeper.mean_loss())
+        metrics = {**output.metrics, "skipped_steps": self._keeper.skipped}
+        return output._replace(training_loss=self._keeper.mean_loss(), metrics=metrics)
 
     def _nothing_left(self, start: Start) -> TrainOutput:
         """Every step is done; of a run that was killed after its last one, the end is still to be written."""
         say(f"{self.run.path} is finished: {start.step} steps are done")
         self.state = start.state
         if not start.finished:
-            self._keeper.close(interrupted=False)
-        return TrainOutput(start.step, self._keeper.mean_loss(), {"train_runtime": 0.0})
+            try:
+                self._keeper.close(interrupted=False)
+            except ZOError:
+                self._keeper.abandon()
+                raise
+        metrics = {"train_runtime": 0.0, "skipped_steps": self._keeper.skipped}
+        return TrainOutput(start.step, self._keeper.mean_loss(), metrics)
+
+    @property
+    def last_evaluation(self) -> tuple[evaluation.Evaluation, str]:
+        """The sums of the last evaluation, and the prefix of its metrics' names."""
+        return self._sums, self._sums_of
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of the run that were skipped, those of earlier starts included."""
+        return self._keeper.skipped
+
+    def failed_at_once(self) -> None:
+        """For a callback that raises at the start: the folder is then left as it was before."""
+        self._keeper.failed_at_once()
 
     @property
     def lr_choice(self) -> dict[str, Any] | None:
@@ -333,6 +406,7 @@ class ZOTrainer(Trainer):
         """Loss and metrics reduced batch by batch, unless ``compute_metrics`` asks for all predictions at once."""
         self._keeper.flush()
         self._sums = sums = evaluation.Evaluation()
+        self._sums_of = metric_key_prefix
         whole = self.compute_metrics is not None or _overridden(self, "prediction_step")
         if description != "Evaluation" or (whole and self.batch_metrics is None):
             output = super().evaluation_loop(
@@ -343,7 +417,7 @@ class ZOTrainer(Trainer):
             return output._replace(metrics={**(output.metrics or {}), **ours})
         self.callback_handler.eval_dataloader = dataloader
         for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
+            inputs = self.prepared(inputs, "evaluation")
             evaluation.add_batch(sums, self._loss, inputs, self.batch_metrics, self.args.device)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if not sums.examples:
@@ -356,7 +430,9 @@ class ZOTrainer(Trainer):
     ) -> Any:
         """The loss of one batch at the weights as they are; only evaluations ask for it."""
         sums, weights, outputs = evaluation.forward(self._loss, inputs, outputs=True)
-        self._sums.add("loss", sums.double().sum(), weights.double().sum(), self.args.device)
+        rows = evaluation.rows(inputs)
+        self._sums.examples += rows
+        self._sums.add_loss(sums, weights, rows, self.args.device)
         loss = (sums.sum() / weights.sum()).float()
         return (loss, outputs if isinstance(outputs, dict) else (loss, *outputs)) if return_outputs else loss
 
@@ -393,6 +469,18 @@ def _check_overrides(trainer: ZOTrainer) -> None:
         where = _overridden(trainer, name)
         if where is not None:
             raise ZOError(f"{where} overrides {name}, which a zeroth-order trainer does not use: {instead}")
+
+
+def _row_out_of_range(dataset: Any, classes: int) -> tuple[int | None, int | None]:
+    """The first row of a data set with a label that names no class, and the label; None where it cannot be found."""
+    with contextlib.suppress(Exception):  # looked for to word an error: whatever the data set is, there is that error
+        for row in range(len(dataset)):
+            item = dataset[row]
+            labels = torch.as_tensor(item["labels"] if "labels" in item else item["label"])
+            wrong = labels_out_of_range(labels, classes)
+            if bool(wrong.any()):
+                return row, int(labels[wrong][0])
+    return None, None
 
 
 def _check_arguments(model: Any, args: Any, kwargs: dict[str, Any]) -> None:

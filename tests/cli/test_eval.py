@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,9 @@ def test_a_plain_model_needs_no_options(zowrap_cli: Cli, models: dict[str, Path]
     for kind, task in (("encoder", "classification"), ("causal", "classification"), ("causal", "lm")):
         told = zowrap_cli("eval", models[kind], "--task", task, "--data", data["test"], "--json")
         assert told.code == 0, told.err
-        assert set(told.json) == {"loss", "accuracy", "examples"}
+        assert set(told.json) == {"loss", "accuracy", "accuracy_interval", "examples"}
+        low, high = told.json["accuracy_interval"]
+        assert low <= told.json["accuracy"] <= high
         assert told.json["examples"] == 10 and 0 <= told.json["accuracy"] <= 1
 
 
@@ -63,6 +66,7 @@ def test_predictions_say_which_row_they_are_of(zowrap_cli: Cli, models: dict[str
 def test_people_get_one_line(zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path]) -> None:
     told = zowrap_cli("eval", models["encoder"], "--data", data["test"])
     assert told.code == 0 and told.out.startswith("loss ") and told.out.count("\n") == 1
+    assert re.search(r", accuracy 0\.\d{4} \(95 %: 0\.\d{4} to 0\.\d{4}\), 10 examples$", told.out.strip()), told.out
 
 
 def test_labels_can_be_named_for_numbers(zowrap_cli: Cli, models: dict[str, Path], tmp_path: Path) -> None:

@@ -220,10 +220,10 @@ class Classification:
 
         return per_example_loss
 
-    def metrics(self, output: Any, batch: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
-        """``{"accuracy": (right, counted)}`` of one batch."""
-        right = (output.logits.argmax(-1) == batch["labels"]).sum()
-        return {"accuracy": (float(right), float(batch["labels"].numel()))}
+    def metrics(self, output: Any, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """``{"accuracy": (right, counted)}``, float32 ``[rows]`` each."""
+        right = (output.logits.argmax(-1) == batch["labels"]).float()
+        return {"accuracy": (right, torch.ones_like(right))}
 
     def predictions(self, output: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         """One JSON-able record per row: label, prediction, and the probability of each label."""

@@ -117,12 +117,12 @@ class LanguageModelling:
         """None: everything moves."""
         return None
 
-    def metrics(self, output: Any, batch: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
-        """``{"accuracy": (right, counted)}`` over the label tokens of one batch."""
+    def metrics(self, output: Any, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """``{"accuracy": (right, counted)}`` over the label tokens, float32 ``[rows]`` each."""
         wanted = batch["labels"][:, 1:]
         counted = wanted != IGNORED
         right = (output.logits[:, :-1].argmax(-1) == wanted) & counted
-        return {"accuracy": (float(right.sum()), float(counted.sum()))}
+        return {"accuracy": (right.sum(-1).float(), counted.sum(-1).float())}
 
     def predictions(self, output: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         """One JSON-able record per row: mean loss per label token, and their number."""
