@@ -17,24 +17,27 @@ import typer
 
 from zowrap.errors import ZOError
 
-from .console import Interrupted, quiet_libraries, result, say
+from .checks import check_at_once, check_options, restored, saved_options, to_config, users_words
+from .console import Interrupted, begin, quiet_libraries, result, say
 from .eval import resolve_task, say_counts
-from .options import TuneOptions, takes
+from .options import TuneOptions, load_plugins, takes
 
 
 @takes(TuneOptions)
 def tune(context: typer.Context, options: TuneOptions) -> None:
     """Fine-tune MODEL on labelled or plain text, with forward passes alone."""
     began = time.time()
-    quiet_libraries()
-    from .checks import check_options, restored
-    from .progress import Progress
-
     options, finished = restored(context, options)
     if finished is not None:
         say(f"{options.out} is finished: nothing is left to do")
         result(finished, options.json, [summary(finished)])
         return
+    check_at_once(options)
+    begin(f"{options.model} and {options.data}")
+    quiet_libraries()
+    from .progress import Progress
+
+    load_plugins(options.plugin)
     check_options(options)
     plan = prepare(options)
     model, options = load(plan, options)
@@ -130,8 +133,6 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     from zowrap.quant import quantization, ways
     from zowrap.tasks import choose_dtype
 
-    from .checks import users_words
-
     dtype, why = choose_dtype(options.dtype, plan.source)
     name = str(dtype).removeprefix("torch.")
     for asked, option in ((options.masters, "--masters"), (options.along == "evaluated", "--along evaluated")):
@@ -156,7 +157,6 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
 
     from zowrap.trainer import ZOTrainer
 
-    from .checks import saved_options, to_config, users_words
     from .progress import Progress
 
     config = to_config(options)

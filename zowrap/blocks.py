@@ -16,9 +16,10 @@ import torch
 
 from zowrap import noise
 from zowrap.errors import ZOError, nearest
+from zowrap.names import BLOCK_ORDERS
 from zowrap.parameters import Parameter, matches
 
-ORDERS = ("ascending", "descending", "flip_flop", "random_permutation", "random")
+ORDERS = BLOCK_ORDERS
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ import zowrap
 from zowrap import export, weights
 from zowrap.errors import ZOError
 from zowrap.files import TMP, read_json, remove, sync, write_json, writing
+from zowrap.folder import RunFolder
 from zowrap.journal import Journal, Lines, environment, fingerprint
 from zowrap.parameters import Parameter, canonical_name
 
@@ -36,7 +37,7 @@ _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 STATE, TENSORS, TRAINER = "zo_state.json", "zo_state.safetensors", "trainer_state.json"
 
 
-class Run:
+class Run(RunFolder):
     """The files of one RUN.
 
     Attributes:
@@ -45,16 +46,8 @@ class Run:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        super().__init__(path)
         self.metrics = Lines(self.path / "metrics.jsonl")
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "zowrap.json"
-
-    @property
-    def journal_file(self) -> Path:
-        return self.path / "journal.jsonl"
 
     def exists(self) -> bool:
         """Whether a training has left steps here."""
@@ -67,24 +60,10 @@ class Run:
 
     # --- zowrap.json --------------------------------------------------------------------------------------------
 
-    def config(self) -> dict[str, Any]:
-        """The resolved configuration.
-
-        Raises:
-            ZOError: this folder is not a RUN.
-        """
-        if not self.config_file.is_file():
-            raise ZOError(f"{self.path} is not a run: there is no {self.config_file.name} in it")
-        return read_json(self.config_file)
-
     def write_config(self, model: str | None, options: dict[str, Any], task: dict[str, Any] | None = None) -> None:
         """Write ``zowrap.json``: what model, with what options, and what the task needs to evaluate the result."""
         config = {"zowrap": zowrap.__version__, "model": model, "options": options, "task": task or {}, "status": {}}
         write_json(self.config_file, config)
-
-    def status(self) -> dict[str, Any]:
-        """How far the run came: ``state`` (``running``, ``interrupted`` or ``finished``), ``step``, ``max_steps`` …"""
-        return dict(read_json(self.config_file).get("status") or {}) if self.config_file.is_file() else {}
 
     def update_status(self, **facts: Any) -> None:
         """Change the given facts of the status."""

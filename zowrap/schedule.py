@@ -20,12 +20,12 @@ from zowrap import memory
 from zowrap.errors import ZOCaptureError, ZOError, nearest
 from zowrap.estimators import Point
 from zowrap.loss import Batch
+from zowrap.names import MEMORY
 
 if TYPE_CHECKING:
     from zowrap.costs import Estimator
     from zowrap.model import ZOModel
 
-MEMORY = ("auto", "paired", "sequential")
 _OPEN = "it is chosen at the next step"
 
 
