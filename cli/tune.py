@@ -177,7 +177,7 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
         )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(Progress(trainer.zm))
+    trainer.add_callback(Progress(trainer))
     return trainer
 
 

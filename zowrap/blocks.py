@@ -9,7 +9,7 @@ of (step, seed), so a resumed run visits the same blocks.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,11 @@ def partition(parameters: Sequence[Parameter], blocks: str | Sequence[str] | Non
 
 
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<number>\d+)(?:\.|$)")
+
+
+def layer_names(names: Iterable[str]) -> set[str]:
+    """The numbered containers that these modules or parameters lie in, the outermost of each."""
+    return {match[0].rstrip(".") for match in map(_LAYER.match, names) if match}
 
 
 def _by_layer(parameters: Sequence[Parameter]) -> list[Block]:
