@@ -14,9 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from zowrap import cache
+from zowrap import cache, names
 from zowrap.errors import ZOError
 
+from .checks import one_of
 from .console import quiet_libraries, result, say
 from .options import Json, option, takes
 
@@ -50,10 +51,10 @@ class BenchOptions:
 @takes(BenchOptions)
 def step(context: typer.Context, options: BenchOptions) -> None:
     """Time a training step against two plain compiled forwards of the same model and batch, interleaved."""
+    _check(options)
     quiet_libraries()
     from zowrap.bench import contenders, measure
 
-    _check(options)
     make = _maker(options)
     if options.only is not None:
         contender = make(options.only)
@@ -99,8 +100,7 @@ def _check(options: BenchOptions) -> None:
     for name in ("batch", "seq", "rounds"):
         if getattr(options, name) < 1:
             raise ZOError(f"--{name} must be from 1, got {getattr(options, name)}")
-    if options.dtype not in ("float32", "bfloat16", "float16"):
-        raise ZOError(f"--dtype is float32, bfloat16 or float16, not {options.dtype!r}")
+    one_of("--dtype", options.dtype, names.DTYPES)
 
 
 def _device() -> Any:

@@ -1,12 +1,17 @@
-"""What ``zowrap tune`` checks and resolves before it opens a model."""
+"""What ``zowrap tune`` checks and resolves before it opens a model.
+
+What needs no torch comes first, and is told at once: importing it takes seconds.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,72 +19,122 @@ from typing import Any
 
 import typer
 
-from zowrap.errors import ZOError, first_line, nearest
-from zowrap.files import same_place
+from zowrap import names
+from zowrap.data import check_source, first_row, label_of, text_of
+from zowrap.errors import ZOError, first_line, nearest, need_package
+from zowrap.files import python_file, same_place
+from zowrap.folder import RunFolder
+from zowrap.weights import check_directory
 
-from .console import say
-from .options import CHANGEABLE, PER_CALL, RIGHTS, StepOptions, TuneOptions, given
+from .console import quiet_libraries, say
+from .options import CHANGEABLE, PER_CALL, RIGHTS, StepOptions, TuneOptions, given, load_plugins, split_labels
 
 SCHEDULES = ("constant", "linear", "cosine")
 PATHS = ("model", "data", "eval_data", "test_data")
 FIELDS = {field.name for field in dataclasses.fields(TuneOptions)}
 
 
-def check_options(options: TuneOptions) -> None:
-    """Raise :class:`ZOError` for the first option that cannot be used; nothing is loaded or written."""
-    from zowrap.tasks import check_kind
-    from zowrap.tasks.classification import FORMS
-    from zowrap.tasks.loading import DTYPES
-    from zowrap.wrap import ALONG
-
+def check_at_once(options: TuneOptions) -> None:
+    """Raise :class:`ZOError` for the first option that is seen to be wrong without torch; nothing is written."""
     if options.model is None:
         raise ZOError("which model? give its directory or its name on the hub")
     if options.data is None:
         raise ZOError("what is it to learn? give --data FILE")
     if options.out is None:
         raise ZOError("where is the run to be written? give --out RUN")
-    check_kind(options.task)
-    _one_of("--head", options.head, (*FORMS, "auto"))
-    _one_of("--lr-schedule", options.lr_schedule, SCHEDULES)
-    if options.dtype is not None:
-        _one_of("--dtype", options.dtype, (*DTYPES, "auto"))
+    one_of("--task", options.task, names.TASKS)
+    one_of("--lr-schedule", options.lr_schedule, SCHEDULES)
+    check_step_options(options)
+    learning_rate(options)
+    at_least(
+        options,
+        steps=1,
+        grad_accum=1,
+        warmup_steps=0,
+        eval_every=1,
+        eval_batch_size=1,
+        max_eval_examples=1,
+        save_every=1,
+        save_total_limit=0,
+        seed=0,
+        max_length=2,
+        show_examples=0,
+    )
+    for file in filter(None, (options.data, options.eval_data, options.test_data)):
+        check_source(file)
+        _check_first_row(file, options)
+    check_directory(options.model, whole=False)
+    _check_out(options)
+    check_out_is_free(options)
+
+
+def check_step_options(options: StepOptions) -> None:
+    """The same for what ``tune`` and ``inspect`` share."""
+    for plugin in options.plugin:
+        python_file(plugin)
+    _check_rule(options)
+    rule_options(options)
+    one_of("--engine", options.engine, names.ENGINES)
+    one_of("--estimator", options.estimator, names.ESTIMATORS)
+    one_of("--memory", options.memory, names.MEMORY)
+    one_of("--along", options.along, names.ALONG)
+    one_of("--block-order", options.block_order, names.BLOCK_ORDERS)
+    one_of("--head", options.head, (*names.FORMS, "auto"))
+    one_of("--dtype", options.dtype, (*names.DTYPES, "auto"))
     check_quantization(options)
-    _one_of("--along", options.along, ALONG)
-    for name, least in (
-        ("steps", 1),
-        ("batch_size", 1),
-        ("grad_accum", 1),
-        ("warmup_steps", 0),
-        ("eval_every", 1),
-        ("eval_batch_size", 1),
-        ("max_eval_examples", 1),
-        ("save_every", 1),
-        ("save_total_limit", 0),
-        ("seed", 0),
-        ("lora_r", 1),
-        ("lora_alpha", 1),
-    ):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ZOError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    at_least(options, batch_size=1, lora_r=1, lora_alpha=1)
+    if options.eps is not None and not (math.isfinite(options.eps) and options.eps > 0):
+        raise ZOError(f"--eps must be a positive finite number, got {options.eps}")
+    if options.queries is not None and options.queries < 1:
+        raise ZOError(f"--queries must be a whole number from 1, got {options.queries}")
+    if not (math.isfinite(options.weight_decay) and options.weight_decay >= 0):
+        raise ZOError(f"--weight-decay must be a finite number from 0, got {options.weight_decay}")
+    split_labels(options.labels)
+
+
+def check_options(options: TuneOptions) -> None:
+    """Raise :class:`ZOError` for the first option that the library refuses; no model is loaded, nothing is written."""
     with users_words(options):
         _check_zeroth_order(options)
         _check_trackers(options.report_to)
         to_config(options)
-    _check_out(options)
-    if Path(str(options.out)).is_dir():
-        check_out_is_free(options)
+
+
+def at_least(options: Any, **least: int) -> None:
+    """Raise :class:`ZOError` for the first option of these names that is below its number; one not given passes."""
+    for name, limit in least.items():
+        value = getattr(options, name)
+        if value is not None and value < limit:
+            raise ZOError(f"--{name.replace('_', '-')} must be at least {limit}, got {value}")
+
+
+def _check_rule(options: StepOptions) -> None:
+    """Whether there is such a rule; plugins and installed packages, which may bring it, are asked when they are loaded.
+
+    In a process that has rules loaded already, those are the ones there are.
+    """
+    loaded = sys.modules.get("zowrap.rules")
+    known = [*(names.RULES if loaded is None else loaded.REGISTRY), *names.RULE_ALIASES]
+    if options.rule in known or options.plugin or importlib.metadata.entry_points(group=names.RULES_OF_PACKAGES):
+        return
+    raise names.unknown_rule(options.rule, known)
+
+
+def _check_first_row(file: str, options: TuneOptions) -> None:
+    """Whether the columns are there, as far as the first row shows."""
+    row = first_row(file)
+    if row is None or options.task != "classification":
+        return
+    label_of(row, options.label_column)
+    if options.template is None:
+        text_of(row, options.text_column)
 
 
 def check_quantization(options: StepOptions) -> None:
     """Raise :class:`ZOError` for options about quantisation and adapters that exclude or need one another."""
-    from zowrap.quant.lowering import need_package
-    from zowrap.quant.ways import WAYS
-
     if options.load_in_8bit and options.load_in_4bit:
         raise ZOError("--load-in-8bit and --load-in-4bit are two ways to load a model: give one")
-    if options.quantized is not None:
-        _one_of("--quantized", options.quantized, WAYS)
+    one_of("--quantized", options.quantized, names.WAYS)
     if options.load_in_4bit and options.quantized not in (None, "adapters"):
         raise ZOError(f"--quantized {options.quantized} is for 8-bit weights: 4-bit ones take adapters")
     if options.use_peft and options.quantized not in (None, "adapters"):
@@ -94,8 +149,9 @@ def check_quantization(options: StepOptions) -> None:
                 raise ZOError(f"--{name.replace('_', '-')} is about adapters, and there are none: add --use-peft")
 
 
-def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+def one_of(option: str, value: str | None, choices: tuple[str, ...]) -> None:
+    """Raise :class:`ZOError` for a name that is not among ``choices``; one not given passes."""
+    if value is not None and value not in choices:
         raise ZOError(f"unknown {option} {value!r}{nearest(value, choices)}")
 
 
@@ -150,12 +206,9 @@ def _check_zeroth_order(options: TuneOptions) -> None:
     import torch
     from torch import nn
 
-    from zowrap.engines import ENGINES
     from zowrap.rules import get
     from zowrap.wrap import zo_wrap
 
-    if options.engine is not None:
-        _one_of("--engine", options.engine, tuple(ENGINES))
     zo_wrap(
         nn.Linear(1, 1, dtype=torch.bfloat16 if options.along == "evaluated" else None),
         get(options.rule, **rule_options(options)),
@@ -217,9 +270,7 @@ def check_out_is_free(options: TuneOptions) -> None:
 
     What a start that was killed in its first calls left there is nothing.
     """
-    from zowrap.run import Run
-
-    if Run(str(options.out)).holds_something() and not (options.overwrite or options.resume):
+    if RunFolder(str(options.out)).holds_something() and not (options.overwrite or options.resume):
         raise ZOError(f"--out {options.out} exists and is not empty: give another, or --resume or --overwrite")
 
 
@@ -315,10 +366,7 @@ def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions,
         raise ZOError("--resume goes on with what --overwrite would remove: give one of them")
     if options.out is None:
         raise ZOError("which run is to go on? give --out RUN")
-    from zowrap.rules import find_recorded
-    from zowrap.run import Run
-
-    run = Run(options.out)
+    run = RunFolder(options.out)
     if not run.config_file.is_file() and run.holds_something():
         raise ZOError(f"{options.out} is not a run: there is no {run.config_file.name} in it")
     config = run.config() if run.config_file.is_file() else {}
@@ -343,7 +391,18 @@ def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions,
         raise ZOError(f"the run in {options.out} failed, and would fail again: {run.failure()}; start one anew")
     finished = status.get("result") if status.get("state") == "finished" else None
     if finished is None:
-        find_recorded(saved["rule"], run.path, saved.get("plugin") or ())
+        check_recorded_rule(config, run.path, options.plugin)
     else:
         finished = {**finished, "out": options.out, "resumed_from": finished["steps"], "steps_run": 0}
     return dataclasses.replace(options, **kept), finished
+
+
+def check_recorded_rule(config: dict[str, Any], run: Path, plugin: list[str]) -> None:
+    """Raise :class:`ZOError` where a run was made by a rule that is not here. Torch is imported for a foreign one."""
+    saved = config["options"]
+    if saved["rule"] not in (*names.RULES, *names.RULE_ALIASES):
+        quiet_libraries()
+        from zowrap.rules import find_recorded
+
+        load_plugins(plugin)
+        find_recorded(saved["rule"], run, saved.get("plugin") or ())

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, cast
 
+from zowrap import __version__
 from zowrap.errors import ZOWarning
 
 _result_stream: Any = None  # the real stdout while a command runs with --json
@@ -88,6 +89,11 @@ def _finite(value: Any) -> Any:
 def say(text: str) -> None:
     """One line for people, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def begin(what: str) -> None:
+    """The first line of a command that takes its time, before what takes seconds to import."""
+    say(f"zowrap {__version__}: loading torch, then {what}")
 
 
 def fail(sentence: str, as_json: bool, code: int = 130) -> int:

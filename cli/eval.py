@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zowrap import names
+from zowrap.data import check_source
 from zowrap.errors import ZOError
 from zowrap.files import same_place
+from zowrap.folder import RunFolder
+from zowrap.weights import check_directory, weight_files
 
-from .console import quiet_libraries, result, say
+from .checks import at_least, one_of
+from .console import begin, quiet_libraries, result, say
 from .options import (
     PATH,
     Dtype,
@@ -28,6 +33,7 @@ from .options import (
     Trust,
     given,
     option,
+    split_labels,
     takes,
 )
 from .summary import spread
@@ -64,11 +70,9 @@ class EvalOptions:
 @takes(EvalOptions)
 def evaluate(context: typer.Context, options: EvalOptions) -> None:
     """Measure loss and accuracy. A run of zowrap tune needs no option but --data."""
-    if options.data is None:
-        raise ZOError("what is to be evaluated? give --data FILE")
-    if options.batch_size < 1:
-        raise ZOError(f"--batch-size must be at least 1, got {options.batch_size}")
-    _check_predictions(options)
+    saved = _check(context, options)
+    assert options.data is not None
+    begin(f"{options.model} and {options.data}")
     quiet_libraries()
     from zowrap.data import read_rows, sample
     from zowrap.quant import lower
@@ -77,9 +81,6 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
     from zowrap.weights import ADAPTER
 
     rows = sample(read_rows(options.data, default_split="test"), options.max_eval_examples)
-    saved = saved_task(options.model)
-    if saved is not None:
-        _check_finished(options.model)
     source = open_source(options.model, options.trust_remote_code)
     task, why = _task(context, options, saved, rows, source)
     task.check(rows)
@@ -112,23 +113,50 @@ def _check_predictions(options: EvalOptions) -> None:
         raise ZOError(f"--predictions {file} would replace a file that is read here: give the name of a new one")
 
 
+def _check(context: typer.Context, options: EvalOptions) -> dict[str, Any] | None:
+    """The task of a run, None of another model.
+
+    Raises:
+        ZOError: an option that is seen to be wrong without torch.
+    """
+    if options.data is None:
+        raise ZOError("what is to be evaluated? give --data FILE")
+    at_least(options, batch_size=1, max_eval_examples=1, max_length=2)
+    one_of("--task", options.task, names.TASKS)
+    one_of("--head", options.head, (*names.FORMS, "auto"))
+    one_of("--dtype", options.dtype, (*names.DTYPES, "auto"))
+    split_labels(options.labels)
+    check_source(options.data)
+    saved = saved_task(options.model)
+    if saved is not None:
+        _check_saved(context, options, saved)
+        if not Path(options.model, "model.safetensors").exists():
+            _check_finished(options.model)
+    check_directory(options.model, whole=False)
+    return saved
+
+
+def _check_saved(context: typer.Context, options: EvalOptions, saved: dict[str, Any]) -> None:
+    """Raise :class:`ZOError` for an option that a run has settled."""
+    if given(context, "task") and options.task != saved.get("kind"):
+        raise ZOError(f"{options.model} was tuned for {saved.get('kind')}, not for --task {options.task}")
+    for name in ("head", "labels"):
+        if given(context, name):
+            raise ZOError(f"{options.model} is a run and keeps its own --{name}: leave it out")
+
+
 def saved_task(model: str) -> dict[str, Any] | None:
     """The task that a run keeps in ``zowrap.json``, or None where ``model`` is no run."""
-    from zowrap.run import Run
-
-    run = Run(model)
+    run = RunFolder(model)
     return (run.config().get("task") or None) if run.config_file.is_file() else None
 
 
 def _check_finished(model: str) -> None:
-    from zowrap.export import weight_files
-    from zowrap.run import Run
-
     there = bool(weight_files(model))
     if there:
         say_failure(model)
         return
-    reason = Run(model).failure()
+    reason = RunFolder(model).failure()
     if reason:
         raise ZOError(f"{model} holds no tuned model, because its run failed: {reason}")
     raise ZOError(f"{model} holds no finished model yet: go on with zowrap tune --resume --out {model}")
@@ -136,9 +164,7 @@ def _check_finished(model: str) -> None:
 
 def say_failure(folder: str | Path) -> None:
     """Say of a run that failed which model its folder holds."""
-    from zowrap.run import Run
-
-    run = Run(folder)
+    run = RunFolder(folder)
     reason = run.failure()
     if reason:
         step = run.status().get("best_step")
@@ -165,29 +191,13 @@ def resolve_task(options: Any, rows: Any, source: Any) -> Any:
 
 def _task(context: typer.Context, options: EvalOptions, saved: dict[str, Any] | None, rows: Any, source: Any) -> Any:
     """The run's own task with what the user asks otherwise, or one resolved from the options."""
-    from zowrap.tasks import check_kind, from_record
+    from zowrap.tasks import from_record
 
-    check_kind(options.task)
     if saved is None:
         return resolve_task(options, rows, source)
-    if given(context, "task") and options.task != saved.get("kind"):
-        raise ZOError(f"{options.model} was tuned for {saved.get('kind')}, not for --task {options.task}")
-    for name in ("head", "labels"):
-        if given(context, name):
-            raise ZOError(f"{options.model} is a run and keeps its own --{name}: leave it out")
     fields = ("text_column", "label_column", "template", "max_length", "end_of_text")
     asked = {name: getattr(options, name) for name in fields if given(context, name) and name in saved}
     return from_record({**saved, **asked}), f"{saved.get('kind')} as {options.model} was tuned"
-
-
-def split_labels(labels: str | None) -> list[str] | None:
-    """``"negative, positive"`` → ``["negative", "positive"]``."""
-    if labels is None:
-        return None
-    names = [name.strip() for name in labels.split(",")]
-    if not all(names):
-        raise ZOError(f"--labels {labels!r} has an empty name")
-    return names
 
 
 def say_counts(examples: Any, max_length: int, what: str = "rows") -> None:

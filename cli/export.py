@@ -8,9 +8,13 @@ from typing import Annotated
 
 import typer
 
+from zowrap import names, weights
 from zowrap.errors import ZOError
+from zowrap.lock import locked
+from zowrap.weights import ADAPTER, may_be_of_the_hub, pickled_weights, weight_files
 
-from .console import quiet_libraries, result
+from .checks import one_of
+from .console import begin, quiet_libraries, result
 from .eval import say_failure
 from .options import PATH, Json, option, takes
 from .replay import check_target, recorded_base
@@ -37,26 +41,21 @@ class ExportOptions:
 @takes(ExportOptions)
 def export(context: typer.Context, options: ExportOptions) -> None:
     """Write the tuned model of a run as safetensors that load with from_pretrained."""
-    if options.to is None:
-        raise ZOError("where to? give --to DIR")
+    _check(options)
+    assert options.to is not None
+    begin(options.source)
     quiet_libraries()
-    from zowrap.lock import locked
-    from zowrap.quant.convert import check_format
 
-    check_format(options.format)
-    if options.format != "same" and (options.dtype or options.allow_pickle):
-        raise ZOError("--format says what the weights become: leave out --dtype and --allow-pickle")
     source = _directory(options)
-    check_target(options.to, options.overwrite, "--to", str(source), recorded_base(source))
+    check_target(options.to, options.overwrite, "--to", str(source), recorded_base(source))  # of the hub, too
     with locked(options.to):
         _write(options, source)
 
 
 def _write(options: ExportOptions, source: Path) -> None:
     """Write the model, as the one process that writes into ``--to``, and say what came of it."""
-    from zowrap.export import convert_pickle, export_run, pickled_weights, weight_files
+    from zowrap.export import convert_pickle, export_run
     from zowrap.quant.convert import DTYPES, is_quantized_folder, output_error
-    from zowrap.weights import ADAPTER
 
     assert options.to is not None
     say_failure(source)
@@ -67,8 +66,7 @@ def _write(options: ExportOptions, source: Path) -> None:
 
         files, errors = export_merged(source, options.to, options.max_shard_size, options.overwrite, options.format)
     elif options.allow_pickle and pickled_weights(source) and not weight_files(source):
-        if options.dtype or options.max_shard_size:
-            raise ZOError("--allow-pickle converts as it is: give --dtype or --max-shard-size to a second export")
+        _check_as_it_is(options)
         files = convert_pickle(source, options.to, overwrite=options.overwrite)
     else:
         files = export_run(
@@ -90,15 +88,33 @@ def _write(options: ExportOptions, source: Path) -> None:
     result(record, options.json, lines)
 
 
+def _check(options: ExportOptions) -> None:
+    """Raise :class:`ZOError` for what is seen to be wrong without torch, and before a download."""
+    if options.to is None:
+        raise ZOError("where to? give --to DIR")
+    one_of("--format", options.format, names.FORMATS)
+    one_of("--dtype", options.dtype, names.DTYPES)
+    if options.format != "same" and (options.dtype or options.allow_pickle):
+        raise ZOError("--format says what the weights become: leave out --dtype and --allow-pickle")
+    path = Path(options.source)
+    if not path.is_dir():
+        if path.exists() or not may_be_of_the_hub(options.source):
+            raise ZOError(f"no such run or model directory: {options.source}")
+        return check_target(options.to, options.overwrite, "--to")
+    check_target(options.to, options.overwrite, "--to", options.source, recorded_base(path))
+    if options.allow_pickle and pickled_weights(path) and not weight_files(path):
+        return _check_as_it_is(options)
+    weights.check_model(path, whole=False)
+
+
+def _check_as_it_is(options: ExportOptions) -> None:
+    if options.dtype or options.max_shard_size:
+        raise ZOError("--allow-pickle converts as it is: give --dtype or --max-shard-size to a second export")
+
+
 def _directory(options: ExportOptions) -> Path:
     """Where the model's files lie; one of the hub is fetched."""
-    from zowrap.tasks.loading import fetch, may_be_of_the_hub
+    from zowrap.tasks.loading import fetch
 
     path = Path(options.source)
-    if path.is_dir():
-        return path
-    if path.exists() or not may_be_of_the_hub(options.source):
-        raise ZOError(f"no such run or model directory: {options.source}")
-    assert options.to is not None
-    check_target(options.to, options.overwrite, "--to")  # before a download, not after it
-    return fetch(options.source, options.allow_pickle)
+    return path if path.is_dir() else fetch(options.source, options.allow_pickle)

@@ -12,11 +12,15 @@ from typing import Annotated, Any
 
 import typer
 
+from zowrap import names
+from zowrap.data import check_source
 from zowrap.errors import ZOCaptureError, ZOError
+from zowrap.weights import check_directory
 
-from .console import quiet_libraries, result, say
-from .eval import resolve_task, saved_task, split_labels
-from .options import PATH, StepOptions, option, takes
+from .checks import at_least, check_step_options, one_of, rule_options, users_words
+from .console import begin, quiet_libraries, result, say
+from .eval import resolve_task, saved_task
+from .options import PATH, StepOptions, load_plugins, option, split_labels, takes
 
 LENGTH = 256  # tokens of a row where --max-length does not say: a paragraph
 
@@ -41,13 +45,13 @@ class InspectOptions(StepOptions):
 def inspect_model(context: typer.Context, options: InspectOptions) -> None:
     """Say whether a model can be tuned here, what moves, and what a step costs; weights are read with --data alone."""
     _check(options)
+    begin(options.model)
     quiet_libraries()
+    load_plugins(options.plugin)
     from zowrap.data import read_rows
     from zowrap.report import report
-    from zowrap.tasks import check_kind, choose_dtype, open_source
+    from zowrap.tasks import choose_dtype, open_source
 
-    if options.task is not None:
-        check_kind(options.task)
     source = _open(options)
     dtype, why = choose_dtype(options.dtype, source)
     shapes, zm = _wrapped(options, source, dtype)
@@ -85,20 +89,17 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
 
 
 def _check(options: InspectOptions) -> None:
-    """Raise :class:`ZOError` for an option that cannot be used, before anything is opened."""
-    from .checks import check_quantization, rule_options
-
-    for name in ("batch_size", "lora_r", "lora_alpha"):
-        if getattr(options, name) < 1:
-            raise ZOError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    if options.max_length is not None and options.max_length < 2:
-        raise ZOError(f"--max-length must be at least 2, got {options.max_length}")
+    """Raise :class:`ZOError` for an option that cannot be used, before anything is opened or torch imported."""
+    one_of("--task", options.task, names.TASKS)
+    check_step_options(options)
+    at_least(options, max_length=2)
     if options.html is not None:
         file = Path(options.html)
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise ZOError(f"--html {options.html} cannot be written: give a file in a folder that exists")
-    check_quantization(options)
-    rule_options(options)
+    if options.data is not None:
+        check_source(options.data)
+    check_directory(options.model, weights=False)
 
 
 def _open(options: InspectOptions) -> Any:
@@ -134,8 +135,6 @@ def _wrap(options: InspectOptions, model: Any, trainable: Any, loss_fn: Any) -> 
     from zowrap.quant import ways
     from zowrap.rules import get
     from zowrap.wrap import zo_wrap
-
-    from .checks import rule_options, users_words
 
     with users_words(options):
         way = ways.from_options(model, dataclasses.asdict(options), seed=0)

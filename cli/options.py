@@ -14,6 +14,8 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from zowrap.errors import ZOError
+
 from .config import apply
 
 # The Trainer's spellings, accepted but not advertised.
@@ -51,10 +53,6 @@ def takes(options: type) -> Callable[[Callable[[typer.Context, Any], Any]], Call
     def decorate(function: Callable[[typer.Context, Any], Any]) -> Callable[..., Any]:
         def command(context: typer.Context, **values: Any) -> Any:
             values.update({name: expand(values[name]) for name in paths})
-            if values.get("plugin"):
-                from zowrap.rules import plugins
-
-                plugins.load(values["plugin"])
             return function(context, options(**values))
 
         hints = get_type_hints(options, include_extras=True)
@@ -76,6 +74,24 @@ def takes(options: type) -> Callable[[Callable[[typer.Context, Any], Any]], Call
         return command
 
     return decorate
+
+
+def load_plugins(named: list[str]) -> None:
+    """Import what ``--plugin`` names, once everything that can be wrong without it is checked."""
+    if named:
+        from zowrap.rules import plugins
+
+        plugins.load(named)
+
+
+def split_labels(labels: str | None) -> list[str] | None:
+    """``"negative, positive"`` → ``["negative", "positive"]``."""
+    if labels is None:
+        return None
+    names = [name.strip() for name in labels.split(",")]
+    if not all(names):
+        raise ZOError(f"--labels {labels!r} has an empty name")
+    return names
 
 
 def given(context: typer.Context, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from zowrap import telling
 from zowrap.intervals import wilson
 
 from .console import say
@@ -36,12 +38,12 @@ class Progress(TrainerCallback):
     """Shows smoothed loss, |projected gradient|, accuracy, step time and time left.
 
     Args:
-        zm: the model that is tuned.
+        trainer: whose model is tuned; it may be wrapped again before the first step.
         rows: of the evaluation data, where the accuracy counts rows.
     """
 
-    def __init__(self, zm: Any, rows: int | None = None) -> None:
-        self.zm = zm
+    def __init__(self, trainer: Any, rows: int | None = None) -> None:
+        self._trainer = trainer
         self.rows = rows
         self.facts: dict[str, float] = {}
         self.loss: float | None = None
@@ -51,6 +53,10 @@ class Progress(TrainerCallback):
         self.said = -1.0
         self.bar: Any = None
         self.line: Any = None
+
+    @property
+    def zm(self) -> Any:
+        return self._trainer.zm
 
     def on_choose_lr(self, done: int, most: int) -> None:
         """Before each evaluation that ``lr="auto"`` makes, ahead of the first step."""
@@ -65,7 +71,7 @@ class Progress(TrainerCallback):
         self.began, self.first = time.time(), state.global_step
         self.compiled = False
         self.stop()
-        self._open("compiling", state.max_steps, state.global_step)
+        self._open("starting", state.max_steps, state.global_step)
         for loss in _logged_losses(args, state):
             self._smooth(loss)
 
@@ -81,6 +87,12 @@ class Progress(TrainerCallback):
             )
             self.bar.start()
             self.line = self.bar.add_task(what, total=total, completed=completed)
+            telling.shown_by = functools.partial(self._wait, what)
+
+    def _wait(self, what: str, text: str | None) -> None:
+        """Show what is being compiled in the bar's own line; afterwards what stood there."""
+        if self.bar is not None:
+            self.bar.update(self.line, description=what if text is None else text)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.compiled:  # the first step's time is the compiler's
@@ -117,6 +129,7 @@ class Progress(TrainerCallback):
 
     def stop(self) -> None:
         """Leave the terminal as it was."""
+        telling.shown_by = None
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -9,11 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from zowrap.errors import ZOError
-from zowrap.files import same_place
-from zowrap.lock import entries
+from zowrap.files import python_file, same_place
+from zowrap.folder import RunFolder
+from zowrap.lock import entries, locked
+from zowrap.weights import adapters_base, check_directory
 
-from .console import quiet_libraries, result
-from .options import PATH, Json, Plugin, Trust, option, takes
+from .checks import check_recorded_rule
+from .console import begin, quiet_libraries, result
+from .options import PATH, Json, Plugin, Trust, load_plugins, option, takes
 
 
 @dataclasses.dataclass
@@ -33,18 +36,24 @@ def replay(context: typer.Context, options: ReplayOptions) -> None:
     if options.to is None:
         raise ZOError("where to? give --to DIR")
     check_target(options.to, options.overwrite, "--to", options.model, options.run)
-    quiet_libraries()
-    from zowrap.lock import locked
-    from zowrap.quant import quantization, ways
-    from zowrap.rules import find_recorded
-    from zowrap.run import Run, replay_run
-    from zowrap.tasks import choose_dtype, from_record, open_source
-
     if not Path(options.run).is_dir():
         raise ZOError(f"no such run: {options.run}")
-    config = Run(options.run).config()
+    run = RunFolder(options.run)
+    config = run.config()
     check_target(options.to, options.overwrite, "--to", recorded_base(options.run))
-    find_recorded(config["options"]["rule"], options.run, config["options"].get("plugin") or ())
+    if not run.journal_file.is_file():
+        raise ZOError(f"there is no journal at {run.journal_file}")
+    for plugin in options.plugin:
+        python_file(plugin)
+    check_directory(options.model, whole=False)
+    begin(f"{options.model} and {options.run}")
+    quiet_libraries()
+    load_plugins(options.plugin)
+    check_recorded_rule(config, run.path, [])
+    from zowrap.quant import quantization, ways
+    from zowrap.run import replay_run
+    from zowrap.tasks import choose_dtype, from_record, open_source
+
     task = from_record(config["task"])
     source = open_source(options.model, options.trust_remote_code)
     dtype, _ = choose_dtype(config["options"].get("dtype"), source)
@@ -60,10 +69,7 @@ def replay(context: typer.Context, options: ReplayOptions) -> None:
 
 def recorded_base(folder: str | Path) -> str | None:
     """The model that a run, or a folder of adapters, says it was made from."""
-    from zowrap.run import Run
-    from zowrap.weights import adapters_base
-
-    run = Run(folder)
+    run = RunFolder(folder)
     named = run.config().get("model") if run.config_file.is_file() else None
     return named or adapters_base(folder)
 

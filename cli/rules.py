@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .console import result, say
-from .options import Json, Plugin, takes
+from .options import Json, Plugin, load_plugins, takes
 
 if TYPE_CHECKING:
     from zowrap.rules import Entry
@@ -24,6 +24,7 @@ class RulesOptions:
 @takes(RulesOptions)
 def rules(context: typer.Context, options: RulesOptions) -> None:
     """List the update rules: state, memory, forward passes, hyper-parameters and source."""
+    load_plugins(options.plugin)
     from zowrap.rules import REGISTRY
     from zowrap.rules.measure import extra_memory
     from zowrap.rules.plugins import load_installed

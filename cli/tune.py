@@ -17,10 +17,20 @@ from typing import Any
 import typer
 
 from zowrap.errors import ZOError
+from zowrap.lock import check_one_process, locked
 
-from .console import Interrupted, quiet_libraries, result, say
+from .checks import (
+    check_at_once,
+    check_options,
+    check_out_is_free,
+    restored,
+    saved_options,
+    to_config,
+    users_words,
+)
+from .console import Interrupted, begin, quiet_libraries, result, say
 from .eval import resolve_task, say_counts
-from .options import TuneOptions, takes
+from .options import TuneOptions, load_plugins, takes
 from .summary import dev_facts, lines, unseen_facts
 
 
@@ -28,17 +38,17 @@ from .summary import dev_facts, lines, unseen_facts
 def tune(context: typer.Context, options: TuneOptions) -> None:
     """Fine-tune MODEL on labelled or plain text, with forward passes alone."""
     began = time.time()
-    quiet_libraries()
-    from zowrap.lock import check_one_process, locked
-
-    from .checks import check_options, check_out_is_free, restored
-
     check_one_process()
     options, finished = restored(context, options)
     if finished is not None:
         say(f"{options.out} is finished: nothing is left to do")
         result(finished, options.json, lines(finished))
         return
+    check_at_once(options)
+    begin(f"{options.model} and {options.data}")
+    quiet_libraries()
+
+    load_plugins(options.plugin)
     check_options(options)
     assert options.out is not None
     with locked(options.out):
@@ -153,8 +163,6 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     from zowrap.quant import quantization, ways
     from zowrap.tasks import choose_dtype
 
-    from .checks import users_words
-
     dtype, why = choose_dtype(options.dtype, plan.source)
     name = str(dtype).removeprefix("torch.")
     for asked, option in ((options.masters, "--masters"), (options.along == "evaluated", "--along evaluated")):
@@ -179,7 +187,6 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
 
     from zowrap.trainer import ZOTrainer
 
-    from .checks import saved_options, to_config, users_words
     from .progress import Progress
 
     config = to_config(options)
@@ -201,7 +208,7 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     rows = None if plan.evaluation is None or options.task != "classification" else len(plan.evaluation)
-    trainer.add_callback(Progress(trainer.zm, rows))
+    trainer.add_callback(Progress(trainer, rows))
     if plan.test is not None:
         trainer.add_callback(tests_first(trainer, plan))
     return trainer

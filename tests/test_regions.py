@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import zowrap
+from zowrap.telling import Telling
 
 LAYERS = 5
 
@@ -52,6 +54,14 @@ def test_a_whole_model_is_three_kinds_of_regions() -> None:
     zm, _ = trajectory("compiled", steps=1)
     (executable,) = zm._engine.executables.values()
     assert executable.compiled.count == LAYERS + 2 and zm.inspect().compile_count <= 4
+
+
+def test_the_parts_are_counted_before_each_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(Telling, "region", lambda self, number, count: told.append((number, count)))
+    zm, _ = trajectory("compiled", steps=2)
+    assert len(told) == zm.inspect().compile_count
+    assert told == [(i + 1, len(told)) for i in range(len(told))]
 
 
 def test_values_live_no_longer_than_their_last_reader() -> None:

@@ -329,6 +329,7 @@ def test_a_resume_from_one_checkpoint_takes_the_thread_count_too(tmp_path, capfd
 
 @pytest.mark.parametrize("of_one_checkpoint", [False, True])
 def test_a_run_that_fell_back_to_eager_stays_eager(whole, tmp_path, monkeypatch, capfd, of_one_checkpoint):
+    from zowrap import choice
     from zowrap.engines import compiled
     from zowrap.errors import ZOCaptureError
 
@@ -336,6 +337,7 @@ def test_a_run_that_fell_back_to_eager_stays_eager(whole, tmp_path, monkeypatch,
         raise ZOCaptureError("there is no C++ compiler")
 
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="running eagerly"):
+        patch.setattr(choice, "COMPILE_PLAIN_SECONDS", 0.0)  # it is to be compiled, however few its steps
         patch.setattr(compiled, "capture", no_compiler)
         trainer = trainer_in(tmp_path, engine=None)
         stop_after(trainer, 10)

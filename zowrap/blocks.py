@@ -9,16 +9,17 @@ of (step, seed), so a resumed run visits the same blocks.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from zowrap import noise
 from zowrap.errors import ZOError, nearest
+from zowrap.names import BLOCK_ORDERS
 from zowrap.parameters import Parameter, matches
 
-ORDERS = ("ascending", "descending", "flip_flop", "random_permutation", "random")
+ORDERS = BLOCK_ORDERS
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ def partition(parameters: Sequence[Parameter], blocks: str | Sequence[str] | Non
 
 
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<number>\d+)(?:\.|$)")
+
+
+def layer_names(names: Iterable[str]) -> set[str]:
+    """The numbered containers that these modules or parameters lie in, the outermost of each."""
+    return {match[0].rstrip(".") for match in map(_LAYER.match, names) if match}
 
 
 def _by_layer(parameters: Sequence[Parameter]) -> list[Block]:

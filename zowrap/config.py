@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 from zowrap import rules
 from zowrap.errors import ZOError, ZOWarning, nearest
 from zowrap.lock import check_one_process
+from zowrap.names import ENGINES
 from zowrap.schedule import check_memory
 
 # Evaluate and save ten times in a run, log a hundred times (the Trainer takes a fraction of max_steps).
@@ -305,9 +306,8 @@ def _check_numbers(config: ZOConfig) -> None:
         raise ZOError(f"rule_options must be a dictionary, got {config.rule_options!r}")
     if not isinstance(config.max_skipped, int) or config.max_skipped < 1:
         raise ZOError(f"max_skipped must be a whole number from 1, got {config.max_skipped!r}")
-    engines = ("compiled", "eager")
-    if config.engine not in (None, *engines):
-        raise ZOError(f"unknown engine {config.engine!r}{nearest(str(config.engine), engines)}")
+    if config.engine not in (None, *ENGINES):
+        raise ZOError(f"unknown engine {config.engine!r}{nearest(str(config.engine), ENGINES)}")
     check_memory(config.memory)
     if config.eps is not None and not (math.isfinite(config.eps) and config.eps > 0):
         raise ZOError(f"eps must be a positive finite number, got {config.eps!r}")

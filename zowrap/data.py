@@ -13,7 +13,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from typing import Any
 from zowrap.errors import ZOError, first_line
 
 _HUB_NAME = re.compile(r"^(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w\[\]%:+.-]+))?$")
+
+_SOON_READ = 50_000_000  # bytes that are read and decoded in a fraction of a second
 
 
 @dataclass(frozen=True)
@@ -48,22 +50,50 @@ def read_rows(source: str, default_split: str = "train") -> list[Row]:
     Raises:
         ZOError: missing, empty or unreadable, with the line where there is one.
     """
+    check_source(source)
     path = Path(source)
-    reader = _READERS.get(path.suffix.lower())
     if path.is_file():
         try:
-            rows = list((reader or _read_by_content)(path))
+            rows = list(_READERS.get(path.suffix.lower(), _read_by_content)(path))
         except OSError as error:
             raise ZOError(f"{source} cannot be read: {error.strerror or error}") from error
-    elif path.is_dir():
-        raise ZOError(f"{source} is a directory; give a .jsonl, .csv or .parquet file")
-    elif reader is not None or source.startswith((".", "/", "~")) or not _HUB_NAME.match(source):
-        raise ZOError(f"no such file: {source}")
     else:
         rows = _read_hub(source, default_split)
     if not rows:
         raise ZOError(f"{source} is empty: it has no rows")
     return [Row(row.values, row.where, index) for index, row in enumerate(rows)]
+
+
+def check_source(source: str) -> None:
+    """Raise :class:`ZOError` unless ``source`` is a file of a known kind, or may be a data set of the hub."""
+    path = Path(source)
+    reader = _READERS.get(path.suffix.lower())
+    if path.is_file():
+        if reader is None:
+            _reader_by_content(path)
+    elif path.is_dir():
+        raise ZOError(f"{source} is a directory; give a .jsonl, .csv or .parquet file")
+    elif reader is not None or source.startswith((".", "/", "~")) or not _HUB_NAME.match(source):
+        raise ZOError(f"no such file: {source}")
+
+
+def first_row(source: str) -> Row | None:
+    """The first row of a file of which it can be had at once: of lines, and of no more than so many; None of others.
+
+    Raises:
+        ZOError: there is none, or it cannot be read.
+    """
+    path = Path(source)
+    reader = _READERS.get(path.suffix.lower())
+    if not path.is_file() or reader not in (_read_jsonl, _read_csv) or path.stat().st_size > _SOON_READ:
+        return None
+    try:
+        row = next(reader(path), None)
+    except OSError as error:
+        raise ZOError(f"{source} cannot be read: {error.strerror or error}") from error
+    if row is None:
+        raise ZOError(f"{source} is empty: it has no rows")
+    return row
 
 
 def text_of(row: Row, column: str, option: str = "--text-column") -> str:
@@ -248,14 +278,19 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _read_by_content(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        start = file.read(256).lstrip()
-    if not start:
-        return iter(())
-    if start[:1] in (b"{", b"["):
-        return _read_json(path)
+    return _reader_by_content(path)(path)
+
+
+def _reader_by_content(path: Path) -> Callable[[Path], Iterator[Row]]:
+    try:
+        with path.open("rb") as file:
+            start = file.read(256).lstrip()
+    except OSError as error:
+        raise ZOError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not start or start[:1] in (b"{", b"["):  # an empty file has no rows, whatever it was meant to be
+        return _read_json
     if start[:4] == b"PAR1":
-        return _read_parquet(path)
+        return _read_parquet
     raise ZOError(f"{path.name}: the format is not known by its name; use .jsonl, .csv, .tsv or .parquet")
 
 

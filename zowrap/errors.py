@@ -8,6 +8,7 @@ code 2. ``ZOInternalError`` is raised when one of our own invariants is broken; 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -40,3 +41,17 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; choose one of {', '.join(sorted(choices))}"
+
+
+# What needs a package, as the start of a sentence, and what pip installs it by.
+_NEEDED = {
+    "bitsandbytes": ("8-bit and 4-bit weights need", "bitsandbytes"),
+    "peft": ("adapters need", "'zowrap[peft]'"),
+}
+
+
+def need_package(name: str, what: str | None = None) -> None:
+    """Raise :class:`ZOError` where bitsandbytes or peft is not installed; ``what`` starts another sentence."""
+    if importlib.util.find_spec(name) is None:
+        usual, install = _NEEDED[name]
+        raise ZOError(f"{what or usual} {name}, which is not installed: pip install {install}")

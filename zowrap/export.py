@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import zowrap
 from zowrap import quant
 from zowrap.errors import ZOError, first_line, nearest
-from zowrap.files import TMP, move_into, read_json, remove, same_place, write_json, writing
+from zowrap.files import TMP, move_into, read_json, remove, write_json, writing
 from zowrap.lock import entries
+from zowrap.names import DTYPES as NAMES
 from zowrap.quant import convert
 from zowrap.weights import (
     ADAPTER,
@@ -29,6 +30,8 @@ from zowrap.weights import (
     WEIGHTS,
     Path_,
     add_metadata,
+    check_model,
+    check_target,
     opened,
     pickled_weights,
     read_metadata,
@@ -49,7 +52,7 @@ __all__ = [
 
 # Above this a model is written in parts: what the Hub recommends, and what a small machine can load piece by piece.
 MAX_SHARD_SIZE = "5GB"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in NAMES}
 
 
 def saved_part(model: nn.Module) -> tuple[nn.Module, str]:
@@ -266,13 +269,8 @@ def export_run(
         return export_merged(run, to, max_shard_size, overwrite, form, metadata)[0]
     if dtype is not None and dtype not in DTYPES:
         raise ZOError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}")
-    _check_target(run, to, overwrite)
-    if (run / "zowrap.json").is_file() and not weight_files(run):
-        reason = (read_json(run / "zowrap.json").get("status") or {}).get("reason")
-        if reason:
-            raise ZOError(f"{run} holds no tuned model, because its run failed: {reason}")
-        raise ZOError(f"{run} holds no finished model yet: go on with its training, or export one of its checkpoints")
-    require_safetensors(run)
+    check_target(run, to, overwrite)
+    check_model(run)
     if dtype is not None and convert.is_quantized_folder(run):
         raise ZOError(
             f"{run} is quantised, and a dtype would round its scales too: --format bf16 or fp32 makes it a plain model"
@@ -316,7 +314,7 @@ def export_merged(
         ZOError: there are no adapters, ``form`` is ``"merged"`` and the base is 4-bit, or ``to`` is not empty.
     """
     run, to = Path(run), Path(to)
-    _check_target(run, to, overwrite)
+    check_target(run, to, overwrite)
     model, errors = convert.merged(run, form)
     with fresh_files(to) as beside:
         _copy_settings(run, beside)
@@ -347,7 +345,7 @@ def convert_pickle(model_dir: Path_, to: Path_, overwrite: bool = False) -> list
     source, to = Path(model_dir), Path(to)
     if not source.is_dir():
         raise ZOError(f"{source} is not a folder with a model")
-    _check_target(source, to, overwrite)
+    check_target(source, to, overwrite)
     pickles = pickled_weights(source)
     if not pickles:
         raise ZOError(f"{source} holds no pickled weights to convert")
@@ -364,15 +362,6 @@ def convert_pickle(model_dir: Path_, to: Path_, overwrite: bool = False) -> list
         else:
             write_tensors(tensors, beside, WEIGHTS, MAX_SHARD_SIZE, facts)
     return [p for p in entries(to) if p.is_file()]
-
-
-def _check_target(source: Path, to: Path, overwrite: bool) -> None:
-    if to.exists() and not to.is_dir():
-        raise ZOError(f"{to} is a file: give the name of a folder")
-    if same_place(to, source):
-        raise ZOError(f"{to} is the folder to copy from: give another one")
-    if entries(to) and not overwrite:
-        raise ZOError(f"{to} is not empty: give a new folder, or --overwrite")
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:

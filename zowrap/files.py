@@ -60,6 +60,20 @@ def same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bo
         return False
 
 
+def python_file(plugin: str) -> Path | None:
+    """The file that ``--plugin`` names; None where it names a module.
+
+    Raises:
+        ZOError: there is no such file.
+    """
+    path = Path(plugin)
+    if path.is_file():
+        return path
+    if path.suffix == ".py":
+        raise ZOError(f"--plugin {plugin}: there is no such file")
+    return None
+
+
 def remove(path: str | os.PathLike[str]) -> None:
     """Remove a file or a directory tree if it is there."""
     path = Path(path)

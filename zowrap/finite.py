@@ -19,7 +19,8 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or tensor.element_size() < 2:
             continue
-        axes = sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis))  # as it lies in memory: no copy
+        # Axes in the order in which they lie in memory: aminmax then makes no copy.
+        axes = sorted(range(tensor.ndim), key=tensor.stride().__getitem__, reverse=True)
         if not bool(torch.stack(torch.aminmax(tensor.detach().permute(axes))).isfinite().all()):
             return name
     return None

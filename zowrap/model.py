@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from zowrap.schedule import Schedule, groups
 from zowrap.state import LATER, check_state
 from zowrap.step import conclude
 from zowrap.streams import Streams
+
+if TYPE_CHECKING:
+    from zowrap.choice import Planned
 
 
 @dataclass
@@ -80,6 +83,8 @@ class ZOModel:
     Attributes:
         model: the model as given; its tensors move.
         step_count: steps done, skipped ones included.
+        planned: what is to come, where it is known: at the first batch the engine is chosen by it, unless one was
+            asked for (:mod:`zowrap.choice`).
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class ZOModel:
         self.model = model
         self.seed = seed
         self.step_count = 0
+        self.planned: Planned | None = None
         self.block_order = block_order
         self._job = job
         self._estimator = estimator

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,18 +103,24 @@ class _Region:
     outputs: list[fx.Node] = field(default_factory=list)
 
 
-def compile_regions(program: Program, kinds: dict[str, Kind], min_layers: int = MIN_LAYERS) -> Regions:
+def compile_regions(
+    program: Program,
+    kinds: dict[str, Kind],
+    min_layers: int = MIN_LAYERS,
+    tell: Callable[[int, int], None] = lambda number, count: None,
+) -> Regions:
     """Compile a finished program region by region.
 
     Args:
         kinds: what is compiled already, by its text; grows.
         min_layers: with fewer layers the program is one region.
+        tell: called before a kind of region is compiled, with its number among the program's kinds and their count.
 
     Raises:
         ZOCaptureError: the compiler refused a region.
     """
     start = time.perf_counter()
-    return _link(program, cut(program, min_layers), kinds, start)
+    return _link(program, cut(program, min_layers), kinds, start, tell)
 
 
 def cut(program: Program, min_layers: int = MIN_LAYERS) -> list[Any]:
@@ -132,13 +139,17 @@ def cut(program: Program, min_layers: int = MIN_LAYERS) -> list[Any]:
     return pieces + [_region(by_stage[stage]) for stage in sorted(by_stage)]
 
 
-def _link(program: Program, pieces: list[Any], kinds: dict[str, Kind], start: float) -> Regions:
+def _link(
+    program: Program, pieces: list[Any], kinds: dict[str, Kind], start: float, tell: Callable[[int, int], None]
+) -> Regions:
     """Give every value a slot, compile the kinds that are new, and find where each value is read last."""
     graph = program.graph
     slots: dict[fx.Node, int] = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
     inputs = len(slots)
     calls: list[tuple[Any, list[Any], list[int], list[int]]] = []
     compilations = cached = count = 0
+    # Texts need values that only compiling what comes before brings; operators tell kinds apart well enough to count.
+    outlines = list(dict.fromkeys(_outline(piece) for piece in pieces if isinstance(piece, _Region)))
 
     def slot_of(node: fx.Node) -> _Slot:
         return _Slot(slots[node])
@@ -153,6 +164,7 @@ def _link(program: Program, pieces: list[Any], kinds: dict[str, Kind], start: fl
         else:
             text = text_of(piece)
             if text not in kinds:
+                tell(outlines.index(_outline(piece)) + 1, len(outlines))
                 kinds[text] = _compile(program, piece)
                 compilations += 1
                 cached += kinds[text].compiled.cached
@@ -282,6 +294,11 @@ def text_of(region: _Region) -> str:
         args = _mapped((node.args, node.kwargs), lambda n: _Named(names[n]))
         lines.append(f"{names[node]} = {node.target} {args}")
     return "\n".join([*lines, "return " + " ".join(names[n] for n in region.outputs)])
+
+
+def _outline(region: _Region) -> tuple[str, ...]:
+    """The operators of a region in order."""
+    return tuple(str(node.target) for node in region.nodes)
 
 
 class _Named:

@@ -137,6 +137,7 @@ def _recorded_plan(trainer: ZOTrainer, resume: str | bool | None) -> dict[str, A
 
 def _from_the_first_step(trainer: ZOTrainer, fresh: Start, clear: bool = False) -> Start:
     run = trainer.run
+    trainer.plan_for(fresh.plan.get("steps"))
     if trainer.zm.step_count:
         raise ZOError(f"the model has already moved {trainer.zm.step_count} steps: make a new trainer with a new model")
     base = trainer._keeper.base.get("base_model")

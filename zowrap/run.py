@@ -27,20 +27,18 @@ import zowrap
 from zowrap import export, weights
 from zowrap.errors import ZOError
 from zowrap.files import TMP, read_json, remove, sync, write_json, writing
+from zowrap.folder import LEFTOVER, RunFolder
 from zowrap.journal import Journal, Lines, environment, fingerprint
-from zowrap.lock import entries
 from zowrap.parameters import Parameter, canonical_name
 
 if TYPE_CHECKING:
     from zowrap.model import ZOModel
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-# What a kill can leave of files that were being written; a user's own notes.tmp is none of them.
-_LEFTOVER = re.compile(r"^(zowrap\.json|journal\.jsonl|model|checkpoint-\d+)" + re.escape(TMP) + r"$|^loss\.tmp\.png$")
 STATE, TENSORS, TRAINER = "zo_state.json", "zo_state.safetensors", "trainer_state.json"
 
 
-class Run:
+class Run(RunFolder):
     """The files of one RUN.
 
     Attributes:
@@ -49,16 +47,8 @@ class Run:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        super().__init__(path)
         self.metrics = Lines(self.path / "metrics.jsonl")
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "zowrap.json"
-
-    @property
-    def journal_file(self) -> Path:
-        return self.path / "journal.jsonl"
 
     @property
     def before_file(self) -> Path:
@@ -84,27 +74,10 @@ class Run:
 
     # --- zowrap.json --------------------------------------------------------------------------------------------
 
-    def config(self) -> dict[str, Any]:
-        """The resolved configuration.
-
-        Raises:
-            ZOError: this folder is not a RUN.
-        """
-        if not self.config_file.is_file():
-            raise ZOError(f"{self.path} is not a run: there is no {self.config_file.name} in it")
-        return read_json(self.config_file)
-
     def write_config(self, model: str | None, options: dict[str, Any], task: dict[str, Any] | None = None) -> None:
         """Write ``zowrap.json``: what model, with what options, and what the task needs to evaluate the result."""
         config = {"zowrap": zowrap.__version__, "model": model, "options": options, "task": task or {}, "status": {}}
         write_json(self.config_file, config)
-
-    def status(self) -> dict[str, Any]:
-        """How far the run came: ``state``, ``step``, ``max_steps`` …
-
-        The state is ``running``, ``interrupted``, ``finished`` or ``failed``, the last with a ``reason``.
-        """
-        return dict(read_json(self.config_file).get("status") or {}) if self.config_file.is_file() else {}
 
     def update_status(self, **facts: Any) -> None:
         """Change the given facts of the status; of another state, the reason of a failure is dropped."""
@@ -114,11 +87,6 @@ class Run:
             status.pop("reason", None)
         config["status"] = {**status, **facts}
         write_json(self.config_file, config)
-
-    def failure(self) -> str | None:
-        """Why the run failed, as a clause with the step; None where it did not."""
-        status = self.status()
-        return str(status.get("reason")) if status.get("state") == "failed" else None
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -171,12 +139,8 @@ class Run:
     def clean(self) -> None:
         """Remove what a kill in the middle of a write left behind."""
         for entry in list(self.path.iterdir()) if self.path.is_dir() else []:
-            if _LEFTOVER.match(entry.name):
+            if LEFTOVER.match(entry.name):
                 remove(entry)
-
-    def holds_something(self) -> bool:
-        """Whether the folder holds more than a start that was killed in its first calls leaves behind."""
-        return not all(_LEFTOVER.match(entry.name) for entry in entries(self.path))
 
 
 def checkpoint_facts(directory: Path, name: str) -> dict[str, Any]:

@@ -20,12 +20,12 @@ from zowrap import memory
 from zowrap.errors import ZOCaptureError, ZOError, nearest
 from zowrap.estimators import Point
 from zowrap.loss import Batch
+from zowrap.names import MEMORY
 
 if TYPE_CHECKING:
     from zowrap.costs import Estimator
     from zowrap.model import ZOModel
 
-MEMORY = ("auto", "paired", "sequential")
 _OPEN = "it is chosen at the next step"
 
 
@@ -69,6 +69,12 @@ class Schedule:
         size = sum(value.numel() for value in batch.values() if isinstance(value, Tensor))
         if size <= self.largest or zm._engine.name == "eager":  # which evaluates each point by itself anyway
             return
+        if zm.planned is not None:
+            from zowrap.choice import settle_engine
+
+            planned, zm.planned = zm.planned, None
+            if settle_engine(zm, batch, planned):
+                return
         if self.asked == "auto" and not self.sequential:
             from zowrap.costs import Estimator, weight_bytes
 

@@ -22,6 +22,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from zowrap import evaluation, export, quant
+from zowrap.choice import Planned
 from zowrap.config import ZOConfig
 from zowrap.errors import ZOError
 from zowrap.finite import check_model
@@ -173,6 +174,11 @@ class ZOTrainer(Trainer):
         if rule.describe() != self._rule.describe() and not self.zm.step_count:
             self._rule = rule
             self.wrap(self.args.engine)
+
+    def plan_for(self, steps: int | None) -> None:
+        """Let the first batch choose the engine for so many steps, where it is left open."""
+        if steps and self.args.engine is None:
+            self.zm.planned = Planned(steps, steps * self.args.gradient_accumulation_steps)
 
     # --- what a step is ----------------------------------------------------------------------------------------
 

@@ -9,13 +9,17 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from zowrap.errors import ZOError
-from zowrap.files import TMP, read_json, write_json, writing
+from zowrap.files import TMP, read_json, same_place, write_json, writing
+from zowrap.folder import RunFolder
+from zowrap.lock import entries
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Path_ = str | os.PathLike[str]
 
@@ -130,8 +134,11 @@ def pickled_weights(directory: Path_) -> list[Path]:
     return sorted(p for p in found if p.name.startswith(PICKLED_WEIGHTS))
 
 
-def require_safetensors(model_dir: Path_) -> None:
+def require_safetensors(model_dir: Path_, whole: bool = True) -> None:
     """Check that a local folder holds weights that can be loaded without running what they contain.
+
+    Args:
+        whole: open each file, for which torch is imported.
 
     Raises:
         ZOError: there are no weights, damaged ones, or only pickled ones (the message has the command that converts
@@ -142,7 +149,7 @@ def require_safetensors(model_dir: Path_) -> None:
         raise ZOError(f"{directory} is not a folder with a model")
     check_adapter_settings(directory)
     files = weight_files(directory) or list(directory.glob("*.safetensors"))
-    for file in files:
+    for file in files if whole else ():
         with opened(file):
             pass
     if files:
@@ -154,6 +161,50 @@ def require_safetensors(model_dir: Path_) -> None:
             f"convert it once with: zowrap export {directory} --to DIR --allow-pickle"
         )
     raise ZOError(f"{directory} holds no weights: there is no {WEIGHTS} in it")
+
+
+def check_model(run: Path_, whole: bool = True) -> None:
+    """Raise :class:`ZOError` where a RUN, or another folder, holds no model; ``whole`` as in require_safetensors."""
+    run = Path(run)
+    if (run / "zowrap.json").is_file() and not weight_files(run):
+        reason = RunFolder(run).failure()
+        if reason:
+            raise ZOError(f"{run} holds no tuned model, because its run failed: {reason}")
+        raise ZOError(f"{run} holds no finished model yet: go on with its training, or export one of its checkpoints")
+    require_safetensors(run, whole)
+
+
+def check_target(source: Path, to: Path, overwrite: bool) -> None:
+    """Raise :class:`ZOError` unless a model of the folder ``source`` can be written to the folder ``to``."""
+    if to.exists() and not to.is_dir():
+        raise ZOError(f"{to} is a file: give the name of a folder")
+    if same_place(to, source):
+        raise ZOError(f"{to} is the folder to copy from: give another one")
+    if entries(to) and not overwrite:
+        raise ZOError(f"{to} is not empty: give a new folder, or --overwrite")
+
+
+def check_directory(name: str, weights: bool = True, whole: bool = True) -> None:
+    """Raise :class:`ZOError` for a path that cannot be a model, without ``weights`` too; a hub name passes.
+
+    ``whole`` as in :func:`require_safetensors`.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        check_adapter_settings(path)
+        if not (path / "config.json").is_file() and adapters_base(path) is None:
+            raise ZOError(f"{name} is not a model directory: it has no config.json")
+        if weights:
+            require_safetensors(path, whole)
+    elif path.exists():
+        raise ZOError(f"{name} is a file; give the model's directory or its name on the hub")
+    elif not may_be_of_the_hub(name):
+        raise ZOError(f"no such model directory: {name}")
+
+
+def may_be_of_the_hub(name: str) -> bool:
+    """Whether ``name`` has the form of a model's name on the hub, and not only that of a path."""
+    return not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
 def write_tensors(

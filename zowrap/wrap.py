@@ -21,14 +21,13 @@ from zowrap.errors import ZOError, nearest
 from zowrap.loss import LossFn, LossModule
 from zowrap.lowrank import matrix_shape
 from zowrap.model import ZOModel
+from zowrap.names import ALONG
 from zowrap.parameters import Parameter, TrainableSpec, select
 from zowrap.quant import adapters, ways
 from zowrap.rules import Rule
 from zowrap.rules.base import MASTER, check_positive, with_masters
 from zowrap.schedule import Schedule
 from zowrap.step import is_16_bit
-
-ALONG = ("drawn", "evaluated")
 
 
 def zo_wrap(
@@ -89,7 +88,7 @@ def zo_wrap(
             the weights are its nearest 16-bit numbers. By default they are rounded stochastically, without a copy.
             Other weights that move beside them need none.
         along: what the updates of 16-bit weights go along: the direction ``"drawn"``, or the one ``"evaluated"``, the
-            difference of its rounded points (:func:`zowrap.step.taken`). One of :data:`ALONG`.
+            difference of its rounded points (:func:`zowrap.step.taken`). One of :data:`zowrap.names.ALONG`.
 
     Raises:
         ZOError: an option out of range or unknown, or nothing left to tune.

@@ -166,7 +166,7 @@ def test_bad_input_is_one_sentence(zowrap_cli: Cli, bare: dict[str, Path], tmp_p
         ((bare["causal"], "--max-length", "1"), "--max-length must be at least 2"),
         ((bare["causal"], "--html", tmp_path / "missing" / "step.html"), "cannot be written"),
         ((bare["causal"], "--html", tmp_path), "cannot be written"),
-        ((bare["causal"], "--memory", "much"), "unknown memory"),
+        ((bare["causal"], "--memory", "much"), "unknown --memory"),
         ((bare["causal"], "--task", "chess"), "unknown --task"),
         ((bare["causal"], "--task", "classification"), "--labels"),
         ((bare["causal"], "--rule", "nothing"), "nothing"),

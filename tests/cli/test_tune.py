@@ -142,7 +142,7 @@ def assert_refused(told: Outcome, message: str, as_json: bool = False) -> None:
         (("--estimator", "centrall"), "did you mean 'central'?"),
         (("--block-order", "ascend"), "did you mean 'ascending'?"),
         (("--engine", "compile"), "did you mean 'compiled'?"),
-        (("--memory", "sequental"), "unknown memory 'sequental'; did you mean 'sequential'?"),
+        (("--memory", "sequental"), "unknown --memory 'sequental'; did you mean 'sequential'?"),
         (("--lr-schedule", "cosin"), "did you mean 'cosine'?"),
         (("--head", "sentense"), "did you mean 'sentence'?"),
         (("--task", "clasification"), "did you mean 'classification'?"),

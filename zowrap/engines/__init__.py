@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from zowrap.engines.base import DirectionStream, Engine, Job
 from zowrap.engines.eager import EagerEngine
+from zowrap.names import ENGINES
 
 __all__ = ["ENGINES", "DirectionStream", "Engine", "Job", "build_engine"]
-
-ENGINES = ("compiled", "eager")
 
 
 def build_engine(name: str | None, job: Job, points: int) -> Engine:

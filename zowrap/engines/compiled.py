@@ -20,6 +20,7 @@ from torch import Tensor
 
 from zowrap import directions, kernels, lowrank
 from zowrap.capture import canonical_batch, capture, signature
+from zowrap.choice import compile_seconds
 from zowrap.directions import squared_norm
 from zowrap.engines.base import DirectionStream, Job
 from zowrap.engines.eager import EagerEngine, carried_left
@@ -32,6 +33,7 @@ from zowrap.program import Program
 from zowrap.quant import code_operators
 from zowrap.regions import MIN_LAYERS, Kind, Regions, compile_regions
 from zowrap.step import Conclusion
+from zowrap.telling import Telling, about
 
 MAX_FIXED_SIZES = 8  # programs per kind of batch where export cannot make a size dynamic; each costs a compilation
 # Of a program for one size: a model that loops over positions is as many times as long, and compiles for minutes.
@@ -68,6 +70,10 @@ class CompiledEngine:
         self._captured: dict[tuple, list[Program]] = {}
         self._refused: tuple[Batch, ZOCaptureError] | None = None
         self._warmed: set[tuple] = set()
+        # Of a model without weights, whose costs alone are asked for, nothing is compiled.
+        self.telling = Telling(
+            lambda: about(compile_seconds(job)), "kept for the next start", job.device.type == "meta"
+        )
         self._scalar_names = _direction_scalar_names(job)
         shapes = coefficient_shapes(job, points)
         names = list(shapes)
@@ -107,13 +113,14 @@ class CompiledEngine:
         block, per_example = (-1, False) if stream is None else (stream.block, stream.per_example)
         key = (id(captured), block, points)
         if key not in self.executables:
-            start = time.perf_counter()
-            program = self.program(batch, block, points, per_example)
-            self.trace_seconds += time.perf_counter() - start
-            with _told_as_refusal():
-                compiled = compile_regions(program, self._kinds, self.min_layers)
-            looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
-            self._warm(block, points, rows=bool(looked_up))
+            with self.telling.during("capturing the step", finished=True):
+                start = time.perf_counter()
+                program = self.program(batch, block, points, per_example)
+                self.trace_seconds += time.perf_counter() - start
+                with _told_as_refusal():
+                    compiled = compile_regions(program, self._kinds, self.min_layers, self.telling.region)
+                looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
+                self._warm(block, points, rows=bool(looked_up))
             self.compile_count += compiled.compilations
             self.executables[key] = Executable(program, compiled)
         return self.executables[key]
@@ -160,7 +167,8 @@ class CompiledEngine:
             raise self._refused[1]
         start = time.perf_counter()
         try:
-            return self._capture(batch, programs)
+            with self.telling.during("capturing the step"):
+                return self._capture(batch, programs)
         except ZOCaptureError as error:
             self._refused = batch, error
             raise
@@ -230,6 +238,7 @@ class CompiledEngine:
         for dtype, decay, size in sorted(kinds, key=str):
             wide = rows and size == 16  # as rows of embeddings are
             if (kind := (dtype, decay, points, wide, size)) not in self._warmed:
+                self.telling.now("compiling the update")
                 self.kernels.warm(dtype, job.device, job.queries, points, decay, wide, size)
                 self._warmed.add(kind)
         for columns in {kernels.alike(p.tensor.shape[1]) for p in parameters if p.codes}:

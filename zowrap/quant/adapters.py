@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zowrap.errors import ZOError, first_line
+from zowrap.errors import ZOError, first_line, need_package
 from zowrap.parameters import Parameter, TrainableSpec, canonical_name, check_patterns, select, wanted
 from zowrap.quant.linear import Int8Linear, Lowered
-from zowrap.quant.lowering import fresh_weights, lowered, need_package, plain_layer, raised
+from zowrap.quant.lowering import fresh_weights, lowered, plain_layer, raised
 
 RANK, ALPHA = 8, 16  # peft's own defaults are 8 and 8; twice the rank is what TRL's scripts give
 _BESIDE = "ModulesToSaveWrapper"  # peft's module around one that moves beside the adapters, and is saved with them

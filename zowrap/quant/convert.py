@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from zowrap.errors import ZOError, first_line, nearest
 from zowrap.files import read_json, write_json
+from zowrap.names import FORMATS
 from zowrap.quant import codes, lowering
 from zowrap.weights import (
     ADAPTER,
@@ -35,13 +36,12 @@ from zowrap.weights import (
     write_tensors,
 )
 
-FORMATS = ("same", "bf16", "fp32", "adapters", "merged")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PROBE_ROWS, PROBE_LENGTH = 8, 32  # of random token ids
 
 
 def check_format(name: str) -> None:
-    """Raise :class:`ZOError` for a format that is not one of :data:`FORMATS`."""
+    """Raise :class:`ZOError` for a format that is not one of :data:`zowrap.names.FORMATS`."""
     if name not in FORMATS:
         raise ZOError(f"unknown --format {name!r}{nearest(name, FORMATS)}")
 

@@ -9,7 +9,6 @@ values that tuning left, so that the model saves and loads as the library's own.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -261,20 +260,6 @@ def check_asked(name: str, config: Any, asked: Mapping[str, Any] | None) -> None
             f"{name} is quantised already, by {said.get('quant_method')}{f' to {found}' if found else ''}, and cannot "
             f"be loaded in {wanted}: leave out --load-in-{wanted}, or give the model it was made of"
         )
-
-
-# What needs a package, as the start of a sentence, and what pip installs it by.
-_NEEDED = {
-    "bitsandbytes": ("8-bit and 4-bit weights need", "bitsandbytes"),
-    "peft": ("adapters need", "'zowrap[peft]'"),
-}
-
-
-def need_package(name: str, what: str | None = None) -> None:
-    """Raise :class:`ZOError` where bitsandbytes or peft is not installed; ``what`` starts another sentence."""
-    if importlib.util.find_spec(name) is None:
-        usual, install = _NEEDED[name]
-        raise ZOError(f"{what or usual} {name}, which is not installed: pip install {install}")
 
 
 def check_scheme(model: nn.Module) -> None:

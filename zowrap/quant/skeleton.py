@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zowrap.errors import ZOError
+from zowrap.errors import ZOError, need_package
 from zowrap.quant.linear import Nf4Linear
-from zowrap.quant.lowering import check_scheme, lower, need_package
+from zowrap.quant.lowering import check_scheme, lower
 
 _NESTED_BLOCK = 256  # statistics that share one of their own, where they are quantised too
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from zowrap.errors import ZOError, ZOWarning, nearest
+from zowrap.names import WAYS
 from zowrap.noise import parameter_id
 from zowrap.parameters import Parameter, TrainableSpec, canonical_name, check_patterns, matches, select
 from zowrap.quant import adapters
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from zowrap.estimators import Estimator
     from zowrap.rules import Rule
 
-WAYS = ("scales", "codes", "adapters")
 # On TREC with MiniLM (docs/quantized.md): scales gain seven times what they gain with a tenth of this. Of the other two
 # differences of losses are four to five times the rounding of 8-bit activations, and signs agree with those at a
 # neighbouring ε on 11 of 12 directions; a larger ε meets curvature, a smaller one the rounding.
@@ -50,7 +50,7 @@ class Way:
     """How the quantised weights of a model move.
 
     Attributes:
-        name: one of :data:`WAYS`.
+        name: one of :data:`zowrap.names.WAYS`.
         why: the reason, in words, where it was not asked for.
         rounds: whether some layers round their inputs to 8 bit, which puts a floor under ε.
     """

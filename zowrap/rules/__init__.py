@@ -1,5 +1,6 @@
-"""Update rules. Adding one touches its own file and one line of :data:`REGISTRY`, which feeds the command line's
-choices, the documentation's table and the tests' parameter lists. A rule from elsewhere joins by :func:`register`."""
+"""Update rules. Adding one touches its own file, its import here and one line of :data:`zowrap.names.RULES`, from which
+:data:`REGISTRY` is made: it feeds the command line's choices, the documentation's table and the tests' parameter lists.
+A rule from elsewhere joins by :func:`register`."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zowrap import names
 from zowrap.errors import ZOError, ZOWarning, nearest
 from zowrap.rules import plugins
 from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot
@@ -80,21 +82,8 @@ class Entry:
         return {n: p.default for n, p in inspect.signature(self.constructor).parameters.items()}
 
 
-REGISTRY: dict[str, Entry] = {
-    "zo_sgd": Entry(zo_sgd, "2305.17333", "0 (momentum: 1)", "2q", False),
-    "zo_rmsprop": Entry(zo_rmsprop, "1910.06513", "1", "2q", True),
-    "zo_adam": Entry(zo_adam, "1910.06513", "2", "2q", True),
-    "zo_adamm": Entry(zo_adamm, "1910.06513", "3 (amsgrad=False: 2)", "2q", True),
-    "radazo": Entry(radazo, "2502.01014", "2", "2q", True),
-    "meazo": Entry(meazo, "2605.03869", "0", "2q", True),
-    "conmezo": Entry(conmezo, "2511.02757", "1", "2q", False),
-    "lozo": Entry(lozo, "2410.07698", "0", "2q", False),
-    "lozo_m": Entry(lozo_m, "2410.07698", "0 (r columns per matrix)", "2q", False),
-    "sparse_mezo": Entry(sparse_mezo, "2402.15751", "0", "2q", False),
-    "fzoo": Entry(fzoo, "2506.09034", "0", "q + 1", True),
-    "hizoo": Entry(hizoo, "2402.15173", "1", "2q + 1", False),
-}
-ALIASES = {"mezo": "zo_sgd"}
+REGISTRY: dict[str, Entry] = {name: Entry(globals()[name], *line) for name, line in names.RULES.items()}
+ALIASES = names.RULE_ALIASES
 
 
 def register(name: str, constructor: Callable[..., Rule], *, paper: str, scale_free: bool = False) -> None:
@@ -153,9 +142,7 @@ def find(name: str) -> Entry:
         for sentence in plugins.load_installed():
             warnings.warn(sentence, ZOWarning, stacklevel=3)
     if known not in REGISTRY:
-        hint = nearest(name, [*REGISTRY, *ALIASES])
-        own = "" if "mean" in hint else "; a rule of your own must be registered first, on the command line by --plugin"
-        raise ZOError(f"unknown rule {name!r}{hint}{own}")
+        raise names.unknown_rule(name, [*REGISTRY, *ALIASES])
     return REGISTRY[known]
 
 

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from zowrap import estimators
 from zowrap.errors import ZOError
+from zowrap.files import python_file
+from zowrap.names import RULES_OF_PACKAGES as GROUP
 from zowrap.rules.base import Rule
 
 if TYPE_CHECKING:
     from zowrap.rules import Entry
 
-GROUP = "zowrap.rules"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _installed_loaded = False
 
@@ -145,14 +146,11 @@ def load(plugins: Sequence[str]) -> None:
         ZOError: there is no such file or module, it fails, or it registers no rule.
     """
     for plugin in plugins:
-        path = Path(plugin)
-        from_file = path.suffix == ".py" or path.is_file()
-        if from_file and not path.is_file():
-            raise ZOError(f"--plugin {plugin}: there is no such file")
-        name = f"zowrap_plugin_{path.stem}" if from_file else plugin
+        file = python_file(plugin)
+        name = plugin if file is None else f"zowrap_plugin_{file.stem}"
         known = sys.modules.get(name)
-        if known is None or (from_file and Path(str(known.__file__)).resolve() != path.resolve()):
-            _load_first(plugin, name, path.resolve() if from_file else None)
+        if known is None or (file is not None and Path(str(known.__file__)).resolve() != file.resolve()):
+            _load_first(plugin, name, None if file is None else file.resolve())
 
 
 def _load_first(plugin: str, name: str, file: Path | None) -> None:

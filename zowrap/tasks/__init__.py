@@ -7,6 +7,7 @@ from typing import Any
 
 from zowrap.data import Row, are_numbers, label_names
 from zowrap.errors import ZOError, nearest
+from zowrap.names import TASKS as NAMES
 from zowrap.tasks.batches import Collator, Examples, batches, even_lengths
 from zowrap.tasks.classification import TEMPLATES, Classification, choose_form, order_labels, pooling_of
 from zowrap.tasks.lm import LanguageModelling, choose_layout
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 Task = Classification | LanguageModelling
-TASKS: dict[str, type[Task]] = {"classification": Classification, "lm": LanguageModelling}
+TASKS: dict[str, type[Task]] = dict(zip(NAMES, (Classification, LanguageModelling), strict=True))
 
 # Where neither the model nor the user sets a length: long enough for paragraphs, short enough for attention.
 UNSET_WINDOW = 2048

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zowrap.data import Row, label_index, text_of
 from zowrap.errors import ZOError, nearest
+from zowrap.names import FORMS
 from zowrap.parameters import canonical_name
 from zowrap.tasks import templates
 from zowrap.tasks.batches import Collator, Example, Examples, fit
@@ -22,7 +23,6 @@ from zowrap.tasks.loading import Source, load
 
 log = logging.getLogger("zowrap")
 
-FORMS = ("sequence", "words", "sentence")
 TEMPLATES = {"sequence": "{text}", "words": "{text}\nLabel: {label}", "sentence": "{text}"}
 
 _ENCODER_ENDINGS = ("ForMaskedLM", "ForPreTraining")

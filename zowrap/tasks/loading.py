@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from zowrap.errors import ZOError, first_line, nearest
+from zowrap.errors import ZOError, first_line, nearest, need_package
 from zowrap.memory import free_memory
+from zowrap.names import DTYPES as NAMES
 from zowrap.parameters import canonical_name
-from zowrap.quant.lowering import check_asked, check_settings, is_quantized_layer, mark_fresh, need_package
-from zowrap.weights import ADAPTER, adapters_base, check_adapter_settings, opened
+from zowrap.quant.lowering import check_asked, check_settings, is_quantized_layer, mark_fresh
+from zowrap.weights import ADAPTER, adapters_base, check_adapter_settings, check_directory, opened
 
 log = logging.getLogger("zowrap")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in NAMES}
 
 
 @dataclass
@@ -99,28 +100,6 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return Source(name, config, tokenizer, trust_remote_code, empty)
-
-
-def check_directory(name: str, weights: bool = True) -> None:
-    """Raise :class:`ZOError` for a path that cannot be a model, without ``weights`` too; a hub name passes."""
-    from zowrap.export import require_safetensors
-
-    path = Path(name).expanduser()
-    if path.is_dir():
-        check_adapter_settings(path)
-        if not (path / "config.json").is_file() and adapters_base(path) is None:
-            raise ZOError(f"{name} is not a model directory: it has no config.json")
-        if weights:
-            require_safetensors(path)
-    elif path.exists():
-        raise ZOError(f"{name} is a file; give the model's directory or its name on the hub")
-    elif not may_be_of_the_hub(name):
-        raise ZOError(f"no such model directory: {name}")
-
-
-def may_be_of_the_hub(name: str) -> bool:
-    """Whether ``name`` has the form of a model's name on the hub, and not only that of a path."""
-    return not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
 def fetch(name: str, pickles: bool = False) -> Path:
