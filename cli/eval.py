@@ -130,9 +130,9 @@ def _check(context: typer.Context, options: EvalOptions) -> dict[str, Any] | Non
     saved = saved_task(options.model)
     if saved is not None:
         _check_saved(context, options, saved)
-        if not Path(options.model, "model.safetensors").exists():
-            _check_finished(options.model)
+        _check_finished(options.model)
     check_directory(options.model, whole=False)
+    _check_predictions(options)
     return saved
 
 
