@@ -16,7 +16,7 @@ from zowrap import export
 from zowrap.errors import ZOError, ZOWarning
 from zowrap.evaluation import Evaluation, certainty
 from zowrap.files import remove
-from zowrap.finite import moved_wrong
+from zowrap.finite import not_finite as elements_not_finite
 from zowrap.journal import Journal, environment
 from zowrap.lr import not_finite
 from zowrap.model import StepResult
@@ -69,6 +69,7 @@ class Keeper:
         self._began_with: dict[str, Any] = {}
         self.plan: dict[str, Any] = {}
         self.skipped = self._skipped_in_a_row = 0
+        self._not_finite_before: dict[str, int] = {}
         self._last_evaluation: dict[str, Any] = {}
         self._total = self._count = 0.0
         self._window: list[tuple[float, float]] = []  # (loss, |projected gradient|) of the steps since the last log
@@ -83,6 +84,7 @@ class Keeper:
         self._pending, self._window, self._total, self._count = [], [], 0.0, 0.0
         self.best_step = self.best_metric = self._best_key = None
         self.skipped = self._skipped_in_a_row = 0
+        self._not_finite_before = self._not_finite()
         self._last_evaluation = start.evaluations[-1] if start.evaluations else {}
         if not start.finished:
             if not start.step or not run.config_file.is_file():
@@ -148,11 +150,14 @@ class Keeper:
             self._fail(f"{what} skipped, up to step {step}: a loss was not finite")
 
     def _check_moved(self) -> None:
-        """Fail where what moved is not finite: such weights are never handed out."""
-        zm = self.trainer.zm
-        name = moved_wrong(zm.parameters)
-        if name is not None:
-            self._fail(f"after step {zm.step_count} the weights are not finite ({name})")
+        """Fail where what moved is not finite, and was when it began: such weights are never handed out."""
+        for name, count in self._not_finite().items():
+            if count > self._not_finite_before.get(name, 0):
+                self._fail(f"after step {self.trainer.zm.step_count} the weights are not finite ({name})")
+
+    def _not_finite(self) -> dict[str, int]:
+        """Of what moves: name → number of elements that are not finite."""
+        return elements_not_finite((parameter.name, parameter.tensor) for parameter in self.trainer.zm.parameters)
 
     def _fail(self, reason: str, helps: str = _HELPS) -> NoReturn:
         """End the run as failed: the status says why."""
@@ -193,6 +198,11 @@ class Keeper:
         if self._journal is not None and not self.trainer.zm.step_count:
             self._journal.settle(plan=self.plan)
         self._set_status(plan=self.plan)
+
+    @property
+    def came_to_nothing(self) -> bool:
+        """Whether the start failed before a first step: :meth:`abandon` has left the folder as it was before."""
+        return self._failed_at_once
 
     def failed_at_once(self) -> None:
         """The start came to nothing: :meth:`abandon` then leaves the folder as it was before."""

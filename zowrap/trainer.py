@@ -25,7 +25,7 @@ from zowrap import evaluation, export, quant
 from zowrap.choice import Planned
 from zowrap.config import ZOConfig
 from zowrap.errors import ZOError
-from zowrap.finite import check_model
+from zowrap.finite import warn_of
 from zowrap.keeper import Interrupted, Keeper, KeeperCallback
 from zowrap.lock import locked
 from zowrap.loss import labels_out_of_range
@@ -282,7 +282,7 @@ class ZOTrainer(Trainer):
     ) -> TrainOutput:
         """Train, as the one process that writes into the folder."""
         self.interrupted = False
-        check_model(self.zm.model)
+        broken = warn_of(self.zm.model)
         start = find_start(self, resume)
         self.resumed_from = start.step
         self._keeper.open(start)
@@ -308,10 +308,12 @@ class ZOTrainer(Trainer):
                     output = TrainOutput(self.state.global_step, 0.0, {"train_runtime": time.time() - began})
                 self.interrupted = self._keeper.signal.stopped and self.state.global_step < self.state.max_steps
                 self._keeper.close(self.interrupted)
-        except BaseException:
+        except BaseException as error:
             self.is_in_train = False
             self.zm.discard()
             self._keeper.abandon()
+            if broken and isinstance(error, ZOError) and self._keeper.came_to_nothing:
+                raise ZOError(f"{error}; {broken}") from error
             raise
         finally:
             self.args.eval_on_start = evaluates_first
