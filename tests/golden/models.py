@@ -87,7 +87,9 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
         T.LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=32, tie_word_embeddings=True, **_SMALL)
     ),
     "gpt2": lambda: T.GPT2LMHeadModel(
-        T.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+        T.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+        )
     ),
     "bert": lambda: T.BertForSequenceClassification(
         T.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=32, num_labels=3, **_SMALL)

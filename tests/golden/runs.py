@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 import zowrap
 from tests.golden import models
@@ -35,14 +36,16 @@ _STATE = ("rule", "step", "seed", "direction", "estimator", "queries", "blocks",
 
 def run(configuration: Run, folder: Path) -> Outcome:
     """Run a configuration on one thread and in silence, in an empty folder."""
-    threads, told = torch.get_num_threads(), io.StringIO()
+    threads, verbosity, told = torch.get_num_threads(), transformers_logging.get_verbosity(), io.StringIO()
     torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
             warnings.simplefilter("ignore")
             return configuration(folder)
     finally:
         torch.set_num_threads(threads)
+        transformers_logging.set_verbosity(verbosity)
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
