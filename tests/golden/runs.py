@@ -98,8 +98,7 @@ def run_steps(
             if micro_batches > 1:
                 zm.accumulate(**batch)
             records.append((zm.update() if micro_batches > 1 else zm.step(**batch)).record())
-        if engine == "compiled":
-            assert zm.inspect().engine == "compiled"
+        assert zm.inspect().engine == engine
         last = float(zm.loss(**models.make_batch(model, 2)))
         outcome = _outcome(zm, start, records, last)
         if save or scheme:
@@ -128,6 +127,7 @@ def run_given_losses(rule: Any, engine: str = "eager", *, dtype: torch.dtype = t
             unit = 2.0 ** (-24 + 3 * (step % 4))  # projected gradients of several orders of magnitude
             losses = 1 + unit * torch.randint(-1024, 1025, shape, generator=draw)
             records.append(zm.update(losses=losses).record())
+        assert zm.inspect().engine == engine
         return _outcome(zm, start, records)
 
     return configuration
