@@ -48,7 +48,7 @@ def test_the_bar_shows_what_is_being_compiled_in_its_own_line(monkeypatch: pytes
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
     shown = Progress(SimpleNamespace(zm=None))
-    tell = Telling(lambda: "about a minute", "kept for the next start")
+    tell = Telling(lambda: 60.0, "kept for the next start")
     shown.on_choose_lr(0, 16)
     try:
         with tell.during("capturing the step", finished=True):
