@@ -189,7 +189,12 @@ class StepOptions:
     # 0: zeroth-order runs are short and start from trained weights.
     weight_decay: Annotated[float, option("--weight-decay", "Decoupled, on matrices only.", "Zeroth order")] = 0.0
     engine: Annotated[
-        str | None, option("--engine", "compiled or eager. Default: compiled where possible.", "Zeroth order")
+        str | None,
+        option(
+            "--engine",
+            "compiled or eager. Default: compiled where possible and worth it.",
+            "Zeroth order",
+        ),
     ] = None
     memory: Memory = "auto"
     batch_size: Annotated[int, option("--batch-size", "Examples per forward pass.", "Training")] = 16

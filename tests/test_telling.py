@@ -51,7 +51,7 @@ def compile_twice(tell: Telling, kinds: int = 2) -> None:
 
 
 def line(**options: bool) -> Telling:
-    return Telling(lambda: "about a minute", "kept for the next start", **options)
+    return Telling(lambda: 60.0, "kept for the next start", **options)
 
 
 FIRST = "compiling the training step: about a minute the first time, kept for the next start"
@@ -93,10 +93,20 @@ def test_the_line_counts_the_seconds_while_nothing_else_happens(monkeypatch: pyt
             came.set()
         return second
 
-    monkeypatch.setattr(telling.time, "monotonic", monotonic)
+    monkeypatch.setattr(telling, "_now", monotonic)
     with line().during("capturing the step", finished=True):
         assert came.wait(30)
     assert "capturing the step, 1 s" in screen.getvalue() and "capturing the step, 2 s" in screen.getvalue()
+
+
+def test_the_line_knows_better_where_it_takes_longer_than_was_thought(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, clock = Terminal(), iter((0.0, 100.0, 130.0, 131.0))
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(telling, "_now", lambda: next(clock))
+    monkeypatch.setattr(telling, "SECONDS", 3600.0)
+    with line().during("capturing the step", finished=True):
+        pass
+    assert "capturing the step, 100 s (about 2 minutes the first time" in screen.getvalue()
 
 
 def test_a_line_is_no_longer_than_the_terminal_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,9 @@ class ZOConfig(TrainingArguments):
         rule_options: its hyper-parameters, ``{"beta": 0.99}``, or the same as JSON.
         eps: perturbation size ε, by default as in :func:`zowrap.zo_wrap`.
         quantized, masters, along: of quantised and of 16-bit weights, as in :func:`zowrap.zo_wrap`.
-        direction, queries, estimator, blocks, block_order, trainable, engine: as in :func:`zowrap.zo_wrap`.
+        direction, queries, estimator, blocks, block_order, trainable: as in :func:`zowrap.zo_wrap`.
+        engine: as in :func:`zowrap.zo_wrap`; left open, a run of few steps is eager where compiling would take longer
+            than it saves (:mod:`zowrap.choice`). A resumed run keeps the engine it began with.
         memory: as in :func:`zowrap.zo_wrap`; a resumed run keeps what ``"auto"`` chose, and may be given another.
         lr: another name for ``learning_rate``. ``"auto"`` has :func:`zowrap.tune_lr` choose it from training batches
             before the first step; a resumed run keeps the choice.
@@ -94,7 +96,8 @@ class ZOConfig(TrainingArguments):
         default=None, metadata={"help": "Name patterns of what moves; by default what requires a gradient."}
     )
     engine: str | None = field(
-        default=None, metadata={"help": "compiled, eager, or compiled with eager behind it (default)."}
+        default=None,
+        metadata={"help": "compiled or eager; by default compiled where possible and worth it."},
     )
     memory: str = field(
         default="auto", metadata={"help": "paired, sequential or auto: the faster one that fits (default)."}

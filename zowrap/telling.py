@@ -24,18 +24,19 @@ log = logging.getLogger("zowrap")
 # Called once a second with the line, and with None when it is over.
 shown_by: Callable[[str | None], None] | None = None
 SECONDS = 1.0  # between two updates of the line
+_now = time.monotonic
 
 
 class Telling:
     """What one engine says of its compilations.
 
     Args:
-        takes: how long the first one takes, in words; asked when there is something to say.
+        takes: seconds that the first one is thought to take; asked when there is something to say.
         kept: where its result is kept, in words.
         silent: say nothing.
     """
 
-    def __init__(self, takes: Callable[[], str], kept: str, silent: bool = False) -> None:
+    def __init__(self, takes: Callable[[], float], kept: str, silent: bool = False) -> None:
         self.takes, self.kept, self.silent = takes, kept, silent
         self.phase = ""
         self._began: float | None = None  # of the program that is being made
@@ -58,9 +59,9 @@ class Telling:
             return
         before, self.phase = self.phase, phase
         if self._began is None:
-            self._began, self._announced = time.monotonic(), False
+            self._began, self._announced = _now(), False
         if self._first:
-            self._announce(f"compiling the training step: {self.takes()} the first time, {self.kept}")
+            self._announce(f"compiling the training step: {about(self.takes())} the first time, {self.kept}")
         self._depth += 1
         watch = self._watch() if self._depth == 1 and self._live() else None
         ready = False
@@ -116,8 +117,9 @@ class Telling:
         return thread
 
     def _text(self) -> str:
-        seconds = 0.0 if self._began is None else time.monotonic() - self._began
-        hint = f" ({self.takes()} the first time, then kept)" if self._first else ""
+        seconds = 0.0 if self._began is None else _now() - self._began
+        # A busy machine takes longer than was thought, and the line then knows better.
+        hint = f" ({about(max(self.takes(), seconds))} the first time, then kept)" if self._first else ""
         return f"{self.phase}, {seconds:.0f} s{hint}"
 
     def _show(self) -> None:
@@ -139,7 +141,7 @@ class Telling:
             if shown_by is not None:
                 shown_by(None)
                 return
-            seconds = 0.0 if self._began is None else time.monotonic() - self._began
+            seconds = 0.0 if self._began is None else _now() - self._began
             if ready and self._first:
                 self._redraw(f"compiled the training step in {seconds:.0f} s")
                 _write("\n")

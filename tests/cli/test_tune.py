@@ -369,7 +369,12 @@ def test_the_schedule_that_fits_is_taken_and_a_resumed_run_may_be_given_another(
     with monkeypatch.context() as patch:
         patch.setattr(progress, "Progress", Stop)
         command = ("tune", models["encoder"], "--data", data["train"], "--config", config, "--out", run)
-        assert zowrap_cli(*command).code == 1
+        told = zowrap_cli(*command)
+    assert told.code == 1 and told.out == ""
+    said = told.err.splitlines()
+    assert [text for text in said if "compiling" in text] == [
+        "compiling the training step: about half a minute the first time, kept for the next start"
+    ]
     again = tmp_path / "again"
     shutil.copytree(run, again)
     monkeypatch.setattr(memory, "free_memory", lambda device=None: 1 << 50)

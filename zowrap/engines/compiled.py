@@ -33,7 +33,7 @@ from zowrap.program import Program
 from zowrap.quant import code_operators
 from zowrap.regions import MIN_LAYERS, Kind, Regions, compile_regions
 from zowrap.step import Conclusion
-from zowrap.telling import Telling, about
+from zowrap.telling import Telling
 
 MAX_FIXED_SIZES = 8  # programs per kind of batch where export cannot make a size dynamic; each costs a compilation
 # Of a program for one size: a model that loops over positions is as many times as long, and compiles for minutes.
@@ -71,9 +71,7 @@ class CompiledEngine:
         self._refused: tuple[Batch, ZOCaptureError] | None = None
         self._warmed: set[tuple] = set()
         # Of a model without weights, whose costs alone are asked for, nothing is compiled.
-        self.telling = Telling(
-            lambda: about(compile_seconds(job)), "kept for the next start", job.device.type == "meta"
-        )
+        self.telling = Telling(lambda: compile_seconds(job), "kept for the next start", job.device.type == "meta")
         self._scalar_names = _direction_scalar_names(job)
         shapes = coefficient_shapes(job, points)
         names = list(shapes)
