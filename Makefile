@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# The build warns that a folder named like the package could shadow it: here that folder is the package.
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/ready  ## tune a small encoder on support messages, reload it with plain transformers
