@@ -6,8 +6,9 @@
 All three see the same 400 training and 80 held-out rows of examples/support_messages, and are scored once on its 240
 test messages. Each run is a process of its own: its seconds are those of the process, imports and compiling included,
 and its peak memory is what the system counted. zowrap's settings are the demo's own. The others' are chosen on the
-held-out rows: logistic regression takes the best C of ``CS``; backpropagation (AdamW on the demo's loss, 20 · cosine with the label
-names, all weights of the layers moving) the best rate of ``RATES``, searched with seed 0, and each run its best epoch.
+held-out rows: logistic regression takes the best C of ``CS``; backpropagation (AdamW on the demo's loss, 20 · cosine
+with the label names, all weights of the layers moving) the best rate of ``RATES``, searched with seed 0, and each run
+its best epoch.
 """
 
 from __future__ import annotations

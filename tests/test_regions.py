@@ -79,3 +79,60 @@ def test_few_layers_are_one_region() -> None:
     zm = zowrap.zo_wrap(LlamaForCausalLM(config).eval(), "zo_sgd", lr=1e-3, engine="compiled")
     zm.step(**batch(2, 5))
     assert zm.inspect().compile_count == 1
+
+
+def regions_run(zm: zowrap.model.ZOModel, monkeypatch: pytest.MonkeyPatch, **given: torch.Tensor) -> list[int]:
+    """How many shared calls and others a step makes, counted for each direction."""
+    from zowrap.regions import Regions
+
+    counts: list[int] = []
+    whole = Regions.__call__
+
+    def counting(self, *inputs, kept=None):
+        skipped = len(self.shared) if kept else 0
+        counts.append(len(self.calls) - skipped)
+        return whole(self, *inputs, kept=kept)
+
+    monkeypatch.setattr(Regions, "__call__", counting)
+    zm.step(**given)
+    return counts
+
+
+@pytest.mark.parametrize("moving", [["*layers.4.mlp.down_proj*"], ["*layers.4*", "*norm*"]])
+@pytest.mark.parametrize("memory", ["paired", "sequential"])
+def test_what_no_direction_reaches_is_computed_once_and_changes_nothing(
+    moving: list[str], memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"trainable": moving, "queries": 3, "memory": memory}
+    zm, losses = trajectory("compiled", **options)
+    _, expected = trajectory("eager", **options)
+    assert torch.allclose(torch.stack(losses), torch.stack(expected), rtol=1e-5)
+    alone = zowrap.zo_wrap(make(), "zo_sgd", lr=1e-3, eps=1e-2, engine="compiled", **options)
+    whole = type(alone._engine).losses
+
+    def unshared(self, *given):  # as if every direction were the first
+        if self._kept is not None:
+            self._kept.clear()
+        return whole(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(alone._engine), "losses", unshared)
+        again = [alone.step(**batch(2 + i % 2, 5 + i)).losses for i in range(3)]
+    assert all(one.equal(other) for one, other in zip(losses, again, strict=True))  # bit for bit
+    counts = regions_run(zm, monkeypatch, **batch(2, 5))
+    assert len(counts) == (6 if memory == "sequential" else 3)
+    assert all(count < counts[0] for count in counts[1:])
+
+
+def test_the_next_batch_and_the_moved_weights_share_nothing_with_the_last() -> None:
+    options = {"trainable": ["*layers.4.mlp.down_proj*"], "queries": 2}
+    zm, _ = trajectory("compiled", **options)
+    before = zm.loss(**batch(2, 5))
+    with torch.no_grad():
+        zm.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)  # below everything that moves
+    eager = zowrap.zo_wrap(zm.model, "zo_sgd", lr=1e-3, eps=1e-2, engine="eager", **options)
+    zm.accumulate(**batch(2, 5))
+    eager.step_count = zm.step_count
+    eager.accumulate(**batch(2, 5))
+    assert torch.allclose(zm.peek()[0], eager.peek()[0], rtol=1e-5)
+    assert not torch.allclose(zm.loss(**batch(2, 5)), before)

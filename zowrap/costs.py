@@ -115,7 +115,7 @@ class Estimator:
             raise ZOCaptureError(f"this model runs eagerly, because {zm._engine.fallen_back}")
         self.zm, self.job, self.engine, self.batch = zm, zm._job, zm._engine, batch
         self.per_example = zm._estimator.per_example
-        self._sizes = Sizes(batch, zm._engine.min_layers)
+        self._sizes = Sizes(batch, zm._engine.min_layers, zm._engine.shares)
         self._laid: dict[tuple[int, int], Laid] = {}
 
     # --- the step ---------------------------------------------------------------------------------------------

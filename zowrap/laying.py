@@ -42,11 +42,11 @@ class Sizes:
 
     Args:
         batch: tensors of the sizes asked about, on any device; nothing of them is read.
-        min_layers: as the programs are compiled with, see :func:`zowrap.regions.cut`.
+        min_layers, share: as the programs are compiled with, see :func:`zowrap.regions.cut`.
     """
 
-    def __init__(self, batch: Batch, min_layers: int) -> None:
-        self.batch, self.min_layers = batch, min_layers
+    def __init__(self, batch: Batch, min_layers: int, share: bool = False) -> None:
+        self.batch, self.min_layers, self.share = batch, min_layers, share
         self.mode = FakeTensorMode()
         self._analyses: dict[tuple, Analysis] = {}
 
@@ -72,7 +72,7 @@ class Sizes:
         weights = {g.node for g in program.inputs if g.kind in ("parameter", "buffer", "constant")}
         pieces: list[tuple[Any, Analysis]] = []
         with torch.no_grad(), self.mode:
-            for piece in cut(program, self.min_layers):
+            for piece in cut(program, self.min_layers, self.share):
                 if isinstance(piece, fx.Node):
                     args, kwargs = fx.map_arg((piece.args, piece.kwargs), lambda n: values[n])
                     values[piece] = piece.target(*args, **kwargs)  # type: ignore[operator]

@@ -365,10 +365,11 @@ class ZOModel:
                 sums.append(value.double().sum().reshape(1))
                 slopes.append(slope.double().sum().reshape(1))
             return Measurement(torch.cat(sums), weights.double().sum(), torch.cat(slopes))
-        for direction, signs in self._groups[self._schedule.sequential]:
-            along = None if direction is None else streams[direction]
-            rows, weights = self._engine.losses(batch, along, signs * self._job.hyper["eps"])
-            sums.append(rows.double() if self._estimator.per_example else rows.double().sum(-1))
+        with self._engine.one_batch():
+            for direction, signs in self._groups[self._schedule.sequential]:
+                along = None if direction is None else streams[direction]
+                rows, weights = self._engine.losses(batch, along, signs * self._job.hyper["eps"])
+                sums.append(rows.double() if self._estimator.per_example else rows.double().sum(-1))
         return Measurement(torch.cat(sums), weights.double() if self._estimator.per_example else weights.double().sum())
 
     @property

@@ -12,6 +12,10 @@ block is active, so the programs of all blocks share their regions.
     stage of a node      its layer's; outside of layers, after the last layer it depends on
     weights' own nodes   (noise of a vector, its perturbation) move to the first stage that uses them
     glue                 picks one parameter's key or factors out of those of all; runs as it is, between the regions
+
+Several directions of one step are evaluated on one batch with one set of weights. What no direction reaches is the same
+for all of them: calls whose arguments are the batch and the weights alone are *shared*, and run for the first direction
+only. Where a step has several, a layer is cut in two at the first perturbed weight.
 """
 
 from __future__ import annotations
@@ -52,6 +56,7 @@ class Regions:
     """A program as a sequence of calls. Call it with the program's inputs in order.
 
     Attributes:
+        shared: numbers of the calls that no direction reaches, and ``border``: what others read of their results.
         seconds: spent on the kinds of region that no program had before.
         compilations: how many those were, and ``cached`` how many of them lay ready from an earlier process.
         count: regions that one call runs.
@@ -64,10 +69,23 @@ class Regions:
     compilations: int = 0
     cached: int = 0
     count: int = 0
+    shared: frozenset[int] = frozenset()
+    border: frozenset[int] = frozenset()
 
-    def __call__(self, *inputs: Any) -> list[Any]:
+    def __call__(self, *inputs: Any, kept: dict[int, Any] | None = None) -> list[Any]:
+        """Run the program.
+
+        Args:
+            kept: results of shared calls on the same batch and weights, by slot; filled where it is empty.
+        """
         values: list[Any] = [*inputs, *([None] * (self.slots - len(inputs)))]
-        for function, arguments, results, last_used in self.calls:
+        reused = bool(kept)
+        if kept:
+            for slot, value in kept.items():
+                values[slot] = value
+        for number, (function, arguments, results, last_used) in enumerate(self.calls):
+            if reused and number in self.shared:
+                continue
             given = [_fill(a, values) for a in arguments]
             made = function(*given)
             if len(results) == 1 and not isinstance(made, tuple | list):
@@ -75,6 +93,8 @@ class Regions:
             else:
                 for slot, value in zip(results, made, strict=True):
                     values[slot] = value
+            if kept is not None and number in self.shared:
+                kept.update({slot: values[slot] for slot in results if slot in self.border})
             del given, made
             for slot in last_used:  # an activation lives no longer than its last reader
                 values[slot] = None
@@ -108,6 +128,7 @@ def compile_regions(
     kinds: dict[str, Kind],
     min_layers: int = MIN_LAYERS,
     tell: Callable[[int, int], None] = lambda number, count: None,
+    share: bool = False,
 ) -> Regions:
     """Compile a finished program region by region.
 
@@ -115,28 +136,53 @@ def compile_regions(
         kinds: what is compiled already, by its text; grows.
         min_layers: with fewer layers the program is one region.
         tell: called before a kind of region is compiled, with its number among the program's kinds and their count.
+        share: several directions will be evaluated on one batch, see :func:`cut`.
 
     Raises:
         ZOCaptureError: the compiler refused a region.
     """
     start = time.perf_counter()
-    return _link(program, cut(program, min_layers), kinds, start, tell)
+    return _link(program, cut(program, min_layers, share), kinds, start, tell)
 
 
-def cut(program: Program, min_layers: int = MIN_LAYERS) -> list[Any]:
+def cut(program: Program, min_layers: int = MIN_LAYERS, share: bool = False) -> list[Any]:
     """The pieces of a program in the order they run: nodes of glue, then regions (``nodes``, ``inputs``, ``outputs``).
 
     Args:
         min_layers: with fewer layers the program is one region.
+        share: what a direction reaches is apart from what none reaches, wherever the latter multiplies by a matrix.
     """
     glue = _glue(program)
     stages = _stages(program, glue, min_layers)
-    by_stage: dict[int, list[fx.Node]] = {}
+    reached = _reached(program) if share else set()
+    by_stage: dict[tuple[int, bool], list[fx.Node]] = {}
     for node in program.graph.nodes:
         if node.op == "call_function" and node not in glue:
-            by_stage.setdefault(stages[node], []).append(node)
+            by_stage.setdefault((stages[node], node in reached), []).append(node)
+    for stage, before in [(stage, nodes) for (stage, hit), nodes in by_stage.items() if not hit]:
+        after = by_stage.get((stage, True))
+        if after is not None and not any(map(_reads_a_matrix, before)):  # too little to be worth a region of its own
+            members = {*before, *after}
+            by_stage[stage, True] = [node for node in program.graph.nodes if node in members]
+            del by_stage[stage, False]
     pieces: list[fx.Node | _Region] = [n for n in program.graph.nodes if n in glue]
-    return pieces + [_region(by_stage[stage]) for stage in sorted(by_stage)]
+    return pieces + [_region(by_stage[key]) for key in sorted(by_stage)]
+
+
+def _reached(program: Program) -> set[fx.Node]:
+    """Nodes that a direction reaches."""
+    streams = {given.node for given in program.inputs if given.kind == "stream"}
+    reached: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.name in streams or any(given in reached for given in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def _reads_a_matrix(node: fx.Node) -> bool:
+    """Whether a node multiplies by a weight, or looks rows of one up."""
+    given = (n.meta.get("val") for n in node.all_input_nodes if n.op == "placeholder")
+    return any(isinstance(value, torch.Tensor) and value.ndim > 1 and value.is_floating_point() for value in given)
 
 
 def _link(
@@ -184,7 +230,24 @@ def _link(
     for slot, i in last.items():
         if slot >= inputs and slot not in kept:
             calls[i][3].append(slot)
-    return Regions(calls, len(slots), outputs, time.perf_counter() - start, compilations, cached, count)
+    shared, border = _shared(program, calls, outputs)
+    seconds = time.perf_counter() - start
+    return Regions(calls, len(slots), outputs, seconds, compilations, cached, count, shared, border)
+
+
+def _shared(program: Program, calls: list[Any], outputs: list[Any]) -> tuple[frozenset[int], frozenset[int]]:
+    """Numbers of the calls that no direction reaches, and the slots of their results that others read."""
+    streams = {given.node for given in program.inputs if given.kind == "stream"}
+    reached = {slot for slot, node in enumerate(program.graph.find_nodes(op="placeholder")) if node.name in streams}
+    shared, made, read = set(), set(), set(_slots_in(outputs))
+    for number, (_, arguments, results, _) in enumerate(calls):
+        if reached.isdisjoint(_slots_in(arguments)):
+            shared.add(number)
+            made.update(results)
+        else:
+            reached.update(results)
+            read.update(_slots_in(arguments))
+    return frozenset(shared), frozenset(made & read)
 
 
 def _mapped(argument: Any, function: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -125,6 +126,10 @@ class Engine(Protocol):
     """The two engines."""
 
     name: str
+
+    def one_batch(self) -> AbstractContextManager[None]:
+        """Inside, every call of :meth:`losses` has the same batch and the same weights, and may share work."""
+        ...
 
     def losses(self, batch: Batch, stream: DirectionStream | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Loss sums float32 ``[points, rows]`` at θ + coefficients[p]·z, and weights float32 ``[rows]``.

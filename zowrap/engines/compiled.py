@@ -70,6 +70,7 @@ class CompiledEngine:
         self._captured: dict[tuple, list[Program]] = {}
         self._refused: tuple[Batch, ZOCaptureError] | None = None
         self._warmed: set[tuple] = set()
+        self._kept: dict[int, dict[int, Any]] | None = None  # inside one_batch: by executable, what is shared
         # Of a model without weights, whose costs alone are asked for, nothing is compiled.
         self.telling = Telling(lambda: compile_seconds(job), "kept for the next start", job.device.type == "meta")
         self._scalar_names = _direction_scalar_names(job)
@@ -83,6 +84,14 @@ class CompiledEngine:
 
     # --- evaluations ------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def one_batch(self) -> Iterator[None]:
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
     @torch.no_grad()
     def losses(self, batch: Batch, stream: DirectionStream | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         if self.fallen_back is not None:
@@ -92,7 +101,8 @@ class CompiledEngine:
             executable = self._executable(batch, stream, points)
             inputs = self._arguments(executable.program, batch, stream, coefficients)
             try:
-                *sums, weights = executable.compiled(*inputs)
+                kept = None if self._kept is None else self._kept.setdefault(id(executable), {})
+                *sums, weights = executable.compiled(*inputs, kept=kept)
             except AssertionError as error:  # Inductor checks the sizes that it relies on
                 first = first_line(error)[:200]
                 raise ZOCaptureError(f"the compiled program does not fit this batch ({first})") from error
@@ -116,7 +126,7 @@ class CompiledEngine:
                 program = self.program(batch, block, points, per_example)
                 self.trace_seconds += time.perf_counter() - start
                 with _told_as_refusal():
-                    compiled = compile_regions(program, self._kinds, self.min_layers, self.telling.region)
+                    compiled = compile_regions(program, self._kinds, self.min_layers, self.telling.region, self.shares)
                 looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
                 self._warm(block, points, rows=bool(looked_up))
             self.compile_count += compiled.compilations
@@ -127,6 +137,11 @@ class CompiledEngine:
     def min_layers(self) -> int:
         """With fewer layers a program is compiled as a whole, see :mod:`zowrap.regions`."""
         return 2 if len(self.job.blocks) > 1 else MIN_LAYERS
+
+    @property
+    def shares(self) -> bool:
+        """Whether a step evaluates several directions on one batch: what none of them reaches is computed once."""
+        return self.job.queries > 1
 
     def program(self, batch: Batch, block: int, points: int, per_example: bool = False) -> Program:
         """The program of so many evaluations along one direction of a block, not compiled; ``points`` 0: of θ itself.

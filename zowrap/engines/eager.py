@@ -7,6 +7,7 @@ written by :meth:`EagerEngine.update`), so it needs one more copy of what moves 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -51,6 +52,9 @@ class EagerEngine:
         return job.rule.direction(u, at_least_float32(w), job.direction_slots_of(index), stream.scalars)
 
     # --- evaluations ------------------------------------------------------------------------------------------
+
+    def one_batch(self) -> AbstractContextManager[None]:
+        return nullcontext()  # every point by itself: nothing is shared, and nothing can be shared wrongly
 
     @torch.no_grad()
     def losses(self, batch: Batch, stream: DirectionStream | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
