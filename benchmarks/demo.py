@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from examples import demo
+from zowrap.intervals import wilson
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 SEEDS = (0, 1, 2)
@@ -169,7 +170,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _interval(accuracy: float, record: dict[str, Any]) -> str:
-    low, high = demo.interval(accuracy, record["rows"])
+    low, high = wilson(accuracy * record["rows"], record["rows"])
     return f"{low:.2f} to {high:.2f}"
 
 

@@ -14,12 +14,6 @@ from examples import demo
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_interval_is_wilsons() -> None:
-    low, high = demo.interval(0.5, 100)  # 0.5 ± 0.0962, by the textbook
-    assert (low, high) == pytest.approx((0.40383, 0.59617), abs=1e-5)
-    assert demo.interval(1.0, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
-
-
 def test_changed_answers_are_the_first_in_order_worse_ones_too() -> None:
     rows = [{"text": str(i), "label": "a"} for i in range(5)]
     before = [{"prediction": answer} for answer in "abaab"]
@@ -56,6 +50,7 @@ def test_eval_of_a_sentence_encoder_prints_our_lines_alone() -> None:
         [*command, "--data", str(demo.DATA / "test.jsonl")], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == [
+        "zowrap 0.1.0",
         "classification by sentence",
         "float32 (it fits in memory)",
     ]

@@ -22,7 +22,7 @@ class Interpreted:
     cached: bool = False
     compilations: int = 0
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, kept: Any = None) -> Any:
         return self.program(inputs)
 
 
