@@ -127,7 +127,10 @@ Plugin = Annotated[
 Memory = Annotated[str, option("--memory", "paired, sequential or auto: the faster one that fits.", "Zeroth order")]
 TaskKind = Annotated[str, option("--task", "classification or lm.", "Data")]
 Head = Annotated[
-    str, option("--head", "Form of classification: auto, sequence, words (causal LMs), sentence (encoders).", "Data")
+    str,
+    option(
+        "--head", "Form of classification: auto, sequence, words (causal LMs), sentence or vectors (encoders)", "Data"
+    ),
 ]
 Labels = Annotated[
     str | None, option("--labels", "Label names, comma-separated, in the order that numbers them.", "Data")

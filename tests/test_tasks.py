@@ -340,3 +340,60 @@ def test_float32_is_taken_where_it_fits(tmp_path: Path, monkeypatch: pytest.Monk
     assert dtype is torch.bfloat16 and "the checkpoint's" in why
     with pytest.raises(ZOError, match="did you mean 'float32'"):
         choose_dtype("float23", source)
+
+
+# --- label vectors ---------------------------------------------------------------------------------------------------
+
+
+def vector_run(zowrap_cli, models, data, out, *more):
+    command = ("tune", models["encoder"], "--head", "vectors", "--data", data["train"], "--eval-data", data["test"])
+    return zowrap_cli(*command, "--steps", 12, "--batch-size", 8, "--queries", 4, "--lr", "2e-2", "--engine", "eager",
+                      "--out", out, "--json", *more)  # fmt: skip
+
+
+def test_label_vectors_begin_as_the_names_and_alone_move(zowrap_cli, models, data, tmp_path) -> None:
+    from safetensors.torch import load_file
+
+    names = zowrap_cli("eval", models["encoder"], "--data", data["test"], "--head", "sentence", "--json").json
+    vectors = zowrap_cli("eval", models["encoder"], "--data", data["test"], "--head", "vectors", "--json").json
+    assert vectors["loss"] == pytest.approx(names["loss"], rel=1e-5) and vectors["accuracy"] == names["accuracy"]
+
+    run = tmp_path / "run"
+    tuned = vector_run(zowrap_cli, models, data, run)
+    assert tuned.code == 0, tuned.err
+    assert tuned.json["loss"] < tuned.json["loss_before"] == pytest.approx(names["loss"], rel=1e-5)
+    base, after = load_file(models["encoder"] / "model.safetensors"), load_file(run / "model.safetensors")
+    assert base.keys() == after.keys() and all(base[name].equal(after[name]) for name in base)
+    assert load_file(run / "label_vectors.safetensors")["weight"].shape == (2, 16)
+    again = zowrap_cli("eval", run, "--data", data["test"], "--json").json
+    assert again["loss"] == pytest.approx(tuned.json["loss"], rel=1e-5)
+
+
+def test_label_vectors_are_exported_replayed_and_go_on(zowrap_cli, models, data, tmp_path) -> None:
+    from safetensors.torch import load_file
+
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert vector_run(zowrap_cli, models, data, whole, "--test-data", data["test"]).code == 0
+    assert vector_run(zowrap_cli, models, data, run).code == 0
+    for command in (
+        ("export", run, "--to", tmp_path / "to"),
+        ("replay", models["encoder"], run, "--to", tmp_path / "re"),
+    ):
+        assert zowrap_cli(*command).code == 0
+    last = load_file(run / "checkpoint-12" / "zo_state.safetensors")
+    made = load_file(tmp_path / "re" / "label_vectors.safetensors")["weight"]
+    kept = last.get("weights/vectors.weight", load_file(run / "checkpoint-12" / "label_vectors.safetensors")["weight"])
+    assert made.equal(kept)
+    best = load_file(run / "label_vectors.safetensors")["weight"]
+    assert load_file(tmp_path / "to" / "label_vectors.safetensors")["weight"].equal(best)
+    assert load_file(whole / "label_vectors.safetensors")["weight"].equal(best)
+    # From an exported folder a new run goes on with the vectors, whatever the order of the labels.
+    for labels in ("bad,good", "good,bad"):
+        told = zowrap_cli(
+            "eval", tmp_path / "to", "--head", "vectors", "--labels", labels, "--data", data["test"], "--json"
+        )
+        assert told.json["loss"] == pytest.approx(
+            zowrap_cli("eval", run, "--data", data["test"], "--json").json["loss"]
+        )
+    told = zowrap_cli("eval", tmp_path / "to", "--head", "vectors", "--labels", "good,awful", "--data", data["test"])
+    assert told.code == 2 and told.err.count("error: ") == 1

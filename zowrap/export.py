@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import zowrap
@@ -26,6 +27,7 @@ from zowrap.weights import (
     ADAPTER,
     ADAPTER_CONFIG,
     INDEX,
+    LABEL_VECTORS,
     SETTINGS,
     WEIGHTS,
     Path_,
@@ -63,13 +65,22 @@ def saved_part(model: nn.Module) -> tuple[nn.Module, str]:
     """
     prefix = ""
     while not hasattr(model, "save_pretrained"):
-        children = [(name, child) for name, child in model.named_children() if any(True for _ in child.parameters())]
+        children = [(name, child) for name, child in model.named_children() if _is_saved_with_it(child)]
         own = [name for name in model.state_dict() if "." not in name]
         if own or len(children) != 1 or not _has_pretrained(children[0][1]):
             return model, prefix
         prefix += children[0][0] + "."
         model = children[0][1]
     return model, prefix
+
+
+def _is_saved_with_it(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters()) and not hasattr(module, "saved_apart")
+
+
+def saved_apart(model: nn.Module) -> list[tuple[str, str, nn.Module]]:
+    """(file, prefix of its names within ``model``, module) of what is written into files beside the model's own."""
+    return [(m.saved_apart, f"{name}.", m) for name, m in model.named_modules() if hasattr(m, "saved_apart")]
 
 
 def _has_pretrained(model: nn.Module) -> bool:
@@ -87,7 +98,8 @@ def save_model(
 
     Args:
         model: a ``transformers`` model (weights, config, generation settings; tied weights once), a PEFT model (its
-            adapter), a module that wraps one of these, or any module (``model.safetensors`` from its state dict).
+            adapter), a module that wraps one of these, or any module (``model.safetensors`` from its state dict). What
+            says ``saved_apart`` is written into the file of that name.
         directory: made if it is not there; files of the same names are replaced, others stay.
         metadata: strings for the header of the weight files, beside ``zowrap`` (the version) and ``base_model``.
         max_shard_size: bytes, or a string such as ``"5GB"``.
@@ -102,6 +114,9 @@ def save_model(
     with fresh_files(directory) as beside:
         with _quiet(), quant.raised(model):
             _write(part, beside, max_shard_size)
+            for name, _, module in saved_apart(model):
+                tensors = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
+                save_file(tensors, beside / name, metadata={"format": "pt", **getattr(module, "facts", {})})
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
         if (beside / ADAPTER).is_file():
@@ -390,6 +405,7 @@ _OF_THE_RUN |= {"zo_state.json", "all_results.json", "train_results.json", "eval
 def _copy_settings(source: Path, to: Path) -> None:
     for file in sorted(source.iterdir()):
         kept = file.suffix in SETTINGS and file.name not in _OF_THE_RUN and not file.name.endswith(".index.json")
+        kept |= file.name == LABEL_VECTORS
         if file.is_file() and kept:
             shutil.copyfile(file, to / file.name)
 

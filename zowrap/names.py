@@ -19,7 +19,7 @@ WAYS = ("scales", "codes", "adapters")
 DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("same", "bf16", "fp32", "adapters", "merged")
 TASKS = ("classification", "lm")
-FORMS = ("sequence", "words", "sentence")
+FORMS = ("sequence", "words", "sentence", "vectors")
 
 
 class RuleLine(NamedTuple):

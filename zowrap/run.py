@@ -254,6 +254,9 @@ def _stored_parameters(zm: ZOModel, directory: Path) -> dict[int, tuple[Path, st
     for file in weights.weight_files(directory):
         with weights.opened(file) as opened:
             where.update({canonical_name(prefix + name): (file, name) for name in opened.keys()})  # noqa: SIM118
+    for apart, prefix, module in export.saved_apart(zm.model):
+        if (directory / apart).is_file():
+            where.update({canonical_name(prefix + name): (directory / apart, name) for name in module.state_dict()})
     found = {}
     for index, parameter in enumerate(zm.parameters):
         name = next((n for n in map(canonical_name, parameter.names) if n in where), None)

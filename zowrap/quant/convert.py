@@ -26,6 +26,7 @@ from zowrap.quant import codes, lowering
 from zowrap.weights import (
     ADAPTER,
     ADAPTER_CONFIG,
+    LABEL_VECTORS,
     WEIGHTS,
     Path_,
     adapters_base,
@@ -199,6 +200,8 @@ def copy_adapters(folder: Path_, to: Path) -> None:
         if not (Path(folder) / name).is_file():
             raise ZOError(f"{folder} holds no adapters: there is no {name} in it")
         shutil.copyfile(Path(folder) / name, to / name)
+    if (Path(folder) / LABEL_VECTORS).is_file():
+        shutil.copyfile(Path(folder) / LABEL_VECTORS, to / LABEL_VECTORS)
 
 
 # --- adapters and the base they were tuned on -----------------------------------------------------------------------

@@ -90,7 +90,7 @@ def resolve(
         text_column=text_column,
         label_column=label_column,
         max_length=length,
-        pooling=pooling_of(source) if form == "sentence" else "mean",
+        pooling=pooling_of(source) if form in ("sentence", "vectors") else "mean",
         numbered=numbered,
     )
     return task, f"classification by {form}: {why}"

@@ -20,10 +20,11 @@ from zowrap.parameters import canonical_name
 from zowrap.tasks import templates
 from zowrap.tasks.batches import Collator, Example, Examples, fit
 from zowrap.tasks.loading import Source, load
+from zowrap.weights import LABEL_VECTORS, opened
 
 log = logging.getLogger("zowrap")
 
-TEMPLATES = {"sequence": "{text}", "words": "{text}\nLabel: {label}", "sentence": "{text}"}
+TEMPLATES = {"sequence": "{text}", "words": "{text}\nLabel: {label}", "sentence": "{text}", "vectors": "{text}"}
 
 _ENCODER_ENDINGS = ("ForMaskedLM", "ForPreTraining")
 
@@ -170,7 +171,7 @@ class Classification:
         """Load the checkpoint and put the form around it."""
         from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-        from zowrap.tasks.forms import SentenceForm, SequenceForm, WordsForm
+        from zowrap.tasks.forms import SentenceForm, SequenceForm, VectorsForm, WordsForm
 
         if self.form == "sequence":
             module = load(source, AutoModelForSequenceClassification, dtype, seed, **self._head_config(source))
@@ -180,6 +181,9 @@ class Classification:
             module = load(source, AutoModelForCausalLM, dtype, seed)
             return WordsForm(module, ids, mask).eval()
         module = load(source, AutoModel, dtype, seed)
+        if self.form == "vectors":
+            vectors = None if source.empty else saved_vectors(source.name, self.labels)
+            return VectorsForm(module, ids, mask, self.pooling, self.labels, vectors).eval()
         return SentenceForm(module, ids, mask, self.pooling).eval()
 
     def _head_config(self, source: Source) -> dict[str, Any]:
@@ -206,8 +210,10 @@ class Classification:
 
         Of a sentence encoder: the matrices of its layers. Its embeddings hold half the weights of a small one and
         gained nothing in our measurements (TREC: 0.61 with and without them); its pooler is not used at all, and a
-        weight without influence would only gather noise.
+        weight without influence would only gather noise. Of label vectors: these alone.
         """
+        if self.form == "vectors":
+            return [r"^vectors\.weight$"]
         if self.form != "sentence":
             return None
         names = [name for name, tensor in model.named_parameters() if tensor.ndim >= 2 and _in_a_layer(name)]
@@ -236,6 +242,30 @@ class Classification:
             }
             for row, label in zip(probabilities, batch["labels"].tolist(), strict=True)
         ]
+
+
+def saved_vectors(folder: str, labels: Sequence[str]) -> Tensor | None:
+    """The label vectors that an earlier tuning left in a model's folder, float32 ``[labels, width]`` in this order.
+
+    Raises:
+        ZOError: they are of other labels.
+    """
+    file = Path(folder) / LABEL_VECTORS
+    if not file.is_file():
+        return None
+    with opened(file) as tensors:
+        named = list(tensors.keys()) == ["weight"]
+        vectors, facts = tensors.get_tensor("weight") if named else None, tensors.metadata() or {}
+    try:
+        theirs = [str(name) for name in json.loads(facts.get("labels", "[]"))]
+    except (ValueError, TypeError):
+        theirs = []
+    whole = vectors is not None and vectors.ndim == 2 and vectors.dtype == torch.float32
+    if vectors is None or not whole or len(theirs) != vectors.shape[0]:
+        raise ZOError(f"{file} is damaged: it holds no vector for each of the labels that it names")
+    if sorted(theirs) != sorted(labels):
+        raise ZOError(f"{file} is of the labels {', '.join(theirs)}: the data has {', '.join(labels)}")
+    return vectors[[theirs.index(label) for label in labels]]
 
 
 def _in_a_layer(name: str) -> bool:

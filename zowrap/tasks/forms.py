@@ -1,4 +1,4 @@
-"""Three ways to read a class off a model, each a module that gives ``loss`` and ``logits`` ``[batch, labels]``.
+"""Four ways to read a class off a model, each a module that gives ``loss`` and ``logits`` ``[batch, labels]``.
 
 =========  =====================================  ==========================================================
 form       for                                    score of label c
@@ -6,6 +6,7 @@ form       for                                    score of label c
 sequence   a classification head                  the head's logit
 words      causal language models                 log-likelihood of the label's words after the text
 sentence   sentence encoders                      20 · cosine(embedding of the text, embedding of c's name)
+vectors    sentence encoders                      20 · cosine(embedding of the text, a vector of c's own)
 =========  =====================================  ==========================================================
 
 The modules are plain enough for ``torch.export`` with dynamic batch and length: what depends on the labels alone (their
@@ -16,12 +17,16 @@ name that parameter names leave out, so noise and journal are those of the bare 
 from __future__ import annotations
 
 import inspect
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+from zowrap.weights import LABEL_VECTORS
 
 # Cosines lie in [-1, 1]: 20 is the inverse temperature sentence encoders are trained with.
 COSINE_SCALE = 20.0
@@ -164,6 +169,53 @@ class SentenceForm(Form):
             return F.normalize(hidden[:, 0], dim=-1)
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return F.normalize((hidden * mask).sum(1) / mask.sum(1).clamp_min(1), dim=-1)
+
+
+class LabelVectors(nn.Module):
+    """A vector for each label, float32 ``[labels, width]``. Saved in a file of its own beside the model's.
+
+    Attributes:
+        saved_apart: name of that file.
+        facts: for its header: ``labels``, the names in order, as JSON.
+    """
+
+    saved_apart = LABEL_VECTORS
+
+    def __init__(self, start: Tensor, labels: Sequence[str]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(start)
+        self.facts = {"labels": json.dumps(list(labels), ensure_ascii=False)}
+
+
+class VectorsForm(SentenceForm):
+    """A sentence encoder that stays as it is, and a vector for each label, which begins as its name's embedding.
+
+    Untuned it scores as :class:`SentenceForm` does. The loss is nearly that of a logistic regression on the encoder's
+    embeddings, and what a step perturbs lies behind the encoder: any number of directions shares one forward of it.
+
+    Args:
+        labels: the names.
+        vectors: float32 ``[labels, width]`` to go on from; by default the embeddings of the names.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        label_ids: Tensor,
+        label_mask: Tensor,
+        pooling: str,
+        labels: Sequence[str],
+        vectors: Tensor | None = None,
+    ) -> None:
+        super().__init__(module, label_ids, label_mask, pooling)
+        device = next(module.parameters()).device
+        with torch.no_grad():
+            start = self.embed(label_ids.to(device), label_mask.to(device)) if vectors is None else vectors
+        self.vectors = LabelVectors(start.clone(), labels)
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        names = F.normalize(self.vectors.weight, dim=-1)
+        return COSINE_SCALE * self.embed(input_ids, attention_mask) @ names.T
 
 
 def per_example_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:

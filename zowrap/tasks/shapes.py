@@ -65,7 +65,7 @@ def shapes(
         raise ZOError("the labels decide how large this form of classification is: name them with --labels a,b,c")
     if form != "sequence" and source.tokenizer is None:
         raise ZOError(f"{source.name} has no tokenizer, which this form of classification reads label names with")
-    pooling = pooling_of(source) if form == "sentence" else "mean"
+    pooling = pooling_of(source) if form in ("sentence", "vectors") else "mean"
     task = Classification(form, names, TEMPLATES[form], "text", "label", length, pooling)
     model = task.build(source, dtype).to("meta")
     if form == "words":
