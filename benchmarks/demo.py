@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from examples import demo
-from zowrap.intervals import wilson
+from zowrap.numerics.intervals import wilson
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 SEEDS = (0, 1, 2)

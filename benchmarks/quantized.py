@@ -31,8 +31,9 @@ from benchmarks.quantized_floor import measure
 from benchmarks.quantized_memory import held_in
 from benchmarks.quantized_report import write_docs
 from zowrap import quant, rules
-from zowrap.quant.codes import saturated_rows
-from zowrap.quant.floor import noise_floor
+from zowrap.calibration.noise_floor import noise_floor
+from zowrap.quant import lowering
+from zowrap.quant.modes import saturated_rows
 
 RESULTS = Path(__file__).parent / "results"
 CELLS, NOISE, FLOOR, MEMORY, SIXTEEN = (
@@ -134,7 +135,7 @@ class QuantizedBench(Workbench):
         found = self.run(cell, evaluations=1)
         assert self._zm is not None
         codes = [p.tensor for p in self._zm.parameters if p.codes]
-        layers = {name.replace(".base_layer", ""): layer for name, layer in quant.lowered(self.model).items()}
+        layers = {name.replace(".base_layer", ""): layer for name, layer in lowering.lowered(self.model).items()}
         moved = [
             float(torch.ne(layers[name].get_parameter("weight"), before).float().mean())
             for name, before in self.codes.items()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zowrap.quant import codes
+from zowrap.numerics import codes
 
 SIDE, STEPS_AWAY = 96, 10.0
 GRID = (0.25, 0.5, 1.0)  # of η in units of the best one in exact arithmetic, q / (d + q + 1)

@@ -21,11 +21,11 @@ import torch
 
 import zowrap
 from benchmarks.papers.finetune import minilm
-from zowrap import quant
 from zowrap.bench.architectures import batch_for, build
 from zowrap.bench.contenders import Contender
 from zowrap.bench.measure import peak_bytes
-from zowrap.costs import weight_bytes
+from zowrap.quant import lowering
+from zowrap.step.parameters import weight_bytes
 
 # Rows and tokens of the batch. MiniLM's loss is the size of its last hidden state: any loss takes the same forward.
 BATCHES = {"minilm": (16, 32), "llama-130m": (1, 32)}
@@ -72,7 +72,7 @@ def here(name: str, kind: str) -> None:
     held = weight_bytes(model) + zm.inspect().state_bytes
     step = peak_bytes(Contender("step", lambda: zm.step(**batch), wrapped=zm), device)
     line = {"form": name, "model": kind, "batch": BATCHES[kind], "weights": weights, "held": held}
-    print(json.dumps({**line, "step": step, "forward": plain, "lowered": len(quant.lowered(model))}))
+    print(json.dumps({**line, "step": step, "forward": plain, "lowered": len(lowering.lowered(model))}))
 
 
 def _load(

@@ -15,11 +15,10 @@ from typing import Any
 
 import typer
 
+from zowrap.cli import bench, env, eval, export, inspect, replay, rules, tune
+from zowrap.cli.aliases import AliasCommand
+from zowrap.cli.console import Interrupted, fail, json_asked, result, say, stdout_for_result
 from zowrap.errors import ZOError, first_line
-
-from . import bench, env, eval, export, inspect, replay, rules, tune
-from .console import Interrupted, fail, json_asked, result, say, stdout_for_result
-from .options import AliasCommand
 
 app = typer.Typer(
     name="zowrap",

@@ -14,12 +14,12 @@ from typing import Annotated, Any
 
 import typer
 
-from zowrap import cache, names
+from zowrap import names
+from zowrap.cli.checks import one_of
+from zowrap.cli.console import quiet_libraries, result, say
+from zowrap.cli.options import Json, option, takes
+from zowrap.compiler import cache
 from zowrap.errors import ZOError
-
-from .checks import one_of
-from .console import quiet_libraries, result, say
-from .options import Json, option, takes
 
 
 @dataclasses.dataclass

@@ -17,17 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from zowrap import names
-from zowrap.data import check_source, first_row, label_of, text_of
+from zowrap.cli.console import quiet_libraries
+from zowrap.cli.options import StepOptions, TuneOptions, load_plugins, split_labels
 from zowrap.errors import ZOError, first_line, nearest, need_package
-from zowrap.files import python_file, same_place
-from zowrap.folder import RunFolder
-from zowrap.weights import check_directory
-
-from .console import quiet_libraries, say
-from .options import CHANGEABLE, PER_CALL, RIGHTS, StepOptions, TuneOptions, given, load_plugins, split_labels
+from zowrap.names import python_file
+from zowrap.storage.atomic import same_place
+from zowrap.storage.folder import RunFolder
+from zowrap.storage.safetensors import check_directory
+from zowrap.tasks.rows import check_source, first_row, label_of, text_of
 
 SCHEDULES = ("constant", "linear", "cosine")
 PATHS = ("model", "data", "eval_data", "test_data")
@@ -206,7 +204,7 @@ def _check_zeroth_order(options: TuneOptions) -> None:
     import torch
     from torch import nn
 
-    from zowrap.rules import get
+    from zowrap.rules.registry import get
     from zowrap.wrap import zo_wrap
 
     zo_wrap(
@@ -276,7 +274,7 @@ def check_out_is_free(options: TuneOptions) -> None:
 
 def to_config(options: TuneOptions) -> Any:
     """The trainer's arguments; building them checks the rest."""
-    from zowrap.config import ZOConfig
+    from zowrap.training.config import ZOConfig
 
     schedule = options.lr_schedule
     if schedule == "constant" and options.warmup_steps:
@@ -324,85 +322,12 @@ def to_config(options: TuneOptions) -> Any:
         raise ZOError(first_line(error)) from error
 
 
-# --- what a run keeps of its options ------------------------------------------------------------------------------
-
-
-def saved_options(options: TuneOptions) -> dict[str, Any]:
-    """The options as ``zowrap.json`` keeps them: files by absolute path, so that a run goes on from anywhere."""
-    values = {k: v for k, v in dataclasses.asdict(options).items() if k not in PER_CALL}
-    values["lr"] = learning_rate(options)
-    for name in PATHS:
-        if values[name] is not None and Path(values[name]).exists():
-            values[name] = str(Path(values[name]).absolute())
-    if options.plugin:
-        values["plugin"] = options.plugin  # told when it is missing, never imported from here
-    return values
-
-
-def _check_rights(options: TuneOptions, saved: dict[str, Any]) -> None:
-    """What the run was given as a right has to be given again: its folder may be somebody else's work.
-
-    Raises:
-        ZOError: it was tuned with code that its model brings.
-    """
-    if saved.get("trust_remote_code") and not options.trust_remote_code:
-        raise ZOError(
-            f"{options.out} was tuned with --trust-remote-code, which its folder cannot ask for: if you trust the code "
-            f"of {saved.get('model')!r}, give --trust-remote-code again"
-        )
-    if saved.get("report_to") and not options.report_to:
-        say(f"{options.out} reported to {saved['report_to']}: give --report-to again to go on with that")
-
-
-def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions, dict[str, Any] | None]:
-    """With ``--resume``, the run's own options, less those given anew that may be; its result, where it is finished.
-
-    Raises:
-        ZOError: ``--out`` is not a run.
-    """
-    if not options.resume:
-        return options, None
-    if options.overwrite:
-        raise ZOError("--resume goes on with what --overwrite would remove: give one of them")
-    if options.out is None:
-        raise ZOError("which run is to go on? give --out RUN")
-    run = RunFolder(options.out)
-    if not run.config_file.is_file() and run.holds_something():
-        raise ZOError(f"{options.out} is not a run: there is no {run.config_file.name} in it")
-    config = run.config() if run.config_file.is_file() else {}
-    if not config.get("task"):
-        if options.model is None:
-            raise ZOError(f"there is no run in {options.out} to go on with")
-        say(f"{options.out} holds nothing to go on from: starting over")
-        return options, None
-    saved = config["options"]
-    _check_rights(options, saved)
-    asked = saved_options(options)
-    for name, value in asked.items():
-        if name not in RIGHTS and name in saved and given(context, name) and value != saved[name]:
-            option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
-            used = "and is used in its place" if name in CHANGEABLE else "which is used: a run keeps its options"
-            say(f"{option} {value} differs from the run's own {saved[name]}, {used}")
-    fields = FIELDS - {*PER_CALL, *RIGHTS}
-    anew = {name for name in CHANGEABLE if given(context, name)}
-    kept = {name: value for name, value in saved.items() if name in fields - anew}
-    status = run.status()
-    if status.get("state") == "failed":
-        raise ZOError(f"the run in {options.out} failed, and would fail again: {run.failure()}; start one anew")
-    finished = status.get("result") if status.get("state") == "finished" else None
-    if finished is None:
-        check_recorded_rule(config, run.path, options.plugin)
-    else:
-        finished = {**finished, "out": options.out, "resumed_from": finished["steps"], "steps_run": 0}
-    return dataclasses.replace(options, **kept), finished
-
-
 def check_recorded_rule(config: dict[str, Any], run: Path, plugin: list[str]) -> None:
     """Raise :class:`ZOError` where a run was made by a rule that is not here. Torch is imported for a foreign one."""
     saved = config["options"]
     if saved["rule"] not in (*names.RULES, *names.RULE_ALIASES):
         quiet_libraries()
-        from zowrap.rules import find_recorded
+        from zowrap.rules.registry import find_recorded
 
         load_plugins(plugin)
         find_recorded(saved["rule"], run, saved.get("plugin") or ())

@@ -19,7 +19,8 @@ def apply(context: typer.Context, path: str | None) -> str | None:
     """
     if path is None:
         return None
-    from .options import expand, unalias
+    from zowrap.cli.aliases import unalias
+    from zowrap.cli.paths import expand
 
     path = str(expand(path))
     parameters = {parameter.name: parameter for parameter in context.command.params}

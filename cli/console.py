@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, cast
 
-from zowrap import __version__
 from zowrap.errors import ZOWarning
+from zowrap.version import __version__
 
 _result_stream: Any = None  # the real stdout while a command runs with --json
 

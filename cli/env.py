@@ -12,8 +12,8 @@ from typing import Any
 
 import typer
 
-from .console import quiet_libraries, result
-from .options import Json, takes
+from zowrap.cli.console import quiet_libraries, result
+from zowrap.cli.options import Json, takes
 
 _PACKAGES = (
     "torch", "transformers", "accelerate", "safetensors", "bitsandbytes", "peft", "datasets", "pyarrow", "matplotlib",
@@ -31,8 +31,8 @@ def env(context: typer.Context, options: EnvOptions) -> None:
     quiet_libraries()
     import torch
 
-    import zowrap
-    from zowrap import cache
+    from zowrap.compiler import cache
+    from zowrap.version import __version__
 
     versions = {name: _version(name) for name in _PACKAGES}
     devices = _devices(torch)
@@ -45,7 +45,7 @@ def env(context: typer.Context, options: EnvOptions) -> None:
         "pictures (loss.png)": _needs(versions, "matplotlib"),
     }
     record = {
-        "zowrap": zowrap.__version__,
+        "zowrap": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions,
@@ -55,7 +55,7 @@ def env(context: typer.Context, options: EnvOptions) -> None:
         "cache": str(cache.folder()),
         "works": works,
     }
-    lines = [f"zowrap {zowrap.__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    lines = [f"zowrap {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"{name:14} {version or 'not installed'}" for name, version in versions.items()]
     lines += [f"device         {device}" for device in devices]
     lines += [f"compiler       {compiler or 'none'}", f"cache          {cache.folder()} (compiled code)"]

@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zowrap import names
-from zowrap.data import check_source
-from zowrap.errors import ZOError
-from zowrap.files import same_place
-from zowrap.folder import RunFolder
-from zowrap.weights import check_directory, weight_files
-
-from .checks import at_least, one_of
-from .console import begin, quiet_libraries, result, say
-from .options import (
-    PATH,
+from zowrap.cli.checks import at_least, one_of
+from zowrap.cli.console import begin, quiet_libraries, result, say
+from zowrap.cli.options import (
     Dtype,
     EndOfText,
     Head,
@@ -36,10 +29,17 @@ from .options import (
     split_labels,
     takes,
 )
-from .summary import spread
+from zowrap.cli.paths import PATH
+from zowrap.cli.summary import spread
+from zowrap.cli.tasks import resolve_task, saved_task, say_counts
+from zowrap.errors import ZOError
+from zowrap.storage.atomic import same_place
+from zowrap.storage.folder import RunFolder
+from zowrap.storage.safetensors import check_directory, weight_files
+from zowrap.tasks.rows import check_source
 
 if TYPE_CHECKING:
-    from zowrap.evaluation import Evaluation
+    from zowrap.loss.evaluation import Evaluation
 
 
 @dataclasses.dataclass
@@ -74,11 +74,11 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
     assert options.data is not None
     begin(f"{options.model} and {options.data}")
     quiet_libraries()
-    from zowrap.data import read_rows, sample
-    from zowrap.quant import lower
-    from zowrap.quant.convert import read_base_options
-    from zowrap.tasks import choose_dtype, open_source
-    from zowrap.weights import ADAPTER
+    from zowrap.quant.lowering import lower
+    from zowrap.storage.base_options import read_base_options
+    from zowrap.storage.safetensors import ADAPTER
+    from zowrap.tasks.loading import choose_dtype, open_source
+    from zowrap.tasks.rows import read_rows, sample
 
     rows = sample(read_rows(options.data, default_split="test"), options.max_eval_examples)
     source = open_source(options.model, options.trust_remote_code)
@@ -145,12 +145,6 @@ def _check_saved(context: typer.Context, options: EvalOptions, saved: dict[str, 
             raise ZOError(f"{options.model} is a run and keeps its own --{name}: leave it out")
 
 
-def saved_task(model: str) -> dict[str, Any] | None:
-    """The task that a run keeps in ``zowrap.json``, or None where ``model`` is no run."""
-    run = RunFolder(model)
-    return (run.config().get("task") or None) if run.config_file.is_file() else None
-
-
 def _check_finished(model: str) -> None:
     there = bool(weight_files(model))
     if there:
@@ -171,27 +165,9 @@ def say_failure(folder: str | Path) -> None:
         say(f"the run in {folder} failed: {reason}; its folder holds the best model from before, of step {step}")
 
 
-def resolve_task(options: Any, rows: Any, source: Any) -> Any:
-    """The task that the options of ``tune`` or ``eval`` describe, with the reason for its form."""
-    from zowrap.tasks import resolve
-
-    return resolve(
-        options.task,
-        rows,
-        source,
-        head=options.head,
-        labels=split_labels(options.labels),
-        template=options.template,
-        text_column=options.text_column,
-        label_column=options.label_column,
-        max_length=options.max_length,
-        end_of_text=options.end_of_text,
-    )
-
-
 def _task(context: typer.Context, options: EvalOptions, saved: dict[str, Any] | None, rows: Any, source: Any) -> Any:
     """The run's own task with what the user asks otherwise, or one resolved from the options."""
-    from zowrap.tasks import from_record
+    from zowrap.tasks.resolve import from_record
 
     if saved is None:
         return resolve_task(options, rows, source)
@@ -200,25 +176,14 @@ def _task(context: typer.Context, options: EvalOptions, saved: dict[str, Any] | 
     return from_record({**saved, **asked}), f"{saved.get('kind')} as {options.model} was tuned"
 
 
-def say_counts(examples: Any, max_length: int, what: str = "rows") -> None:
-    """Tell once what tokenising did to the data."""
-    if examples.truncated:
-        say(
-            f"{examples.truncated} of {len(examples) + examples.dropped} {what} "
-            f"were longer than {max_length} tokens and cut"
-        )
-    if examples.dropped:
-        say(f"{examples.dropped} {what} had no token to learn from and were left out")
-
-
 def measure(
     model: Any, task: Any, examples: Any, source: Any, batch_size: int, predictions: str | None = None
 ) -> dict[str, Any]:
     """Loss and accuracy, weighted by examples or label tokens as in training, and how sure the accuracy is."""
     import torch
 
-    from zowrap.evaluation import certainty
-    from zowrap.files import write_text
+    from zowrap.loss.evaluation import certainty
+    from zowrap.storage.atomic import write_text
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines: list[str] = []
@@ -241,8 +206,8 @@ def run_over(
     model: Any, task: Any, examples: Any, source: Any, batch_size: int, device: Any, metrics: Any
 ) -> Evaluation:
     """Evaluate a model that is on ``device`` over tokenised rows."""
-    from zowrap.evaluation import run
-    from zowrap.tasks import batches
+    from zowrap.loss.evaluation import run
+    from zowrap.tasks.batches import batches
 
     on_device = (
         {name: value.to(device) for name, value in batch.items()}

@@ -8,16 +8,17 @@ from typing import Annotated
 
 import typer
 
-from zowrap import names, weights
+from zowrap import names
+from zowrap.cli.checks import one_of
+from zowrap.cli.console import begin, quiet_libraries, result
+from zowrap.cli.eval import say_failure
+from zowrap.cli.options import Json, option, takes
+from zowrap.cli.paths import PATH
+from zowrap.cli.tasks import check_target, recorded_base
 from zowrap.errors import ZOError
-from zowrap.lock import locked
-from zowrap.weights import ADAPTER, may_be_of_the_hub, pickled_weights, weight_files
-
-from .checks import one_of
-from .console import begin, quiet_libraries, result
-from .eval import say_failure
-from .options import PATH, Json, option, takes
-from .replay import check_target, recorded_base
+from zowrap.storage import safetensors
+from zowrap.storage.lock import locked
+from zowrap.storage.safetensors import ADAPTER, may_be_of_the_hub, pickled_weights, weight_files
 
 
 @dataclasses.dataclass
@@ -54,29 +55,41 @@ def export(context: typer.Context, options: ExportOptions) -> None:
 
 def _write(options: ExportOptions, source: Path) -> None:
     """Write the model, as the one process that writes into ``--to``, and say what came of it."""
-    from zowrap.export import convert_pickle, export_run
-    from zowrap.quant.convert import DTYPES, is_quantized_folder, output_error
+    from zowrap.storage.compare import output_error
+    from zowrap.storage.dequantize import is_quantized_folder
+    from zowrap.storage.export import export_run
+    from zowrap.storage.formats import DTYPES
+    from zowrap.storage.pickles import convert_pickle
+    from zowrap.tasks.adapted import adapted
 
     assert options.to is not None
     say_failure(source)
     errors: dict[str, float] = {}
     adapters = (source / ADAPTER).is_file()
     if options.format == "merged" or (adapters and options.format in DTYPES):
-        from zowrap.export import export_merged
+        from zowrap.storage.merge import export_merged
 
-        files, errors = export_merged(source, options.to, options.max_shard_size, options.overwrite, options.format)
+        files, errors = export_merged(
+            source, options.to, adapted, options.max_shard_size, options.overwrite, options.format
+        )
     elif options.allow_pickle and pickled_weights(source) and not weight_files(source):
         _check_as_it_is(options)
         files = convert_pickle(source, options.to, overwrite=options.overwrite)
     else:
         files = export_run(
-            source, options.to, options.dtype, options.max_shard_size, overwrite=options.overwrite, form=options.format
+            source,
+            options.to,
+            options.dtype,
+            options.max_shard_size,
+            overwrite=options.overwrite,
+            form=options.format,
+            load=adapted,
         )
     size = sum(file.stat().st_size for file in files)
     record = {"to": options.to, "files": [file.name for file in files], "bytes": size}
     lines = [f"wrote {options.to}: {len(files)} files, {size / 2**20:.1f} MiB"]
     if options.format in DTYPES and (adapters or is_quantized_folder(source)):
-        error, why_not = output_error(source, options.to, options.format)
+        error, why_not = output_error(source, options.to, options.format, adapted)
         record |= {"logit_error": error, "logit_error_why": why_not}
         if error is None:
             lines.append(f"its outputs were not compared with the tuned model's: {why_not}")
@@ -104,7 +117,7 @@ def _check(options: ExportOptions) -> None:
     check_target(options.to, options.overwrite, "--to", options.source, recorded_base(path))
     if options.allow_pickle and pickled_weights(path) and not weight_files(path):
         return _check_as_it_is(options)
-    weights.check_model(path, whole=False)
+    safetensors.check_model(path, whole=False)
 
 
 def _check_as_it_is(options: ExportOptions) -> None:

@@ -13,14 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from zowrap import names
-from zowrap.data import check_source
+from zowrap.cli.checks import at_least, check_step_options, one_of, rule_options, users_words
+from zowrap.cli.console import begin, quiet_libraries, result, say
+from zowrap.cli.options import StepOptions, load_plugins, option, split_labels, takes
+from zowrap.cli.paths import PATH
+from zowrap.cli.tasks import resolve_task, saved_task
 from zowrap.errors import ZOCaptureError, ZOError
-from zowrap.weights import check_directory
-
-from .checks import at_least, check_step_options, one_of, rule_options, users_words
-from .console import begin, quiet_libraries, result, say
-from .eval import resolve_task, saved_task
-from .options import PATH, StepOptions, load_plugins, option, split_labels, takes
+from zowrap.storage.safetensors import check_directory
+from zowrap.tasks.rows import check_source
 
 LENGTH = 256  # tokens of a row where --max-length does not say: a paragraph
 
@@ -48,9 +48,9 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
     begin(options.model)
     quiet_libraries()
     load_plugins(options.plugin)
-    from zowrap.data import read_rows
-    from zowrap.report import report
-    from zowrap.tasks import choose_dtype, open_source
+    from zowrap.model.inspect import report
+    from zowrap.tasks.loading import choose_dtype, open_source
+    from zowrap.tasks.rows import read_rows
 
     source = _open(options)
     dtype, why = choose_dtype(options.dtype, source)
@@ -60,7 +60,7 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
         raise ZOError(f"there is no program to {'print' if options.programs else 'draw'}: {problem}")
     plan = _plan(options, zm, estimator, problem)
     programs = [] if estimator is None else estimator.programs()
-    facts = report(zm, plan.costs)
+    facts = report(zm._job, zm._engine, zm._schedule, zm._values, None, plan.costs)
     facts.notes = {name: laid.program.notes for name, laid in programs}
     record: dict[str, Any] = {"model": options.model, "dtype": _name(dtype), **plan.record(), **facts.as_dict()}
     record["eps_why"], record["noise_floor"] = _why_eps(options, zm), None
@@ -104,9 +104,9 @@ def _check(options: InspectOptions) -> None:
 
 def _open(options: InspectOptions) -> Any:
     """The model's configuration, and how its weights would be quantised."""
-    from zowrap.quant import quantization
-    from zowrap.tasks import open_source
-    from zowrap.weights import adapters_base
+    from zowrap.quant.schemes import quantization
+    from zowrap.storage.safetensors import adapters_base
+    from zowrap.tasks.loading import open_source
 
     base = adapters_base(options.model)
     if base is not None:
@@ -132,12 +132,12 @@ def _wrapped(options: InspectOptions, source: Any, dtype: Any) -> tuple[Any, Any
 
 def _wrap(options: InspectOptions, model: Any, trainable: Any, loss_fn: Any) -> Any:
     """Put adapters on a model where they are to move, and wrap it, as ``tune`` does."""
-    from zowrap.quant import ways
-    from zowrap.rules import get
+    from zowrap.quant import modes
+    from zowrap.rules.registry import get
     from zowrap.wrap import zo_wrap
 
     with users_words(options):
-        way = ways.from_options(model, dataclasses.asdict(options), seed=0)
+        way = modes.from_options(model, dataclasses.asdict(options), seed=0)
         if way is not None or options.use_peft:
             trainable = None
         return zo_wrap(
@@ -169,9 +169,11 @@ def _why_eps(options: InspectOptions, zm: Any) -> str:
 
 def _floor(options: InspectOptions, source: Any, dtype: Any) -> Any:
     """Load the weights and measure on a batch of ``--data`` how much of a difference of losses is rounding."""
-    from zowrap.data import read_rows
-    from zowrap.quant import noise_floor, quantization
-    from zowrap.tasks import batches, from_record
+    from zowrap.calibration.noise_floor import noise_floor
+    from zowrap.quant.schemes import quantization
+    from zowrap.tasks.batches import batches
+    from zowrap.tasks.resolve import from_record
+    from zowrap.tasks.rows import read_rows
 
     assert options.data is not None
     rows, saved = read_rows(options.data, default_split="train"), saved_task(options.model)
@@ -188,7 +190,7 @@ def _floor(options: InspectOptions, source: Any, dtype: Any) -> Any:
     source.quantization = quantization(dataclasses.asdict(options))
     model = task.build(source, dtype)
     # Compiling takes longer than the few evaluations do.
-    eager = dataclasses.replace(options, engine="eager")
+    eager = dataclasses.replace(options, engine="eager")  # type: ignore[call-arg]  # of a class that mypy cannot see
     zm = _wrap(eager, model, task.default_trainable(model), task.loss_fn)
     (batch,) = batches(examples, task.collator(source), options.batch_size)
     return noise_floor(zm, batch)
@@ -211,12 +213,12 @@ def blocks_of(values: list[str]) -> str | list[str] | None:
 
 def _estimator(zm: Any, shapes: Any) -> tuple[Any, str | None]:
     """What works out the costs, or why they cannot be had."""
-    from zowrap.costs import Estimator
+    from zowrap.analysis.costs import Estimator
 
     if shapes.batch is None:
         return None, shapes.why_not
     try:
-        estimator = Estimator(zm, shapes.batch)
+        estimator = Estimator(zm._job, zm._engine, zm._schedule, shapes.batch)
         estimator.costs()
     except ZOCaptureError as error:
         return None, str(error)
@@ -244,7 +246,8 @@ class _Plan:
 
 def _plan(options: InspectOptions, zm: Any, estimator: Any, problem: str | None) -> _Plan:
     """Let the model choose its schedule, and see whether that fits."""
-    from zowrap.memory import fits, free_memory, in_words, what_helps
+    from zowrap.analysis.costs import what_helps
+    from zowrap.machine import fits, free_memory, in_words
 
     free, found = free_memory(), None
     if estimator is None:
@@ -268,7 +271,7 @@ def _plan(options: InspectOptions, zm: Any, estimator: Any, problem: str | None)
 
 def _least(zm: Any) -> int:
     """Weights, the rule's state, and the perturbed copy of what moves that the eager engine makes."""
-    from zowrap.costs import weight_bytes
+    from zowrap.step.parameters import weight_bytes
 
     moving = sum(p.tensor.numel() * p.tensor.element_size() for p in zm.parameters)
     return weight_bytes(zm.model) + zm._job.state_bytes + moving
@@ -283,8 +286,8 @@ def _unknown(problem: str | None) -> Callable[[], Any]:
 
 def _draw(options: InspectOptions, programs: Any, facts: list[str]) -> None:
     """``--html``: the largest program of the step."""
-    from zowrap.files import write_text
-    from zowrap.view import page
+    from zowrap.analysis.html import page
+    from zowrap.storage.atomic import write_text
 
     assert options.html is not None
     name, laid = max(programs, key=lambda program: len(program[1].program.graph.nodes))

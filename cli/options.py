@@ -7,44 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand
 
+from zowrap.cli.config import apply
+from zowrap.cli.paths import PATH, _is_path, expand
 from zowrap.errors import ZOError
-
-from .config import apply
-
-# The Trainer's spellings, accepted but not advertised.
-ALIASES = {
-    "--learning-rate": "--lr",
-    "--max-steps": "--steps",
-    "--output-dir": "--out",
-    "--per-device-train-batch-size": "--batch-size",
-    "--gradient-accumulation-steps": "--grad-accum",
-    "--lr-scheduler-type": "--lr-schedule",
-    "--save-steps": "--save-every",
-    "--eval-steps": "--eval-every",
-}
-
-
-class AliasCommand(TyperCommand):
-    """A command that also takes :data:`ALIASES`, with dashes or underscores."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, [unalias(arg) for arg in args])
-
-
-def unalias(arg: str) -> str:
-    """``--learning_rate=1e-3`` → ``--lr=1e-3``."""
-    if not arg.startswith("--"):
-        return arg
-    name, equals, value = arg.partition("=")
-    name = name.replace("_", "-")
-    return f"{ALIASES.get(name, name)}{equals}{value}"
 
 
 def takes(options: type) -> Callable[[Callable[[typer.Context, Any], Any]], Callable[..., Any]]:
@@ -102,21 +72,6 @@ def given(context: typer.Context, name: str) -> bool:
 
 def option(names: str, text: str, panel: str | None = None, **more: Any) -> Any:
     return typer.Option(*names.split(), help=text, rich_help_panel=panel, **more)
-
-
-# Marks an option that names a file or a folder: ``~`` in it is expanded once, before any command sees it.
-PATH = object()
-
-
-def expand(value: Any) -> Any:
-    """``~/models`` → ``/home/me/models``, which no shell does in a quoted argument or a configuration file."""
-    if isinstance(value, list):
-        return [expand(each) for each in value]
-    return os.path.expanduser(value) if isinstance(value, str) else value
-
-
-def _is_path(annotation: Any) -> bool:
-    return any(each is PATH for each in getattr(annotation, "__metadata__", ()))
 
 
 # Options that several commands have.

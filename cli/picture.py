@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from zowrap.files import writing
+from zowrap.storage.atomic import writing
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

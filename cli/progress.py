@@ -12,10 +12,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from zowrap import telling
-from zowrap.intervals import wilson
-
-from .console import say
-from .picture import read_metrics
+from zowrap.cli.console import say
+from zowrap.cli.picture import read_metrics
+from zowrap.numerics.intervals import wilson
 
 # Of an exponential mean over the logs, each the mean of a hundredth of the run: it follows a twentieth of the run.
 SMOOTHING = 0.8

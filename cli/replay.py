@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from zowrap.cli.checks import check_recorded_rule
+from zowrap.cli.console import begin, quiet_libraries, result
+from zowrap.cli.options import Json, Plugin, Trust, load_plugins, option, takes
+from zowrap.cli.paths import PATH
+from zowrap.cli.tasks import check_target, recorded_base
 from zowrap.errors import ZOError
-from zowrap.files import python_file, same_place
-from zowrap.folder import RunFolder
-from zowrap.lock import entries, locked
-from zowrap.weights import adapters_base, check_directory
-
-from .checks import check_recorded_rule
-from .console import begin, quiet_libraries, result
-from .options import PATH, Json, Plugin, Trust, load_plugins, option, takes
+from zowrap.names import python_file
+from zowrap.storage.folder import RunFolder
+from zowrap.storage.lock import locked
+from zowrap.storage.safetensors import check_directory
 
 
 @dataclasses.dataclass
@@ -50,9 +51,11 @@ def replay(context: typer.Context, options: ReplayOptions) -> None:
     quiet_libraries()
     load_plugins(options.plugin)
     check_recorded_rule(config, run.path, [])
-    from zowrap.quant import quantization, ways
-    from zowrap.run import replay_run
-    from zowrap.tasks import choose_dtype, from_record, open_source
+    from zowrap.quant import modes
+    from zowrap.quant.schemes import quantization
+    from zowrap.tasks.loading import choose_dtype, open_source
+    from zowrap.tasks.resolve import from_record
+    from zowrap.training.replay import replay_run
 
     task = from_record(config["task"])
     source = open_source(options.model, options.trust_remote_code)
@@ -60,32 +63,8 @@ def replay(context: typer.Context, options: ReplayOptions) -> None:
     source.quantization = quantization(config["options"])
     seed = int(config["options"].get("seed") or 0)
     model = task.build(source, dtype, seed)
-    ways.from_options(model, config["options"], seed)
+    modes.from_options(model, config["options"], seed)
     with locked(options.to):
         zm = replay_run(model, options.run, options.to, tokenizer=source.tokenizer)
     record = {"to": options.to, "steps": zm.step_count, "rule": zm.rule.name}
     result(record, options.json, [f"wrote {options.to}: {zm.step_count} steps of {zm.rule.name} replayed"])
-
-
-def recorded_base(folder: str | Path) -> str | None:
-    """The model that a run, or a folder of adapters, says it was made from."""
-    run = RunFolder(folder)
-    named = run.config().get("model") if run.config_file.is_file() else None
-    return named or adapters_base(folder)
-
-
-def check_target(to: str, overwrite: bool, option_name: str, *kept: Any) -> None:
-    """Raise :class:`ZOError` unless ``to`` is a directory that may be written: new, empty, or to be replaced.
-
-    Args:
-        kept: folders that the command reads, or that what it reads was made from: they are never written over, by
-            whatever name.
-    """
-    path = Path(to)
-    if path.exists() and not path.is_dir():
-        raise ZOError(f"{option_name} {to} is a file: give the name of a directory")
-    for folder in kept:
-        if isinstance(folder, str) and same_place(to, folder):
-            raise ZOError(f"{option_name} {to} is {folder}, which would be written over: give another directory")
-    if entries(path) and not overwrite:
-        raise ZOError(f"{option_name} {to} is not empty: give a new directory, or --overwrite")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .console import result, say
-from .options import Json, Plugin, load_plugins, takes
+from zowrap.cli.console import result, say
+from zowrap.cli.options import Json, Plugin, load_plugins, takes
 
 if TYPE_CHECKING:
-    from zowrap.rules import Entry
+    from zowrap.rules.entry import Entry
 
 
 @dataclasses.dataclass
@@ -25,9 +25,9 @@ class RulesOptions:
 def rules(context: typer.Context, options: RulesOptions) -> None:
     """List the update rules: state, memory, forward passes, hyper-parameters and source."""
     load_plugins(options.plugin)
-    from zowrap.rules import REGISTRY
-    from zowrap.rules.measure import extra_memory
-    from zowrap.rules.plugins import load_installed
+    from zowrap.bench.rule_memory import extra_memory
+    from zowrap.rules.entry_points import load_installed
+    from zowrap.rules.registry import REGISTRY
 
     for sentence in load_installed():
         say(f"warning: {sentence}")
@@ -37,7 +37,7 @@ def rules(context: typer.Context, options: RulesOptions) -> None:
 
 
 def _record(name: str, entry: Entry, held: float) -> dict[str, Any]:
-    from zowrap.rules import ALIASES
+    from zowrap.rules.registry import ALIASES
 
     rule = entry.constructor()
     return {

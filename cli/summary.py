@@ -2,7 +2,7 @@
 
 The best of several evaluations on the rows that it was chosen by looks like a gain even where nothing changed. So a
 gain is claimed only where more rows got better than worse beyond chance, with the number of evaluations allowed for
-(:func:`zowrap.intervals.beyond_chance`), and figures of rows that chose nothing stand apart.
+(:func:`zowrap.numerics.intervals.beyond_chance`), and figures of rows that chose nothing stand apart.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from zowrap.intervals import beyond_chance
+from zowrap.numerics.intervals import beyond_chance
 
 FIGURES = ("loss", "accuracy")
 
@@ -47,7 +47,7 @@ def unseen_facts(before: dict[str, Any], after: dict[str, Any], rows: dict[str, 
 
     Args:
         before, after: loss and accuracy of the untuned model and of the one that was kept; empty where not known.
-        rows: how sure the latter are, see :func:`zowrap.evaluation.certainty`.
+        rows: how sure the latter are, see :func:`zowrap.loss.evaluation.certainty`.
     """
     facts: dict[str, Any] = {}
     for name in FIGURES:

@@ -16,22 +16,14 @@ from typing import Any
 
 import typer
 
+from zowrap.cli.checks import check_at_once, check_options, check_out_is_free, to_config, users_words
+from zowrap.cli.console import Interrupted, begin, quiet_libraries, result, say
+from zowrap.cli.options import TuneOptions, load_plugins, takes
+from zowrap.cli.restore import restored, saved_options
+from zowrap.cli.summary import dev_facts, lines, unseen_facts
+from zowrap.cli.tasks import resolve_task, say_counts
 from zowrap.errors import ZOError
-from zowrap.lock import check_one_process, locked
-
-from .checks import (
-    check_at_once,
-    check_options,
-    check_out_is_free,
-    restored,
-    saved_options,
-    to_config,
-    users_words,
-)
-from .console import Interrupted, begin, quiet_libraries, result, say
-from .eval import resolve_task, say_counts
-from .options import TuneOptions, load_plugins, takes
-from .summary import dev_facts, lines, unseen_facts
+from zowrap.storage.lock import check_one_process, locked
 
 
 @takes(TuneOptions)
@@ -62,7 +54,7 @@ def train(options: TuneOptions, began: float) -> None:
     Args:
         began: when the command began, in seconds since the epoch.
     """
-    from .progress import Progress
+    from zowrap.cli.progress import Progress
 
     plan = prepare(options)
     model, options = load(plan, options)
@@ -104,9 +96,9 @@ class Plan:
 
 def prepare(options: TuneOptions) -> Plan:
     """Read and check the data, open the model, tokenise."""
-    from zowrap.data import read_rows, sample
-    from zowrap.tasks import open_source
-    from zowrap.weights import adapters_base
+    from zowrap.storage.safetensors import adapters_base
+    from zowrap.tasks.loading import open_source
+    from zowrap.tasks.rows import read_rows, sample
 
     assert options.data is not None and options.model is not None  # check_options asked for them
     base = adapters_base(options.model)
@@ -160,8 +152,9 @@ def show(examples: Any, source: Any, count: int) -> None:
 
 def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     """Load the weights. Returns the model, and the options with the dtype resolved."""
-    from zowrap.quant import quantization, ways
-    from zowrap.tasks import choose_dtype
+    from zowrap.quant import modes
+    from zowrap.quant.schemes import quantization
+    from zowrap.tasks.loading import choose_dtype
 
     dtype, why = choose_dtype(options.dtype, plan.source)
     name = str(dtype).removeprefix("torch.")
@@ -173,11 +166,11 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     say(f"{plan.source.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights in {name} ({why})")
     quantized, eps = options.quantized, options.eps
     with users_words(options):
-        way = ways.from_options(model, dataclasses.asdict(options), options.seed)
+        way = modes.from_options(model, dataclasses.asdict(options), options.seed)
     if way is not None:
         quantized = way.name
         say(f"{quantized} move ({way.why})")
-    eps = eps if eps is not None else ways.EPS_PLAIN if quantized is None else ways.EPS[quantized]
+    eps = eps if eps is not None else modes.EPS_PLAIN if quantized is None else modes.EPS[quantized]
     return model, replace(options, dtype=name, quantized=quantized, eps=eps)
 
 
@@ -185,9 +178,8 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
     """The trainer with this command's callbacks in place of the Trainer's printing ones."""
     from transformers import PrinterCallback, ProgressCallback
 
-    from zowrap.trainer import ZOTrainer
-
-    from .progress import Progress
+    from zowrap.cli.progress import Progress
+    from zowrap.training.trainer import ZOTrainer
 
     config = to_config(options)
     if not options.trainable and options.quantized is None and not options.use_peft:
@@ -232,7 +224,7 @@ def tests_first(trainer: Any, plan: Plan) -> Any:
 
 def measure_test(trainer: Any, plan: Plan) -> Any:
     """The model as it stands on the test data, as ``zowrap eval`` measures it."""
-    from .eval import run_over
+    from zowrap.cli.eval import run_over
 
     args = trainer.args
     task, size = plan.task, args.per_device_eval_batch_size
@@ -249,8 +241,8 @@ def measure_test(trainer: Any, plan: Plan) -> Any:
 
 def report_test(trainer: Any, plan: Plan, options: TuneOptions) -> dict[str, Any]:
     """What ``--json`` prints of the test data: the untuned model's figures and those of the model in ``out``."""
-    from zowrap.evaluation import certainty
-    from zowrap.run import load_weights
+    from zowrap.loss.evaluation import certainty
+    from zowrap.training.checkpoint import load_weights
 
     before = trainer.run.before().get("test") or {}
     metric = _metric(options)
@@ -270,8 +262,8 @@ def _metric(options: TuneOptions) -> str:
 
 def _collator(plan: Plan, device: str) -> Any:
     """Batches of few lengths for a GPU, where each kind of batch is recorded; as short as can be elsewhere."""
-    from zowrap.recorded import MOST
-    from zowrap.tasks import even_lengths
+    from zowrap.model.cuda_graphs import MOST
+    from zowrap.tasks.batches import even_lengths
 
     collator = plan.task.collator(plan.source)
     if device != "cuda":
@@ -281,7 +273,7 @@ def _collator(plan: Plan, device: str) -> Any:
 
 def report(trainer: Any, options: TuneOptions, seconds: float) -> dict[str, Any]:
     """What ``--json`` prints. ``loss`` and ``accuracy`` are those of the model in ``out``, where there is data."""
-    from .picture import draw, read_metrics
+    from zowrap.cli.picture import draw, read_metrics
 
     out = Path(str(options.out))
     steps, evaluations = read_metrics(out / "metrics.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zowrap.compiler.program import Program
 from zowrap.passes.check_lookups import CheckLookups
 from zowrap.passes.epilogue import AppendEpilogue, Epilogue
 from zowrap.passes.fuse_head import FuseHead
@@ -13,9 +14,7 @@ from zowrap.passes.population import Population
 from zowrap.passes.select_tunable import SelectTunable
 from zowrap.passes.split_streams import SplitStreams
 from zowrap.passes.strip_training import StripTraining
-
-from zowrap.engines.base import Job
-from zowrap.program import Program
+from zowrap.step.job import Job
 
 
 def build(

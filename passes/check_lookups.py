@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from zowrap.passes.manager import Pass
 
-from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
+import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
+from zowrap.compiler.program import Program
 from zowrap.errors import ZOInternalError
-from zowrap.loss import IGNORED
-from zowrap.program import Program
+from zowrap.loss.module import IGNORED
+from zowrap.passes.manager import Pass
 
 aten = torch.ops.aten
 _PICKS = {aten.gather.default, aten.index_select.default}

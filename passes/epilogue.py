@@ -17,14 +17,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
-from zowrap.passes.manager import Pass
 
-from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
-from zowrap.engines.base import Job
+import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)  # noqa: F401 (registers torch.ops.zowrap)
+from zowrap.compiler.program import Program
 from zowrap.errors import ZOInternalError
-from zowrap.program import Program
-from zowrap.quant import code_operators  # noqa: F401  (registers torch.ops.zowrap)
-from zowrap.step import conclude
+from zowrap.passes.manager import Pass
+from zowrap.step.arithmetic import conclude
+from zowrap.step.job import Job
 
 UPDATES = (
     torch.ops.zowrap.update_.default,

@@ -1,7 +1,7 @@
 """A vocabulary head and its cross-entropy → one operator that never holds the logits.
 
     before                                          after
-    logits = linear(x, w)                           s = zowrap.head(slice(x, 1, 0, -1), w, None, …, labels)
+    logits = linear(x, w)                           s = zowrap.ops.head(slice(x, 1, 0, -1), w, None, …, labels)
     shifted = slice(logits, 1, 0, -1)
     s = zowrap.token_losses(shifted, labels)
 
@@ -16,14 +16,14 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from zowrap.passes.manager import Pass
-from zowrap.passes.products import product_with
 
-from zowrap import head  # noqa: F401  (registers torch.ops.zowrap.head)
-from zowrap.compiler import size_oblivious
+import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
+from zowrap.compiler.inductor import size_oblivious
+from zowrap.compiler.program import Program
 from zowrap.errors import ZOInternalError
-from zowrap.loss import token_sums
-from zowrap.program import Program
+from zowrap.loss.module import token_sums
+from zowrap.passes.graph import product_with
+from zowrap.passes.manager import Pass
 
 aten = torch.ops.aten
 LEAST_CLASSES = 128  # with fewer, the logits are no larger than other activations

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from zowrap.passes.manager import Pass
-from zowrap.passes.twins import once, replace
 
+import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
+from zowrap.compiler.program import Program
 from zowrap.errors import ZOInternalError
-from zowrap.program import Program
-from zowrap.quant import code_operators, operators  # noqa: F401  (registers torch.ops.zowrap)
+from zowrap.passes.graph import once, replace
+from zowrap.passes.manager import Pass
 
 
 class LowerQuantized(Pass):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from zowrap.compiler.program import Program, verify
 from zowrap.errors import ZOCaptureError, ZOInternalError
-from zowrap.program import Program, verify
 
 
 class Pass:

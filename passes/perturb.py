@@ -5,8 +5,8 @@
     y_1 = linear(x_1, theta[1], b_1)                  y_0 = p[0] + b_0;  y_1 = p[1] + b_1
     e_0 = zowrap.rows(theta[0], ids)                  e = zowrap.perturb_rows(w, ids, key, …)
     e_1 = zowrap.rows(theta[1], ids)                  e_0 = e[0];  e_1 = e[1]
-    s_0 = zowrap.head(x_0, theta[0], …)               s = zowrap.perturb_head([x_0, x_1], w, key, …)
-    s_1 = zowrap.head(x_1, theta[1], …)               s_0 = s[0];  s_1 = s[1]
+    s_0 = zowrap.ops.head(x_0, theta[0], …)               s = zowrap.perturb_head([x_0, x_1], w, key, …)
+    s_1 = zowrap.ops.head(x_1, theta[1], …)               s_0 = s[0];  s_1 = s[1]
 
 Vectors keep ``zowrap.perturb``: they are small. So does any use without a cheaper form (convolutions, stacked expert
 weights): it costs one weight-sized temporary per point, and the note counts such uses.
@@ -19,11 +19,10 @@ from collections.abc import Callable
 
 import torch
 from torch import fx
-from zowrap.passes.manager import Pass
-from zowrap.passes.products import Product, product_with
-from zowrap.passes.twins import once, replace
 
-from zowrap.program import Program
+from zowrap.compiler.program import Program
+from zowrap.passes.graph import Product, once, product_with, replace
+from zowrap.passes.manager import Pass
 
 aten = torch.ops.aten
 Rewrite = Callable[["Perturb", fx.Graph, fx.Node, list[fx.Node]], list[fx.Node]]

@@ -3,7 +3,7 @@
     before                                 after
     y_0 = linear(x_0, theta[0], b_0)       y_0 = linear(x_0, w, b_0) + ((x_0 right) leftᵀ) * c_0
     e_0 = zowrap.rows(theta[0], ids)       e_0 = rows(w, ids) + (rows(left, ids) rightᵀ) * c_0
-    s_0 = zowrap.head(x_0, theta[0], …)    s_0 = zowrap.head(x_0, w, (x_0 right) * c_0, left, …)
+    s_0 = zowrap.ops.head(x_0, theta[0], …)    s_0 = zowrap.ops.head(x_0, w, (x_0 right) * c_0, left, …)
     theta[0] of a vector                   w + left * c_0
 
 with c_0 the first point's coefficient. The forward costs two thin products per matrix more than the plain one. Any
@@ -17,11 +17,11 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from zowrap.passes.manager import Pass
-from zowrap.passes.products import product_with
 
-from zowrap.program import Program
-from zowrap.step import at_least_float32
+from zowrap.compiler.program import Program
+from zowrap.numerics.dtypes import at_least_float32
+from zowrap.passes.graph import product_with
+from zowrap.passes.manager import Pass
 
 aten = torch.ops.aten
 # Up to this rank the outer product is written out, so that it fuses into what comes next.

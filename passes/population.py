@@ -15,19 +15,20 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
-from zowrap.passes.manager import Pass
 
-from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
-from zowrap.compiler import size_oblivious
+import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
+from zowrap.compiler.inductor import size_oblivious
+from zowrap.compiler.program import Program
 from zowrap.errors import ZOCaptureError, ZOInternalError, first_line
-from zowrap.program import Program
-from zowrap.step import at_least_float32
+from zowrap.numerics.dtypes import at_least_float32
+from zowrap.passes.manager import Pass
 
 
 class Population(Pass):
     """See the module. Inputs from the batch are per example, unless they have one row, which all examples share.
 
-    That is the rule of :func:`zowrap.loss.per_example_names`. Whether the model needs the sizes to be equal does not
+    That is the rule of :func:`zowrap.loss.module.per_example_names`. Whether the model needs the sizes to be equal does
+    not
     matter: attention takes a mask of any number of rows.
     """
 

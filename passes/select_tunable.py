@@ -20,13 +20,12 @@ import operator
 
 import torch
 from torch import fx
-from zowrap.passes.manager import Pass
 
-from zowrap import operators  # noqa: F401  (registers torch.ops.zowrap)
-from zowrap.engines.base import Job
+import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
+from zowrap.compiler.program import Program
 from zowrap.errors import ZOCaptureError
-from zowrap.program import Program
-from zowrap.quant import code_operators  # noqa: F401  (registers torch.ops.zowrap)
+from zowrap.passes.manager import Pass
+from zowrap.step.job import Job
 
 
 class UnusedBlock(ZOCaptureError):
@@ -38,7 +37,7 @@ class SelectTunable(Pass):
 
     Args:
         block: index of the active block.
-        spec: names the kernels (:mod:`zowrap.kernels`).
+        spec: names the kernels (:mod:`zowrap.ops.kernels`).
         points: how many evaluations the finished program makes.
         scalar_names: what the rule's direction reads.
     """
@@ -135,21 +134,3 @@ class SelectTunable(Pass):
                 (weight, nodes[0], right, coefficients),
                 name=f"theta_{index}",
             )
-
-
-PERTURBATIONS = (
-    torch.ops.zowrap.perturb.default,
-    torch.ops.zowrap.perturb_lowrank.default,
-    torch.ops.zowrap.perturb_codes.default,
-)
-
-
-def tunable_values(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that stand for a perturbed weight at some point."""
-    return [
-        user
-        for perturbation in PERTURBATIONS
-        for node in graph.find_nodes(op="call_function", target=perturbation)
-        for user in node.users
-        if user.target is operator.getitem
-    ]

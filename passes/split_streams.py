@@ -18,11 +18,11 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from zowrap.passes.manager import Pass
-from zowrap.passes.select_tunable import tunable_values
 
+from zowrap.compiler.program import Program
 from zowrap.errors import ZOCaptureError, ZOInternalError
-from zowrap.program import Program
+from zowrap.passes.graph import tunable_values
+from zowrap.passes.manager import Pass
 
 
 class SplitStreams(Pass):

@@ -12,10 +12,10 @@ import sys
 
 import torch
 from torch import fx
-from zowrap.passes.manager import Pass
 
+from zowrap.compiler.program import Program
 from zowrap.errors import ZOCaptureError, ZOInternalError
-from zowrap.program import Program
+from zowrap.passes.manager import Pass
 
 aten = torch.ops.aten
 _CHECKS = {

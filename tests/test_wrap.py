@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import zowrap
-from tests.families import batch, make, snapshot, unchanged
+import zowrap.engines.eager
+from tests.support.families import batch, make, snapshot, unchanged
 from zowrap import rules
 from zowrap.errors import ZOError
 
@@ -321,7 +322,7 @@ def test_overlapping_views_are_refused(kind) -> None:
 
 
 def test_layer_one_is_not_layer_ten() -> None:
-    from zowrap.parameters import matches
+    from zowrap.step.parameters import matches
 
     assert matches("layers.1", "model.layers.1.fc.weight") and not matches("layers.1", "model.layers.10.fc.weight")
     assert not matches("layers.1.*", "model.layers.10.fc1.weight")

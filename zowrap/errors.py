@@ -10,6 +10,10 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ZOError(ValueError):
@@ -55,3 +59,12 @@ def need_package(name: str, what: str | None = None) -> None:
     if importlib.util.find_spec(name) is None:
         usual, install = _NEEDED[name]
         raise ZOError(f"{what or usual} {name}, which is not installed: pip install {install}")
+
+
+def not_finite(losses: Tensor) -> ZOError:
+    """The error of a run whose first losses are not finite."""
+    told = ", ".join(f"{value:g}" for value in losses.reshape(-1).tolist()[:4])
+    return ZOError(
+        f"the loss is not finite from the start (it is {told}): check the data and the labels, and whether the "
+        "model's own loss is finite; for a 16-bit model try dtype float32 or bfloat16"
+    )

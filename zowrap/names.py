@@ -1,11 +1,13 @@
 """The names that options take. Torch is not imported here, so that a wrong name is told at once.
 
-What a name stands for is built from its line here where it lives (:mod:`zowrap.rules`, :mod:`zowrap.estimators` …).
+What a name stands for is built from its line here where it lives (:mod:`zowrap.rules`, :mod:`zowrap.rules.estimators`
+…).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from zowrap.errors import ZOError, nearest
@@ -54,3 +56,17 @@ def unknown_rule(name: str, known: Iterable[str]) -> ZOError:
     hint = nearest(name, known)
     own = "" if "mean" in hint else "; a rule of your own must be registered first, on the command line by --plugin"
     return ZOError(f"unknown rule {name!r}{hint}{own}")
+
+
+def python_file(plugin: str) -> Path | None:
+    """The file that ``--plugin`` names; None where it names a module.
+
+    Raises:
+        ZOError: there is no such file.
+    """
+    path = Path(plugin)
+    if path.is_file():
+        return path
+    if path.suffix == ".py":
+        raise ZOError(f"--plugin {plugin}: there is no such file")
+    return None

@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from zowrap.engines import ENGINES
-from zowrap.model import ZOModel
-from zowrap.rules import REGISTRY, Rule
+from zowrap.model.zo_model import ZOModel
+from zowrap.names import ENGINES
+from zowrap.rules.base import Rule
+from zowrap.rules.registry import REGISTRY
 from zowrap.wrap import zo_wrap
 
 STEPS = 30

@@ -3,7 +3,7 @@
     model ── capture ──► Program ── passes ──► Program ── compile ──► step(batch)
 
 :func:`zo_wrap` checks what is asked, selects what moves and gives both to an engine. Capture, passes and compilation
-happen at the first step (:mod:`zowrap.engines.compiled`); the step itself is :class:`zowrap.model.ZOModel`.
+happen at the first step (:mod:`zowrap.engines.compiled`); the step itself is :class:`zowrap.model.zo_model.ZOModel`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from zowrap import blocks as block_lib
-from zowrap import directions, estimators, rules
-from zowrap.engines import ENGINES, Job
+from zowrap import rules
+from zowrap.checks import check_positive
 from zowrap.errors import ZOError, nearest
-from zowrap.loss import LossFn, LossModule
-from zowrap.lowrank import matrix_shape
-from zowrap.model import ZOModel
-from zowrap.names import ALONG
-from zowrap.parameters import Parameter, TrainableSpec, select
-from zowrap.quant import adapters, ways
-from zowrap.rules import Rule
-from zowrap.rules.base import MASTER, check_positive, with_masters
-from zowrap.schedule import Schedule
-from zowrap.step import is_16_bit
+from zowrap.loss.module import LossFn, LossModule
+from zowrap.model.schedule import Schedule
+from zowrap.model.zo_model import ZOModel
+from zowrap.names import ALONG, ENGINES
+from zowrap.numerics.dtypes import is_16_bit
+from zowrap.quant import adapters, modes
+from zowrap.rules import estimators
+from zowrap.rules.base import MASTER, Rule, with_masters
+from zowrap.step import blocks as block_lib
+from zowrap.step import directions
+from zowrap.step.job import Job
+from zowrap.step.lowrank import matrix_shape
+from zowrap.step.parameters import Parameter, TrainableSpec, select
 
 
 def zo_wrap(
@@ -61,16 +63,16 @@ def zo_wrap(
         lr: learning rate η; by default the rule's own. ``"auto"`` leaves it open: no step is made until
             :func:`zowrap.tune_lr` has chosen it, which needs data and the number of steps planned.
         eps: perturbation size ε, by default 1e-3 in units of the weights, the field's choice for full tuning in
-            float32; for quantised models that of the way they move, :data:`zowrap.quant.ways.EPS`.
+            float32; for quantised models that of the way they move, :data:`zowrap.quant.modes.EPS`.
         seed: of all noise; 0 is a seed like any other.
-        direction: law of the directions, see :mod:`zowrap.directions`; by default the rule's own, mostly gaussian.
+        direction: law of the directions, see :mod:`zowrap.step.directions`; by default the rule's own, mostly gaussian.
         queries: directions per step, averaged (n-SPSA); by default the rule's own, mostly 1: most steps per forward.
         estimator: ``"central"`` (two forwards per direction), ``"forward"`` (one, and one shared), ``"population"``
             (two, every example along its own low-rank direction; each tensor of the batch has a row for each example,
             or one row that all share) or ``"forward_gradient"`` (exact, a reference); by default the rule's own,
-            mostly central. See :mod:`zowrap.estimators`.
+            mostly central. See :mod:`zowrap.rules.estimators`.
         blocks: ``None``, ``"layer"`` or name patterns: one block is perturbed and updated per step.
-        block_order: see :data:`zowrap.blocks.ORDERS`.
+        block_order: see :data:`zowrap.step.blocks.ORDERS`.
         trainable: name patterns or a predicate; by default what has ``requires_grad``.
         loss_fn: ``loss_fn(model, batch)``, 0-d or ``[batch]``; by default the model's own loss. The compiled engine
             takes the Python values that it or the model reads (numbers, flags, which tensor a name stands for) at the
@@ -78,7 +80,7 @@ def zo_wrap(
         engine: ``"compiled"``, ``"eager"``, or None: compiled where possible, else eager with one warning.
         weight_decay: decoupled, on matrices only. 0: zeroth-order runs are short and start from trained weights.
         quantized: how quantised weights move: ``"scales"``, ``"codes"`` or ``"adapters"``
-            (:mod:`zowrap.quant.ways`); by default the first for 8-bit weights, the last for others and where the model
+            (:mod:`zowrap.quant.modes`); by default the first for 8-bit weights, the last for others and where the model
             has adapters. The model's quantised layers are lowered in place; :func:`zowrap.quant.raise_back` undoes it.
         memory: ``"paired"`` evaluates both sides of a direction in one program, ``"sequential"`` one after the other
             (activations of one side at a time, noise drawn twice). ``"auto"`` chooses at the first step, and again
@@ -88,7 +90,7 @@ def zo_wrap(
             the weights are its nearest 16-bit numbers. By default they are rounded stochastically, without a copy.
             Other weights that move beside them need none.
         along: what the updates of 16-bit weights go along: the direction ``"drawn"``, or the one ``"evaluated"``, the
-            difference of its rounded points (:func:`zowrap.step.taken`). One of :data:`zowrap.names.ALONG`.
+            difference of its rounded points (:func:`zowrap.step.arithmetic.taken`). One of :data:`zowrap.names.ALONG`.
 
     Raises:
         ZOError: an option out of range or unknown, or nothing left to tune.
@@ -101,9 +103,9 @@ def zo_wrap(
     value = None if lr is None or isinstance(lr, str) else lr
     rule = rules.get(rule, **({"lr": value} if value is not None and not isinstance(rule, Rule) else {}))
     value = rule.lr if value is None else value
-    way = ways.choose(model, quantized)
+    way = modes.choose(model, quantized)
     if eps is None:
-        eps = ways.EPS_PLAIN if way is None else ways.EPS[way.name]
+        eps = modes.EPS_PLAIN if way is None else modes.EPS[way.name]
     check_positive("zo_wrap", lr=value, eps=eps)
     queries = rule.defaults.queries if queries is None else queries
     if not isinstance(queries, int) or isinstance(queries, bool) or queries < 1:
@@ -124,7 +126,7 @@ def zo_wrap(
     if law.shape is not None:
         rule = law.shape(rule)
     if way is not None:
-        parameters = ways.parameters(model, way, trainable, seed)
+        parameters = modes.parameters(model, way, trainable, seed)
     else:
         parameters = adapters.parameters(model, trainable) if adapters.present(model) else select(model, trainable)
     device = parameters[0].tensor.device
@@ -142,13 +144,14 @@ def zo_wrap(
     if masters:
         rule = with_masters(rule)
     if way is not None:
-        ways.check(way, rule, law, probing, queries, eps)
-        project = ways.clipped(project) if way.name == "scales" else project
+        modes.check(way, rule, law, probing, queries, eps)
+        project = modes.clipped(project) if way.name == "scales" else project
     hyper = {"lr": math.nan if auto else float(value), "eps": float(eps), "weight_decay": float(weight_decay)}
     job = Job(
         loss=LossModule(model, loss_fn, probing.per_example),
         parameters=parameters,
         rule=rule,
+        estimator=probing,
         project=project,
         direction=law,
         queries=queries,

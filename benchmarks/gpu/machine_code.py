@@ -121,8 +121,8 @@ def compiling() -> Iterator[list[dict[str, Any]]]:
     Yields:
         what was compiled so far: a line for each launch.
     """
-    from zowrap import kernels
-    from zowrap.gpu import cross_entropy, loops, product, sources
+    from zowrap.ops import kernels
+    from zowrap.ops.triton import cross_entropy, loops, product, sources
 
     found: list[dict[str, Any]] = []
     made, add, kept, compile_loop = sources.kernel, cross_entropy._add, kernels._registry, kernels.compile_loop

@@ -13,11 +13,11 @@ import torch
 import zowrap
 from benchmarks.gpu import first_order
 from benchmarks.gpu.cases import FIRST, Case
+from zowrap.analysis.costs import Estimator
 from zowrap.bench import architectures, contenders, measure
-from zowrap.costs import Estimator
 from zowrap.errors import ZOCaptureError
 
-# Hash, table look-up and sign of one random number, counted in zowrap/noise.py.
+# Hash, table look-up and sign of one random number, counted in zowrap/numerics/noise.py.
 INTEGER_OPERATIONS = 24
 # Our rows that tune adapters: "gaussian" on them alone, and beside 8-bit weights.
 ADAPTERS = ("LoRA r8", "adapters")
@@ -74,7 +74,7 @@ def _contender(
 
 def _roofline(zm: zowrap.ZOModel, batch: dict[str, torch.Tensor]) -> dict[str, Any] | None:
     try:
-        costs = Estimator(zm, batch).costs()
+        costs = Estimator(zm._job, zm._engine, zm._schedule, batch).costs()
     except ZOCaptureError:
         return None
     return {

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.papers.finetune import Cell, Workbench
-from zowrap import ZOModel, blocks
+from zowrap import ZOModel
+from zowrap.step import blocks
 
 Batch = dict[str, Tensor]
 Tensors = Sequence[Tensor]

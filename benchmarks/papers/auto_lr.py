@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zowrap.lr import SHARE, tune_lr
+from zowrap.calibration.learning_rate import SHARE, tune_lr
 
 if TYPE_CHECKING:
     from benchmarks.papers.finetune import Cell, Workbench

@@ -3,9 +3,9 @@
 The papers' toy experiments are millions of steps on functions of at most 10⁴ variables, where ``ZOModel.step`` would
 spend its time in Python. A cell is one run (its own seed, learning rate and start); :class:`Cells` advances all of them
 by one step in one call of :func:`torch.func.vmap`, compiled if asked. Nothing of a rule is written again here: a step
-calls :mod:`zowrap.noise`, the estimator, :func:`zowrap.step.conclude`, :func:`zowrap.step.update_leaf` and the rule in
-the order in which ``ZOModel`` does, and ``tests/benchmarks/test_cells.py`` compares each rule with
-``zo_wrap(..., engine="eager")``.
+calls :mod:`zowrap.numerics.noise`, the estimator, :func:`zowrap.step.arithmetic.conclude`,
+:func:`zowrap.step.arithmetic.update_leaf` and the rule in the order in which ``ZOModel`` does, and
+``tests/benchmarks/test_cells.py`` compares each rule with ``zo_wrap(..., engine="eager")``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from zowrap import blocks as block_lib
-from zowrap import directions, estimators, noise
 from zowrap.errors import ZOError
-from zowrap.rules import Choice, Rule
+from zowrap.numerics import noise
+from zowrap.rules import Choice, Rule, estimators
 from zowrap.rules.base import Scalars
-from zowrap.step import conclude, perturbed, reduced, update_leaf
+from zowrap.step import blocks as block_lib
+from zowrap.step import directions
+from zowrap.step.arithmetic import conclude, perturbed, reduced, update_leaf
 
 Objective = Callable[[Tensor, Scalars], Tensor]
 """``objective(x, data) -> 0-d``: x is float64 ``[d]``, ``data`` what :class:`Cells` was given, of one cell.
@@ -47,7 +48,7 @@ class Cells:
         eps: perturbation size ε.
         direction, estimator, queries: as for ``zo_wrap``; None is the rule's own default.
         blocks: x is cut into this many blocks of equal size, one of which is perturbed and updated per step.
-        block_order: see :data:`zowrap.blocks.ORDERS`; one for all cells or one for each.
+        block_order: see :data:`zowrap.step.blocks.ORDERS`; one for all cells or one for each.
         shared_state: all blocks feed one scalar state of the rule. ``zo_wrap`` keeps one per block; this is the
             variant that those are compared with.
         data: tensors ``[cells, ...]`` that the objective needs beside x.

@@ -31,7 +31,7 @@ from benchmarks.papers.common import (
 )
 from benchmarks.papers.docs import versions
 from zowrap import rules
-from zowrap.blocks import ORDERS
+from zowrap.step.blocks import ORDERS
 
 NAME = "E4"
 TITLE = "Block-coordinate descent"

@@ -39,10 +39,14 @@ from typing import Any
 import torch
 
 import zowrap
-from zowrap import estimators, evaluation, rules
-from zowrap.data import Row, read_rows, sample
+from zowrap import rules
 from zowrap.errors import ZOError
-from zowrap.tasks import batches, open_source, resolve
+from zowrap.loss import evaluation
+from zowrap.rules import estimators
+from zowrap.tasks.batches import batches
+from zowrap.tasks.loading import open_source
+from zowrap.tasks.resolve import resolve
+from zowrap.tasks.rows import Row, read_rows, sample
 
 # Longest first for a batch of similar lengths; the label names are embedded once per batch, so batches are large.
 EVAL_BATCH = 128

@@ -26,7 +26,7 @@ from benchmarks.papers.llm_models import Prepared, is_masked, prepare
 from benchmarks.papers.llm_tasks import CAUSAL, MASKED, LlmTask, draw
 from zowrap import rules
 from zowrap.errors import ZOError, nearest
-from zowrap.tasks import Source, choose_dtype, open_source
+from zowrap.tasks.loading import Source, choose_dtype, open_source
 
 NAME = "llm"
 TITLE = "The papers' tables on OPT and RoBERTa-large, for someone who has the models"

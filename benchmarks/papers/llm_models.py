@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.papers.llm_tasks import Example, LlmTask, Splits
-from zowrap import evaluation
-from zowrap.data import Row
 from zowrap.errors import ZOError
-from zowrap.loss import IGNORED
-from zowrap.tasks import Source, batches, resolve
+from zowrap.loss import evaluation
+from zowrap.loss.module import IGNORED
+from zowrap.tasks.batches import batches
 from zowrap.tasks.classification import Classification
 from zowrap.tasks.forms import Form
-from zowrap.tasks.loading import load
+from zowrap.tasks.loading import Source, load
+from zowrap.tasks.resolve import resolve
+from zowrap.tasks.rows import Row
 
 NEW_TOKENS = 50  # of a generated answer, as in the MeZO paper
 

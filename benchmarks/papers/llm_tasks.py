@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zowrap.data import read_rows
 from zowrap.errors import ZOError
+from zowrap.tasks.rows import read_rows
 
 Record = dict[str, Any]
 

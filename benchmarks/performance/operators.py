@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 import zowrap
-from zowrap import head, noise, operators, scratch  # noqa: F401  (registers torch.ops.zowrap)
+import zowrap.ops.all
 from zowrap.bench import measure
-from zowrap.compiler import compile_function
-from zowrap.loss import token_sums
+from zowrap.compiler.inductor import compile_function
+from zowrap.loss.module import token_sums
+from zowrap.numerics import noise
+from zowrap.ops import scratch
 
 ELEMENTS = 1 << 20
 TOKENS, WIDTH, INNER, VOCABULARY, LAYERS = 512, 768, 3072, 50272, 6

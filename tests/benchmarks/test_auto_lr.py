@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks.papers import auto_lr
-from zowrap.lr import SHARE
+from zowrap.calibration.learning_rate import SHARE
 
 
 def cell(lr: float, seed: int, loss: float | None, accuracy: float, **more):

@@ -12,8 +12,8 @@ import zowrap
 from benchmarks.papers import functions
 from benchmarks.papers.cells import Cells, parameter_names
 from zowrap import rules
-from zowrap.blocks import ORDERS
 from zowrap.errors import ZOError
+from zowrap.step.blocks import ORDERS
 
 SIZE, STEPS, EPS = 120, 50, 1e-3
 OBJECTIVE = functions.quadratic(torch.logspace(-2, 0, SIZE, dtype=torch.float64))

@@ -15,7 +15,7 @@ from benchmarks.papers.llm_models import MaskedForm, f1, mean_likelihood, prepar
 from benchmarks.papers.llm_tasks import CAUSAL, MASKED, draw
 from tests.conftest import write_rows
 from zowrap.errors import ZOError
-from zowrap.tasks import open_source
+from zowrap.tasks.loading import open_source
 
 COPA = {
     "premise": "The man turned on the faucet.",

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.performance import __main__, docs, growth, operators, profile
-from zowrap import scratch
 from zowrap.bench import architectures, contenders
-from zowrap.parameters import matches
+from zowrap.ops import scratch
+from zowrap.step.parameters import matches
 
 
 def test_the_page_is_what_the_kept_results_make() -> None:

@@ -175,11 +175,13 @@ def test_a_finished_run_says_so_without_torch(told: Any) -> None:
 
 
 def test_the_names_are_those_that_there_are() -> None:
-    from zowrap import estimators, rules, tasks
+    from zowrap import rules
+    from zowrap.rules import estimators
+    from zowrap.tasks import classification, resolve
 
     assert tuple(estimators.ESTIMATORS) == names.ESTIMATORS
-    assert tuple(tasks.TASKS) == names.TASKS
-    assert set(names.FORMS) == set(tasks.TEMPLATES)
+    assert tuple(resolve.TASKS) == names.TASKS
+    assert set(names.FORMS) == set(classification.TEMPLATES)
     assert all(rules.get(name).name == names.RULE_ALIASES.get(name, name) for name in [*names.RULES, *rules.ALIASES])
 
 

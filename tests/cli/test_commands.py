@@ -113,7 +113,6 @@ def test_our_warnings_are_lines_wherever_they_come_from(
     import warnings
 
     from zowrap.cli.console import quiet_libraries
-
     from zowrap.errors import ZOWarning
 
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)

@@ -12,9 +12,9 @@ import pytest
 import transformers as T
 
 from tests.conftest import Outcome
-from zowrap import memory
-from zowrap.quant import floor
-from zowrap.quant.ways import EPS
+from zowrap import machine
+from zowrap.calibration import noise_floor
+from zowrap.quant.modes import EPS
 
 Cli = Callable[..., Outcome]
 
@@ -74,10 +74,10 @@ def test_auto_takes_the_schedule_that_fits(
     zowrap_cli: Cli, bare: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memories = zowrap_cli("inspect", bare["causal"], "--json").json["costs"]["memory"]
-    monkeypatch.setattr(memory, "free_memory", lambda: int(memories["sequential"] * 1.2))
+    monkeypatch.setattr(machine, "free_memory", lambda: int(memories["sequential"] * 1.2))
     told = zowrap_cli("inspect", bare["causal"])
     assert told.code == 0 and "fits: needs" in told.out and "sequential: paired needs" in told.out
-    monkeypatch.setattr(memory, "free_memory", lambda: memories["sequential"] // 2)
+    monkeypatch.setattr(machine, "free_memory", lambda: memories["sequential"] // 2)
     told = zowrap_cli("inspect", bare["causal"], "--memory", "paired")
     assert told.code == 0 and "does not fit" in told.out and "--memory sequential" in told.out
     assert "a smaller --batch-size" in told.out
@@ -235,7 +235,7 @@ def test_what_quantised_weights_take_is_counted(zowrap_cli: Cli, bare: dict[str,
 
 
 def test_an_8_bit_checkpoint_is_known_by_its_configuration(zowrap_cli: Cli, tmp_path: Path) -> None:
-    from tests.quant.models import quantized
+    from tests.support.quantized_models import quantized
 
     quantized("opt").save_pretrained(tmp_path)
     for file in tmp_path.glob("*.safetensors"):
@@ -272,7 +272,9 @@ def test_the_floor_under_eps_is_measured_with_data(
     plain = zowrap_cli("inspect", models["sequence"], "--engine", "eager", "--data", data["train"])
     assert plain.code == 0 and "floor      none" in plain.out
     nan = float("nan")
-    monkeypatch.setattr(floor, "noise_floor", lambda zm, batch: floor.NoiseFloor(1e-4, nan, 0.03, nan, 0.5, 3e-5))
+    monkeypatch.setattr(
+        noise_floor, "noise_floor", lambda zm, batch: noise_floor.NoiseFloor(1e-4, nan, 0.03, nan, 0.5, 3e-5)
+    )
     shown = zowrap_cli("inspect", *options, "--eps", "1e-4")
     assert shown.code == 0 and "floor      eps is below it" in shown.out
     assert "--eps 0.0001 is below the floor" in shown.err

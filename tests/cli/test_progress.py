@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from zowrap.cli.progress import Progress, started
 
 from zowrap import telling
+from zowrap.cli.progress import Progress, started
 from zowrap.telling import Telling
 
 

@@ -140,7 +140,7 @@ def test_every_option_that_names_a_place_is_expanded() -> None:
     import dataclasses
     from typing import get_type_hints
 
-    from zowrap.cli import eval, export, inspect, options, replay
+    from zowrap.cli import eval, export, inspect, options, paths, replay
 
     tables = (options.TuneOptions, eval.EvalOptions, export.ExportOptions, replay.ReplayOptions, inspect.InspectOptions)
     for table in tables:
@@ -149,7 +149,7 @@ def test_every_option_that_names_a_place_is_expanded() -> None:
             texts = [getattr(each, "help", None) or "" for each in getattr(hints[field.name], "__metadata__", ())]
             names_a_place = any(word in text.lower() for text in texts for word in ("director", "file", "the run"))
             if names_a_place and field.name not in ("config", "resume", "overwrite", "eval_every", "save_every"):
-                assert options.PATH in hints[field.name].__metadata__, f"{table.__name__}.{field.name}"
+                assert paths.PATH in hints[field.name].__metadata__, f"{table.__name__}.{field.name}"
 
 
 def test_the_base_model_is_never_a_target(zowrap_cli: Cli, data: dict[str, Path], tmp_path: Path) -> None:

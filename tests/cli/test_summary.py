@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from zowrap.cli.summary import dev_facts, lines, unseen_facts
 
 from tests.cli.test_tune import QUICK, assert_refused
 from tests.conftest import Outcome, reviews, write_rows
+from zowrap.cli.summary import dev_facts, lines, unseen_facts
 
 Cli = Callable[..., Outcome]
 
@@ -153,7 +153,7 @@ def test_test_data_that_cannot_be_used_is_refused_before_anything_is_trained(
 def test_the_evaluations_say_how_sure_they_are(
     zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path
 ) -> None:
-    from zowrap.intervals import wilson
+    from zowrap.numerics.intervals import wilson
 
     command = ("tune", models["encoder"], "--data", data["train"], "--eval-data", data["test"], *QUICK)
     told = zowrap_cli(*command, "--out", tmp_path / "run", "--json")
@@ -169,7 +169,7 @@ def test_the_evaluations_say_how_sure_they_are(
 def test_skipped_steps_are_told_at_the_end(
     zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zowrap.model import ZOModel
+    from zowrap.model.zo_model import ZOModel
 
     accumulate = ZOModel.accumulate
 

@@ -306,8 +306,7 @@ def test_the_learning_rate_is_chosen_once(
     zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from zowrap.cli import progress
-
-    from zowrap import plan
+    from zowrap.training import auto_lr
 
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = ("--data", data["train"], "--eval-data", data["test"], "--engine", "eager", "--steps", 20)
@@ -336,7 +335,7 @@ def test_the_learning_rate_is_chosen_once(
     monkeypatch.setattr(progress, "Progress", Stop)
     assert zowrap_cli("tune", models["encoder"], *options, "--out", run).code == 1
     Stop.stop_at = -1
-    monkeypatch.setattr(plan, "tune_lr", lambda *args, **kwargs: pytest.fail("chosen again"))
+    monkeypatch.setattr(auto_lr, "tune_lr", lambda *args, **kwargs: pytest.fail("chosen again"))
     resumed = zowrap_cli("tune", "--resume", "--out", run, "--json")
     assert resumed.code == 0, resumed.err
     assert f"going on with learning rate {record['lr']:g}, as it was chosen at the first start" in resumed.err
@@ -354,9 +353,8 @@ def test_the_learning_rate_is_chosen_once(
 def test_the_schedule_that_fits_is_taken_and_a_resumed_run_may_be_given_another(
     zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from zowrap import machine
     from zowrap.cli import progress
-
-    from zowrap import memory
 
     class Stop(progress.Progress):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -365,7 +363,7 @@ def test_the_schedule_that_fits_is_taken_and_a_resumed_run_may_be_given_another(
 
     run, config = tmp_path / "run", tmp_path / "run.toml"
     config.write_text('memory = "auto"\nengine = "compiled"\nsteps = 3\nbatch-size = 4\nlr = 1e-3\n')
-    monkeypatch.setattr(memory, "free_memory", lambda device=None: 0)
+    monkeypatch.setattr(machine, "free_memory", lambda device=None: 0)
     with monkeypatch.context() as patch:
         patch.setattr(progress, "Progress", Stop)
         command = ("tune", models["encoder"], "--data", data["train"], "--config", config, "--out", run)
@@ -377,7 +375,7 @@ def test_the_schedule_that_fits_is_taken_and_a_resumed_run_may_be_given_another(
     ]
     again = tmp_path / "again"
     shutil.copytree(run, again)
-    monkeypatch.setattr(memory, "free_memory", lambda device=None: 1 << 50)
+    monkeypatch.setattr(machine, "free_memory", lambda device=None: 1 << 50)
     kept = zowrap_cli("tune", "--resume", "--out", run, "--json")
     assert kept.code == 0 and kept.json["memory"] == "sequential" and kept.json["resumed_from"] > 0, kept.err
     other = zowrap_cli("tune", "--resume", "--out", again, "--memory", "paired", "--json")
@@ -554,9 +552,8 @@ def test_a_gpu_gets_batches_of_few_lengths_and_a_cpu_none_but_its_own() -> None:
     from types import SimpleNamespace
 
     from zowrap.cli.tune import _collator
-
-    from zowrap.recorded import MOST
-    from zowrap.tasks import Collator
+    from zowrap.model.cuda_graphs import MOST
+    from zowrap.tasks.batches import Collator
 
     task = SimpleNamespace(collator=lambda source: Collator(0))
     plan: Any = SimpleNamespace(task=task, source=None, train=SimpleNamespace(lengths=[3, 100, 41]))

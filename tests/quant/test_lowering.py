@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.families import batch
-from tests.quant.models import FAMILIES, SCHEMES, logits, quantized
+from tests.support.families import batch
+from tests.support.quantized_models import FAMILIES, SCHEMES, logits, quantized
 from zowrap import quant
-from zowrap.capture import capture
+from zowrap.compiler.capture import capture
 from zowrap.errors import ZOError
-from zowrap.loss import LossModule
-from zowrap.quant.lowering import check_scheme
+from zowrap.loss.module import LossModule
+from zowrap.quant import lowering
+from zowrap.quant.schemes import check_scheme
 
 
 def inputs_of(family: str) -> list[dict[str, Tensor]]:
@@ -37,7 +38,7 @@ def test_a_lowered_model_is_the_original_bit_for_bit(family: str, scheme: str) -
     for inputs in inputs_of(family):
         assert torch.equal(logits(ours, inputs), logits(library, inputs))
     quant.raise_back(ours)
-    assert not quant.lowered(ours)
+    assert not lowering.lowered(ours)
     assert same(ours.state_dict(), before)
     for inputs in inputs_of(family):
         assert torch.equal(logits(ours, inputs), logits(library, inputs))
@@ -50,9 +51,9 @@ def test_raise_lower_raise_is_the_identity_on_the_state_dict(scheme: str) -> Non
     for _ in range(2):
         quant.lower(model)
         logits(model, batch("llama", 2, 5))
-        with quant.raised(model):
+        with lowering.raised(model):
             assert same(model.state_dict(), before)
-        assert quant.lowered(model)
+        assert lowering.lowered(model)
         quant.raise_back(model)
         assert same(model.state_dict(), before)
 
@@ -157,12 +158,12 @@ def test_a_part_that_is_not_quantised_on_another_device_is_refused() -> None:
     model.model.decoder.embed_tokens.to("meta")  # as offloading leaves it
     with pytest.raises(ZOError, match=r"several devices \(cpu, meta\)"):
         quant.lower(model)
-    assert not quant.lowered(model)
+    assert not lowering.lowered(model)
 
 
 def test_a_model_without_quantised_layers_stays_as_it_is() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    assert not quant.is_quantized(model)
+    assert not lowering.is_quantized(model)
     assert quant.lower(model) == {}
 
 

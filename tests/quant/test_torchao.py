@@ -9,12 +9,14 @@ import torch
 import transformers as T
 
 import zowrap
-from tests.families import batch
-from tests.quant.models import folder, logits
+from tests.support.families import batch
+from tests.support.quantized_models import folder, logits
 from zowrap import quant
 from zowrap.errors import ZOError
-from zowrap.model import ZOModel
-from zowrap.run import Run, load_checkpoint, load_weights
+from zowrap.model.zo_model import ZOModel
+from zowrap.quant import lowering
+from zowrap.training.checkpoint import load_checkpoint, load_weights
+from zowrap.training.run_folder import Run
 
 pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 
@@ -36,13 +38,13 @@ def wrap(way: str | None = None, engine: str = "eager", **options: Any) -> ZOMod
 def test_tuned_scales_are_saved_and_reloaded_by_the_library(tmp_path) -> None:
     zm, inputs = wrap(), batch("opt", 4, 9)
     assert zm.quantized == "scales" and zm.eps == 0.1 and not zm._job.way.rounds  # type: ignore[union-attr]
-    before = {name: layer.weight.clone() for name, layer in quant.lowered(zm.model).items()}
+    before = {name: layer.weight.clone() for name, layer in lowering.lowered(zm.model).items()}
     untouched = logits(zm.model, inputs)
     for g in (2.0, -1.0):
         zm.update(projected_grad=torch.tensor(g))
     tuned = logits(zm.model, inputs)
     assert not torch.equal(tuned, untouched)
-    assert all(torch.equal(before[name], layer.weight) for name, layer in quant.lowered(zm.model).items())
+    assert all(torch.equal(before[name], layer.weight) for name, layer in lowering.lowered(zm.model).items())
     zm.save_pretrained(str(tmp_path))
     assert torch.equal(logits(load(tmp_path), inputs), tuned)
     other = wrap()

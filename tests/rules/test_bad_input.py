@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import zowrap
-from tests.rule_cases import CASES, KINDS, name_of
+from tests.support.rule_cases import CASES, KINDS, name_of
 from zowrap import rules
 from zowrap.errors import ZOError
-from zowrap.state import LATER
+from zowrap.model.state import LATER
 from zowrap.testing import draw_losses, wrap
 
 NAN, INF = math.nan, math.inf

@@ -13,8 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import zowrap
 from tests.conftest import Outcome
-from zowrap import rules, step
-from zowrap.rules import Rule, measure
+from zowrap import rules
+from zowrap.bench import rule_memory
+from zowrap.rules import Rule
+from zowrap.step import arithmetic
 
 # Extra memory in P, the tuned weights in float32, as the papers' algorithms need it; a share below 1 % counts as 0.
 EXPECTED = {
@@ -38,12 +40,12 @@ LOW_RANK = ("lozo", "lozo_m")
 
 
 def test_low_rank_rules_hold_less_than_a_hundredth_of_a_matrix_of_2048() -> None:
-    assert all(0 < held < 0.01 for held in measure.extra_memory([rules.get(name) for name in LOW_RANK], side=2048))
+    assert all(0 < held < 0.01 for held in rule_memory.extra_memory([rules.get(name) for name in LOW_RANK], side=2048))
 
 
 def test_each_rule_holds_what_its_algorithm_needs() -> None:
     cases = [(e.constructor(), EXPECTED[name]) for name, e in rules.REGISTRY.items() if name not in LOW_RANK] + VARIANTS
-    held = measure.extra_memory([rule for rule, _ in cases])
+    held = rule_memory.extra_memory([rule for rule, _ in cases])
     for (rule, expected), found in zip(cases, held, strict=True):
         assert expected <= found < expected + 0.01, rule.describe()
 
@@ -62,7 +64,7 @@ def test_what_a_rule_hides_from_its_slots_is_counted_too() -> None:
 
     honest = rules.zo_sgd()
     rule = Rule(name="hoarder", lr=1e-6, hyper={}, scalars=honest.scalars, leaf=hoarding)
-    assert measure.extra_memory([rule]) == pytest.approx([1.0], abs=0.01)
+    assert rule_memory.extra_memory([rule]) == pytest.approx([1.0], abs=0.01)
 
 
 def allocated(act: Any) -> tuple[int, int]:
@@ -86,7 +88,7 @@ NAMED = ("zo_sgd", "meazo", "fzoo", "lozo", "conmezo", "radazo")
 @pytest.mark.parametrize("name", [name for name in NAMED if name in rules.REGISTRY])
 def test_a_compiled_step_needs_no_memory_of_the_weights_size(name, monkeypatch) -> None:
     """Neither a direction nor a gradient nor a perturbed weight exists whole, in the evaluations or the update."""
-    monkeypatch.setattr(step, "REDUCE_ELEMENTS", 1 << 10)  # a fixed 12 MiB otherwise, more than this whole model
+    monkeypatch.setattr(arithmetic, "REDUCE_ELEMENTS", 1 << 10)  # a fixed 12 MiB otherwise, more than this whole model
     side = 1024
     zm = zowrap.zo_wrap(
         nn.Linear(side, side, bias=False), name, engine="compiled", loss_fn=lambda m, b: m(b["x"]).square().mean(-1)

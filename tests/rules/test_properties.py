@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.rule_cases import KINDS, name_of
+from tests.support.rule_cases import KINDS, name_of
 from zowrap import rules, testing
-from zowrap.engines import ENGINES
+from zowrap.names import ENGINES
 from zowrap.rules import Rule, Slot
 from zowrap.rules.base import mean_gradient
 

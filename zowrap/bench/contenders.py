@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 import zowrap
-from zowrap import cache, directions, rules
+from zowrap import rules
+from zowrap.compiler import cache
 from zowrap.errors import ZOError, nearest
-from zowrap.loss import LossModule
-from zowrap.modes import evaluation_mode
+from zowrap.loss.evaluation_mode import evaluation_mode
+from zowrap.loss.module import LossModule
+from zowrap.step import directions
 
 Batch = dict[str, torch.Tensor]
 

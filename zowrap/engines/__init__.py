@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from zowrap.engines.base import DirectionStream, Engine, Job
 from zowrap.engines.eager import EagerEngine
 from zowrap.names import ENGINES
+from zowrap.step.job import DirectionStream, Engine, Job
 
 __all__ = ["ENGINES", "DirectionStream", "Engine", "Job", "build_engine"]
 

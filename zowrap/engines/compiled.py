@@ -1,8 +1,8 @@
 """The compiled engine: capture, passes, Inductor; falls back to the eager engine where that is impossible.
 
 A program is built once per (kind of batch, block, number of points) and serves every batch size and length, step, η
-and ε; its repeated layers are compiled once, and programs share them (:mod:`zowrap.regions`). The step calls nothing
-of the original modules.
+and ε; its repeated layers are compiled once, and programs share them (:mod:`zowrap.compiler.regions`). The step calls
+nothing of the original modules.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zowrap import directions, kernels, lowrank
-from zowrap.capture import canonical_batch, capture, signature
-from zowrap.choice import compile_seconds
-from zowrap.directions import squared_norm
-from zowrap.engines.base import DirectionStream, Job
+from zowrap.compiler.capture import canonical_batch, capture, signature
+from zowrap.compiler.program import Program
+from zowrap.compiler.regions import MIN_LAYERS, Kind, Regions, compile_regions
+from zowrap.engines.compile_time import compile_seconds
 from zowrap.engines.eager import EagerEngine, carried_left
 from zowrap.errors import ZOCaptureError, ZOError, ZOWarning, first_line
-from zowrap.loss import Batch
+from zowrap.loss.module import Batch
+from zowrap.ops import codes, kernels
 from zowrap.passes.build import build
 from zowrap.passes.epilogue import build_epilogue, coefficient_shapes
 from zowrap.passes.select_tunable import UnusedBlock
-from zowrap.program import Program
-from zowrap.quant import code_operators
-from zowrap.regions import MIN_LAYERS, Kind, Regions, compile_regions
-from zowrap.step import Conclusion
+from zowrap.step import directions, lowrank
+from zowrap.step.arithmetic import Conclusion
+from zowrap.step.directions import squared_norm
+from zowrap.step.job import DirectionStream, Job
 from zowrap.telling import Telling
 
 MAX_FIXED_SIZES = 8  # programs per kind of batch where export cannot make a size dynamic; each costs a compilation
@@ -135,7 +135,7 @@ class CompiledEngine:
 
     @property
     def min_layers(self) -> int:
-        """With fewer layers a program is compiled as a whole, see :mod:`zowrap.regions`."""
+        """With fewer layers a program is compiled as a whole, see :mod:`zowrap.compiler.regions`."""
         return 2 if len(self.job.blocks) > 1 else MIN_LAYERS
 
     @property
@@ -256,7 +256,7 @@ class CompiledEngine:
                 self._warmed.add(kind)
         for columns in {kernels.alike(p.tensor.shape[1]) for p in parameters if p.codes}:
             if ("codes", columns) not in self._warmed:
-                code_operators.warm(self.kernels, job.device, columns)
+                codes.warm(self.kernels, job.device, columns)
                 self._warmed.add(("codes", columns))
 
     # --- falling back -----------------------------------------------------------------------------------------

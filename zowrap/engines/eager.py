@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zowrap import generators, lowrank, noise
-from zowrap.directions import integer_squares, squared_norm
-from zowrap.engines.base import DirectionStream, Job
+from zowrap import machine
 from zowrap.errors import ZOError
-from zowrap.loss import Batch, example, rows_of
-from zowrap.modes import evaluation_mode, unwritten
-from zowrap.parameters import Parameter
-from zowrap.quant import codes
-from zowrap.step import Conclusion, at_least_float32, is_16_bit, perturbed, taken, update_leaf
+from zowrap.loss.evaluation_mode import evaluation_mode, unwritten
+from zowrap.loss.module import Batch, example, rows_of
+from zowrap.numerics import codes, noise
+from zowrap.numerics.dtypes import at_least_float32, is_16_bit
+from zowrap.step import lowrank
+from zowrap.step.arithmetic import Conclusion, perturbed, taken, update_leaf
+from zowrap.step.directions import integer_squares, squared_norm
+from zowrap.step.job import DirectionStream, Job
+from zowrap.step.parameters import Parameter
 
 
 class EagerEngine:
@@ -70,11 +72,11 @@ class EagerEngine:
 
     def _along(self, batch: Batch, stream: DirectionStream, coefficients: Tensor, which: int) -> tuple[Tensor, Tensor]:
         rows = []
-        kept = generators.states(self.job.device)
+        kept = machine.states(self.job.device)
         weights = torch.zeros(())
         for coefficient in coefficients:
             # A model that draws random numbers draws the same ones at every point.
-            generators.restore(self.job.device, kept)
+            machine.restore(self.job.device, kept)
             copies = {}
             for i, p in self.active(stream.block):
                 if p.codes:  # the layer adds what the weights of its codes are moved by

@@ -9,7 +9,7 @@ values that tuning left, so that the model saves and loads as the library's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,26 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from zowrap.errors import ZOError
-from zowrap.parameters import canonical_name
-from zowrap.quant.linear import Int8Linear, Lowered, Nf4Linear
-from zowrap.quant.torchao import TorchaoLinear, is_int8_weight_only
-
-SUPPORTED = "bitsandbytes 8-bit (load_in_8bit) and 4-bit (load_in_4bit: nf4, fp4), torchao int8 weight-only"
-# Packages of other schemes, by the module that their layers come from.
-_OTHERS = {
-    "optimum.quanto": "Quanto",
-    "torch.ao.nn.quantized": "torch.ao's dynamic or static quantisation",
-    "torch.ao.nn.intrinsic.quantized": "torch.ao's dynamic or static quantisation",
-    "gptqmodel": "GPTQ",
-    "auto_gptq": "GPTQ",
-    "awq": "AWQ",
-    "eetq": "EETQ",
-    "hqq": "HQQ",
-    "quanto": "Quanto",
-    "aqlm": "AQLM",
-    "compressed_tensors": "compressed-tensors",
-    "fbgemm": "FBGEMM fp8",
-}
+from zowrap.quant.layers import Int8Linear, Lowered, Nf4Linear, TorchaoLinear, is_int8_weight_only
+from zowrap.quant.schemes import _from, check_scheme
+from zowrap.step.parameters import canonical_name
 
 
 def lowered(model: nn.Module) -> dict[str, Lowered]:
@@ -220,96 +203,3 @@ def _lowering_of(module: nn.Module) -> type[Lowered] | None:
     if isinstance(module, nn.Linear) and is_int8_weight_only(module.weight):
         return TorchaoLinear
     return None
-
-
-def _from(module: nn.Module, package: str) -> bool:
-    return any(f"{base.__module__}.".startswith(f"{package}.") for base in type(module).__mro__)
-
-
-def check_settings(config: Any) -> None:
-    """Raise :class:`ZOError` where a model's configuration names a scheme that is not supported."""
-    name = str(quantization_of(config).get("quant_method") or "")
-    if name and name.lower() not in ("bitsandbytes", "torchao"):
-        raise _unsupported(name.upper() if len(name) <= 5 else name)
-
-
-def quantization_of(config: Any) -> dict[str, Any]:
-    """What a model's configuration says of its quantisation; empty where it is not quantised."""
-    said = getattr(config, "quantization_config", None)
-    found = dict(said if isinstance(said, dict) else said.to_dict()) if said else {}
-    method = found.get("quant_method")
-    return {**found, "quant_method": getattr(method, "value", method)} if found else {}
-
-
-def check_asked(name: str, config: Any, asked: Mapping[str, Any] | None) -> None:
-    """Raise :class:`ZOError` where a checkpoint is quantised already, in another way than loading it is to.
-
-    Args:
-        name: of the checkpoint.
-        asked: arguments of ``BitsAndBytesConfig``; None loads it as it is.
-    """
-    said = quantization_of(config)
-    if asked is None or not said:
-        return
-    wanted, found = (
-        next((bits for bits in ("8bit", "4bit") if each.get(f"load_in_{bits}") or each.get(f"_load_in_{bits}")), None)
-        for each in (asked, said)
-    )
-    if wanted and wanted != found:
-        raise ZOError(
-            f"{name} is quantised already, by {said.get('quant_method')}{f' to {found}' if found else ''}, and cannot "
-            f"be loaded in {wanted}: leave out --load-in-{wanted}, or give the model it was made of"
-        )
-
-
-def check_scheme(model: nn.Module) -> None:
-    """Raise :class:`ZOError`, naming the scheme, unless every quantised layer is of a supported kind."""
-    check_settings(getattr(model, "config", None))
-    for where, module in model.named_modules():
-        for package, scheme in _OTHERS.items():
-            if _from(module, package):
-                raise _unsupported(scheme, where)
-        if not module._parameters and not module._buffers:
-            continue
-        if _from(module, "bitsandbytes"):
-            _check_bitsandbytes(where, module)
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            kind = type(tensor)
-            if tensor is None or isinstance(module, Lowered):
-                continue
-            if "float8" in str(tensor.dtype):
-                raise _unsupported("fp8", where)
-            if kind.__module__.startswith("torchao") and not is_int8_weight_only(tensor):
-                raise _unsupported(f"torchao {kind.__name__}", where)
-
-
-def _check_bitsandbytes(where: str, module: Any) -> None:
-    kind = type(module).__name__
-    if "Embedding" in kind:
-        raise _unsupported(f"bitsandbytes {kind}", where)
-    if hasattr(module, "state") and getattr(module.state, "has_fp16_weights", False):
-        raise ZOError(
-            f"{where} keeps 16-bit weights (llm_int8_has_fp16_weight) and rounds them in each forward: load the model "
-            "with BitsAndBytesConfig(load_in_8bit=True) alone"
-        )
-    if not _holds_codes(module):
-        raise ZOError(
-            f"{where or kind} is a {kind} that holds no quantised weights yet: load the model with from_pretrained, or "
-            "move it to its device first, which quantises it"
-        )
-
-
-def _holds_codes(module: Any) -> bool:
-    """Whether a layer's weights were loaded or quantised: the library builds it with those of a plain one."""
-    weight = getattr(module, "weight", None)
-    if weight is None or weight.is_meta or weight.dtype == torch.int8:
-        return True
-    return any(getattr(holder, "quant_state", None) is not None for holder in (weight, module))
-
-
-def _unsupported(scheme: str, where: str = "") -> ZOError:
-    at = f" ({where})" if where else ""
-    return ZOError(
-        f"this model is quantised by {scheme}{at}, which cannot be tuned here; these can: {SUPPORTED}. Or load it in "
-        "16 bit, or dequantise it first"
-    )

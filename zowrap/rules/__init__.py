@@ -1,25 +1,25 @@
-"""Update rules. Adding one touches its own file, its import here and one line of :data:`zowrap.names.RULES`, from which
-:data:`REGISTRY` is made: it feeds the command line's choices, the documentation's table and the tests' parameter lists.
-A rule from elsewhere joins by :func:`register`."""
+"""Update rules, one file each, and the table of them.
+
+``base``          the protocol of a rule
+``estimators``    at which points a step evaluates the loss, and what projected gradients follow
+``registry``      the table; ``get`` a rule by name, ``register`` one of your own
+``entry``         one line of the table
+``validation``    what a constructor must be like to be registered
+``entry_points``  rules of installed packages
+``plugins``       rules in files and modules of one's own
+"""
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-from zowrap import names
-from zowrap.errors import ZOError, ZOWarning, nearest
-from zowrap.rules import plugins
 from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot
 from zowrap.rules.conmezo import conmezo
+from zowrap.rules.entry import Entry
 from zowrap.rules.fzoo import fzoo
 from zowrap.rules.hizoo import hizoo
 from zowrap.rules.lozo import lozo, lozo_m
 from zowrap.rules.meazo import meazo
 from zowrap.rules.radazo import radazo
+from zowrap.rules.registry import ALIASES, REGISTRY, find, find_recorded, get, mezo, register
 from zowrap.rules.sparse_mezo import sparse_mezo
 from zowrap.rules.zo_adam import zo_adam
 from zowrap.rules.zo_adamm import zo_adamm
@@ -36,6 +36,8 @@ __all__ = [
     "Scalars",
     "Slot",
     "conmezo",
+    "find",
+    "find_recorded",
     "fzoo",
     "get",
     "hizoo",
@@ -51,116 +53,3 @@ __all__ = [
     "zo_rmsprop",
     "zo_sgd",
 ]
-
-mezo = zo_sgd
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of the table of rules.
-
-    Attributes:
-        constructor: keyword arguments only, all with defaults; returns a :class:`Rule`.
-        paper: arXiv number; of a registered rule any source.
-        memory: state in units of the tunable parameters (float32).
-        forwards: forward passes per step, in terms of q queries.
-        scale_free: whether multiplying the loss by a constant leaves the step unchanged.
-    """
-
-    constructor: Callable[..., Rule]
-    paper: str
-    memory: str
-    forwards: str
-    scale_free: bool
-
-    def summary(self) -> str:
-        """First line of the constructor's docstring."""
-        return (inspect.getdoc(self.constructor) or "").split("\n")[0]
-
-    def defaults(self) -> dict[str, Any]:
-        """Keyword arguments and their defaults."""
-        return {n: p.default for n, p in inspect.signature(self.constructor).parameters.items()}
-
-
-REGISTRY: dict[str, Entry] = {name: Entry(globals()[name], *line) for name, line in names.RULES.items()}
-ALIASES = names.RULE_ALIASES
-
-
-def register(name: str, constructor: Callable[..., Rule], *, paper: str, scale_free: bool = False) -> None:
-    """Add a rule from elsewhere to :data:`REGISTRY`: every command, ``zo_wrap`` and the trainer know it from then on.
-
-    Registering the same constructor again, a reloaded module's for example, replaces it. How much state the rule keeps
-    and how many forwards a step takes are read off the rule itself.
-
-    Args:
-        name: what users write, ``my_rule``; also the name of the :class:`Rule` that the constructor returns.
-        constructor: keyword arguments only, all with defaults, ``lr`` among them; the first line of its docstring is
-            what ``zowrap rules`` prints. Called without arguments it must return a rule whose ``hyper`` holds the
-            value of every other keyword, plain enough for JSON: a journal records them and builds the rule again.
-        paper: where the rule is from: an arXiv number, a title, your own name.
-        scale_free: whether multiplying the loss by a constant leaves the step unchanged.
-
-    Raises:
-        ZOError: the name is taken, or the constructor is not as above; nothing is registered then.
-    """
-    plugins.check_name(name, REGISTRY, ALIASES, constructor)
-    rule = plugins.check_constructor(name, constructor)
-    if not isinstance(paper, str) or not paper.strip():
-        raise ZOError(f"{name} cannot be registered: paper must say where the rule is from, got {paper!r}")
-    REGISTRY[name] = Entry(constructor, paper, plugins.memory(rule), plugins.forwards(rule), bool(scale_free))
-
-
-def get(rule: str | Rule, **hyper: Any) -> Rule:
-    """The rule of that name with its defaults and ``hyper`` over them; a :class:`Rule` passes through.
-
-    Raises:
-        ZOError: unknown name, or a hyper-parameter that the rule does not have or that is out of range.
-    """
-    if isinstance(rule, Rule):
-        if hyper:
-            raise ZOError(f"{rule.name} is already built: give {', '.join(hyper)} to its constructor")
-        return rule
-    if not isinstance(rule, str):
-        raise ZOError(f"rule is a name or a rule of zowrap.rules, got {type(rule).__name__}")
-    entry = find(rule)
-    name = ALIASES.get(rule, rule)
-    known = entry.defaults()
-    for key in hyper:
-        if key not in known:
-            raise ZOError(f"{name} has no hyper-parameter {key!r}{nearest(key, known)}")
-    return entry.constructor(**hyper)
-
-
-def find(name: str) -> Entry:
-    """The registered rule of that name or alias; installed packages are asked for one that is not known yet.
-
-    Raises:
-        ZOError: there is none.
-    """
-    known = ALIASES.get(name, name)
-    if known not in REGISTRY:
-        for sentence in plugins.load_installed():
-            warnings.warn(sentence, ZOWarning, stacklevel=3)
-    if known not in REGISTRY:
-        raise names.unknown_rule(name, [*REGISTRY, *ALIASES])
-    return REGISTRY[known]
-
-
-def find_recorded(name: str, where: object, named: Sequence[str] = ()) -> Entry:
-    """:func:`find` for a rule that a run on disk was made by.
-
-    Args:
-        where: the run, for the message.
-        named: the plugins that it was made with, for the message alone: what a run names is never imported.
-
-    Raises:
-        ZOError: the rule is not registered here; the message says what to do.
-    """
-    try:
-        return find(name)
-    except ZOError:
-        given = f" (then: {', '.join(named)})" if named else ""
-        raise ZOError(
-            f"{where} was made by the rule {name!r}, which is not registered here: give the file or module that "
-            f"registers it by --plugin{given}, or import it first in Python; what a run names is not imported by itself"
-        ) from None

@@ -28,12 +28,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from zowrap.checks import check_count, check_flag, check_fraction, check_positive  # noqa: F401 (for rules of one's own)
 from zowrap.errors import ZOError
-from zowrap.estimators import Point
+from zowrap.numerics.dtypes import SIXTEEN_BIT
+from zowrap.rules.estimators import Point
 
 Scalars = dict[str, Tensor]
 MASTER = "master"  # the slot of what 16-bit weights are rounded from, see :func:`with_masters`
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 class Probe(NamedTuple):
@@ -186,38 +187,3 @@ def received_share(beta: float, n: Tensor) -> Tensor:
     Through expm1, because 1 − 0.999 in float32 has an error of 3e-5.
     """
     return -torch.expm1(n * (math.log(beta) if beta else -math.inf))
-
-
-def check_positive(rule: str, **values: float) -> None:
-    """Raise :class:`ZOError` unless every value is a positive finite number, in float32 too: there it is used."""
-    float32 = torch.finfo(torch.float32)
-    for name, value in values.items():
-        if not _is_number(value) or not 0 < value < math.inf:
-            raise ZOError(f"{rule}: {name} must be a positive finite number, got {value!r}")
-        if not float32.tiny <= value <= float32.max:
-            raise ZOError(f"{rule}: {name} must lie in the range of float32, 1.2e-38 to 3.4e38, got {value!r}")
-
-
-def check_fraction(rule: str, **values: float) -> None:
-    """Raise :class:`ZOError` unless every value lies in [0, 1)."""
-    for name, value in values.items():
-        if not _is_number(value) or not 0 <= value < 1:
-            raise ZOError(f"{rule}: {name} must lie in [0, 1), got {value!r}")
-
-
-def check_count(rule: str, **values: int) -> None:
-    """Raise :class:`ZOError` unless every value is a whole number from 1."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ZOError(f"{rule}: {name} must be a whole number from 1, got {value!r}")
-
-
-def check_flag(rule: str, **values: bool) -> None:
-    """Raise :class:`ZOError` unless every value is True or False."""
-    for name, value in values.items():
-        if not isinstance(value, bool):
-            raise ZOError(f"{rule}: {name} must be True or False, got {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -21,19 +21,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zowrap.checks import check_fraction, check_positive
 from zowrap.errors import ZOError
-from zowrap.rules.base import (
-    Choice,
-    Probe,
-    Rule,
-    Scalars,
-    Slot,
-    check_fraction,
-    check_positive,
-    combine,
-    identity,
-    mean_gradient,
-)
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, combine, identity, mean_gradient
 from zowrap.rules.zo_sgd import zo_sgd
 
 NO_MOMENTUM = 1e-8  # ‖m‖ below which there is no cone yet: the official code's

@@ -10,8 +10,9 @@ holds for central differences as well.
 
 from __future__ import annotations
 
+from zowrap.checks import check_positive
 from zowrap.errors import ZOError
-from zowrap.rules.base import Choice, Probe, Rule, Scalars, check_positive, mean_gradient
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, mean_gradient
 
 
 def fzoo(*, lr: float = 3e-7) -> Rule:

@@ -12,19 +12,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from zowrap.checks import check_fraction, check_positive
 from zowrap.errors import ZOError
-from zowrap.estimators import ESTIMATORS, Point
-from zowrap.rules.base import (
-    Choice,
-    Probe,
-    Rule,
-    Scalars,
-    Slot,
-    check_fraction,
-    check_positive,
-    combine,
-    mean_gradient,
-)
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, combine, mean_gradient
+from zowrap.rules.estimators import ESTIMATORS, Point
 
 CENTRAL = ESTIMATORS["central"]
 

@@ -19,8 +19,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from zowrap.checks import check_count, check_fraction, check_positive
 from zowrap.errors import ZOError, nearest
-from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, check_count, check_fraction, check_positive
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot
 from zowrap.rules.zo_sgd import zo_sgd
 
 SCALES = ("paper", "code")

@@ -11,18 +11,9 @@ measured); ``moment="printed"`` gives that form. For q = 1 both agree and the fi
 
 from __future__ import annotations
 
+from zowrap.checks import check_flag, check_fraction, check_positive
 from zowrap.errors import ZOError, nearest
-from zowrap.rules.base import (
-    Choice,
-    Probe,
-    Rule,
-    Scalars,
-    check_flag,
-    check_fraction,
-    check_positive,
-    mean_gradient,
-    received_share,
-)
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, mean_gradient, received_share
 
 MOMENTS = ("mean", "printed")
 

@@ -1,142 +1,17 @@
-"""Rules from elsewhere: what a constructor must be like to be registered, and how the code that registers it is found.
-
-A rule of an installed package is found by an entry point of the group ``zowrap.rules``: the module it names calls
-:func:`zowrap.rules.register` when imported. A rule in a file of one's own is named by ``--plugin``. Both are the user's
-doing: nothing that a run, a checkpoint or a journal names is ever imported.
+"""Rules in files and modules of one's own, named by ``--plugin``: that is the user's doing, and nothing that a run,
+a checkpoint or a journal names is ever imported.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
-import inspect
-import json
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from zowrap import estimators
 from zowrap.errors import ZOError
-from zowrap.files import python_file
-from zowrap.names import RULES_OF_PACKAGES as GROUP
-from zowrap.rules.base import Rule
-
-if TYPE_CHECKING:
-    from zowrap.rules import Entry
-
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
-_installed_loaded = False
-
-# --- what can be registered ----------------------------------------------------------------------------------------
-
-
-def check_name(
-    name: str, registry: Mapping[str, Entry], aliases: Mapping[str, str], constructor: Callable[..., Rule]
-) -> None:
-    """Raise :class:`ZOError` unless ``name`` is well formed and free, or held by this constructor loaded before."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ZOError(f"the name of a rule is made of small letters, digits and _, such as my_rule, not {name!r}")
-    if name in aliases:
-        raise ZOError(f"there is a rule {name!r} already (another name of {aliases[name]}): register yours by another")
-    if name not in registry:
-        return
-    place = _place(registry[name].constructor)
-    if place != _place(constructor) or str(place[0]).startswith("zowrap.rules."):
-        raise ZOError(f"there is a rule {name!r} already: register yours by another name")
-
-
-def _place(constructor: Callable[..., Any]) -> tuple[Any, Any]:
-    """What stays the same when a module is loaded again."""
-    return getattr(constructor, "__module__", None), getattr(constructor, "__qualname__", constructor)
-
-
-def check_constructor(name: str, constructor: Callable[..., Rule]) -> Rule:
-    """The rule with its defaults.
-
-    Raises:
-        ZOError: the constructor is not one that a user can give hyper-parameters by name, or a journal can repeat.
-    """
-
-    def refuse(why: str) -> ZOError:
-        return ZOError(f"{name} cannot be registered: {why}")
-
-    if not callable(constructor):
-        raise refuse(f"its constructor must be a function that returns a rule, got {constructor!r}")
-    try:
-        parameters = inspect.signature(constructor).parameters
-    except ValueError as error:
-        raise refuse(f"its constructor must be a Python function, got {constructor!r}") from error
-    for parameter in parameters.values():
-        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
-            raise refuse(
-                f"{parameter} must be a keyword-only argument with a default: def {name}(*, {parameter.name}=...)"
-            )
-    if not inspect.getdoc(constructor):
-        raise refuse("its constructor needs a docstring, whose first line zowrap rules prints")
-    try:
-        rule = constructor()
-    except Exception as error:
-        raise refuse(f"its constructor fails without arguments ({type(error).__name__}: {error})") from error
-    if not isinstance(rule, Rule):
-        raise refuse(f"its constructor must return a zowrap.rules.Rule, got {type(rule).__name__}")
-    if rule.name != name:
-        raise refuse(f"the rule that its constructor returns is called {rule.name!r}")
-    given, held = set(parameters), {"lr", *rule.hyper}
-    if given != held:
-        missing, extra = sorted(given - held), sorted(held - given)
-        raise refuse(
-            f"Rule(hyper=...) must hold {missing[0]}, which the constructor takes"
-            if missing
-            else f"its constructor must take {extra[0]}, which its Rule(lr=..., hyper=...) has"
-        )
-    try:
-        kept = json.loads(json.dumps(dict(rule.hyper))) == dict(rule.hyper)
-    except (TypeError, ValueError):
-        kept = False
-    if not kept:
-        raise refuse(f"its hyper-parameters must be numbers, strings, flags or None, got {dict(rule.hyper)!r}")
-    return rule
-
-
-def memory(rule: Rule) -> str:
-    """State in units of the tunable parameters, from the rule's slots."""
-    text = str(len(rule.slot_names("element")))
-    return text + " (and r per row)" if rule.slot_names("left") else text
-
-
-def forwards(rule: Rule) -> str:
-    """Forward passes of a step in terms of its q queries, such as ``"2q"`` or ``"q + 1"``, from its points."""
-    points = rule.points or estimators.get(rule.defaults.estimator).points
-    few, more = len(points(2)), len(points(3))
-    slope, rest = more - few, few - 2 * (more - few)
-    per_query = {0: "", 1: "q"}.get(slope, f"{slope}q")
-    return " + ".join(part for part in (per_query, str(rest) if rest or not per_query else "") if part)
-
-
-# --- where it is found ---------------------------------------------------------------------------------------------
-
-
-def load_installed() -> list[str]:
-    """Import what installed packages name in the group ``zowrap.rules``; once.
-
-    Returns:
-        A sentence for each that failed; its rules are left out.
-    """
-    global _installed_loaded
-    if _installed_loaded:
-        return []
-    _installed_loaded = True
-    failed = []
-    for point in importlib.metadata.entry_points(group=GROUP):
-        try:
-            point.load()
-        except Exception as error:
-            package = point.dist.name if point.dist else point.name
-            failed.append(f"the rules of {package} ({point.value}) are left out: {type(error).__name__}: {error}")
-    return failed
+from zowrap.names import python_file
 
 
 def load(plugins: Sequence[str]) -> None:
@@ -154,7 +29,7 @@ def load(plugins: Sequence[str]) -> None:
 
 
 def _load_first(plugin: str, name: str, file: Path | None) -> None:
-    from zowrap.rules import REGISTRY
+    from zowrap.rules.registry import REGISTRY
 
     before = dict(REGISTRY)
     try:

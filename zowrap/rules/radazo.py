@@ -12,17 +12,8 @@ longer than ZO-AdaMM, 4.36 for β1 = 0.9. Compare the two at their own best η, 
 
 from __future__ import annotations
 
-from zowrap.rules.base import (
-    Probe,
-    Rule,
-    Scalars,
-    Slot,
-    check_flag,
-    check_fraction,
-    check_positive,
-    mean_gradient,
-    received_share,
-)
+from zowrap.checks import check_flag, check_fraction, check_positive
+from zowrap.rules.base import Probe, Rule, Scalars, Slot, mean_gradient, received_share
 
 
 def radazo(

@@ -18,8 +18,9 @@ import math
 import torch
 from torch import Tensor
 
+from zowrap.checks import check_fraction, check_positive
 from zowrap.errors import ZOError
-from zowrap.rules.base import Choice, Rule, Scalars, Slot, check_fraction, check_positive, identity
+from zowrap.rules.base import Choice, Rule, Scalars, Slot, identity
 from zowrap.rules.zo_sgd import zo_sgd
 
 

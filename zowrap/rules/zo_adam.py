@@ -8,16 +8,8 @@ with ĝ in place of the gradient; ZO-AdaMM (1910.06513) discusses the family.
 
 from __future__ import annotations
 
-from zowrap.rules.base import (
-    Probe,
-    Rule,
-    Scalars,
-    Slot,
-    check_fraction,
-    check_positive,
-    mean_gradient,
-    received_share,
-)
+from zowrap.checks import check_fraction, check_positive
+from zowrap.rules.base import Probe, Rule, Scalars, Slot, mean_gradient, received_share
 
 
 def zo_adam(*, lr: float = 1e-4, beta1: float = 0.9, beta2: float = 0.999, zeta: float = 1e-8) -> Rule:

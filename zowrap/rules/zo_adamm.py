@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from zowrap.rules.base import Probe, Rule, Scalars, Slot, check_flag, check_fraction, check_positive, mean_gradient
+from zowrap.checks import check_flag, check_fraction, check_positive
+from zowrap.rules.base import Probe, Rule, Scalars, Slot, mean_gradient
 
 
 def zo_adamm(

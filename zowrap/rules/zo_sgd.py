@@ -15,8 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zowrap.checks import check_flag, check_fraction, check_positive
 from zowrap.errors import ZOError, nearest
-from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, check_flag, check_fraction, check_positive
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot
 
 SIGNS = ("scalar", "elementwise")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from zowrap.loss import IGNORED
+from zowrap.loss.module import IGNORED
 
 Example = dict[str, Any]
 

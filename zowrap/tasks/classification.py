@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zowrap.data import Row, label_index, text_of
 from zowrap.errors import ZOError, nearest
 from zowrap.names import FORMS
-from zowrap.parameters import canonical_name
+from zowrap.step.parameters import canonical_name
+from zowrap.storage.safetensors import LABEL_VECTORS, opened
 from zowrap.tasks import templates
 from zowrap.tasks.batches import Collator, Example, Examples, fit
 from zowrap.tasks.loading import Source, load
-from zowrap.weights import LABEL_VECTORS, opened
+from zowrap.tasks.rows import Row, label_index, text_of
 
 log = logging.getLogger("zowrap")
 

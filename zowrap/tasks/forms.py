@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from zowrap.weights import LABEL_VECTORS
+from zowrap.storage.safetensors import LABEL_VECTORS
 
 # Cosines lie in [-1, 1]: 20 is the inverse temperature sentence encoders are trained with.
 COSINE_SCALE = 20.0

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zowrap.data import Row, text_of, whole
 from zowrap.errors import ZOError
-from zowrap.loss import IGNORED, token_losses
+from zowrap.loss.module import IGNORED, token_losses
 from zowrap.tasks.batches import Collator, Example, Examples, fit
 from zowrap.tasks.loading import Source, load
+from zowrap.tasks.rows import Row, text_of, whole
 
 
 @dataclass

@@ -15,15 +15,14 @@ import torch
 from torch import nn
 
 from zowrap.errors import ZOError, first_line, nearest, need_package
-from zowrap.memory import free_memory
-from zowrap.names import DTYPES as NAMES
-from zowrap.parameters import canonical_name
-from zowrap.quant.lowering import check_asked, check_settings, is_quantized_layer, mark_fresh
-from zowrap.weights import ADAPTER, adapters_base, check_adapter_settings, check_directory, opened
+from zowrap.machine import free_memory
+from zowrap.numerics.dtypes import DTYPES
+from zowrap.quant.lowering import is_quantized_layer, mark_fresh
+from zowrap.quant.schemes import check_asked, check_settings
+from zowrap.step.parameters import canonical_name
+from zowrap.storage.safetensors import ADAPTER, adapters_base, check_adapter_settings, check_directory, opened
 
 log = logging.getLogger("zowrap")
-
-DTYPES = {name: getattr(torch, name) for name in NAMES}
 
 
 @dataclass
@@ -113,7 +112,7 @@ def fetch(name: str, pickles: bool = False) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    from zowrap.weights import PICKLED_WEIGHTS, PICKLES, SETTINGS, pickled_weights, weight_files
+    from zowrap.storage.safetensors import PICKLED_WEIGHTS, PICKLES, SETTINGS, pickled_weights, weight_files
 
     def download(*patterns: str) -> Path:
         with _sentences(name):
@@ -239,7 +238,7 @@ def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **c
     """
     check_asked(source.name, source.config, source.quantization)
     if source.empty:
-        from zowrap.quant.skeleton import quantized
+        from zowrap.quant.empty import quantized
 
         changes.pop("ignore_mismatched_sizes", None)
         model = _empty(source, auto_class, dtype, **changes)

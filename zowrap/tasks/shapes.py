@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zowrap.errors import ZOError
-from zowrap.loss import token_losses
+from zowrap.loss.module import token_losses
 from zowrap.tasks.classification import TEMPLATES, Classification, choose_form, pooling_of
 from zowrap.tasks.lm import LanguageModelling
 from zowrap.tasks.loading import Source, load

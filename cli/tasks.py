@@ -1,0 +1,73 @@
+"""What several commands ask of a task: which one it is, its labels, what tokenising did, where to write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from zowrap.cli.console import say
+from zowrap.cli.options import split_labels
+from zowrap.errors import ZOError
+from zowrap.storage.atomic import same_place
+from zowrap.storage.folder import RunFolder
+from zowrap.storage.lock import entries
+from zowrap.storage.safetensors import adapters_base
+
+
+def saved_task(model: str) -> dict[str, Any] | None:
+    """The task that a run keeps in ``zowrap.json``, or None where ``model`` is no run."""
+    run = RunFolder(model)
+    return (run.config().get("task") or None) if run.config_file.is_file() else None
+
+
+def resolve_task(options: Any, rows: Any, source: Any) -> Any:
+    """The task that the options of ``tune`` or ``eval`` describe, with the reason for its form."""
+    from zowrap.tasks.resolve import resolve
+
+    return resolve(
+        options.task,
+        rows,
+        source,
+        head=options.head,
+        labels=split_labels(options.labels),
+        template=options.template,
+        text_column=options.text_column,
+        label_column=options.label_column,
+        max_length=options.max_length,
+        end_of_text=options.end_of_text,
+    )
+
+
+def say_counts(examples: Any, max_length: int, what: str = "rows") -> None:
+    """Tell once what tokenising did to the data."""
+    if examples.truncated:
+        say(
+            f"{examples.truncated} of {len(examples) + examples.dropped} {what} "
+            f"were longer than {max_length} tokens and cut"
+        )
+    if examples.dropped:
+        say(f"{examples.dropped} {what} had no token to learn from and were left out")
+
+
+def recorded_base(folder: str | Path) -> str | None:
+    """The model that a run, or a folder of adapters, says it was made from."""
+    run = RunFolder(folder)
+    named = run.config().get("model") if run.config_file.is_file() else None
+    return named or adapters_base(folder)
+
+
+def check_target(to: str, overwrite: bool, option_name: str, *kept: Any) -> None:
+    """Raise :class:`ZOError` unless ``to`` is a directory that may be written: new, empty, or to be replaced.
+
+    Args:
+        kept: folders that the command reads, or that what it reads was made from: they are never written over, by
+            whatever name.
+    """
+    path = Path(to)
+    if path.exists() and not path.is_dir():
+        raise ZOError(f"{option_name} {to} is a file: give the name of a directory")
+    for folder in kept:
+        if isinstance(folder, str) and same_place(to, folder):
+            raise ZOError(f"{option_name} {to} is {folder}, which would be written over: give another directory")
+    if entries(path) and not overwrite:
+        raise ZOError(f"{option_name} {to} is not empty: give a new directory, or --overwrite")

@@ -1,0 +1,73 @@
+"""What several passes ask of a graph: perturbed weights, products with a weight, the points' common uses."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
+
+PERTURBATIONS = (
+    torch.ops.zowrap.perturb.default,
+    torch.ops.zowrap.perturb_lowrank.default,
+    torch.ops.zowrap.perturb_codes.default,
+)
+
+
+def tunable_values(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that stand for a perturbed weight at some point."""
+    return [
+        user
+        for perturbation in PERTURBATIONS
+        for node in graph.find_nodes(op="call_function", target=perturbation)
+        for user in node.users
+        if user.target is operator.getitem
+    ]
+
+
+aten = torch.ops.aten
+
+
+class Product(NamedTuple):
+    """``x · weightᵀ + bias``; ``x · weight + bias`` where ``transposed``, the weight standing as [inputs, outputs]."""
+
+    x: Any
+    bias: Any
+    transposed: bool
+
+
+def product_with(use: fx.Node, weight: fx.Node) -> Product | None:
+    """``use`` as a product of something else with the matrix ``weight``, or None."""
+    args = use.args
+    if use.target is aten.linear.default and args[1] is weight and args[0] is not weight:
+        return Product(args[0], args[2] if len(args) > 2 else None, transposed=False)
+    if use.target is aten.addmm.default and args[2] is weight and args[1] is not weight and not use.kwargs:
+        return Product(args[1], args[0], transposed=True)
+    if use.target in (aten.mm.default, aten.matmul.default) and args[1] is weight and args[0] is not weight:
+        return Product(args[0], None, transposed=True)
+    return None
+
+
+def once(values: Sequence[Any]) -> list[Any]:
+    """One value for each point, or a single one where all points share it."""
+    return [values[0]] if all(v is values[0] for v in values) else list(values)
+
+
+def replace(graph: fx.Graph, uses: Sequence[fx.Node], fused: fx.Node, biases: Sequence[Any] | None = None) -> None:
+    """Put the outputs of ``fused``, one for each point and with its bias added, in the place of ``uses``."""
+    after = fused
+    for p, use in enumerate(uses):
+        with graph.inserting_after(after):
+            value = after = graph.call_function(operator.getitem, (fused, p))
+        if biases is not None and biases[p] is not None:
+            value.meta["nn_module_stack"] = use.meta.get("nn_module_stack")
+            with graph.inserting_after(value):
+                value = after = graph.call_function(aten.add.Tensor, (value, biases[p]))
+        value.meta = dict(use.meta)
+        use.replace_all_uses_with(value)
+    for use in uses:
+        graph.erase_node(use)

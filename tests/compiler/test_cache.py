@@ -1,0 +1,75 @@
+"""Compiled code is kept between processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zowrap.compiler import cache
+
+JOB = """
+import json, torch, zowrap
+import zowrap.ops.kernels
+torch.manual_seed(0)
+zm = zowrap.zo_wrap(torch.nn.Linear(6, 3), "meazo", lr=1e-3, engine="compiled",
+                    loss_fn=lambda model, batch: model(batch["x"]).square().mean(-1))
+kept = []
+compiler_run = zowrap.compiler.inductor.compile_function
+def counted(*given, **named):
+    made = compiler_run(*given, **named)
+    kept.append(made.cached)
+    return made
+zowrap.compiler.inductor.compile_function = counted
+loss = zm.step(x=torch.ones(4, 6)).loss
+report = zm.inspect()
+print(json.dumps({"regions": report.compile_count, "cached": report.cached, "kernels": kept, "loss": loss.item(),
+                  "trace": report.trace_seconds}))
+"""
+
+
+def run(folder: Path) -> dict:
+    env = {**os.environ, "ZOWRAP_CACHE_DIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", JOB], env=env, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_a_second_start_of_the_same_job_compiles_nothing(tmp_path) -> None:
+    first, second = run(tmp_path), run(tmp_path)
+    assert first["cached"] == 0
+    assert not any(first["kernels"])
+    assert second["cached"] == second["regions"] == first["regions"] > 0
+    assert all(second["kernels"])
+    assert len(second["kernels"]) == len(first["kernels"]) > 0
+    assert second["loss"] == first["loss"]
+    assert second["trace"] > 0
+
+
+@pytest.fixture
+def clean(monkeypatch, tmp_path):
+    for name in (cache.OURS, cache.TORCHS):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+def test_the_folder_is_the_users_cache_unless_one_is_named(clean, monkeypatch) -> None:
+    assert cache.folder() == clean / "home" / "zowrap"
+    monkeypatch.setenv(cache.TORCHS, "/torchs")
+    assert cache.folder() == Path("/torchs")
+    monkeypatch.setenv(cache.OURS, str(clean / "named"))
+    assert cache.folder() == clean / "named"
+    cache.use()
+    assert os.environ[cache.TORCHS] == str(clean / "named")
+
+
+def test_a_folder_that_cannot_be_made_leaves_torchs_own(clean, monkeypatch) -> None:
+    (clean / "file").write_text("")
+    monkeypatch.setenv(cache.OURS, str(clean / "file" / "below"))
+    cache.use()
+    assert cache.TORCHS not in os.environ

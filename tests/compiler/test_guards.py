@@ -1,0 +1,141 @@
+"""A model that does something else at other sizes is captured again there, and never runs another size's program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zowrap
+import zowrap.errors
+from zowrap.model.zo_model import ZOModel
+
+
+class Branching(nn.Module):
+    """Embeddings whose treatment depends on the sizes of ``ids``, int64 ``[rows, length]``."""
+
+    def __init__(self, what: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head, self.what = nn.Embedding(20, 8), nn.Linear(8, 3), what
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.what(self.table(ids).tanh()).mean(1))
+
+
+WHATS: dict[str, Callable[[Tensor], Tensor]] = {
+    "length": lambda h: h[:, -32:] * 2.0 if h.shape[1] > 32 else h,
+    "rows": lambda h: h * 3.0 if h.shape[0] >= 4 else h,
+    "one row": lambda h: h * 3.0 if h.shape[0] == 1 else h,
+    "both": lambda h: h * 3.0 if h.shape[0] == h.shape[1] else h,
+}
+
+
+def wrap(what: str, engine: str) -> ZOModel:
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch["ids"]), batch["labels"], reduction="none")
+
+    return zowrap.zo_wrap(Branching(WHATS[what]), "zo_sgd", lr=1e-3, eps=0.1, loss_fn=loss, engine=engine)
+
+
+def rows_of(rows: int, length: int) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(rows * 100 + length)
+    ids = torch.randint(20, (rows, length), generator=draw)
+    return {"ids": ids, "labels": ids[:, 0] % 3}
+
+
+@pytest.mark.parametrize("what", WHATS)
+def test_each_size_takes_the_way_that_python_takes(what: str) -> None:
+    eager, compiled = wrap(what, "eager"), wrap(what, "compiled")
+    for rows, length in ((8, 48), (2, 20), (4, 20), (1, 40), (6, 6), (2, 33), (5, 7), (2, 20)):
+        inputs = rows_of(rows, length)
+        one, other = eager.step(**inputs).losses, compiled.step(**inputs).losses
+        assert torch.allclose(one, other, atol=1e-5), (rows, length)
+    assert len(compiled._engine._captured) == 1  # one kind of batch
+    (programs,) = compiled._engine._captured.values()
+    assert 2 <= len(programs) <= 4
+
+
+def test_sizes_that_nothing_was_asked_of_share_a_program() -> None:
+    zm = wrap("length", "compiled")
+    for rows, length in ((2, 5), (7, 9), (1, 32), (30, 2)):
+        zm.loss(**rows_of(rows, length))
+    (programs,) = zm._engine._captured.values()
+    assert len(programs) == 1
+
+
+def test_a_program_for_one_size_that_would_be_too_long_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zowrap.engines import compiled
+
+    monkeypatch.setattr(compiled, "MAX_OWN_NODES", 5)
+    zm = wrap("length", "compiled")
+    zm.loss(**rows_of(4, 40))  # on the way that the canonical batch took
+    with pytest.raises(zowrap.errors.ZOCaptureError, match=r"for this size alone would have \d+ operations"):
+        zm.loss(**rows_of(4, 20))
+
+
+class Number(nn.Module):
+    """Divides by a number read out of a tensor: of its own output, of a weight, or of the batch."""
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.of = nn.Linear(5, 4), nn.Linear(4, 3), of
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        source = {"output": h, "weight": self.first.weight, "batch": x}[self.of]
+        return self.second(h / source.abs().max().item())
+
+
+@pytest.mark.parametrize("of", ["output", "weight", "batch"])
+def test_a_number_that_each_point_has_another_one_of_is_not_taken_from_the_first(of: str) -> None:
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["x"]).square().mean(1)
+
+    inputs = {"x": torch.randn(6, 5, generator=torch.Generator().manual_seed(1))}
+    made = [zowrap.zo_wrap(Number(of), "zo_sgd", lr=1e-3, eps=0.3, loss_fn=loss, engine=e) for e in ("eager", None)]
+    if of == "batch":
+        losses = [zm.step(**inputs).losses for zm in made]
+    else:
+        with pytest.warns(zowrap.errors.ZOWarning, match=r"makes a Python number of a tensor .*\.item"):
+            losses = [zm.step(**inputs).losses for zm in made]
+    assert torch.allclose(*losses, rtol=1e-5)
+    assert made[1].inspect().engine == ("compiled" if of == "batch" else "eager")
+
+
+class Chooses(nn.Module):
+    """Keeps a choice of values in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda h: h.sin(), lambda h: h.cos(), (self.linear(x),))
+
+
+def test_what_passes_cannot_rewrite_runs_eagerly() -> None:
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["x"]).square().mean(1)
+
+    zm = zowrap.zo_wrap(Chooses(), "zo_sgd", lr=1e-3, loss_fn=loss)
+    with pytest.warns(zowrap.errors.ZOWarning, match="running eagerly, because the model holds a graph of its own"):
+        zm.step(x=torch.ones(6, 5))
+    assert zm.step_count == 1
+
+
+def test_what_the_compiler_fails_at_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zowrap.engines import compiled
+
+    def fails(*args: Any, **options: Any) -> Any:
+        raise KeyError("val")
+
+    monkeypatch.setattr(compiled, "compile_regions", fails)
+    zm = zowrap.zo_wrap(Branching(lambda h: h), "zo_sgd", lr=1e-3, loss_fn=lambda m, b: m(b["ids"]).square().mean(1))
+    with pytest.warns(zowrap.errors.ZOWarning, match="this model cannot be compiled .KeyError"):
+        zm.step(ids=torch.ones(3, 4, dtype=torch.int64))
+    assert zm.step_count == 1

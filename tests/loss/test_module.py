@@ -1,0 +1,148 @@
+"""A model's own loss is kept wherever ours from the logits is not the same function, whatever the first rows are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from zowrap.loss.module import LossModule, probes
+
+SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+class Classes(BertForSequenceClassification):
+    """A classifier whose loss is computed by ``own``."""
+
+    own: Any = None
+
+    def forward(self, labels=None, **inputs):  # type: ignore[override]
+        outputs = super().forward(**inputs)
+        if labels is not None:
+            outputs.loss = type(self).own(outputs.logits, labels)
+        return outputs
+
+
+def classifier(own: Any, classes: int = 2, head: float = 30.0) -> Classes:
+    torch.manual_seed(0)
+    kind = type("Kind", (Classes,), {"own": staticmethod(own)})
+    model = kind(BertConfig(**SMALL, num_labels=classes)).eval()
+    with torch.no_grad():
+        model.classifier.weight.mul_(head)
+    return model
+
+
+def weighted(*weights: float) -> Any:
+    return lambda logits, labels: F.cross_entropy(logits, labels, weight=torch.tensor(weights))
+
+
+def ids(rows: int, length: int = 6) -> Tensor:
+    return torch.randint(5, 40, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def form_after(model: torch.nn.Module, labels: Tensor) -> str:
+    """Which loss stands after a first batch with these labels."""
+    loss = LossModule(model)
+    loss.settle({"input_ids": ids(len(labels)), "labels": labels})
+    return loss.form
+
+
+@pytest.mark.parametrize("first", [[0], [1], [0, 0, 0], [1, 1], [0, 1], [0, 0, 1, 1]])
+def test_class_weights_show_whatever_the_first_labels_are(first: list[int]) -> None:
+    assert form_after(classifier(weighted(1.0, 10.0)), torch.tensor(first)) == "own"
+
+
+@pytest.mark.parametrize("odd_one", [1, 9, 19])
+def test_a_single_weighted_class_of_many_shows_though_no_row_has_it(odd_one: int) -> None:
+    weights = [3.0 if i == odd_one else 1.0 for i in range(20)]
+    assert form_after(classifier(weighted(*weights), classes=20), torch.tensor([0, 2])) == "own"
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=0.1),
+        lambda logits, labels: ((1 - logits.softmax(-1).gather(1, labels[:, None])[:, 0]) ** 2).mean(),
+        lambda logits, labels: F.cross_entropy(logits, labels) + 1e-3 * logits.square().mean(),
+    ],
+    ids=["smoothed", "brier", "penalty"],
+)
+def test_other_losses_of_a_classifier_are_kept(own: Any) -> None:
+    assert form_after(classifier(own), torch.tensor([1, 1])) == "own"
+
+
+def test_the_plain_loss_of_a_subclass_is_taken_as_plain() -> None:
+    assert form_after(classifier(F.cross_entropy, classes=20), torch.tensor([3])) == "classes"
+
+
+def test_where_no_label_can_tell_the_models_own_loss_stays() -> None:
+    # A head of zeros gives every class the same loss, and any weighted mean of them is the plain one.
+    assert form_after(classifier(weighted(1.0, 10.0), head=0.0), torch.tensor([0, 1])) == "own"
+
+
+def test_transformers_own_classes_need_no_probe_unless_something_is_put_in_their_place() -> None:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**SMALL, num_labels=2)).eval()
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    assert form_after(model, torch.tensor([0, 0])) == "classes"
+    model.loss_function = lambda *args, **kwargs: torch.zeros(())
+    assert form_after(model, torch.tensor([0, 0])) == "own"
+
+
+def test_a_weighted_token_of_a_language_model_shows() -> None:
+    class Weighted(LlamaForCausalLM):
+        def forward(self, labels=None, **inputs):  # type: ignore[override]
+            outputs = super().forward(**inputs)
+            if labels is not None:
+                weight = torch.ones(40)
+                weight[self.config.eos_token_id] = self.extra
+                logits = outputs.logits[:, :-1].flatten(0, 1)
+                outputs.loss = F.cross_entropy(logits, labels[:, 1:].flatten(), weight=weight)
+            return outputs
+
+    torch.manual_seed(0)
+    model = Weighted(LlamaConfig(**SMALL, num_key_value_heads=2, eos_token_id=2)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    for extra, form in ((1.0, "causal"), (5.0, "own")):
+        model.extra = extra
+        loss = LossModule(model)
+        loss.settle({"input_ids": ids(3), "labels": ids(3)})  # no row ends in the token with the weight
+        assert loss.form == form
+
+
+def test_a_weighted_class_of_tokens_shows() -> None:
+    class Weighted(BertForTokenClassification):
+        def forward(self, labels=None, **inputs):  # type: ignore[override]
+            outputs = super().forward(**inputs)
+            if labels is not None:
+                weight = torch.tensor([1.0, 1.0, 4.0])
+                outputs.loss = F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), weight=weight)
+            return outputs
+
+    torch.manual_seed(0)
+    model = Weighted(BertConfig(**SMALL, num_labels=3)).eval()
+    assert form_after(model, torch.zeros(2, 6, dtype=torch.int64)) == "own"
+
+
+def test_probes_show_every_class_beside_the_first() -> None:
+    class Config:
+        num_labels = 20
+
+    batch = {"input_ids": ids(3), "labels": torch.tensor([0, 0, 0])}
+    found = [probe["labels"].tolist() for probe in probes(batch, Config(), labels_are_tokens=False)]
+    assert all(labels[0] == 0 for labels in found)
+    assert {label for labels in found for label in labels} == set(range(20))
+    odd = {**batch, "pixels": torch.zeros(7, 2)}  # of no row in particular: what belongs to a row is not known
+    assert not list(probes(odd, Config(), labels_are_tokens=False))

@@ -1,0 +1,280 @@
+"""What a step costs, from shapes alone: operations, bytes, random numbers and peak memory, beside two plain forwards.
+
+Nothing is computed and no weight is read, so a model on the ``meta`` device serves: one that does not fit can be asked
+about. The programs are those that the compiled engine runs; what they hold in memory follows their regions
+(:mod:`zowrap.compiler.regions`) from call to call, and inside a region :mod:`zowrap.analysis.region`.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from zowrap.analysis.operators import Work, kept_for_update, merged
+from zowrap.analysis.program import Laid, Sizes
+from zowrap.engines.compiled import CompiledEngine
+from zowrap.errors import ZOCaptureError
+from zowrap.loss.module import Batch, rows_of
+from zowrap.machine import MARGIN
+from zowrap.ops.scratch import MOST_ELEMENTS
+from zowrap.step.job import Engine, Job
+from zowrap.step.parameters import weight_bytes
+from zowrap.step.step_directions import groups
+
+SAMPLED_BLOCKS = 5  # of many blocks so many are looked at; between them costs are taken to grow evenly
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of memory of a step.
+
+    Attributes:
+        weights: parameters and buffers, each storage once.
+        state: the rule's.
+        scratch: kept from step to step by the operators.
+        transient: activations and whatever else a step allocates and frees, at its peak.
+    """
+
+    weights: int
+    state: int
+    scratch: int
+    transient: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.state + self.scratch + self.transient
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one step on one batch costs.
+
+    Attributes:
+        sizes: of the batch's tensors, by name.
+        step: the whole step, the update included; with blocks the mean over all of them.
+        forwards: two plain forwards of the same batch.
+        memory: under the schedule in use; with blocks of the block that needs most.
+        schedules: peak bytes under ``"paired"`` and ``"sequential"``.
+        forward_transient: bytes that one plain forward allocates and frees.
+    """
+
+    sizes: dict[str, tuple[int, ...]]
+    step: Work
+    forwards: Work
+    memory: Memory
+    schedules: dict[str, int]
+    forward_transient: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON.
+
+        ``{"batch": {name: [sizes]}, "step": work, "two_forwards": work, "flops_ratio", "bytes_ratio", "memory":
+        {"weights", "state", "scratch", "transient", "peak", "forward_transient", "paired", "sequential"}}`` with
+        ``work`` being ``{"flops", "bytes", "weight_bytes", "activation_bytes", "update_bytes", "noise"}``: whole
+        numbers, memory in bytes; ``noise`` counts random numbers, ``paired`` and ``sequential`` are peaks.
+        """
+        return {
+            "batch": {name: list(shape) for name, shape in self.sizes.items()},
+            "step": _record(self.step),
+            "two_forwards": _record(self.forwards),
+            "flops_ratio": round(self.step.flops / max(self.forwards.flops, 1), 4),
+            "bytes_ratio": round(self.step.bytes / max(self.forwards.bytes, 1), 4),
+            "memory": {
+                **vars(self.memory),
+                "peak": self.memory.peak,
+                "forward_transient": self.forward_transient,
+                **self.schedules,
+            },
+        }
+
+
+def _record(work: Work) -> dict[str, int]:
+    return {"flops": round(work.flops), "bytes": round(work.bytes)} | {
+        name: round(value) for name, value in vars(work).items() if name != "flops"
+    }
+
+
+class Order(Protocol):
+    """In which order a step evaluates its points, see :mod:`zowrap.model.schedule`."""
+
+    @property
+    def sequential(self) -> bool:
+        """One point at a time, in place of both sides of a direction together."""
+        ...
+
+
+class Estimator:
+    """The costs of a wrapped model's step on batches of given sizes.
+
+    Args:
+        job, engine, schedule: of a model under the compiled engine, on any device.
+        batch: tensors of the sizes asked about; on the ``meta`` device, and nothing is read of others either.
+
+    Raises:
+        ZOCaptureError: the model cannot be captured, or sizes follow from its data.
+    """
+
+    def __init__(self, job: Job, engine: Engine, schedule: Order, batch: Batch) -> None:
+        if not isinstance(engine, CompiledEngine):
+            raise ZOCaptureError("costs are those of the compiled engine, and this model runs eagerly")
+        if engine.fallen_back is not None:
+            raise ZOCaptureError(f"this model runs eagerly, because {engine.fallen_back}")
+        self.job, self.engine, self.schedule, self.batch = job, engine, schedule, batch
+        self.per_example = job.estimator.per_example
+        self._sizes = Sizes(batch, engine.min_layers, engine.shares)
+        self._laid: dict[tuple[int, int], Laid] = {}
+
+    # --- the step ---------------------------------------------------------------------------------------------
+
+    def costs(self, sequential: bool | None = None) -> Costs:
+        """Costs under a schedule, by default the model's own."""
+        job = self.job
+        sequential = self.schedule.sequential if sequential is None else sequential
+        plain, blocks = self.laid(-1, 0), _sample(len(job.blocks))
+        steps = [self._step(block, sequential) for block in blocks]
+        weights, transient = weight_bytes(job.loss.model), max(t for _, t in steps)
+        memory = Memory(weights, job.state_bytes, self._scratch(sequential), transient)
+        transient = max(self._step(block, not sequential)[1] for block in blocks)
+        other = replace(memory, scratch=self._scratch(not sequential), transient=transient)
+        paired, alone = (other, memory) if sequential else (memory, other)
+        return Costs(
+            {name: tuple(value.shape) for name, value in self.batch.items() if isinstance(value, Tensor)},
+            _mean([work for work, _ in steps], blocks, len(job.blocks)),
+            plain.work * 2,
+            memory,
+            {"paired": paired.peak, "sequential": alone.peak},
+            plain.transient,
+        )
+
+    def bound(self) -> int:
+        """Bytes that a paired step does not exceed at its peak, in milliseconds: as if nothing were ever freed.
+
+        Each value of the captured program counts once for every point that is evaluated with others. Weights are among
+        them: uses that no operator of ours stands for perturb a copy.
+        """
+        counts = {max(points, 1) for points in self.evaluations(False)}
+        values = max(counts) * self._sizes.held(self.engine.captured(self.batch))
+        update = max(self._factors(block) + self._update(block)[1] for block in _sample(len(self.job.blocks)))
+        # Chunks of perturbed weights for each number of points, and of logits and a gradient once.
+        widest = max(parameter.tensor.element_size() for parameter in self.job.parameters)
+        scratch = (sum(counts) + max(counts) + 1) * MOST_ELEMENTS * max(widest, 4)
+        return weight_bytes(self.job.loss.model) + self.job.state_bytes + values + update + scratch
+
+    def _scratch(self, sequential: bool) -> int:
+        """Bytes that the operators of a step keep for the next one."""
+        kept = [laid.kept for _, laid in self.programs(sequential)]
+        moving = [parameter.tensor for parameter in self.job.parameters]
+        kept += [kept_for_update(w) for w in moving if self.job.layouts or not w.is_floating_point()]
+        return sum(merged(kept).values())
+
+    def programs(self, sequential: bool | None = None) -> list[tuple[str, Laid]]:
+        """``(name, program)`` of a step under a schedule: of one block, or of some of many."""
+        sequential = self.schedule.sequential if sequential is None else sequential
+        found: dict[str, Laid] = {}
+        for block in _sample(len(self.job.blocks)):
+            for points in self.evaluations(sequential):
+                name = f"{points} points, block {self.job.blocks[block].name}" if points else "loss"
+                found.setdefault(name, self.laid(block if points else -1, points))
+        return list(found.items())
+
+    def evaluations(self, sequential: bool) -> list[int]:
+        """How many points each evaluation of a step has; 0 is θ itself."""
+        grouped = groups(self.job.points, self.job.device, sequential)
+        counts = [0 if direction is None else signs.shape[0] for direction, signs in grouped]
+        candidates = self.job.candidates
+        return counts + ([1] * candidates if sequential else [candidates] * (candidates > 0))
+
+    def _step(self, block: int, sequential: bool) -> tuple[Work, int]:
+        """A step that moves the block: its work, and the bytes it allocates at its peak."""
+        work, transient = Work(), 0
+        for points in self.evaluations(sequential):
+            laid = self.laid(block if points else -1, points)
+            work, transient = work + laid.work, max(transient, laid.transient)
+        update, temporary = self._update(block)
+        factors = self._factors(block)
+        return work + update, factors + max(transient, temporary)
+
+    def _update(self, block: int) -> tuple[Work, int]:
+        """The epilogue: every active weight and its state read and written once; and the bytes it allocates."""
+        job, work, pair = self.job, Work(), 0
+        directions = rows_of(self.batch) if self.per_example else job.queries
+        for i in job.blocks[block].indices:
+            w = job.parameters[i].tensor
+            work.update_bytes += 2 * sum(map(_size, (w, *job.slots_of(i).values())))
+            if not job.layouts:
+                work.noise += job.queries * w.numel()
+                continue
+            place = job.layouts[block].places[i]
+            pair = max(pair, 4 * directions * place.rank * (place.rows + (place.columns if place.right else 0)))
+            work.flops += 2 * directions * place.rank * w.numel()
+        if not job.layouts:
+            return work, 0
+        work.noise += directions * job.layouts[block].size
+        return work, self._factors(block) + pair  # the factors of all directions are put together once more
+
+    def _factors(self, block: int) -> int:
+        """Bytes of the factors of low-rank directions, which live as long as the step does."""
+        if not self.job.layouts:
+            return 0
+        directions = rows_of(self.batch) if self.per_example else self.job.queries
+        return 4 * directions * self.job.layouts[block].size * (2 if self.job.rule.left is not None else 1)
+
+    # --- one program ------------------------------------------------------------------------------------------
+
+    def laid(self, block: int, points: int) -> Laid:
+        """The program of so many points of a block at the batch's sizes; built on first need."""
+        key = (block, points)
+        if key not in self._laid:
+            program = self.engine.program(self.batch, block, points, self.per_example and points > 0)
+            self._laid[key] = self._sizes.lay(program)
+        return self._laid[key]
+
+
+def _size(value: Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _sample(count: int) -> list[int]:
+    """Which of ``count`` blocks are looked at: all, or both ends and the middle."""
+    if count <= SAMPLED_BLOCKS:
+        return list(range(count))
+    return [0, 1, count // 2, count - 2, count - 1]
+
+
+def _mean(values: Sequence[Work], blocks: Sequence[int], count: int) -> Work:
+    """Mean over all blocks of what is known of some, in between along a line."""
+    total = Work()
+    for block in range(count):
+        after = min(bisect.bisect_left(blocks, block), len(blocks) - 1)
+        if blocks[after] == block:
+            total += values[after]
+            continue
+        low, high = blocks[after - 1], blocks[after]
+        share = (block - low) / (high - low)
+        total += values[after - 1] * (1 - share) + values[after] * share
+    return total * (1 / count)
+
+
+def what_helps(costs: Costs | None, batch_size: int, itemsize: int) -> list[str]:
+    """Options of the command line under which less memory is needed, where each would save a tenth or more.
+
+    Args:
+        costs: under the schedule in use; None where they are not known.
+        itemsize: bytes of a weight.
+    """
+    found = []
+    if costs is not None:
+        memory = costs.memory
+        if costs.schedules["sequential"] < memory.peak * (1 - MARGIN):
+            found.append("--memory sequential")
+        if batch_size > 1 and memory.transient > MARGIN * memory.peak:
+            found.append("a smaller --batch-size")
+        if memory.state > MARGIN * memory.peak:
+            found.append("a rule without state (zo_sgd), or fewer weights that move (--trainable, adapters)")
+    if itemsize > 2:
+        found.append("--dtype bfloat16")
+    return found or ["a smaller model"]

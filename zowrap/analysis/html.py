@@ -1,0 +1,175 @@
+"""A step's program as one HTML page: a lane for each layer, a column for each stream, nothing from the network.
+
+Colours tell apart what is shared by all streams, each stream, what draws noise for all of them at once, and the
+epilogue. Neighbouring layers that compute the same are one lane.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
+from zowrap.analysis.program import Laid
+from zowrap.analysis.region import Analysis
+from zowrap.compiler.program import Program
+from zowrap.compiler.regions import layer_of
+from zowrap.machine import in_words
+
+ours = torch.ops.zowrap
+_FOR_ALL = {
+    ours.perturb.default,
+    ours.perturb_linear.default,
+    ours.perturb_head.default,
+    ours.perturb_rows.default,
+    ours.perturb_lowrank.default,
+    ours.int8_points.default,
+    ours.codes_points.default,
+}
+SHARED, ALL = "shared", "all"
+
+
+def page(title: str, laid: Laid, facts: Sequence[str]) -> str:
+    """The page.
+
+    Args:
+        laid: a step's program at some batch's sizes, :meth:`zowrap.analysis.costs.Estimator.laid`.
+        facts: lines for its head.
+    """
+    points = laid.program.points
+    columns = [SHARED, *(f"stream {p}" for p in range(points))]
+    streams = streams_of(laid.program)
+    placeholders = laid.program.graph.find_nodes(op="placeholder")
+    weights = {n for n, given in zip(placeholders, laid.program.inputs, strict=True) if given.kind == "parameter"}
+    legend = [(SHARED, "shared"), (ALL, "noise, for all streams at once")]
+    legend += [(f"s{p}", f"stream {p}") for p in range(points)] + [("weight", "weights"), ("update", "epilogue")]
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        "<pre>" + escape("\n".join(facts)) + "</pre>",
+        "<p class=legend>" + " ".join(f"<span class='{kind}'>{text}</span>" for kind, text in legend) + "</p>",
+    ]
+    for same in _lanes(laid.pieces):
+        body += _lane(same, streams, columns, weights)
+    if laid.program.epilogue is not None:
+        body += _epilogue(laid.program.epilogue.graph)
+    colours = "".join(f".s{p}{{background:hsl({_HUES[p % len(_HUES)]} 75% 82%)}}" for p in range(points))
+    return _PAGE.format(title=escape(title), style=_STYLE + colours, body="\n".join(body))
+
+
+def streams_of(program: Program) -> dict[fx.Node, str]:
+    """``"shared"``, ``"s<point>"`` or ``"all"`` for every node that is computed."""
+    # Not by the placeholder's name: passes that record the program again give it another.
+    points, coefficients = program.points, program.placeholder("stream", "coefficients")
+    reached: dict[fx.Node, frozenset[int]] = {}
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        before = node.all_input_nodes
+        if node.target in _FOR_ALL:
+            reached[node] = frozenset(range(points))
+        elif node.target is operator.getitem and before[0].target in _FOR_ALL:
+            reached[node] = frozenset({node.args[1]})
+        elif node.target is torch.ops.aten.select.int and before[0] is coefficients:
+            reached[node] = frozenset({node.args[2]})
+        else:
+            reached[node] = frozenset().union(*(reached.get(n, frozenset()) for n in before))
+    return {n: SHARED if not found else f"s{min(found)}" if len(found) == 1 and n.target not in _FOR_ALL else ALL
+            for n, found in reached.items()}  # fmt: skip
+
+
+def _lanes(pieces: Sequence[tuple[Any, Analysis]]) -> Iterator[list[tuple[Any, Analysis]]]:
+    """Runs of neighbouring regions that compute the same."""
+    for _, same in itertools.groupby(pieces, key=lambda piece: id(piece[1])):
+        yield list(same)
+
+
+def _lane(
+    same: list[tuple[Any, Analysis]], streams: dict[fx.Node, str], columns: list[str], weights: set[fx.Node]
+) -> list[str]:
+    region, analysis = same[0]
+    name = _layer_name(region.nodes)
+    times = f" and {len(same) - 1} more like it" if len(same) > 1 else ""
+    work = analysis.work
+    moved, held = in_words(work.bytes), in_words(analysis.peak)
+    told = f"{len(region.nodes)} nodes, {work.flops:.3g} FLOPs, {moved} moved, {held} held"
+    counts = {kind: 0 for kind in [SHARED, ALL, *(f"s{p}" for p in range(len(columns) - 1))]}
+    for node in region.nodes:
+        counts[streams[node]] += 1
+    bar = "".join(
+        f"<span class='{kind}' style='flex:{count}' title='{count} nodes'></span>"
+        for kind, count in counts.items()
+        if count
+    )
+    lines = [
+        "<section>",
+        f"<h2>{escape(name)}{times}</h2><p>{told}{' (each)' if times else ''}</p><div class=bar>{bar}</div>",
+        "<details><summary>nodes</summary>",
+        f"<p>{' '.join(_chip(n, 'weight') for n in region.inputs if n in weights)}</p>",
+        f"<div class=grid style='grid-template-columns:repeat({len(columns)},minmax(0,1fr))'>",
+        *(f"<b>{column}</b>" for column in columns),
+    ]
+    for i, node in enumerate(region.nodes):
+        if node.target is operator.getitem:
+            continue  # one of several results: its reader shows it
+        kind = streams[node]
+        place = "2 / -1" if kind == ALL else "1" if kind == SHARED else str(int(kind[1:]) + 2)
+        lines.append(f"<div style='grid-column:{place}'>{_chip(node, kind, analysis, i)}</div>")
+    return [*lines, "</div></details></section>"]
+
+
+def _layer_name(nodes: Sequence[fx.Node]) -> str:
+    """The layer that nodes of a region came from."""
+    layers = [name for node in nodes if (name := layer_of(node)) is not None]
+    first = (
+        max(set(layers), key=layers.count, default="outside of layers")
+        .removeprefix("L['self'].")
+        .removeprefix("model.")
+    )
+    return first if len(set(layers)) < 2 else f"{len(set(layers))} layers in one"
+
+
+def _chip(node: fx.Node, kind: str, analysis: Analysis | None = None, position: int = -1) -> str:
+    value = node.meta.get("val")
+    shape = f" {list(value.shape)}" if isinstance(value, Tensor) else ""
+    stored = " stored" if analysis is not None and position in analysis.stored else ""
+    flops = analysis.flops.get(position) if analysis is not None else None
+    title = f"{node.target}{shape}" + (f", {flops:.3g} FLOPs" if flops else "") + (", in memory" if stored else "")
+    reads = ", ".join(n.name for n in node.all_input_nodes)
+    text = f"{escape(node.name)}<i>{escape(reads)}</i>"
+    return f"<span class='{kind}{stored}' title='{escape(title, quote=True)}'>{text}</span>"
+
+
+def _epilogue(graph: fx.Graph) -> list[str]:
+    updates = [n for n in graph.nodes if n.op == "call_function" and n.users == {} and n.args]
+    chips = " ".join(
+        f"<span class=update title='{escape(str(n.target))}'>{escape(str(n.args[0]))}</span>" for n in updates
+    )
+    return [
+        "<section><h2>epilogue</h2>",
+        f"<p>{len(updates)} fused updates: noise, rule and write of each weight in one loop</p>",
+        f"<details><summary>updates</summary><p>{chips}</p></details></section>",
+    ]
+
+
+_HUES = (210, 30, 280, 130, 0, 180, 60, 320)
+_STYLE = """
+body{font:14px system-ui,sans-serif;margin:2em auto;max-width:75em;color:#222}
+h2{font-size:1em;margin:.8em 0 0} section p,details{margin:.2em 0}
+.legend span,.grid span,details p span{padding:.1em .5em;border-radius:.3em;display:inline-block;margin:1px}
+.grid{display:grid;gap:1px 1em} .grid i{display:block;font-size:.75em;color:#555;overflow-wrap:anywhere}
+.bar{display:flex;height:.8em;border-radius:.3em;overflow:hidden}
+.shared{background:#d5d5d5} .all{background:#f3d35c} .weight{background:#cfe8cf} .weight i{display:none}
+.update{background:#f2a59b} .stored{border-left:4px solid #555}
+"""
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>
+<body>
+{body}
+</body></html>
+"""

@@ -1,0 +1,166 @@
+"""A whole program at given sizes: its regions one after another, and what passes between them in memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from zowrap.analysis.operators import Kept, Work, merged
+from zowrap.analysis.region import Analysis, analyse
+from zowrap.compiler.program import Program
+from zowrap.compiler.regions import cut, text_of
+from zowrap.errors import ZOCaptureError, first_line
+from zowrap.loss.module import Batch
+
+
+@dataclass
+class Laid:
+    """A program at given sizes.
+
+    Attributes:
+        pieces: ``(region, its analysis)`` in the order they run; regions that compute the same share one analysis.
+        transient: bytes allocated at the peak, above the program's inputs.
+        kept: buffers that its operators keep from step to step.
+    """
+
+    program: Program
+    pieces: list[tuple[Any, Analysis]]
+    transient: int
+    work: Work
+    kept: Kept
+
+
+class Sizes:
+    """Lays out programs for batches of one size; regions that compute the same are looked at once.
+
+    Args:
+        batch: tensors of the sizes asked about, on any device; nothing of them is read.
+        min_layers, share: as the programs are compiled with, see :func:`zowrap.compiler.regions.cut`.
+    """
+
+    def __init__(self, batch: Batch, min_layers: int, share: bool = False) -> None:
+        self.batch, self.min_layers, self.share = batch, min_layers, share
+        self.mode = FakeTensorMode()
+        self._analyses: dict[tuple, Analysis] = {}
+
+    def lay(self, program: Program) -> Laid:
+        """The program at these sizes.
+
+        Raises:
+            ZOCaptureError: sizes inside the program follow from its data.
+        """
+        try:
+            pieces = self._pieces(program)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            first = first_line(error, "")
+            raise ZOCaptureError(
+                f"the sizes inside this model follow from its data ({type(error).__name__}: {first[:160]})"
+            ) from error
+        work = sum((analysis.work for _, analysis in pieces), Work())
+        kept = merged(analysis.kept for _, analysis in pieces)
+        return Laid(program, pieces, _transient(program, pieces), work, kept)
+
+    def _pieces(self, program: Program) -> list[tuple[Any, Analysis]]:
+        values = self._inputs(program)
+        weights = {g.node for g in program.inputs if g.kind in ("parameter", "buffer", "constant")}
+        pieces: list[tuple[Any, Analysis]] = []
+        with torch.no_grad(), self.mode:
+            for piece in cut(program, self.min_layers, self.share):
+                if isinstance(piece, fx.Node):
+                    args, kwargs = fx.map_arg((piece.args, piece.kwargs), lambda n: values[n])
+                    values[piece] = piece.target(*args, **kwargs)  # type: ignore[operator]
+                    continue
+                given = [values[n] for n in piece.inputs]
+                is_weight = [n.name in weights for n in piece.inputs]
+                key = (text_of(piece), *map(_described, given), *is_weight)
+                if key not in self._analyses:
+                    self._analyses[key] = analyse(piece.nodes, piece.inputs, piece.outputs, given, is_weight, self.mode)
+                analysis = self._analyses[key]
+                values.update(zip(piece.outputs, analysis.outputs, strict=True))
+                pieces.append((piece, analysis))
+        return pieces
+
+    def held(self, program: Program) -> int:
+        """Bytes of all that a captured program reads and makes, each memory once, as if nothing were freed.
+
+        Nothing is executed: the shapes are those that capture found.
+
+        Raises:
+            ZOCaptureError: sizes inside the program follow from its data.
+        """
+        number = self._numbers(program)
+        memory: dict[int, int] = {}
+        try:
+            for node in program.graph.nodes:
+                for value in tree_leaves(node.meta.get("val")):
+                    if isinstance(value, Tensor):
+                        storage = value.untyped_storage()
+                        memory[storage._cdata] = number(storage.nbytes())
+        except TypeError as error:
+            raise ZOCaptureError("the sizes inside this model follow from its data") from error
+        return sum(memory.values())
+
+    def _numbers(self, program: Program) -> Callable[[Any], int]:
+        """``number(size)``: a size inside the program, with the batch's sizes in place of the symbols."""
+        sizes: dict[Any, int] = {}
+        for node, given in zip(program.graph.find_nodes(op="placeholder"), program.inputs, strict=True):
+            if given.kind == "batch" and isinstance(self.batch[given.target], Tensor):
+                for symbol, size in zip(node.meta["val"].shape, self.batch[given.target].shape, strict=True):
+                    if isinstance(symbol, torch.SymInt) and symbol.node.expr.is_symbol:
+                        sizes[symbol.node.expr] = size
+        substituted = functools.cache(lambda expression: int(expression.subs(sizes)))  # a few, for thousands of sizes
+        return lambda size: substituted(size.node.expr) if isinstance(size, torch.SymInt) else size
+
+    def _inputs(self, program: Program) -> dict[fx.Node, Any]:
+        """Fake values of the program's inputs at the batch's sizes."""
+        number = self._numbers(program)
+        values: dict[fx.Node, Any] = {}
+        with self.mode:
+            for node in program.graph.find_nodes(op="placeholder"):
+                value = node.meta["val"]
+                if isinstance(value, Tensor):
+                    value = torch.empty([number(s) for s in value.shape], dtype=value.dtype, device=value.device)
+                values[node] = value
+        return values
+
+
+def _transient(program: Program, pieces: Sequence[tuple[Any, Analysis]]) -> int:
+    """Most bytes that a program's regions and what passes between them take at one moment."""
+    lies_in: dict[fx.Node, Any] = {}  # value → its memory: (region, number), or absent for the program's inputs
+    last: dict[Any, int] = {}
+    sizes: dict[Any, int] = {}
+    for i, (region, analysis) in enumerate(pieces):
+        for node in region.inputs:
+            if node in lies_in:
+                last[lies_in[node]] = i
+        for node, owner in zip(region.outputs, analysis.owners, strict=True):
+            if owner is None:
+                continue
+            kind, number = owner
+            memory = lies_in.get(region.inputs[number]) if kind == "input" else (i, number)
+            if memory is None:
+                continue
+            lies_in[node] = memory
+            last[memory] = i
+            if kind == "own":
+                sizes[memory] = analysis.own[number]
+    for node in program.graph.output_node().all_input_nodes:
+        if node in lies_in:
+            last[lies_in[node]] = len(pieces)
+    live = peak = 0
+    for i, (_, analysis) in enumerate(pieces):
+        peak = max(peak, live + analysis.peak)
+        live += sum(size for memory, size in sizes.items() if memory[0] == i)
+        live -= sum(size for memory, size in sizes.items() if last[memory] == i)
+    return peak
+
+
+def _described(value: Any) -> Any:
+    return (value.dtype, tuple(value.shape), value.stride()) if isinstance(value, Tensor) else repr(value)

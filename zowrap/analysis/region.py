@@ -1,0 +1,207 @@
+"""What one region of a program computes, moves and holds, without running it.
+
+A region's nodes are executed on fake tensors of the batch's sizes: shapes, dtypes and which tensors share memory come
+out exactly; nothing is computed. Which values Inductor writes to memory is a model of what it does:
+
+    a kernel of its own   products, attention, convolutions, this library's operators: reads its inputs from memory
+                          and writes its results
+    fused                 everything else: a value lives in registers, unless a kernel of its own or another region
+                          reads it, or a node that has to wait for such a kernel
+    taken over            a fused kernel writes over an input of the same size that nothing reads afterwards
+
+Inputs of a region stay alive while it runs: the caller holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from zowrap.analysis.operators import CALLED, LOOK_UPS, Kept, Work, flops, kept_of, merged, noise_of, scratch_of
+
+
+@dataclass
+class Analysis:
+    """A region at given sizes.
+
+    Attributes:
+        outputs: fake values of its outputs, in order.
+        owners: for each output, which memory it lies in: ``("input", i)`` or ``("own", n)``.
+        own: bytes of each piece of memory that the region allocates and its outputs lie in.
+        peak: most bytes allocated by the region at one moment, its outputs included.
+        work: what it computes and moves.
+        kept: buffers that its operators keep from step to step.
+        flops: of each node, by position, where there are any.
+        stored: positions of the nodes whose values are written to memory.
+    """
+
+    outputs: list[Any]
+    owners: list[tuple[str, int] | None]
+    own: dict[int, int]
+    peak: int
+    work: Work
+    kept: Kept
+    flops: dict[int, float] = field(default_factory=dict)
+    stored: set[int] = field(default_factory=set)
+
+
+@dataclass
+class _Memory:
+    """One piece of memory: what made it, and who reads it (a view does not)."""
+
+    bytes: int
+    made_by: int  # position of the node; -1 for an input
+    level: int = 0
+    readers: list[int] = field(default_factory=list)
+    stored: bool = True
+
+
+def analyse(
+    nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], given: Sequence[Any],
+    weights: Sequence[bool], mode: FakeTensorMode,
+) -> Analysis:  # fmt: skip
+    """Execute ``nodes`` on fake tensors and follow what is in memory.
+
+    Args:
+        nodes: in the order they run; ``inputs`` are the nodes outside that they read, ``outputs`` those read outside.
+        given: fake values (or numbers) of ``inputs``, ``mode``'s own, at the sizes wanted.
+        weights: whether each input is a parameter or a buffer.
+    """
+    run = _Run(nodes, inputs, given, mode)
+    of_inputs = {m: i for i, n in reversed(list(enumerate(inputs))) for m in run.place.get(n, ())}
+    held = [run.place[n][0] if n in run.place else None for n in outputs]
+    owners = [None if m is None else ("input", of_inputs[m]) if m in of_inputs else ("own", m) for m in held]
+    kept = {m for m in held if m is not None}
+    run.decide(kept)
+    fixed = {m for n, weight in zip(inputs, weights, strict=True) if weight for m in run.place.get(n, ())}
+    peak, work = run.replay(kept, fixed)
+    own = {m: run.memory[m].bytes for m in kept if m not in of_inputs}
+    stored = {m.made_by for m in run.memory if m.stored and m.made_by >= 0}
+    return Analysis([run.values[n] for n in outputs], owners, own, peak, work, merged(run.kept), run.flops, stored)
+
+
+class _Run:
+    """The region executed: ``values`` of its nodes, and the ``memory`` they lie in (``place`` is an index into it)."""
+
+    def __init__(
+        self, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], given: Sequence[Any], mode: FakeTensorMode
+    ) -> None:
+        self.nodes = nodes
+        self.values: dict[fx.Node, Any] = dict(zip(inputs, given, strict=True))
+        self.memory: list[_Memory] = []
+        self.place: dict[fx.Node, tuple[int, ...]] = {}
+        self.flops: dict[int, float] = {}
+        self.scratch: dict[int, int] = {}
+        self.kept: list[Kept] = []
+        self.level: list[int] = []
+        self.own_kernel: list[bool] = []
+        self._known: dict[int, int] = {}  # identity of a storage → index of its memory
+        for node in inputs:
+            self._place(node, self.values[node], -1, 0)
+        with torch.no_grad(), mode, FlopCounterMode(display=False, custom_mapping=flops()) as counter:
+            for i, node in enumerate(nodes):
+                self._execute(i, node, counter)
+
+    def _execute(self, i: int, node: fx.Node, counter: FlopCounterMode) -> None:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
+        so_far = counter.get_total_flops()
+        value = self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        if flops := counter.get_total_flops() - so_far:
+            self.flops[i] = flops
+        before = [self.memory[m].made_by for n in node.all_input_nodes for m in self.place.get(n, ())]
+        level = max((self.level[p] + self.own_kernel[p] for p in before if p >= 0), default=0)
+        called = bool(flops) or node.target in CALLED or getattr(node.target, "namespace", "") == "zowrap"
+        self.level.append(level)
+        self.own_kernel.append(called)
+        if self._place(node, value, i, level) or called:
+            for number in {m for n in node.all_input_nodes for m in self.place.get(n, ())}:
+                self.memory[number].readers.append(i)
+        if called:
+            self.scratch[i] = scratch_of(node, args)
+            self.kept.append(kept_of(node, args))
+
+    def _place(self, node: fx.Node, value: Any, made_by: int, level: int) -> bool:
+        """Find where a value (or a list of them) lies; False where it is a view of what was there before."""
+        tensors = [t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, Tensor)]
+        new = False
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                new = True
+                self._known[storage._cdata] = len(self.memory)
+                self.memory.append(_Memory(storage.nbytes(), made_by, level))
+        if tensors:
+            self.place[node] = tuple(self._known[t.untyped_storage()._cdata] for t in tensors)
+        return new or not tensors
+
+    # --- what is written to memory ----------------------------------------------------------------------------
+
+    def decide(self, kept: set[int]) -> None:
+        """Which values are stored; the readers of one that is not read on in what it is made of."""
+        for number, memory in enumerate(self.memory):
+            if memory.made_by < 0 or self.own_kernel[memory.made_by]:
+                continue
+            called = any(self.own_kernel[r] for r in memory.readers)
+            later = any(self.level[r] > memory.level for r in memory.readers)
+            computed = any(n in self.place for n in self.nodes[memory.made_by].all_input_nodes)
+            memory.stored = number in kept or called or (later and computed)
+
+    def _bases(self, i: int) -> set[int]:
+        """The stored memory that node ``i`` reads, through whatever is fused into it."""
+        found: set[int] = set()
+        todo, seen = [i], {i}
+        while todo:
+            for node in self.nodes[todo.pop()].all_input_nodes:
+                for number in self.place.get(node, ()):
+                    memory = self.memory[number]
+                    if memory.stored:
+                        found.add(number)
+                    elif memory.made_by not in seen:
+                        seen.add(memory.made_by)
+                        todo.append(memory.made_by)
+        return found
+
+    def replay(self, kept: set[int], weights: set[int]) -> tuple[int, Work]:
+        """Run through the kernels once more, allocating and freeing: the peak, and the work."""
+        kernels = [m.made_by for m in self.memory if m.stored and m.made_by >= 0]
+        kernels = sorted({*kernels, *(i for i, own in enumerate(self.own_kernel) if own)})
+        made: dict[int, list[int]] = {}
+        for number, memory in enumerate(self.memory):
+            if memory.stored and memory.made_by >= 0:
+                made.setdefault(memory.made_by, []).append(number)
+        bases = {i: self._bases(i) for i in kernels}
+        last = {number: i for i in kernels for number in bases[i]}
+        work, read = Work(flops=sum(self.flops.values())), set()
+        live = peak = 0
+        for i in kernels:
+            new = sum(self.memory[n].bytes for n in made.get(i, ()))
+            dying = [n for n in bases[i] if last[n] == i and n not in kept and self.memory[n].made_by >= 0]
+            freed = sum(self.memory[n].bytes for n in dying)
+            over = not self.own_kernel[i] and any(self.memory[n].bytes == new for n in dying)
+            peak = max(peak, live + self.scratch.get(i, 0) + (0 if over else new))
+            live += new - freed
+            peak = max(peak, live)
+            work.noise += noise_of(self.nodes[i], self.values)
+            work.activation_bytes += new
+            for number in bases[i]:
+                # Fused kernels of one level are one loop, as a rule: what they read, they read once.
+                group = (number, i if self.own_kernel[i] else ("level", self.level[i]))
+                if group not in read:
+                    read.add(group)
+                    size = self.memory[number].bytes
+                    if self.nodes[i].target in LOOK_UPS:
+                        size = min(size, new)
+                    if number in weights:
+                        work.weight_bytes += size
+                    else:
+                        work.activation_bytes += size
+            for n in made.get(i, ()):  # results that nothing reads
+                if n not in last and n not in kept:
+                    live -= self.memory[n].bytes
+        return peak, work

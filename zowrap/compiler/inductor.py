@@ -1,0 +1,191 @@
+"""From an fx graph to machine code, once: a thin layer over torch's Inductor.
+
+Dynamo is not involved, so there are no guards and nothing can recompile behind our back: a graph with symbolic sizes
+becomes one callable for every size, 0 and 1 included (``backed_size_oblivious``), and :data:`compile_count` counts.
+What was compiled is kept between processes (:mod:`zowrap.compiler.cache`).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx.experimental._config as symbolic_config
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import counters
+from torch._inductor import standalone_compile
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from zowrap.compiler import cache
+from zowrap.errors import ZOCaptureError, first_line
+
+compile_count = 0  # graphs and kernels made ready by this process, from the cache or not
+cache.use()
+
+
+@dataclass
+class Compiled:
+    """A compiled graph. Call it with the graph's inputs in order; it returns a sequence of tensors.
+
+    Attributes:
+        seconds: how long that took.
+        cached: whether the machine code was there from an earlier process.
+    """
+
+    call: Callable[..., Sequence[Any]]
+    seconds: float
+    cached: bool
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        return self.call(*inputs)
+
+
+def size_oblivious(**options: Any) -> Any:
+    """Context in which a symbolic size may turn out to be 0 or 1 at run time."""
+    patch: Any = symbolic_config.patch  # type: ignore[attr-defined]  # installed at import, unknown to checkers
+    return patch(backed_size_oblivious=True, **options)
+
+
+def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Compile a functional graph for all sizes.
+
+    Args:
+        graph_module: placeholders in the order of ``inputs``; output a tuple.
+        inputs: fake tensors (symbolic where sizes vary).
+
+    Raises:
+        ZOCaptureError: the compiler refused; the message says what is missing where that can be told.
+    """
+    global compile_count
+    start, misses = time.perf_counter(), _misses()
+    try:
+        mode = next(x.fake_mode for x in inputs if isinstance(x, FakeTensor))
+        context = torch._guards.TracingContext(mode)  # symbols keep the ranges that capture found for them
+        with torch.no_grad(), size_oblivious(use_duck_shape=False), torch._guards.tracing(context):
+            call = standalone_compile(graph_module, list(inputs), dynamic_shapes="from_tracing_context")
+    except Exception as error:
+        raise ZOCaptureError(_why_not_compiled(error)) from error
+    compile_count += 1
+    return Compiled(call, time.perf_counter() - start, cached=_misses() == misses)
+
+
+def _misses() -> int:
+    """How often torch's cache has failed to help so far; a graph that cannot be cached counts as well."""
+    found = counters["aot_autograd"]
+    return found["autograd_cache_miss"] + found["autograd_cache_bypass"]
+
+
+def _add(x: Tensor, y: Any, *, alpha: Any = 1) -> Any:
+    return NotImplemented if alpha == 1 else x + alpha * y
+
+
+def _sub(x: Tensor, y: Any, *, alpha: Any = 1) -> Any:
+    return NotImplemented if alpha == 1 else x - alpha * y
+
+
+def _addcmul(x: Tensor, y: Tensor, z: Tensor, *, value: Any = 1) -> Tensor:
+    return x + value * (y * z)
+
+
+def _addcdiv(x: Tensor, y: Tensor, z: Tensor, *, value: Any = 1) -> Tensor:
+    return x + value * (y / z)
+
+
+def _lerp(x: Tensor, y: Tensor, weight: float) -> Tensor:
+    return x + weight * (y - x) if abs(weight) < 0.5 else y - (1 - weight) * (y - x)
+
+
+def _lerp_tensor(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    return torch.where(weight.abs() < 0.5, x + weight * (y - x), y - (1 - weight) * (y - x))
+
+
+def _pow(x: Tensor, exponent: Any) -> Any:
+    if not x.is_floating_point() or not isinstance(exponent, (int, float)):
+        return NotImplemented
+    if exponent == 0.5:
+        return x.sqrt()
+    if exponent != exponent // 1 or abs(exponent) >= 32:  # torch's own limit for squaring
+        return NotImplemented
+    return _power(x.reciprocal() if exponent < 0 else x, int(abs(exponent)))
+
+
+def _power(x: Tensor, exponent: int) -> Tensor:
+    if exponent < 2:
+        return x.clone() if exponent else torch.ones_like(x)
+    half = _power(x, exponent // 2)
+    return half * half * x if exponent % 2 else half * half
+
+
+def _masked_fill(x: Tensor, mask: Tensor, value: Any) -> Tensor:
+    return torch.where(mask, torch.full_like(x, value), x)
+
+
+aten = torch.ops.aten
+# Operations that torch's compiler makes one fused instruction of, or not, as device and version have it: in steps that
+# round one by one, as it would do for a CPU. So a rule that uses them has the same bits everywhere.
+_WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
+    aten.add.Tensor: _add,
+    aten.sub.Tensor: _sub,
+    aten.addcmul.default: _addcmul,
+    aten.addcdiv.default: _addcdiv,
+    aten.lerp.Scalar: _lerp,
+    aten.lerp.Tensor: _lerp_tensor,
+    aten.pow.Tensor_Scalar: _pow,
+    aten.masked_fill.Scalar: _masked_fill,
+}
+
+
+def trace(
+    function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int], fixed: Sequence[int] = ()
+) -> tuple[fx.GraphModule, list]:
+    """Record ``function`` as an fx graph.
+
+    Every size of the inputs listed in ``dynamic`` is symbolic, except those listed in ``fixed``; equal sizes of the
+    examples become one symbol. What would round once or twice as a compiler sees fit is written out.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with torch.no_grad(), size_oblivious():
+        fakes = []
+        for i, example in enumerate(examples):
+            kinds = [
+                DimDynamic.DUCK if i in dynamic and size not in fixed else DimDynamic.STATIC for size in example.shape
+            ]
+            context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
+            source = ConstantSource(f"input{i}")
+            example = torch.empty_like(example)  # one tensor given twice would become one input
+            fakes.append(mode.from_tensor(example, symbolic_context=context, source=source))
+        with mode:
+            traced = make_fx(function, decomposition_table=_WRITTEN_OUT)(*fakes)
+    # An empty tuple would be written as an annotation that torch's compile cache cannot read: nothing would be kept.
+    traced.graph.output_node().type = None
+    traced.recompile()
+    return traced, fakes
+
+
+def compile_function(
+    function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int], fixed: Sequence[int] = ()
+) -> Compiled:
+    """:func:`trace`, then :func:`compile_graph`. ``function`` may write into its inputs and returns a tuple."""
+    return compile_graph(*trace(function, examples, dynamic, fixed))
+
+
+def _why_not_compiled(error: Exception) -> str:
+    name = type(error).__name__
+    cause: BaseException | None = error
+    text = ""
+    while cause is not None:
+        name, text = type(cause).__name__, f"{text} {cause}"
+        cause = cause.__cause__
+    if "InvalidCxxCompiler" in text + name or "No working C++ compiler" in text or isinstance(error, FileNotFoundError):
+        return "no working C++ compiler was found (install g++, or set CXX to one)"
+    if "CppCompileError" in text + name or isinstance(error, subprocess.CalledProcessError):
+        return "the C++ compiler failed on generated code (set CXX to a recent g++ or clang)"
+    first = first_line(error, name)
+    return f"the compiler refused the captured program ({name}: {first[:200]})"

@@ -1,0 +1,389 @@
+"""Repeated layers are compiled once.
+
+A transformer is one layer many times over. Its program is cut into *regions* along the layers that the nodes came
+from, regions that compute the same are recognised, and each kind is compiled once, with weights and keys as inputs:
+
+    embedding ── layer 0 ── layer 1 ── … ── layer N−1 ── head
+       (a)         (b)        (b)              (b)        (c)       three compilations, whatever N
+
+With one active block the layers below it, the block and those above it are three kinds, the same three whichever
+block is active, so the programs of all blocks share their regions.
+
+    stage of a node      its layer's; outside of layers, after the last layer it depends on
+    weights' own nodes   (noise of a vector, its perturbation) move to the first stage that uses them
+    glue                 picks one parameter's key or factors out of those of all; runs as it is, between the regions
+
+Several directions of one step are evaluated on one batch with one set of weights. What no direction reaches is the same
+for all of them: calls whose arguments are the batch and the weights alone are *shared*, and run for the first direction
+only. Where a step has several, a layer is cut in two at the first perturbed weight.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from zowrap.compiler.inductor import Compiled, compile_graph, size_oblivious
+from zowrap.compiler.program import Program
+
+aten = torch.ops.aten
+MIN_LAYERS = 3  # below, one compilation of the whole is as fast and lets the compiler fuse across layers
+_LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
+_GLUE = {aten.select.int, aten.slice.Tensor, aten.view.default, aten.sym_size.int}
+
+
+@dataclass
+class Kind:
+    """Regions that compute the same: one compilation.
+
+    Attributes:
+        outputs: fake values of the outputs, in order.
+    """
+
+    compiled: Compiled
+    outputs: list[Any]
+
+
+@dataclass
+class Regions:
+    """A program as a sequence of calls. Call it with the program's inputs in order.
+
+    Attributes:
+        shared: numbers of the calls that no direction reaches, and ``border``: what others read of their results.
+        seconds: spent on the kinds of region that no program had before.
+        compilations: how many those were, and ``cached`` how many of them lay ready from an earlier process.
+        count: regions that one call runs.
+    """
+
+    calls: list[tuple[Any, list[Any], list[int], list[int]]]
+    slots: int
+    outputs: list[Any]
+    seconds: float = 0.0
+    compilations: int = 0
+    cached: int = 0
+    count: int = 0
+    shared: frozenset[int] = frozenset()
+    border: frozenset[int] = frozenset()
+
+    def __call__(self, *inputs: Any, kept: dict[int, Any] | None = None) -> list[Any]:
+        """Run the program.
+
+        Args:
+            kept: results of shared calls on the same batch and weights, by slot; filled where it is empty.
+        """
+        values: list[Any] = [*inputs, *([None] * (self.slots - len(inputs)))]
+        reused = bool(kept)
+        if kept:
+            for slot, value in kept.items():
+                values[slot] = value
+        for number, (function, arguments, results, last_used) in enumerate(self.calls):
+            if reused and number in self.shared:
+                continue
+            given = [_fill(a, values) for a in arguments]
+            made = function(*given)
+            if len(results) == 1 and not isinstance(made, tuple | list):
+                values[results[0]] = made
+            else:
+                for slot, value in zip(results, made, strict=True):
+                    values[slot] = value
+            if kept is not None and number in self.shared:
+                kept.update({slot: values[slot] for slot in results if slot in self.border})
+            del given, made
+            for slot in last_used:  # an activation lives no longer than its last reader
+                values[slot] = None
+        return [_fill(o, values) for o in self.outputs]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    slot: int
+
+
+def _fill(argument: Any, values: list[Any]) -> Any:
+    if type(argument) is _Slot:
+        return values[argument.slot]
+    if isinstance(argument, list | tuple):
+        return type(argument)(_fill(a, values) for a in argument)
+    return argument
+
+
+@dataclass
+class _Region:
+    """Nodes that are compiled together, what they read and what others read of them."""
+
+    nodes: list[fx.Node]
+    inputs: list[fx.Node] = field(default_factory=list)
+    outputs: list[fx.Node] = field(default_factory=list)
+
+
+def compile_regions(
+    program: Program,
+    kinds: dict[str, Kind],
+    min_layers: int = MIN_LAYERS,
+    tell: Callable[[int, int], None] = lambda number, count: None,
+    share: bool = False,
+) -> Regions:
+    """Compile a finished program region by region.
+
+    Args:
+        kinds: what is compiled already, by its text; grows.
+        min_layers: with fewer layers the program is one region.
+        tell: called before a kind of region is compiled, with its number among the program's kinds and their count.
+        share: several directions will be evaluated on one batch, see :func:`cut`.
+
+    Raises:
+        ZOCaptureError: the compiler refused a region.
+    """
+    start = time.perf_counter()
+    return _link(program, cut(program, min_layers, share), kinds, start, tell)
+
+
+def cut(program: Program, min_layers: int = MIN_LAYERS, share: bool = False) -> list[Any]:
+    """The pieces of a program in the order they run: nodes of glue, then regions (``nodes``, ``inputs``, ``outputs``).
+
+    Args:
+        min_layers: with fewer layers the program is one region.
+        share: what a direction reaches is apart from what none reaches, wherever the latter multiplies by a matrix.
+    """
+    glue = _glue(program)
+    stages = _stages(program, glue, min_layers)
+    reached = _reached(program) if share else set()
+    by_stage: dict[tuple[int, bool], list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node not in glue:
+            by_stage.setdefault((stages[node], node in reached), []).append(node)
+    for stage, before in [(stage, nodes) for (stage, hit), nodes in by_stage.items() if not hit]:
+        after = by_stage.get((stage, True))
+        if after is not None and not any(map(_reads_a_matrix, before)):  # too little to be worth a region of its own
+            members = {*before, *after}
+            by_stage[stage, True] = [node for node in program.graph.nodes if node in members]
+            del by_stage[stage, False]
+    pieces: list[fx.Node | _Region] = [n for n in program.graph.nodes if n in glue]
+    return pieces + [_region(by_stage[key]) for key in sorted(by_stage)]
+
+
+def _reached(program: Program) -> set[fx.Node]:
+    """Nodes that a direction reaches."""
+    streams = {given.node for given in program.inputs if given.kind == "stream"}
+    reached: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.name in streams or any(given in reached for given in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def _reads_a_matrix(node: fx.Node) -> bool:
+    """Whether a node multiplies by a weight, or looks rows of one up."""
+    given = (n.meta.get("val") for n in node.all_input_nodes if n.op == "placeholder")
+    return any(isinstance(value, torch.Tensor) and value.ndim > 1 and value.is_floating_point() for value in given)
+
+
+def _link(
+    program: Program, pieces: list[Any], kinds: dict[str, Kind], start: float, tell: Callable[[int, int], None]
+) -> Regions:
+    """Give every value a slot, compile the kinds that are new, and find where each value is read last."""
+    graph = program.graph
+    slots: dict[fx.Node, int] = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
+    inputs = len(slots)
+    calls: list[tuple[Any, list[Any], list[int], list[int]]] = []
+    compilations = cached = count = 0
+    # Texts need values that only compiling what comes before brings; operators tell kinds apart well enough to count.
+    outlines = list(dict.fromkeys(_outline(piece) for piece in pieces if isinstance(piece, _Region)))
+
+    def slot_of(node: fx.Node) -> _Slot:
+        return _Slot(slots[node])
+
+    for piece in pieces:
+        if isinstance(piece, fx.Node):
+            if "val" not in piece.meta:
+                piece.meta["val"] = _fake(program, piece)
+            function: Any = piece.target
+            arguments = [_mapped(a, slot_of) for a in piece.args]
+            made = [piece]
+        else:
+            text = text_of(piece)
+            if text not in kinds:
+                tell(outlines.index(_outline(piece)) + 1, len(outlines))
+                kinds[text] = _compile(program, piece)
+                compilations += 1
+                cached += kinds[text].compiled.cached
+            count += 1
+            function, arguments, made = kinds[text].compiled, [slot_of(n) for n in piece.inputs], piece.outputs
+            for node, value in zip(made, kinds[text].outputs, strict=True):
+                node.meta.setdefault("val", value)
+        for node in made:
+            slots[node] = len(slots)
+        calls.append((function, arguments, [slots[n] for n in made], []))
+    outputs = list(_mapped(graph.output_node().args[0], slot_of))
+    kept = {o.slot for o in outputs if isinstance(o, _Slot)}
+    last: dict[int, int] = {}
+    for i, (_, arguments, results, _) in enumerate(calls):
+        for slot in [*_slots_in(arguments), *results]:
+            last[slot] = i
+    for slot, i in last.items():
+        if slot >= inputs and slot not in kept:
+            calls[i][3].append(slot)
+    shared, border = _shared(program, calls, outputs)
+    seconds = time.perf_counter() - start
+    return Regions(calls, len(slots), outputs, seconds, compilations, cached, count, shared, border)
+
+
+def _shared(program: Program, calls: list[Any], outputs: list[Any]) -> tuple[frozenset[int], frozenset[int]]:
+    """Numbers of the calls that no direction reaches, and the slots of their results that others read."""
+    streams = {given.node for given in program.inputs if given.kind == "stream"}
+    reached = {slot for slot, node in enumerate(program.graph.find_nodes(op="placeholder")) if node.name in streams}
+    shared, made, read = set(), set(), set(_slots_in(outputs))
+    for number, (_, arguments, results, _) in enumerate(calls):
+        if reached.isdisjoint(_slots_in(arguments)):
+            shared.add(number)
+            made.update(results)
+        else:
+            reached.update(results)
+            read.update(_slots_in(arguments))
+    return frozenset(shared), frozenset(made & read)
+
+
+def _mapped(argument: Any, function: Any) -> Any:
+    """``argument`` with ``function`` of every node in it."""
+    return fx.map_arg(argument, function)
+
+
+def _slots_in(argument: Any) -> list[int]:
+    if isinstance(argument, _Slot):
+        return [argument.slot]
+    return [slot for a in argument for slot in _slots_in(a)] if isinstance(argument, list | tuple) else []
+
+
+def _fake(program: Program, node: fx.Node) -> Any:
+    with torch.no_grad(), size_oblivious(use_duck_shape=False), program.fake_mode:
+        args = _mapped(node.args, lambda n: n.meta["val"])
+        return node.target(*args)  # type: ignore[operator]
+
+
+# --- cutting --------------------------------------------------------------------------------------------------------
+
+
+def _glue(program: Program) -> set[fx.Node]:
+    """Views that only pick a part of what is given for all parameters, and the sizes of the inputs."""
+    streams = {g.node for g in program.inputs if g.kind == "stream"}
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target not in _GLUE:
+            continue
+        size = node.target is aten.sym_size.int
+        if all(n in found or (n.op == "placeholder" and (size or n.name in streams)) for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _stages(program: Program, glue: set[fx.Node], min_layers: int) -> dict[fx.Node, int]:
+    """2L + 1 for the L-th layer, 2L + 2 for what follows it and belongs to none, 0 for what comes first."""
+    nodes = [n for n in program.graph.nodes if n.op == "call_function" and n not in glue]
+    layers: dict[str, int] = {}
+    for node in nodes:
+        if (name := layer_of(node)) is not None:
+            layers.setdefault(name, len(layers))
+    stages: dict[fx.Node, int] = {}
+    if len(layers) < min_layers:
+        return dict.fromkeys(nodes, 0)
+    weights_only = _from_weights_alone(program)
+    for node in nodes:
+        before = max((stages.get(n, 0) for n in node.all_input_nodes if n not in weights_only), default=0)
+        name = layer_of(node)
+        if name is not None:
+            stages[node] = max(2 * layers[name] + 1, before)
+        else:
+            stages[node] = before + before % 2
+    for node in reversed(nodes):
+        readers = [stages[u] for u in node.users if u in stages]
+        if node in weights_only and readers:
+            stages[node] = min(readers)
+    return stages
+
+
+def layer_of(node: fx.Node) -> str | None:
+    """Path of the outermost numbered module that a node came from."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path = list(stack.values())[-1][0]
+    match = _LAYER.match(path)
+    return match[1] if match else None
+
+
+def _from_weights_alone(program: Program) -> set[fx.Node]:
+    """Nodes that nothing of the batch reaches."""
+    batch = {g.node for g in program.inputs if g.kind == "batch"}
+    reached: set[fx.Node] = set()
+    result: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.name in batch or any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+        elif node.op == "call_function" and node.all_input_nodes:
+            result.add(node)
+    return result
+
+
+def _region(nodes: list[fx.Node]) -> _Region:
+    members = set(nodes)
+    region = _Region(nodes)
+    for node in nodes:
+        for given in node.all_input_nodes:
+            if given not in members and given not in region.inputs:
+                region.inputs.append(given)
+        if any(user not in members for user in node.users):
+            region.outputs.append(node)
+    return region
+
+
+def text_of(region: _Region) -> str:
+    """What a region computes, with its values numbered: equal texts compute the same."""
+    names: dict[fx.Node, str] = {}
+    lines = []
+    for node in region.inputs:
+        names[node] = f"i{len(names)}"
+        value = node.meta.get("val")
+        described = (value.dtype, list(value.shape), value.stride()) if isinstance(value, torch.Tensor) else value
+        lines.append(f"{names[node]}: {described}")
+    for node in region.nodes:
+        names[node] = f"n{len(names)}"
+        args = _mapped((node.args, node.kwargs), lambda n: _Named(names[n]))
+        lines.append(f"{names[node]} = {node.target} {args}")
+    return "\n".join([*lines, "return " + " ".join(names[n] for n in region.outputs)])
+
+
+def _outline(region: _Region) -> tuple[str, ...]:
+    """The operators of a region in order."""
+    return tuple(str(node.target) for node in region.nodes)
+
+
+class _Named:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _compile(program: Program, region: _Region) -> Kind:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in region.inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta["val"] = node.meta["val"]
+    for node in region.nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output(tuple(copies[n] for n in region.outputs))
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    fakes = [node.meta["val"] for node in region.inputs]
+    with torch.no_grad(), size_oblivious(use_duck_shape=False), program.fake_mode:
+        FakeTensorProp(module, program.fake_mode).propagate_dont_convert_inputs(*fakes)
+    outputs = [copies[n].meta["val"] for n in region.outputs]
+    return Kind(compile_graph(module, fakes), outputs)

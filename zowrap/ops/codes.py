@@ -1,0 +1,164 @@
+"""Integer codes in a program: their perturbed products, and the write of the epilogue.
+
+``perturb_codes``  stands for perturbed codes between two passes; it has no values of its own
+``codes_points``   x_p · (W + c_p · z)ᵀ for all points: one integer product, and one of the stacked inputs with z
+``update_codes_``  the rule's update of one parameter: row chunks of float32 weights pass through a scratch
+
+W itself never exists in floating point.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zowrap.custom_op import operator
+from zowrap.numerics import codes as integer
+from zowrap.numerics import noise
+from zowrap.ops import kernels
+from zowrap.ops.int8 import products
+from zowrap.ops.scratch import buffers, chunks, longest
+
+
+@operator("perturb_codes")
+def perturb_codes(
+    codes: Tensor,
+    slots: list[Tensor],
+    key: Tensor,
+    scale: Tensor,
+    scalars: list[Tensor],
+    coefficients: Tensor,
+    spec: str,
+) -> list[Tensor]:
+    """The codes at every point, to a pass; see the module."""
+    raise NotImplementedError("perturbed codes have no integer value: a pass replaces their products")
+
+
+@perturb_codes.register_fake
+def _(codes, slots, key, scale, scalars, coefficients, spec):
+    return [torch.empty_like(codes) for _ in range(coefficients.shape[0])]
+
+
+@operator("codes_points")
+def codes_points(
+    x: list[Tensor],
+    codes: Tensor,
+    row_scale: Tensor,
+    bias: list[Tensor],
+    threshold: float,
+    slots: list[Tensor],
+    key: Tensor,
+    scale: Tensor,
+    scalars: list[Tensor],
+    coefficients: Tensor,
+    spec: str,
+) -> list[Tensor]:
+    """``[x[p] · (W + coefficients[p] · z)ᵀ + bias[p] for p]``.
+
+    Args:
+        x: ``[..., inputs]`` for each point, or a single one that all share; ``bias`` likewise, or empty.
+        codes: int8 ``[outputs, inputs]``, ``row_scale`` float32 ``[outputs]``: W.
+        slots, key, scale, scalars, spec: z, see :meth:`zowrap.ops.kernels.Kernels.perturb`.
+    """
+    kernel, points = kernels.get(spec), coefficients.shape[0]
+    plain = products(x, codes, [row_scale], bias, threshold)
+    rows = [t.reshape(-1, t.shape[-1]).float() for t in x]
+    stacked = rows[0] if len(rows) == 1 else torch.cat(rows)
+    outputs, columns = codes.shape
+    most = longest(outputs, columns) * columns
+    zeros, z = (buffers(name, torch.float32, codes.device, 1, most)[0] for name in ("zeros", "direction"))
+    one = torch.ones(1, device=codes.device)
+    change = torch.empty((stacked.shape[0], outputs), device=codes.device)
+    flat_slots = [s.reshape(-1) for s in slots]
+    for first, last in chunks(outputs, columns):
+        size, start = (last - first) * columns, first * columns
+        parts = [s[start : start + size] for s in flat_slots]
+        kernel.perturb(zeros[:size], parts, key, scale, scalars, one, [z[:size]], start)
+        torch.mm(stacked, z[:size].view(-1, columns).t(), out=change[:, first:last])
+    changes = change.split([r.shape[0] for r in rows])
+    out = []
+    for p in range(points):
+        y = plain[p % len(plain)]
+        along = changes[p % len(changes)] * coefficients[p]
+        out.append((y.float() + along.view(y.shape)).to(y.dtype))
+    return out
+
+
+@codes_points.register_fake
+def _(x, codes, row_scale, bias, threshold, slots, key, scale, scalars, coefficients, spec):
+    points = coefficients.shape[0]
+    return [x[p % len(x)].new_empty((*x[p % len(x)].shape[:-1], codes.shape[0])) for p in range(points)]
+
+
+@operator("update_codes_", mutates=("codes", "slots"))
+def update_codes_(
+    codes: Tensor,
+    row_scale: Tensor,
+    slots: list[Tensor],
+    keys: list[Tensor],
+    scales: list[Tensor],
+    scalars: list[Tensor],
+    rounding_key: Tensor,
+    coefficients: list[Tensor],
+    hyper: list[Tensor],
+    apply: Tensor,
+    decay: bool,
+    spec: str,
+) -> None:
+    """The rule's update of one matrix of codes, in place; see :meth:`zowrap.ops.kernels.Kernels.update`."""
+    kernel, unit = kernels.get(spec), integer.unit_of(row_scale)
+    outputs, columns = codes.shape
+    most = longest(outputs, columns) * columns
+    old, new = (buffers(name, torch.float32, codes.device, 1, most)[0] for name in ("old weights", "new weights"))
+    flat_slots = [s.view(-1) for s in slots]
+    for first, last in chunks(outputs, columns):
+        size, start = (last - first) * columns, first * columns
+        old[:size].copy_(integer.values(codes[first:last], unit[first:last]).view(-1))
+        new[:size].copy_(old[:size])
+        parts = [s[start : start + size] for s in flat_slots]
+        kernel.update(new[:size], parts, keys, scales, scalars, rounding_key, coefficients, hyper, apply, decay, start)
+        shape = (last - first, columns)
+        _write(
+            kernel, codes[first:last], old[:size].view(shape), new[:size].view(shape), unit, first, rounding_key, apply
+        )
+
+
+@update_codes_.register_fake
+def _(codes, row_scale, slots, keys, scales, scalars, rounding_key, coefficients, hyper, apply, decay, spec):
+    return None
+
+
+def warm(kernel: kernels.Kernels, device: torch.device, columns: int) -> None:
+    """Compile what a write of codes needs, by running it on dummies, so that no update stops half-way.
+
+    Args:
+        columns: of a row, see :func:`zowrap.ops.kernels.alike`.
+    """
+    key = torch.zeros(2, dtype=torch.int32, device=device)
+    for rows in (16, 1):  # a chunk, and the last one
+        matrix, ones = torch.zeros(rows, columns, device=device), torch.ones(rows, device=device)
+        _write(kernel, matrix.to(torch.int8), matrix, matrix, ones, 0, key, ones[0] > 0)
+
+
+def _write(
+    kernel: kernels.Kernels,
+    codes: Tensor,
+    old: Tensor,
+    new: Tensor,
+    unit: Tensor,
+    first: int,
+    key: Tensor,
+    apply: Tensor,
+) -> None:
+    """Round ``new − old`` into the rows of ``codes`` from number ``first`` on, in one loop."""
+    rows = torch.arange(first, first + codes.shape[0], device=codes.device)
+
+    def write(*inputs: Tensor) -> tuple:
+        codes, old, new, rows, unit, key, apply = inputs
+        columns = torch.arange(codes.shape[1], dtype=torch.int64, device=codes.device)
+        bits = noise.hash_bits(*noise.split_index(rows.unsqueeze(1) * codes.shape[1] + columns), key)
+        codes.copy_(integer.written(codes, new - old, unit, bits, apply))
+        return ()
+
+    arrays = [codes, old, new, rows, unit[first : first + codes.shape[0]]]
+    kernel._run(("codes",), write, arrays, [key, apply])

@@ -1,0 +1,195 @@
+"""The cross-entropy of a vocabulary head without its logits.
+
+A language model's logits, ``[tokens, vocabulary]``, are by far its largest activation, and all that a forward-only
+step wants of them is one number per row. Here the head's rows pass by chunk after chunk: a chunk's logits are added
+to a running logsumexp and forgotten. Tokens whose label is ignored take no part at all.
+
+``head``           product with a head that nothing perturbs, or that low-rank factors perturb, and cross-entropy
+``perturb_head``   the same for w ± εz, whose chunks are made as they pass by, once for all points
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zowrap.compiler.inductor import Compiled, compile_function
+from zowrap.custom_op import operator
+from zowrap.loss.module import IGNORED
+from zowrap.numerics.dtypes import at_least_float32
+from zowrap.ops import kernels
+from zowrap.ops.scratch import buffers, chunks
+
+_LOWEST = -3.0e38  # below every logit; finite, so that the first chunk computes no inf − inf
+_compiled: dict[tuple, Compiled] = {}
+
+
+@operator("head")
+def head(x: Tensor, w: Tensor, bias: Tensor | None, thin: Tensor | None, left: Tensor | None, labels: Tensor) -> Tensor:
+    """``token_losses(x · wᵀ + bias + thin · leftᵀ, labels)``.
+
+    Args:
+        x: ``[rows, length, inputs]``; ``labels`` int64 ``[rows, length]``.
+        w: ``[vocabulary, inputs]``; ``bias`` ``[vocabulary]``, or ``[rows, vocabulary]`` where rows differ.
+        thin: float32 ``[rows, length, rank]``; ``left`` ``[vocabulary, rank]``, or ``[rows, vocabulary, rank]``.
+
+    Returns:
+        float32 ``[rows]``.
+    """
+    own_rows = (left is not None and left.ndim == 3) or (bias is not None and bias.ndim == 2)
+    tokens = _Tokens(labels, everything=own_rows)
+    inputs, running = tokens.of(x), _Running(tokens.labels)
+    factors = None if thin is None else (thin if own_rows else tokens.of(thin))
+    for first, last in chunks(w.shape[0], w.shape[1], inputs.shape[0]):
+        logits = _product(inputs, w[first:last])
+        if factors is not None and left is not None:
+            change = factors.reshape(-1, *factors.shape[-2:]) if own_rows else factors
+            right = left[..., first:last, :].mT
+            wide = at_least_float32(logits)
+            logits = (wide + (change @ right).reshape(logits.shape)).to(logits.dtype)
+        if bias is not None:
+            part = bias[..., first:last]
+            if part.ndim == 2:
+                logits = (logits.view(*labels.shape, -1) + part.unsqueeze(1)).view_as(logits)
+            else:
+                logits = logits + part
+        running.add(logits, first)
+    return tokens.sums(running.losses())
+
+
+@head.register_fake
+def _(x, w, bias, thin, left, labels):
+    return x.new_empty(labels.shape[:-1], dtype=torch.float32)
+
+
+@head.register_vmap
+def _(info, in_dims, x, w, bias, thin, left, labels):
+    """Over the examples, each with factors and a bias of its own; the head itself is one for all."""
+
+    def rows(t: Tensor | None, dim: int | None) -> Tensor | None:
+        """The examples' own rows laid end to end."""
+        if t is None:
+            return None
+        return (t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)).flatten(0, 1)
+
+    def own(t: Tensor | None, dim: int | None) -> Tensor | None:
+        return t if t is None or dim is None else t.movedim(dim, 0)
+
+    x, thin, labels = rows(x, in_dims[0]), rows(thin, in_dims[3]), rows(labels, in_dims[5])
+    bias, left = own(bias, in_dims[2]), own(left, in_dims[4])
+    return head(x, w, bias, thin, left, labels).unflatten(0, (info.batch_size, -1)), 0
+
+
+@operator("perturb_head")
+def perturb_head(
+    x: list[Tensor],
+    w: Tensor,
+    bias: list[Tensor],
+    slots: list[Tensor],
+    key: Tensor,
+    scale: Tensor,
+    scalars: list[Tensor],
+    coefficients: Tensor,
+    labels: Tensor,
+    spec: str,
+) -> list[Tensor]:
+    """``[token_losses(x[p] · (w + coefficients[p] · z)ᵀ + bias[p], labels) for p]``, float32 ``[rows]`` each.
+
+    Args:
+        x: ``[rows, length, inputs]`` for each point, or one that all points share; ``bias`` likewise, or none.
+    """
+    tokens = _Tokens(labels)
+    inputs = [tokens.of(t) for t in x]
+    running = [_Running(tokens.labels) for _ in range(coefficients.shape[0])]
+    runs, kernel = chunks(w.shape[0], w.shape[1], inputs[0].shape[0]), kernels.get(spec)
+    for first, last, weights in kernel.perturbed_chunks(w, slots, key, scale, scalars, coefficients, runs):
+        for p, weight in enumerate(weights):
+            logits = _product(inputs[p % len(inputs)], weight)
+            running[p].add(logits + bias[p % len(bias)][first:last] if bias else logits, first)
+    return [tokens.sums(r.losses()) for r in running]
+
+
+@perturb_head.register_fake
+def _(x, w, bias, slots, key, scale, scalars, coefficients, labels, spec):
+    return [x[0].new_empty(labels.shape[:-1], dtype=torch.float32) for _ in range(coefficients.shape[0])]
+
+
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    """``x · wᵀ`` in a scratch, which the next product writes over: one for all points stays in the cache."""
+    size = x.shape[0] * w.shape[0]
+    out = buffers("logits", w.dtype, w.device, 1, size)[0][:size].view(x.shape[0], w.shape[0])
+    return torch.mm(x, w.t(), out=out)
+
+
+class _Tokens:
+    """The tokens that count, laid end to end.
+
+    Args:
+        everything: keep the others too. Also on a GPU, where finding out would wait for it.
+    """
+
+    def __init__(self, labels: Tensor, everything: bool = False) -> None:
+        self.shape = labels.shape
+        # The kernels are compiled for int64; of rows of one token the view has gaps.
+        flat = labels.reshape(-1).to(torch.int64).contiguous()
+        counted = flat != IGNORED
+        self.index = None
+        if not everything and labels.device.type == "cpu" and not bool(counted.all()):
+            self.index = counted.nonzero().squeeze(-1)
+        self.labels = flat if self.index is None else flat[self.index]
+
+    def of(self, x: Tensor) -> Tensor:
+        """``[tokens, features]`` of ``[rows, length, features]``."""
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+    def sums(self, losses: Tensor) -> Tensor:
+        """float32 ``[rows]`` from one loss per token."""
+        if self.index is not None:
+            losses = losses.new_zeros(self.shape.numel()).index_copy_(0, self.index, losses)
+        return losses.view(self.shape).sum(-1)
+
+
+class _Running:
+    """Logsumexp over the vocabulary so far, and the logit of each token's label once it has passed by."""
+
+    def __init__(self, labels: Tensor) -> None:
+        self.labels = labels
+        self.highest = torch.full(labels.shape, _LOWEST, dtype=torch.float32, device=labels.device)
+        self.total = torch.zeros_like(self.highest)
+        self.picked = torch.full_like(self.highest, torch.nan)  # what a label that names no class leaves
+
+    def add(self, logits: Tensor, first: int) -> None:
+        """``logits``: ``[tokens, classes]`` of the classes ``first …``."""
+        key = (logits.dtype, logits.device)
+        tensors = [logits, self.labels, self.highest, self.total, self.picked]
+        start = kernels.offset(first, logits.device)
+        if logits.is_cuda:
+            from zowrap.ops.triton import cross_entropy
+
+            return cross_entropy.add(logits, self.labels, self.highest, self.total, self.picked, start)
+        if key not in _compiled:
+            sizes: Sequence[tuple[int, ...]] = ((64, 96), (64,), (64,), (64,), (64,))
+            examples = [t.new_zeros(size) for t, size in zip(tensors, sizes, strict=True)]
+            _compiled[key] = compile_function(_add, [*examples, start], range(5))
+        _compiled[key](*tensors, start)
+        return None
+
+    def losses(self) -> Tensor:
+        """float32, one per token; 0 where the label is ignored."""
+        losses = self.highest + self.total.log() - self.picked
+        return torch.where(self.labels == IGNORED, 0.0, losses)
+
+
+def _add(logits: Tensor, labels: Tensor, highest: Tensor, total: Tensor, picked: Tensor, first: Tensor) -> tuple:
+    logits = logits.float()
+    new = torch.maximum(highest, logits.amax(1))
+    total.copy_(total * (highest - new).exp() + (logits - new.unsqueeze(1)).exp().sum(1))
+    highest.copy_(new)
+    place = labels - first[0]
+    here = (place >= 0) & (place < logits.shape[1])
+    own = logits.gather(1, place.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    picked.copy_(torch.where(here, own, picked))
+    return ()

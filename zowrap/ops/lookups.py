@@ -1,0 +1,101 @@
+"""The operators that stand for look-ups.
+
+``perturb_rows``    an embedding: noise for the touched rows only
+``rows``            an embedding that nothing perturbs
+``index_error``     stands before every other look-up: 0, or an error where an index is out of range
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zowrap.custom_op import operator
+from zowrap.ops import kernels
+
+
+@operator("perturb_rows")
+def perturb_rows(
+    w: Tensor,
+    slots: list[Tensor],
+    ids: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    scalars: list[Tensor],
+    coefficients: Tensor,
+    spec: str,
+) -> list[Tensor]:
+    """``[(w + coefficients[p] · z)[ids] for p]``: ``ids`` int64 or int32 of any shape, results
+    ``[*ids.shape, columns]``.
+
+    An id out of range: see :func:`rows`.
+    """
+    # The kernel is compiled for int64; of rows of one token the view has gaps.
+    flat = ids.reshape(-1).to(torch.int64).contiguous()
+    touched = w.index_select(0, flat)
+    gathered = [s.index_select(0, flat) for s in slots]
+    points = coefficients.shape[0]
+    out = kernels.get(spec).perturb_rows(touched, gathered, flat, key, scale, scalars, coefficients, points)
+    return [o.view(*ids.shape, w.shape[1]) for o in out]
+
+
+@perturb_rows.register_fake
+def _(w, slots, ids, key, scale, scalars, coefficients, spec):
+    return [w.new_empty((*ids.shape, w.shape[1])) for _ in range(coefficients.shape[0])]
+
+
+@operator("rows")
+def rows(w: Tensor, ids: Tensor) -> Tensor:
+    """``w[ids]``; an id out of range raises ``IndexError`` on a CPU and is a device-side assertion on a GPU."""
+    return w.index_select(0, ids.reshape(-1)).view(*ids.shape, *w.shape[1:])
+
+
+@rows.register_fake
+def _(w, ids):
+    return w.new_empty((*ids.shape, *w.shape[1:]))
+
+
+@rows.register_vmap
+def _(info, in_dims, w, ids):
+    """Over the examples: one look-up for all; where each has its own table, in all of them laid end to end."""
+    w_dim, ids_dim = in_dims
+    if ids_dim is None:
+        ids, ids_dim = ids.expand(info.batch_size, *ids.shape), 0
+    ids = ids.movedim(ids_dim, 0)
+    if w_dim is None:
+        return rows(w, ids), 0
+    w = w.movedim(w_dim, 0)
+    first = torch.arange(ids.shape[0], device=ids.device) * w.shape[1]
+    return rows(w.flatten(0, 1), ids + first.view(-1, *[1] * (ids.ndim - 1))), 0
+
+
+@operator("index_error")
+def index_error(index: Tensor, size: int, wraps: bool, ignored: int | None) -> Tensor:
+    """0-d zero of ``index``'s dtype, to be added to it: the look-up cannot run before it has been looked at.
+
+    Args:
+        index: int64 or int32 of any shape; ``size``: what it looks up has this many entries.
+        wraps: negative numbers count from the end.
+        ignored: a number that names no entry and is none the less allowed.
+
+    Raises:
+        IndexError: a number names no entry.
+    """
+    if index.numel():
+        first = -size if wraps else 0
+        lowest, highest = (int(value) for value in torch.aminmax(index))
+        if lowest < first or highest >= size:
+            wrong = index[((index < first) | (index >= size)) & (index != (first if ignored is None else ignored))]
+            if wrong.numel():
+                raise IndexError(f"index {int(wrong[0])} is out of range: there are {size} entries")
+    return torch.zeros((), dtype=index.dtype, device=index.device)
+
+
+@index_error.register_fake
+def _(index, size, wraps, ignored):
+    return index.new_zeros(())
+
+
+@index_error.register_vmap
+def _(info, in_dims, index, size, wraps, ignored):
+    return index_error(index, size, wraps, ignored), None

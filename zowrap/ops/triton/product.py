@@ -1,0 +1,160 @@
+"""x · (w ± εz)ᵀ at all points of a step from one read of w: for batches of few tokens, whose products wait for memory.
+
+A tile of the weight is read once; its perturbed forms are made in registers, rounded as a perturbed copy would be, and
+each meets its own point's activations. With many tokens every block of them would make the same noise again: there
+the chunked scratch of :mod:`zowrap.ops.perturb` makes it once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zowrap.compiler.inductor import trace
+from zowrap.numerics import noise
+from zowrap.ops import kernels
+from zowrap.ops.triton import sources
+from zowrap.ops.triton.emit import Small, emit
+
+# Up to so many tokens one block holds them all, and the noise of a tile is made once.
+FEW_TOKENS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}  # float32 tiles take twice the memory
+# Elements of a row of the weight in a tile: as many as fit into the registers with the noise of all points, and into
+# the shared memory of small GPUs (the tests compile them). And rows, fewer where a matrix would otherwise make too few
+# tiles for all processors (an H100 has 132). Fixed, not tuned on the spot: another tiling adds up in another order, and
+# a resumed run would differ in the last bit.
+TILE_INPUTS = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 16}
+TILE_OUTPUTS, PROGRAMS = (64, 32, 16), 128
+
+
+def applies(x: Sequence[Tensor], w: Tensor) -> bool:
+    """Whether the product of ``x``, flat ``[tokens, inputs]`` each, is made here."""
+    return w.is_cuda and x[0].shape[0] <= FEW_TOKENS.get(w.dtype, 0)
+
+
+def perturbed_products(
+    x: Sequence[Tensor],
+    w: Tensor,
+    slots: Sequence[Tensor],
+    key: Tensor,
+    scale: Tensor,
+    scalars: Sequence[Tensor],
+    coefficients: Tensor,
+    transposed: bool,
+    spec: str,
+) -> list[Tensor]:
+    """``[tokens, outputs]`` for each point; see :func:`zowrap.ops.perturb.perturb_linear`.
+
+    Args:
+        x: ``[tokens, inputs]`` for each point, or a single one that all points share.
+    """
+    points = coefficients.shape[0]
+    tokens, inputs = x[0].shape
+    outputs = w.shape[1] if transposed else w.shape[0]
+    out = [torch.empty((tokens, outputs), dtype=w.dtype, device=w.device) for _ in range(points)]
+    if not tokens:
+        return out
+    kernel = _kernel(spec, w.dtype, points, len(slots), len(scalars), len(x) == 1, transposed)
+    rows = _tile_rows(outputs)
+    block = max(16, 1 << (tokens - 1).bit_length())
+    grid = (-(-outputs // rows), -(-tokens // block))
+    given = [*(t.contiguous() for t in x), *out, w, *slots, key, scale, *scalars, coefficients]
+    with torch.cuda.device_of(w):
+        sources.launch(
+            kernel,
+            grid,
+            *given,
+            noise.gaussian_table(w.device),
+            tokens,
+            outputs,
+            inputs,
+            TOKENS=block,
+            OUTPUTS=rows,
+            INPUTS=TILE_INPUTS[w.dtype],
+            PRECISION=_precision(w),
+            num_warps=4,
+            num_stages=2,  # the tiles of all points, twice, must fit into the shared memory of small GPUs
+            enable_fp_fusion=False,
+        )
+    return out
+
+
+def _precision(w: Tensor) -> str:
+    """As torch multiplies: in TF32 only where the program allows it, by the older of its settings or the newer."""
+    return "tf32" if w.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _tile_rows(outputs: int) -> int:
+    return next((rows for rows in TILE_OUTPUTS if outputs >= rows * PROGRAMS), TILE_OUTPUTS[-1])
+
+
+@functools.cache
+def _kernel(
+    spec: str, dtype: torch.dtype, points: int, slots: int, scalars: int, shared: bool, transposed: bool
+) -> Any:
+    return sources.kernel(_source(spec, dtype, points, slots, scalars, shared, transposed))
+
+
+def _source(
+    spec: str, dtype: torch.dtype, points: int, slots: int, scalars: int, shared: bool, transposed: bool
+) -> str:
+    kernel = kernels.get(spec)
+    element, index = torch.zeros(64, dtype=dtype), torch.zeros(64, dtype=torch.int32)
+    small = [torch.zeros(2, dtype=torch.int32), torch.ones(()), *[torch.ones(())] * scalars]
+    small += [torch.zeros(points), noise.gaussian_table()]
+    examples = [element, index, index, *[torch.zeros(64)] * slots, *small]
+
+    def function(*inputs: Tensor) -> tuple:
+        w, low, high = inputs[:3]
+        key, scale, *numbers, coefficients, table = inputs[3 + slots :]
+        return kernel.points(w, low, high, inputs[3 : 3 + slots], key, scale, numbers, coefficients, table, points)
+
+    graph_module, _ = trace(function, examples, range(3 + slots))
+    read = [f"s{i}" for i in range(slots)]
+    names = ["key", "scale", *[f"number{i}" for i in range(scalars)], "coefficients", "table"]
+    body = emit(graph_module, ["e", "low", "high", *read, *map(Small, names)], lambda name: name)
+
+    sources_of = ["x0"] * points if shared else [f"x{p}" for p in range(points)]
+    given = [*dict.fromkeys(sources_of), *[f"o{p}" for p in range(points)], "w", *[f"t{i}" for i in range(slots)]]
+    address = "k[None, :] * outputs + n[:, None]" if transposed else "n[:, None] * inputs + k[None, :]"
+    loop = [
+        "k = start + tl.arange(0, INPUTS).to(tl.int64)",
+        "inside = (n[:, None] < outputs) & (k[None, :] < inputs)",
+        f"index = {address}",
+        "low, high = index.to(tl.int32), (index >> 32).to(tl.int32)",
+        "e = tl.load(w + index, mask=inside, other=0)",
+        *[f"s{i} = tl.load(t{i} + index, mask=inside, other=0)" for i in range(slots)],
+        *body.lines,
+        "held = (m[:, None] < tokens) & (k[None, :] < inputs)",
+        *[
+            f"a_{x} = tl.load({x} + m[:, None] * inputs + k[None, :], mask=held, other=0)"
+            for x in dict.fromkeys(sources_of)
+        ],
+        # What lies outside of the matrix may have become anything, NaN included: it must count as nothing.
+        *[
+            f"b{p} = tl.trans(tl.where(inside, {text}, 0.0).to(w.dtype.element_ty))"
+            for p, text in enumerate(body.outputs)
+        ],
+        *[f"c{p} = tl.dot(a_{x}, b{p}, c{p}, input_precision=PRECISION)" for p, x in enumerate(sources_of)],
+    ]
+    lines = [
+        "n = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)",
+        "m = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)",
+        *body.once,
+        *[f"c{p} = tl.zeros((TOKENS, OUTPUTS), tl.float32)" for p in range(points)],
+        "for start in range(0, inputs, INPUTS):",
+        *[f"    {line}" for line in loop],
+        "written = (m[:, None] < tokens) & (n[None, :] < outputs)",
+        *[
+            f"tl.store(o{p} + m[:, None] * outputs + n[None, :], c{p}.to(o{p}.dtype.element_ty), mask=written)"
+            for p in range(points)
+        ],
+    ]
+    constants = [f"{name}: tl.constexpr" for name in ("TOKENS", "OUTPUTS", "INPUTS", "PRECISION")]
+    arguments = ", ".join([*given, *names, "tokens", "outputs", "inputs", *constants])
+    # Of these nothing is gained by their alignment, and each would be a kernel of its own.
+    head = f"@triton.jit(do_not_specialize={[*names, 'tokens']})\ndef kernel({arguments}):\n"
+    return head + "".join(f"    {line}\n" for line in lines)

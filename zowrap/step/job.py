@@ -1,0 +1,185 @@
+"""What an engine does: evaluate the loss along a direction, and write an update. Nothing else differs between them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zowrap.loss.module import Batch, LossModule
+from zowrap.numerics.dtypes import is_16_bit
+from zowrap.rules.base import MASTER, Rule, Scalars
+from zowrap.rules.estimators import Estimator, Point
+from zowrap.step.arithmetic import Conclusion
+from zowrap.step.blocks import Block
+from zowrap.step.directions import Direction
+from zowrap.step.lowrank import Layout
+from zowrap.step.parameters import Parameter
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the quantised weights of a model move.
+
+    Attributes:
+        name: one of :data:`zowrap.names.WAYS`.
+        why: the reason, in words, where it was not asked for.
+        rounds: whether some layers round their inputs to 8 bit, which puts a floor under ε.
+    """
+
+    name: str
+    why: str
+    rounds: bool
+
+
+@dataclass
+class Job:
+    """Everything an engine needs to know about the run: the model's loss, what moves, and how.
+
+    Attributes:
+        estimator: whose points a step evaluates, where the rule has none of its own.
+        project: losses ``[points]`` and ε → projected gradients.
+        slots: ``slots[name][i]`` is the float32 state of ``parameters[i]``; the master of one that has none is empty.
+        blocks: which parameters are perturbed and updated together; one block of all of them by default.
+        states: scalar state of the rule, 0-d float32 tensors by name, for each block.
+        hyper: 0-d float32 tensors ``lr``, ``eps``, ``weight_decay``; their values change, the tensors stay.
+        decays: whether a weight decay was asked for at all.
+        way: how quantised weights move; None where the model has none.
+        other: what 16-bit weights' updates go along, see :func:`zowrap.step.arithmetic.taken`.
+    """
+
+    loss: LossModule
+    parameters: list[Parameter]
+    rule: Rule
+    estimator: Estimator
+    project: Callable[[Tensor, Tensor], Tensor]
+    direction: Direction
+    queries: int
+    blocks: list[Block]
+    states: list[Scalars]
+    slots: dict[str, list[Tensor]]
+    hyper: Scalars
+    decays: bool
+    device: torch.device
+    way: Way | None = None
+    other: float | None = None
+
+    def slots_of(self, index: int) -> Scalars:
+        """The state of a parameter that has its shape."""
+        return {name: self.slots[name][index] for name in self.rule.element_slots(self.parameters[index].tensor.dtype)}
+
+    def kept(self) -> Iterator[tuple[str, Parameter, Tensor]]:
+        """Every tensor of the rule's state: slot, whose it is, tensor. Only 16-bit weights have masters."""
+        for name, tensors in self.slots.items():
+            for parameter, tensor in zip(self.parameters, tensors, strict=True):
+                if name != MASTER or is_16_bit(parameter.tensor):
+                    yield name, parameter, tensor
+
+    def direction_slots_of(self, index: int) -> Scalars:
+        return {name: self.slots[name][index] for name in self.rule.direction_slots}
+
+    @functools.cached_property
+    def points(self) -> list[Point]:
+        """Where a step evaluates the loss, in order."""
+        return (self.rule.points or self.estimator.points)(self.queries)
+
+    @functools.cached_property
+    def candidates(self) -> int:
+        """How many losses the rule asks for once the projected gradient is known."""
+        candidates = self.rule.candidates
+        one = torch.zeros(1, device=self.device)
+        return 0 if candidates is None else candidates(one, self.hyper).numel()
+
+    @property
+    def masters(self) -> bool:
+        """Whether 16-bit weights are rounded copies of float32 ones."""
+        return MASTER in self.rule.slots
+
+    def count(self, block: int) -> int:
+        """Number of elements d of a block."""
+        return sum(self.parameters[i].tensor.numel() for i in self.blocks[block].indices)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the rule's state."""
+        tensors = [*(t for each in self.slots.values() for t in each), *(t for s in self.states for t in s.values())]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def reads(self) -> list[str]:
+        """The slots that the rule's direction reads, those of a parameter's shape first."""
+        return sorted(self.rule.direction_slots, key=lambda name: self.rule.slots[name].kind != "element")
+
+    def left_of(self, index: int) -> Tensor | None:
+        """The rule's state in the shape of the parameter's left factor, where it keeps one."""
+        return next((self.slots[name][index] for name in self.rule.slot_names("left")), None)
+
+    @functools.cached_property
+    def layouts(self) -> list[Layout]:
+        """Where the factors of low-rank directions lie, for each block; empty for full-rank ones."""
+        law = self.direction.lowrank
+        return [] if law is None else [Layout(self.parameters, block.indices, law) for block in self.blocks]
+
+
+@dataclass
+class DirectionStream:
+    """One direction of one step: where its noise comes from, and the numbers that shape it.
+
+    With ``per_example`` it is one direction for each of a batch's examples.
+
+    Attributes:
+        block: the active block.
+        keys: int32 ``[P, 2]``, one key per parameter; unused where ``factors`` is given.
+        scale: 0-d float32, the direction's normalisation (1 unless the law needs one).
+        scalars: numbers that the rule's ``direction`` reads.
+        factors: float32 ``[directions, size]``: the factors of low-rank directions, see :mod:`zowrap.step.lowrank`.
+        old_factors: the same under the right keys that the rule's ``"left"`` state is expressed in.
+        moved: 0-d bool: whether those are other keys than this step's.
+    """
+
+    block: int
+    keys: Tensor
+    scale: Tensor
+    scalars: Scalars
+    factors: Tensor | None = None
+    per_example: bool = False
+    old_factors: Tensor | None = None
+    moved: Tensor | None = None
+
+
+class Engine(Protocol):
+    """The two engines."""
+
+    name: str
+
+    def one_batch(self) -> AbstractContextManager[None]:
+        """Inside, every call of :meth:`losses` has the same batch and the same weights, and may share work."""
+        ...
+
+    def losses(self, batch: Batch, stream: DirectionStream | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss sums float32 ``[points, rows]`` at θ + coefficients[p]·z, and weights float32 ``[rows]``.
+
+        Only the stream's block is perturbed. ``stream`` None evaluates θ itself, as one point.
+        """
+        ...
+
+    def factors(self, block: int, keys: Tensor, right_keys: Tensor) -> Tensor:
+        """float32 ``[directions, size]``: the factors of low-rank directions under keys ``[directions, P, 2]``."""
+        ...
+
+    def squared_norm(self, block: int, keys: Tensor) -> Tensor:
+        """0-d float64: ‖u‖² of the raw noise under ``keys`` over the block's elements."""
+        ...
+
+    def update(self, streams: Sequence[DirectionStream], rounding_keys: Tensor, conclusion: Conclusion) -> None:
+        """Write the weights, the slots and the scalar state: the only place that does."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for ``inspect``."""
+        ...

@@ -1,0 +1,64 @@
+"""Pickled weights turned into safetensors, without running any code in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zowrap.errors import ZOError, first_line
+from zowrap.storage.lock import entries
+from zowrap.storage.safetensors import ADAPTER, WEIGHTS, Path_, check_target, pickled_weights, write_tensors
+from zowrap.storage.save import MAX_SHARD_SIZE, _copy_settings, fresh_files
+from zowrap.version import __version__
+
+
+def convert_pickle(model_dir: Path_, to: Path_, overwrite: bool = False) -> list[Path]:
+    """Copy a model folder whose weights are pickled, with the weights as safetensors.
+
+    The pickle is read by ``torch.load(weights_only=True)``, which admits tensors and plain containers and nothing
+    that runs code.
+
+    Raises:
+        ZOError: no pickled weights, one that holds anything else than named tensors, or a full disk.
+    """
+    source, to = Path(model_dir), Path(to)
+    if not source.is_dir():
+        raise ZOError(f"{source} is not a folder with a model")
+    check_target(source, to, overwrite)
+    pickles = pickled_weights(source)
+    if not pickles:
+        raise ZOError(f"{source} holds no pickled weights to convert")
+    adapter = pickles[0].name.startswith("adapter_model")
+    tensors: dict[str, Tensor] = {}
+    for file in pickles:
+        if file.name.startswith("adapter_model") == adapter:
+            tensors.update(_unpickle(file))
+    with fresh_files(to) as beside:
+        _copy_settings(source, beside)
+        facts = {"format": "pt", "zowrap": __version__, "converted_from": pickles[0].name}
+        if adapter:
+            write_tensors(tensors, beside, ADAPTER, None, facts)
+        else:
+            write_tensors(tensors, beside, WEIGHTS, MAX_SHARD_SIZE, facts)
+    return [p for p in entries(to) if p.is_file()]
+
+
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    import pickle
+
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0].rstrip(". ")
+        raise ZOError(f"{file} holds more than tensors, and loading that could run code: refused ({reason})") from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ZOError(f"{file} cannot be read as weights: {first_line(error)}") from None
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ZOError(f"{file} is not a state dict: it holds other things than named tensors")
+    # Copies of tied weights keep every name loadable; a pickle may also hold a small view of a large storage.
+    return {str(name): tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in loaded.items()}

@@ -1,0 +1,229 @@
+"""Weight files in a model folder: safetensors, their headers, and how to tell pickles from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from zowrap.errors import ZOError
+from zowrap.storage.atomic import TMP, read_json, same_place, write_json, writing
+from zowrap.storage.folder import RunFolder
+from zowrap.storage.lock import entries
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Load = Callable[[str | os.PathLike[str]], Any]  # a folder of adapters → its model
+Path_ = str | os.PathLike[str]
+
+WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
+INDEX = WEIGHTS + ".index.json"
+LABEL_VECTORS = "label_vectors.safetensors"  # what a classification adds to an encoder, beside the encoder's own files
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLED_WEIGHTS = ("pytorch_model", "adapter_model", "model", "consolidated")
+# What a model folder holds beside its weights: configuration, tokenizer, code, notes.
+SETTINGS = (".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".spm", ".vocab")
+
+# --- the header of a safetensors file ----------------------------------------------------------------------------
+# Eight bytes: the header's length, little endian. The header: JSON, ``__metadata__`` a map of strings. Then the data.
+
+
+@contextmanager
+def opened(file: Path_) -> Iterator[Any]:
+    """A safetensors file, open for reading.
+
+    Raises:
+        ZOError: it is empty, cut off, or something else.
+    """
+    try:
+        with safe_open(os.fspath(file), framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise ZOError(f"{os.fspath(file)} is not a whole safetensors file ({reason}): get it anew") from error
+
+
+def read_metadata(file: Path_) -> dict[str, str]:
+    """``__metadata__`` of a safetensors file."""
+    with opened(file) as tensors:
+        return dict(tensors.metadata() or {})
+
+
+def add_metadata(file: Path, metadata: Mapping[str, str]) -> None:
+    """Add strings to a safetensors file's header; the tensors' bytes are copied as they are."""
+    beside = file.with_name(file.name + TMP)
+    with writing(file, beside), open(file, "rb") as source:
+        (length,) = struct.unpack("<Q", source.read(8))
+        header = json.loads(source.read(length))
+        header["__metadata__"] = {**header.get("__metadata__", {}), **{k: str(v) for k, v in metadata.items()}}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data starts at a multiple of eight bytes
+        with open(beside, "wb") as target:
+            target.write(struct.pack("<Q", len(text)) + text)
+            shutil.copyfileobj(source, target, 16 * 2**20)
+        os.replace(beside, file)
+
+
+# --- what is in a folder -----------------------------------------------------------------------------------------
+
+
+def adapters_base(directory: Path_) -> str | None:
+    """The base model that a folder of adapters names; None for any other folder."""
+    file = Path(directory) / ADAPTER_CONFIG
+    named = read_json(file).get("base_model_name_or_path") if file.is_file() else None
+    return named if named and not (Path(directory) / "config.json").is_file() else None
+
+
+def check_adapter_settings(directory: Path_) -> None:
+    """Refuse adapters whose settings name code: peft imports the module that ``megatron_core`` names.
+
+    Raises:
+        ZOError: ``adapter_config.json`` names a module to import, or asks for remote code.
+    """
+    file = Path(directory) / ADAPTER_CONFIG
+    if not file.is_file():
+        return
+    settings = read_json(file)
+    if not isinstance(settings, dict):
+        raise ZOError(f"{file} is damaged: it holds no JSON object")
+    if settings.get("megatron_config") is not None or settings.get("megatron_core") not in (None, _MEGATRON):
+        raise ZOError(
+            f"{file} names a module to import (megatron_config, megatron_core), and nothing that a folder names is "
+            f"imported: remove these two entries if the adapters are yours"
+        )
+    if _asks_for_code(settings):
+        raise ZOError(
+            f"{file} asks for trust_remote_code, and a folder cannot ask for that: remove the entry if the adapters "
+            f"are yours"
+        )
+
+
+_MEGATRON = "megatron.core"  # peft's default, which it writes into every configuration and imports for none
+
+
+def _asks_for_code(settings: Any) -> bool:
+    """Whether ``trust_remote_code`` is set anywhere in the settings."""
+    if isinstance(settings, list):
+        return any(map(_asks_for_code, settings))
+    if not isinstance(settings, dict):
+        return False
+    return bool(settings.get("trust_remote_code")) or any(map(_asks_for_code, settings.values()))
+
+
+def weight_files(directory: Path_) -> list[Path]:
+    """The safetensors files of a model folder: one, its shards by the index, or an adapter."""
+    directory = Path(directory)
+    if (directory / INDEX).is_file():
+        names = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise ZOError(f"{directory} lacks {missing[0]}, a part of the weights that {INDEX} names")
+        return [directory / name for name in names]
+    return [directory / name for name in (WEIGHTS, ADAPTER) if (directory / name).is_file()][:1]
+
+
+def pickled_weights(directory: Path_) -> list[Path]:
+    """Weight files of a model folder that are pickles."""
+    found = (p for p in Path(directory).iterdir() if p.is_file() and p.suffix in PICKLES)
+    return sorted(p for p in found if p.name.startswith(PICKLED_WEIGHTS))
+
+
+def require_safetensors(model_dir: Path_, whole: bool = True) -> None:
+    """Check that a local folder holds weights that can be loaded without running what they contain.
+
+    Args:
+        whole: open each file, for which torch is imported.
+
+    Raises:
+        ZOError: there are no weights, damaged ones, or only pickled ones (the message has the command that converts
+            them).
+    """
+    directory = Path(model_dir)
+    if not directory.is_dir():
+        raise ZOError(f"{directory} is not a folder with a model")
+    check_adapter_settings(directory)
+    files = weight_files(directory) or list(directory.glob("*.safetensors"))
+    for file in files if whole else ():
+        with opened(file):
+            pass
+    if files:
+        return
+    pickles = pickled_weights(directory)
+    if pickles:
+        raise ZOError(
+            f"{directory} holds its weights only as a pickle ({pickles[0].name}), which can run code when loaded; "
+            f"convert it once with: zowrap export {directory} --to DIR --allow-pickle"
+        )
+    raise ZOError(f"{directory} holds no weights: there is no {WEIGHTS} in it")
+
+
+def check_model(run: Path_, whole: bool = True) -> None:
+    """Raise :class:`ZOError` where a RUN, or another folder, holds no model; ``whole`` as in require_safetensors."""
+    run = Path(run)
+    if (run / "zowrap.json").is_file() and not weight_files(run):
+        reason = RunFolder(run).failure()
+        if reason:
+            raise ZOError(f"{run} holds no tuned model, because its run failed: {reason}")
+        raise ZOError(f"{run} holds no finished model yet: go on with its training, or export one of its checkpoints")
+    require_safetensors(run, whole)
+
+
+def check_target(source: Path, to: Path, overwrite: bool) -> None:
+    """Raise :class:`ZOError` unless a model of the folder ``source`` can be written to the folder ``to``."""
+    if to.exists() and not to.is_dir():
+        raise ZOError(f"{to} is a file: give the name of a folder")
+    if same_place(to, source):
+        raise ZOError(f"{to} is the folder to copy from: give another one")
+    if entries(to) and not overwrite:
+        raise ZOError(f"{to} is not empty: give a new folder, or --overwrite")
+
+
+def check_directory(name: str, weights: bool = True, whole: bool = True) -> None:
+    """Raise :class:`ZOError` for a path that cannot be a model, without ``weights`` too; a hub name passes.
+
+    ``whole`` as in :func:`require_safetensors`.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        check_adapter_settings(path)
+        if not (path / "config.json").is_file() and adapters_base(path) is None:
+            raise ZOError(f"{name} is not a model directory: it has no config.json")
+        if weights:
+            require_safetensors(path, whole)
+    elif path.exists():
+        raise ZOError(f"{name} is a file; give the model's directory or its name on the hub")
+    elif not may_be_of_the_hub(name):
+        raise ZOError(f"no such model directory: {name}")
+
+
+def may_be_of_the_hub(name: str) -> bool:
+    """Whether ``name`` has the form of a model's name on the hub, and not only that of a path."""
+    return not name.startswith((".", "/", "~")) and name.count("/") <= 1
+
+
+def write_tensors(
+    tensors: dict[str, Tensor], to: Path, name: str, max_shard_size: int | str | None, metadata: dict[str, str]
+) -> None:
+    """Write tensors as one file, or in shards of at most ``max_shard_size`` with an index."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    if max_shard_size is None:
+        save_file(tensors, to / name, metadata=metadata)
+        return
+    stem, ending = os.path.splitext(name)
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern=stem + "{suffix}" + ending, max_shard_size=max_shard_size
+    )
+    for file, names in split.filename_to_tensors.items():
+        save_file({n: tensors[n].contiguous() for n in names}, to / file, metadata=metadata)
+    if split.is_sharded:
+        write_json(to / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})

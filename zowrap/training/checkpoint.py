@@ -1,0 +1,167 @@
+"""Weights and rule state of a checkpoint, put back into a model bit for bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zowrap.errors import ZOError
+from zowrap.step.parameters import Parameter, canonical_name
+from zowrap.step.pretrained import saved_part
+from zowrap.storage import safetensors
+from zowrap.storage.atomic import read_json
+from zowrap.storage.save import saved_apart
+
+if TYPE_CHECKING:
+    from zowrap.model.zo_model import ZOModel
+
+STATE, TENSORS, TRAINER = "zo_state.json", "zo_state.safetensors", "trainer_state.json"
+
+
+def checkpoint_facts(directory: Path, name: str) -> dict[str, Any]:
+    """The ``"environment"`` that a checkpoint was written in, or its run's ``"plan"``; empty where it does not say."""
+    return _read_object(directory / STATE).get(name) or {} if (directory / STATE).is_file() else {}
+
+
+def load_checkpoint(directory: str | os.PathLike[str], zm: ZOModel) -> dict[str, Any]:
+    """Put the weights and the rule's state of a checkpoint into ``zm``, in place and bitwise.
+
+    Returns:
+        The trainer's state.
+
+    Raises:
+        ZOError: the checkpoint is of another model, rule or set of options, or damaged.
+    """
+    directory = Path(directory)
+    if not (directory / STATE).is_file():
+        raise ZOError(f"{directory} is not a checkpoint of zowrap: there is no {STATE} in it")
+    tensors: dict[str, Tensor] = {}
+    if (directory / TENSORS).is_file():
+        with safetensors.opened(directory / TENSORS) as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    apart = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
+    state = {name: t for name, t in tensors.items() if not name.startswith(("weights/", "scales/"))}
+    stored = list(_stored_weights(directory, zm, apart))  # all checked before anything changes
+    scales = list(_stored_scales(directory, zm, tensors))
+    trainer_state = _read_object(directory / TRAINER)
+    zm.load_state_dict({**_read_object(directory / STATE), **state})
+    _put(zm, stored)
+    with torch.no_grad():
+        for scale, value in scales:
+            scale.copy_(value)
+    return trainer_state
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise ZOError(f"{file} is damaged: it holds no JSON object")
+    return value
+
+
+def load_weights(directory: str | os.PathLike[str], zm: ZOModel) -> None:
+    """Put the weights that a model folder holds into ``zm``'s model, in place; the rule's state stays.
+
+    Raises:
+        ZOError: they are another model's.
+    """
+    _put(zm, list(_stored_weights(Path(directory), zm, {})))
+
+
+def _put(zm: ZOModel, tensors: list[tuple[int, Tensor]]) -> None:
+    with torch.no_grad():
+        for index, stored in tensors:
+            zm.parameters[index].tensor.copy_(stored)
+
+
+def _stored_weights(directory: Path, zm: ZOModel, apart: dict[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """(index of the parameter, its stored tensor), each checked to fit."""
+    found = _stored_parameters(zm, directory)
+    for index, parameter in enumerate(zm.parameters):
+        stored = apart.get(parameter.name)
+        if stored is None:
+            if index not in found and parameter.scale is not None:
+                stored = _log_scale(directory, zm, parameter)
+            elif index not in found:
+                raise ZOError(f"{directory} is of another model: it has no {parameter.name}")
+            else:
+                file, name = found[index]
+                with safetensors.opened(file) as opened:
+                    stored = opened.get_tensor(name)
+        if stored.shape != parameter.tensor.shape or stored.dtype != parameter.tensor.dtype:
+            raise ZOError(
+                f"{directory} is of another model: {parameter.name} is {stored.dtype} of shape "
+                f"{tuple(stored.shape)} there, {parameter.tensor.dtype} of shape {tuple(parameter.tensor.shape)} here"
+            )
+        yield index, stored
+
+
+def _stored_scales(directory: Path, zm: ZOModel, tensors: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(scales, their stored values): those that the run began with, whatever model this one was loaded from."""
+    for parameter in zm.parameters:
+        value = tensors.get(f"scales/{parameter.name}")
+        if parameter.scale is None or value is None:  # checkpoints of earlier versions have none
+            continue
+        if value.shape != parameter.scale.shape:
+            raise ZOError(f"{directory} is of another model: the scales of {parameter.name} have another shape there")
+        yield parameter.scale, value
+
+
+def _log_scale(directory: Path, zm: ZOModel, parameter: Parameter) -> Tensor:
+    """log(stored scale / the base's scale): a file of an 8-bit model holds the scales that tuning left."""
+    _, prefix = saved_part(zm.model)
+    layer = parameter.name.removesuffix("log_scale")
+    wanted = (layer + "SCB", layer + "_weight_scale")  # bitsandbytes' name, torchao's
+    for file in safetensors.weight_files(directory):
+        with safetensors.opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if canonical_name(prefix + name) in wanted and parameter.scale is not None:
+                    base = parameter.scale.detach().float().cpu().reshape(-1)
+                    ratio = opened.get_tensor(name).float().reshape(-1) / base
+                    return torch.where(base > 0, ratio, 1.0).log()
+    raise ZOError(f"{directory} is of another model: it has no {wanted[0]}")
+
+
+def _stored_parameters(zm: ZOModel, directory: Path) -> dict[int, tuple[Path, str]]:
+    """Where the weight files in ``directory`` hold what moves: index in ``zm.parameters`` → (file, name in it)."""
+    _, prefix = saved_part(zm.model)
+    where: dict[str, tuple[Path, str]] = {}
+    for file in safetensors.weight_files(directory):
+        with safetensors.opened(file) as opened:
+            where.update({canonical_name(prefix + name): (file, name) for name in opened.keys()})  # noqa: SIM118
+    for apart, prefix, module in saved_apart(zm.model):
+        if (directory / apart).is_file():
+            where.update({canonical_name(prefix + name): (directory / apart, name) for name in module.state_dict()})
+    found = {}
+    for index, parameter in enumerate(zm.parameters):
+        name = next((n for n in map(canonical_name, parameter.names) if n in where), None)
+        if name is not None:
+            found[index] = where[name]
+    return found
+
+
+def _unsaved(zm: ZOModel, directory: Path) -> list[int]:
+    """Which of ``zm.parameters`` the weight files in ``directory`` do not hold bit for bit.
+
+    An adapter's base, a format that fuses or transposes weights: a checkpoint keeps those tensors apart.
+    """
+    found = _stored_parameters(zm, directory)
+    return [i for i, p in enumerate(zm.parameters) if i not in found or not _holds(*found[i], p.tensor)]
+
+
+def _holds(file: Path, name: str, tensor: Tensor) -> bool:
+    """Whether the file holds exactly this tensor under that name: shape, dtype and every bit."""
+    with safetensors.opened(file) as opened:
+        if tuple(opened.get_slice(name).get_shape()) != tuple(tensor.shape):
+            return False
+        stored = opened.get_tensor(name)
+    return stored.dtype == tensor.dtype and _bits(stored).equal(_bits(tensor.detach().cpu()))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,207 @@
+"""The journal of a run: one line of JSON per step, enough to make the trained weights again from the first ones.
+
+The first line says what run it is (seed, rule, options, what moves); every other line is the record of one step: its
+number, losses, projected gradients and hyper-parameters. A step's noise follows from seed and step, so these few
+numbers are the whole update. Steps are only ever appended, each in one write: a kill can tear the last line at most,
+and a torn line is ignored and cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zowrap.errors import ZOError
+from zowrap.storage.atomic import jsonable, write_text
+from zowrap.storage.lines import Lines
+
+if TYPE_CHECKING:
+    from zowrap.model.zo_model import ZOModel
+
+VERSION = 1
+
+
+class Journal(Lines):
+    """The journal of one run; made by :meth:`start` or :meth:`resume`.
+
+    Attributes:
+        header: the first line.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], header: dict[str, Any]) -> None:
+        super().__init__(path)
+        self.header = header
+
+    @classmethod
+    def start(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Journal:
+        """A new journal with no step in it; one of that name is replaced."""
+        header = jsonable(header)
+        write_text(path, json.dumps(header) + "\n")
+        return cls(path, header)
+
+    def settle(self, **facts: Any) -> None:
+        """Write what is known only now into the header of a journal that holds no step yet."""
+        self.close()
+        self.header = jsonable({**self.header, **facts})
+        write_text(self.path, json.dumps(self.header) + "\n")
+
+    @classmethod
+    def read_from(cls, path: str | os.PathLike[str]) -> Journal | None:
+        """The journal at ``path``, or ``None`` where there is none (or not even a whole first line).
+
+        Raises:
+            ZOError: the file is something else.
+        """
+        first = next(Lines(path).read(), None)
+        if first is None:
+            return None
+        if first[2].get("journal") != VERSION:
+            raise ZOError(f"{path} is not a journal that this version of zowrap reads")
+        return cls(path, first[2])
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Journal | None:
+        """The journal at ``path`` if there is one, checked to be of the run that ``header`` describes.
+
+        Raises:
+            ZOError: it is of another run; the message names the first difference.
+        """
+        journal = cls.read_from(path)
+        if journal is not None:
+            difference = compare(journal.header, jsonable(header))
+            if difference:
+                raise ZOError(f"{path} is the journal of another run: {difference}")
+        return journal
+
+    def records(self, after: int = 0) -> Iterator[dict[str, Any]]:
+        """The records of the steps from number ``after`` on (a step's number counts those before it).
+
+        Raises:
+            ZOError: a step is missing.
+        """
+        expected = after
+        for record in self.entries():
+            if record["step"] < after:
+                continue
+            if record["step"] != expected:
+                raise ZOError(f"{self.path} has no record of step {expected}: the next one is {record['step']}")
+            expected += 1
+            yield record
+
+    def steps(self) -> int:
+        """Steps that the journal reaches: the last record's number and one."""
+        return max((record["step"] for record in self.entries()), default=-1) + 1
+
+    def keep(self, steps: int) -> None:
+        """Cut off a torn line and the records of every step from number ``steps`` on."""
+        end = 0
+        for start, stop, value in self.read():
+            if value.get("step", -1) >= steps:
+                self.cut(start)
+                return
+            end = stop
+        self.cut(end)
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Every record, whether or not they are consecutive (after a lost journal they are not)."""
+        lines = self.read()
+        next(lines, None)
+        for number, (_, _, record) in enumerate(lines, 2):
+            if not isinstance(record.get("step"), int) or not isinstance(record.get("losses"), list):
+                raise ZOError(f"{self.path}, line {number}, is not the record of a step")
+            # A loss that was not finite is null in JSON; the replayed step is skipped as the first one was.
+            for name in ("loss", "losses", "projected_grad", "weights"):
+                if name in record:
+                    record[name] = _with_nan(record[name])
+            yield record
+
+
+def _with_nan(value: Any) -> Any:
+    """What :func:`zowrap.storage.atomic.jsonable` made of numbers, with NaN for null again."""
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else value
+
+
+# --- what run a journal belongs to ------------------------------------------------------------------------------
+
+_SAME = ("seed", "rule", "hyper", "direction", "queries", "estimator", "blocks", "block_order", "masters", "along",
+         "parameters_hash")  # fmt: skip
+
+
+def describe(
+    zm: ZOModel, *, blocks: str | Sequence[str] | None = None, model_name: str | None = None
+) -> dict[str, Any]:
+    """The header of a new run's journal. ``blocks`` as given to ``zo_wrap``."""
+    state = zm.state_dict()
+    return {
+        "journal": VERSION,
+        "model": model_name,
+        "seed": zm.seed,
+        "rule": zm.rule.name,
+        "hyper": dict(zm.rule.hyper),
+        "direction": state["direction"],
+        "queries": state["queries"],
+        "estimator": state["estimator"],
+        "blocks": blocks,
+        "block_order": state["block_order"],
+        "quantized": zm.quantized,
+        "masters": zm.masters or None,
+        "along": None if zm.along == "drawn" else zm.along,
+        "parameters_hash": parameters_hash(zm),
+        "environment": environment(zm),
+        "weights": fingerprint(zm),
+        "parameters": [parameter.name for parameter in zm.parameters],
+    }
+
+
+def environment(zm: ZOModel) -> dict[str, Any]:
+    """What the last bits of a sum depend on besides the run's options."""
+    device = zm.parameters[0].tensor.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    found = {"torch": torch.__version__, "device": kind, "threads": torch.get_num_threads()}
+    # Before the first step nothing is compiled yet: a run that was to be compiled may still turn out to be eager.
+    return {**found, "engine": zm._engine.describe()["engine"], "memory": zm._schedule.name} if zm.step_count else found
+
+
+def parameters_hash(zm: ZOModel) -> str:
+    """Hash of what moves: names, shapes and dtypes."""
+    what = [[p.name, list(p.tensor.shape), str(p.tensor.dtype)] for p in zm.parameters]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def fingerprint(zm: ZOModel, samples: int = 64) -> str:
+    """Hash of at most ``samples`` evenly spaced elements of everything that moves: tells base models apart."""
+    digest = hashlib.sha256()
+    for parameter in zm.parameters:
+        flat = parameter.tensor.detach().reshape(-1)
+        for each in [flat] if parameter.scale is None else [flat, parameter.scale.detach().reshape(-1)]:
+            picked = each[:: max(1, each.numel() // samples)][:samples]
+            digest.update(picked.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """The first difference between two headers, as a clause; ``None`` when they are of the same run."""
+    for name in _SAME:
+        if theirs.get(name) != ours.get(name):
+            if name == "parameters_hash":
+                return _parameters_difference(theirs.get("parameters", []), ours["parameters"])
+            return f"it was written with {name}={theirs.get(name)!r}, this run has {ours.get(name)!r}"
+    return None
+
+
+def _parameters_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    missing = [name for name in theirs if name not in set(ours)]
+    added = [name for name in ours if name not in set(theirs)]
+    if missing:
+        return f"there {missing[0]} moves, here it does not"
+    if added:
+        return f"here {added[0]} moves, there it does not"
+    return "the parameters that move have other shapes or dtypes"

@@ -1,0 +1,99 @@
+"""The weights of a run made again from its journal, without a forward pass."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from zowrap.errors import ZOError
+from zowrap.storage.save import save_model
+from zowrap.training.journal import Journal, fingerprint
+
+if TYPE_CHECKING:
+    from zowrap.model.zo_model import ZOModel
+
+
+def replay(zm: ZOModel, journal: Journal, until: int | None = None) -> int:
+    """Apply the journal's records from where ``zm`` stands to step ``until`` (default: all), without a forward pass.
+
+    Returns:
+        The step reached.
+    """
+    for record in journal.records(after=zm.step_count):
+        if until is not None and record["step"] >= until:
+            break
+        zm.replay(record)
+    return zm.step_count
+
+
+def replay_run(
+    model: nn.Module, run: str | os.PathLike[str], to: str | os.PathLike[str] | None = None, tokenizer: Any = None
+) -> ZOModel:
+    """The last weights of a RUN from the base model and the journal alone, bitwise; written to ``to`` if given.
+
+    Args:
+        model: as the run started from it: same weights, same dtype. It is changed in place.
+        run: the RUN, or a journal file of one.
+        to: where to write the model, as :func:`zowrap.storage.save.save_model` does.
+        tokenizer: written beside it.
+
+    Raises:
+        ZOError: the journal is not there, damaged, or was written for other weights.
+    """
+    from zowrap import rules
+    from zowrap.wrap import zo_wrap
+
+    file = Path(run) / "journal.jsonl" if Path(run).is_dir() else Path(run)
+    journal = Journal.read_from(file)
+    if journal is None:
+        raise ZOError(f"there is no journal at {file}")
+    head = journal.header
+    rules.find_recorded(head["rule"], file)
+    moves = set(head["parameters"])
+    zm = zo_wrap(
+        model,
+        rules.get(head["rule"], **head["hyper"]),
+        seed=head["seed"],
+        direction=head["direction"],
+        queries=head["queries"],
+        estimator=head["estimator"],
+        blocks=head["blocks"],
+        block_order=head["block_order"],
+        trainable=lambda name, tensor: name in moves,
+        quantized=head.get("quantized"),
+        masters=bool(head.get("masters")),
+        along=head.get("along") or "drawn",
+        # A replay evaluates nothing; a weight decay is read from each record, this says that there may be one.
+        weight_decay=_weight_decay(journal),
+        engine="eager",
+    )
+    check_start(zm, journal)
+    replay(zm, journal)
+    if to is not None:
+        base = head.get("model")
+        save_model(model, to, {**zm.facts(), **({"base_model": base} if base else {})}, tokenizer=tokenizer)
+    return zm
+
+
+def _weight_decay(journal: Journal) -> float:
+    return max((record.get("weight_decay", 0.0) for record in journal.records()), default=0.0)
+
+
+def check_start(zm: ZOModel, journal: Journal) -> None:
+    """Check that ``zm`` holds the weights that the journal's run started from.
+
+    Raises:
+        ZOError: it does not.
+    """
+    names = [parameter.name for parameter in zm.parameters]
+    missing = set(journal.header["parameters"]) - set(names)
+    if missing:
+        raise ZOError(f"{journal.path} is the journal of another model: this one has no {sorted(missing)[0]} to move")
+    if journal.header["weights"] != fingerprint(zm):
+        raise ZOError(
+            f"{journal.path} starts from other weights than this model's: load the base model that the run started "
+            f"from ({journal.header.get('model') or 'its name was not recorded'}), in the same dtype"
+        )

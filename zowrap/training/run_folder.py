@@ -1,0 +1,140 @@
+"""A RUN: the folder that one training writes, and everything needed to go on from it.
+
+    RUN/                  the tuned model (best by evaluation, else last): from_pretrained loads it
+    RUN/zowrap.json       the resolved configuration and how far the run came
+    RUN/journal.jsonl     what run this is, then one record per step (see zowrap.training.journal)
+    RUN/metrics.jsonl     one line per step and one per evaluation, to plot
+    RUN/before.json       what the untuned model came to, row by row, to compare later evaluations with
+    RUN/checkpoint-N/     the model and the rule's state after N steps
+
+A checkpoint is a rare snapshot: what lies between it and the present is replayed from the journal, without a forward
+pass. Only safetensors, JSON and pictures: nothing in here runs code when it is read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from zowrap.storage.atomic import TMP, read_json, remove, sync, write_json, writing
+from zowrap.storage.folder import LEFTOVER, RunFolder
+from zowrap.storage.lines import Lines
+from zowrap.storage.save import save_model
+from zowrap.training.checkpoint import STATE, TENSORS, TRAINER, _unsaved
+from zowrap.training.journal import Journal, environment
+from zowrap.version import __version__
+
+if TYPE_CHECKING:
+    from zowrap.model.zo_model import ZOModel
+
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+
+
+class Run(RunFolder):
+    """The files of one RUN.
+
+    Attributes:
+        path: the folder.
+        metrics: ``metrics.jsonl``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        self.metrics = Lines(self.path / "metrics.jsonl")
+
+    @property
+    def before_file(self) -> Path:
+        return self.path / "before.json"
+
+    def before(self) -> dict[str, Any]:
+        """What the untuned model came to, by the name of the evaluation set."""
+        found = read_json(self.before_file) if self.before_file.is_file() else {}
+        return found if isinstance(found, dict) else {}
+
+    def keep_before(self, name: str, found: dict[str, Any]) -> None:
+        """Keep what the untuned model came to on one set."""
+        write_json(self.before_file, {**self.before(), name: found})
+
+    def exists(self) -> bool:
+        """Whether a training has left steps here."""
+        return bool(self.checkpoints()) or self.recorded_steps() > 0
+
+    def recorded_steps(self) -> int:
+        """Steps that the journal holds."""
+        journal = Journal.read_from(self.journal_file)
+        return journal.steps() if journal else 0
+
+    # --- zowrap.json --------------------------------------------------------------------------------------------
+
+    def write_config(self, model: str | None, options: dict[str, Any], task: dict[str, Any] | None = None) -> None:
+        """Write ``zowrap.json``: what model, with what options, and what the task needs to evaluate the result."""
+        config = {"zowrap": __version__, "model": model, "options": options, "task": task or {}, "status": {}}
+        write_json(self.config_file, config)
+
+    def update_status(self, **facts: Any) -> None:
+        """Change the given facts of the status; of another state, the reason of a failure is dropped."""
+        config = self.config()
+        status = dict(config.get("status") or {})
+        if "state" in facts:
+            status.pop("reason", None)
+        config["status"] = {**status, **facts}
+        write_json(self.config_file, config)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    def checkpoints(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending. One that is being written has another name."""
+        if not self.path.is_dir():
+            return []
+        found = (_CHECKPOINT.match(entry.name) for entry in self.path.iterdir())
+        steps = sorted(int(match[1]) for match in found if match)
+        return [step for step in steps if (self.checkpoint(step) / STATE).is_file()]
+
+    def save_checkpoint(
+        self, step: int, zm: ZOModel, trainer_state: dict[str, Any], keep: int = 1, plan: dict[str, Any] | None = None
+    ) -> Path:
+        """Write ``checkpoint-N``, whole or not at all, then remove the oldest beyond ``keep`` (0 keeps all).
+
+        ``plan`` is what the run settled at its first start, see :class:`zowrap.training.resume.Start`.
+
+        Raises:
+            ZOError: the disk is full; the earlier checkpoints are then as they were.
+        """
+        place = self.checkpoint(step)
+        beside = place.with_name(place.name + TMP)
+        with writing(place, beside):
+            remove(beside)
+            beside.mkdir(parents=True)
+            save_model(zm.model, beside, metadata=zm.facts())
+            state = zm.state_dict()
+            tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            for index in _unsaved(zm, beside):
+                tensors[f"weights/{zm.parameters[index].name}"] = zm.parameters[index].tensor
+            # Of the file of an 8-bit model these cannot be told: it holds the scales that tuning left.
+            tensors.update({f"scales/{p.name}": p.scale for p in zm.parameters if p.scale is not None})
+            there = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            save_file(there, beside / TENSORS, metadata={"format": "pt"})
+            sync(beside / TENSORS)
+            write_json(beside / TRAINER, trainer_state)
+            rest = {name: value for name, value in state.items() if name not in tensors}
+            write_json(beside / STATE, {**rest, "environment": environment(zm), "plan": plan or {}})
+            remove(place)
+            os.replace(beside, place)
+        if keep > 0:
+            for old in self.checkpoints()[:-keep]:
+                remove(self.checkpoint(old))
+        return place
+
+    def clean(self) -> None:
+        """Remove what a kill in the middle of a write left behind."""
+        for entry in list(self.path.iterdir()) if self.path.is_dir() else []:
+            if LEFTOVER.match(entry.name):
+                remove(entry)

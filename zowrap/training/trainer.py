@@ -1,0 +1,509 @@
+"""``ZOTrainer``: ``transformers.Trainer`` with the zeroth-order step in place of backward and optimiser.
+
+The loop is the Trainer's own: its data order, schedules, logging, evaluation, callbacks and trackers work as they do
+there. A step of one micro-batch is :meth:`zowrap.ZOModel.step`, which a GPU replays as one CUDA graph. Of several, each
+is :meth:`zowrap.ZOModel.accumulate` and the optimiser's step is :meth:`zowrap.ZOModel.update`.
+What differs is what lies on the disk, see :mod:`zowrap.training.run_folder`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from zowrap.errors import ZOError
+from zowrap.loss import evaluation
+from zowrap.loss.module import labels_out_of_range
+from zowrap.model.choice import Planned
+from zowrap.model.zo_model import StepResult, ZOModel
+from zowrap.quant import lowering
+from zowrap.step.finite import warn_of
+from zowrap.step.pretrained import model_name
+from zowrap.storage.lock import locked
+from zowrap.storage.save import save_model
+from zowrap.training.auto_lr import settle_lr
+from zowrap.training.callback import KeeperCallback
+from zowrap.training.checkpoint import load_weights
+from zowrap.training.config import ZOConfig
+from zowrap.training.resume import Start, find_start, say
+from zowrap.training.run_folder import Run
+from zowrap.training.signals import stop_signals
+from zowrap.training.writer import Interrupted, Keeper
+from zowrap.wrap import zo_wrap
+
+if TYPE_CHECKING:
+    from zowrap.loss.module import LossFn
+
+__all__ = ["ZOConfig", "ZOTrainer"]
+
+
+class ZOStep(torch.optim.Optimizer):
+    """What the Trainer takes for an optimiser: ``step`` applies the rule, at the schedule's learning rate.
+
+    Args:
+        zm: the wrapped model.
+        lr: η before any schedule.
+        done: called with each step's result.
+    """
+
+    def __init__(self, zm: ZOModel, lr: float, done: Callable[[StepResult], None]) -> None:
+        super().__init__([parameter.tensor for parameter in zm.parameters], {"lr": lr})
+        self.zm = zm
+        self.done = done
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.zm.accumulated:  # else the step was made whole
+            self.zm.lr = float(self.param_groups[0]["lr"])
+            self.done(self.zm.update())
+
+    def whole(self, batch: dict[str, Any]) -> Tensor:
+        """Make the step on its only micro-batch: only as a whole can it be a recorded one.
+
+        Returns:
+            0-d float32 loss, the mean over the step's evaluations.
+        """
+        self.zm.lr = float(self.param_groups[0]["lr"])
+        result = self.zm.step(**batch)
+        self.done(result)
+        return result.loss
+
+
+class ZOTrainer(Trainer):
+    """Train with forward passes alone. Takes what ``transformers.Trainer`` takes, less the optimiser.
+
+    Args:
+        model: a ``transformers`` model, a PEFT model, or any module with ``loss_fn``. Its tensors move in place.
+        args: a :class:`ZOConfig`. Plain ``TrainingArguments`` are refused: their defaults are for backpropagation.
+        loss_fn: ``loss_fn(model, batch)``, 0-d or one loss per example; by default the model's own loss.
+        batch_metrics: ``batch_metrics(model_output, batch) -> {name: (sum, count)}``, reduced batch by batch.
+        compute_metrics: as in the Trainer. It is given all predictions at once, so all logits of the evaluation set
+            are held in memory; ``batch_metrics`` is not.
+        base_model: the base model's name for the journal and the headers of the weight files.
+        config: what ``zowrap.json`` holds, ``{"model": …, "options": {…}, "task": {…}}``; by default ``args``.
+
+    Attributes:
+        zm: the wrapped model.
+        run: the folder of the run.
+        resumed_from: the step that the last :meth:`train` went on from, 0 for a start.
+        interrupted: the last :meth:`train` was stopped by a signal.
+        best_step, best_metric: of the model in ``output_dir``; ``None`` when nothing was evaluated.
+
+    Raises:
+        ZOError: an argument that has no meaning here.
+    """
+
+    args: ZOConfig  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: ZOConfig | None = None,
+        *positional: Any,
+        loss_fn: LossFn | None = None,
+        batch_metrics: evaluation.BatchMetrics | None = None,
+        base_model: str | None = None,
+        config: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_arguments(model, args, kwargs)
+        _check_overrides(self)
+        if batch_metrics is not None and _overridden(self, "prediction_step"):
+            raise ZOError("prediction_step is overridden, and batch_metrics= takes its place: give one of them")
+        assert model is not None
+        args = args or ZOConfig(output_dir="tmp_trainer")
+        if loss_fn is not None and "remove_unused_columns" in args.unset:
+            args.remove_unused_columns = False  # what the loss reads need not be what the model's forward takes
+        # eval_dataset is the fifth argument of the Trainer, the third after (model, args).
+        eval_dataset = kwargs.get("eval_dataset", positional[2] if len(positional) > 2 else None)
+        args.evaluates(eval_dataset is not None)
+        self._made_folder = not Path(str(args.output_dir)).exists()  # the Trainer makes it
+        with lowering.accepted_by_the_trainer(model):
+            super().__init__(model, args, *positional, **kwargs)
+        self.batch_metrics = batch_metrics
+        self.run = Run(str(args.output_dir))
+        self._bare, self._loss_fn = model, loss_fn
+        self._rule = args.rule_object()
+        try:
+            self.wrap(args.engine)
+        except ZOError:
+            if self._made_folder:  # nothing is in it yet, and nothing will be
+                Path(str(args.output_dir)).rmdir()
+            raise
+        self._keeper = Keeper(self, base_model or model_name(model), config)
+        self.add_callback(KeeperCallback(self._keeper))
+        self.resumed_from = 0
+        self.interrupted = False
+        self._resuming: Start | None = None
+        self._sums = evaluation.Evaluation()
+        self._sums_of = "eval"
+        self._wrong_labels: Tensor | None = None  # 0-d bool, on an accelerator: a label of a step named no class
+
+    def wrap(self, engine: str | None) -> None:
+        """Wrap the model, with the rule at its first step: ``zm`` is then another."""
+        args = self.args
+        self.zm: ZOModel = zo_wrap(
+            self._bare,
+            self._rule,
+            lr="auto" if args.auto_lr else args.learning_rate,
+            eps=args.eps,
+            quantized=args.quantized,
+            masters=args.masters,
+            along=args.along,
+            seed=args.seed,
+            direction=args.direction,
+            queries=args.queries,
+            estimator=args.estimator,
+            blocks=args.blocks,
+            block_order=args.block_order,
+            trainable=args.trainable,
+            loss_fn=self._loss_fn,
+            engine=engine,
+            weight_decay=args.weight_decay,
+            memory=args.memory,
+        )
+        self._loss = self.zm.loss_module
+
+    def wrap_for(self, steps: int | None) -> None:
+        """Wrap again where the rule is another for a run of so many steps (a warm-up)."""
+        rule = self.args.rule_object(steps)
+        if rule.describe() != self._rule.describe() and not self.zm.step_count:
+            self._rule = rule
+            self.wrap(self.args.engine)
+
+    def plan_for(self, steps: int | None) -> None:
+        """Let the first batch choose the engine for so many steps, where it is left open."""
+        if steps and self.args.engine is None:
+            self.zm.planned = Planned(steps, steps * self.args.gradient_accumulation_steps)
+
+    # --- what a step is ----------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Evaluate one micro-batch at both sides of the step's direction.
+
+        The weights stay where a step has several; they move here, and not in the optimiser's step, where it has one.
+
+        Returns:
+            0-d loss for the Trainer's running mean: finite, and divided by the micro-batches of the step.
+        """
+        batch = self.prepared(inputs)
+        alone = self.args.gradient_accumulation_steps == 1
+        loss = self._step.whole(batch) if alone else self.zm.accumulate(**batch)
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0) / self.current_gradient_accumulation_steps
+
+    def prepared(self, inputs: dict[str, Any], what: str = "training") -> dict[str, Any]:
+        """The batch on the device, its labels checked: one that names no class would make the loss NaN.
+
+        On an accelerator the answer is read with the steps' results (:meth:`refuse_wrong_labels`): none waits for it.
+
+        Raises:
+            ZOError: a label names no class.
+        """
+        batch = self._prepare_inputs(inputs)
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+            return batch
+        waits = labels.device.type == "cpu" or what != "training" or not self._loss.settled
+        if labels.device.type == "cpu":
+            self._loss.settle(batch)  # the model's own loss may know other labels
+        classes = self._loss.classes
+        if classes is None:
+            return batch
+        # Before that is known, on an accelerator, only what is too large: there it would end the process.
+        wrong = labels_out_of_range(labels, classes) if self._loss.settled else labels >= classes
+        if not waits:
+            any_wrong = wrong.any()
+            self._wrong_labels = any_wrong if self._wrong_labels is None else self._wrong_labels | any_wrong
+        elif bool(wrong.any()):
+            self._refuse_label(int(labels[wrong][0]), classes, what)
+        return batch
+
+    def refuse_wrong_labels(self) -> None:
+        """Raise :class:`ZOError` where a label of the steps so far named no class."""
+        wrong, self._wrong_labels = self._wrong_labels, None
+        if wrong is not None and bool(wrong) and self._loss.classes is not None:
+            self._refuse_label(None, self._loss.classes, "training")
+
+    def _refuse_label(self, label: int | None, classes: int, what: str) -> NoReturn:
+        row, found = _row_out_of_range(self.train_dataset if what == "training" else self.eval_dataset, classes)
+        label = found if row is not None else label
+        name = "a label" if label is None else f"label {label}"
+        where = "" if row is None else f", in row {row} (counted from 0)"
+        if self.zm.step_count == 0:
+            self._keeper.failed_at_once()
+        raise ZOError(
+            f"{name} of the {what} data names no class{where}: the model has {classes}, numbered from 0 to "
+            f"{classes - 1} (-100 leaves a label out)"
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self._step = ZOStep(self.zm, self.args.learning_rate, self._keeper.stepped)  # type: ignore[arg-type]
+            self.optimizer = self._step
+        return self.optimizer
+
+    # --- the run -----------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs: Any,
+    ) -> TrainOutput:
+        """Train to ``max_steps``.
+
+        A SIGINT or SIGTERM ends the run after the current step with a checkpoint: ``interrupted`` is then True. A
+        second one stops at once, and loses at most that step.
+
+        A resumed run is bitwise the uninterrupted one if the batches are: a collator or data set that draws random
+        numbers draws others after the batches that are skipped.
+
+        Args:
+            resume_from_checkpoint: True goes on from the newest checkpoint in ``output_dir`` and replays the journal
+                after it, bitwise as if the run had not stopped; a path goes on from that checkpoint.
+
+        Raises:
+            ZOError: the model's weights are not finite, ``output_dir`` holds another run, another process trains into
+                it, the loss is not finite from the start, for ``max_skipped`` steps in a row or at the end, a label
+                names no class, or the disk is full. What was good before stays: the journal, an earlier checkpoint,
+                the best model.
+        """
+        _check_overrides(self)
+        with locked(self.run.path, self._made_folder):
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval, kwargs)
+
+    def _train(
+        self, resume: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None, kwargs: dict[str, Any]
+    ) -> TrainOutput:
+        """Train, as the one process that writes into the folder."""
+        self.interrupted = False
+        broken = warn_of(self.zm.model)
+        start = find_start(self, resume)
+        self.resumed_from = start.step
+        self._keeper.open(start)
+        for name in ("logging_steps", "eval_steps", "save_steps"):  # fractions of the run, now that its length is known
+            setattr(self.args, name, getattr(start.state, name))
+        began = time.time()
+        if start.step >= start.state.max_steps:
+            return self._nothing_left(start)
+        evaluates_first = self.args.eval_on_start
+        try:
+            with stop_signals() as self._keeper.signal, tempfile.TemporaryDirectory() as folder:
+                self.state = start.state
+                if start.step:
+                    start.state.save_to_json(str(Path(folder) / "trainer_state.json"))
+                    self.args.eval_on_start = False
+                    self._resuming = start
+                    kwargs["resume_from_checkpoint"] = folder
+                try:
+                    settle_lr(self, self._keeper, start)
+                    output = super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs)
+                except Interrupted:
+                    self.is_in_train = False
+                    output = TrainOutput(self.state.global_step, 0.0, {"train_runtime": time.time() - began})
+                self.interrupted = self._keeper.signal.stopped and self.state.global_step < self.state.max_steps
+                self._keeper.close(self.interrupted)
+        except BaseException as error:
+            self.is_in_train = False
+            self.zm.discard()
+            self._keeper.abandon()
+            if broken and isinstance(error, ZOError) and self._keeper.came_to_nothing:
+                raise ZOError(f"{error}; {broken}") from error
+            raise
+        finally:
+            self.args.eval_on_start = evaluates_first
+            self._resuming = None
+        if self.args.load_best_model_at_end and self.best_step is not None:
+            self._load_best_model()
+        metrics = {**output.metrics, "skipped_steps": self._keeper.skipped}
+        return output._replace(training_loss=self._keeper.mean_loss(), metrics=metrics)
+
+    def _nothing_left(self, start: Start) -> TrainOutput:
+        """Every step is done; of a run that was killed after its last one, the end is still to be written."""
+        say(f"{self.run.path} is finished: {start.step} steps are done")
+        self.state = start.state
+        if not start.finished:
+            try:
+                self._keeper.close(interrupted=False)
+            except ZOError:
+                self._keeper.abandon()
+                raise
+        metrics = {"train_runtime": 0.0, "skipped_steps": self._keeper.skipped}
+        return TrainOutput(start.step, self._keeper.mean_loss(), metrics)
+
+    @property
+    def last_evaluation(self) -> tuple[evaluation.Evaluation, str]:
+        """The sums of the last evaluation, and the prefix of its metrics' names."""
+        return self._sums, self._sums_of
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of the run that were skipped, those of earlier starts included."""
+        return self._keeper.skipped
+
+    def failed_at_once(self) -> None:
+        """For a callback that raises at the start: the folder is then left as it was before."""
+        self._keeper.failed_at_once()
+
+    @property
+    def lr_choice(self) -> dict[str, Any] | None:
+        """The record of the choice that ``lr="auto"`` made for this run (:class:`zowrap.LearningRate`), if it did."""
+        return self._keeper.plan.get("choice")
+
+    @property
+    def best_step(self) -> int | None:
+        return self._keeper.best_step
+
+    @property
+    def best_metric(self) -> float | None:
+        return self._keeper.best_metric
+
+    # --- saving and loading: safetensors and JSON in place of pickles ------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model as it stands, and the tokenizer, for ``from_pretrained``."""
+        self._save(output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        metadata = {**self.zm.facts(), **self._keeper.base}
+        save_model(self.zm.model, output_dir or str(self.args.output_dir), metadata, tokenizer=self.tokenizer())
+
+    def tokenizer(self) -> Any:
+        """The tokenizer or processor that is written beside the model, if there is one."""
+        found = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        return found if hasattr(found, "save_pretrained") else None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        self._keeper.checkpoint()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing: the weights already stand where the run goes on."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Bring the schedule to the step that the run goes on from: it is a function of the steps (and metrics)."""
+        scheduler: Any = self.lr_scheduler
+        if self._resuming is None:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "lr_scheduler.step() before optimizer.step()"
+            for metric in self._resuming.scheduler_steps(scheduler):
+                scheduler.step(*metric)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: no step draws from the global generators."""
+
+    def _load_best_model(self) -> None:
+        load_weights(self.run.path, self.zm)
+        self.state.best_model_checkpoint = str(self.run.path)
+
+    # --- evaluation and logs -----------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss and metrics reduced batch by batch, unless ``compute_metrics`` asks for all predictions at once."""
+        self._keeper.flush()
+        self._sums = sums = evaluation.Evaluation()
+        self._sums_of = metric_key_prefix
+        whole = self.compute_metrics is not None or _overridden(self, "prediction_step")
+        if description != "Evaluation" or (whole and self.batch_metrics is None):
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            # The Trainer's loss is a mean of the batches' means; ours weighs every token or example alike.
+            ours = {f"{metric_key_prefix}_loss": loss for loss in sums.means().values()}
+            return output._replace(metrics={**(output.metrics or {}), **ours})
+        self.callback_handler.eval_dataloader = dataloader
+        for inputs in dataloader:
+            inputs = self.prepared(inputs, "evaluation")
+            evaluation.add_batch(sums, self._loss, inputs, self.batch_metrics, self.args.device)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if not sums.examples:
+            raise ZOError("there is nothing to evaluate on: the evaluation set is empty")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in sums.means().items()}
+        return EvalLoopOutput(None, None, metrics, sums.examples)  # type: ignore[arg-type]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of one batch at the weights as they are; only evaluations ask for it."""
+        sums, weights, outputs = evaluation.forward(self._loss, inputs, outputs=True)
+        rows = evaluation.rows(inputs)
+        self._sums.examples += rows
+        self._sums.add_loss(sums, weights, rows, self.args.device)
+        loss = (sums.sum() / weights.sum()).float()
+        return (loss, outputs if isinstance(outputs, dict) else (loss, *outputs)) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's log with the steps' own mean loss and ``|projected gradient|`` in it."""
+        if "loss" in logs:
+            logs.pop("grad_norm", None)
+            logs.update(self._keeper.logged())
+        super().log(logs, start_time)
+
+
+# Methods of the Trainer that have no part in a zeroth-order step → what takes their place.
+_NOT_OVERRIDDEN = {
+    "compute_loss": "give the loss as loss_fn=(lambda model, batch: ...)",
+    "training_step": "the step is the rule's: give rule=, and the loss as loss_fn=(lambda model, batch: ...)",
+    "create_optimizer": "the update is the rule's: give rule= and rule_options=",
+    "create_optimizer_and_scheduler": "the update is the rule's (rule=), the schedule is lr_scheduler_type",
+    "get_optimizer_cls_and_kwargs": "the update is the rule's: give rule= and rule_options=",
+    "get_decay_parameter_names": "weight decay is the rule's: give weight_decay=, which leaves out vectors",
+}
+
+
+def _overridden(trainer: ZOTrainer, name: str) -> str | None:
+    """The class (or ``"this trainer"``) that has its own method of that name beside the Trainer's and ours."""
+    if name in vars(trainer):
+        return "this trainer"
+    others = (each for each in type(trainer).__mro__ if not issubclass(ZOTrainer, each))
+    return next((each.__name__ for each in others if name in vars(each)), None)
+
+
+def _check_overrides(trainer: ZOTrainer) -> None:
+    """Refuse methods that would never be called, or would train something else than the rule does."""
+    for name, instead in _NOT_OVERRIDDEN.items():
+        where = _overridden(trainer, name)
+        if where is not None:
+            raise ZOError(f"{where} overrides {name}, which a zeroth-order trainer does not use: {instead}")
+
+
+def _row_out_of_range(dataset: Any, classes: int) -> tuple[int | None, int | None]:
+    """The first row of a data set with a label that names no class, and the label; None where it cannot be found."""
+    with contextlib.suppress(Exception):  # looked for to word an error: whatever the data set is, there is that error
+        for row in range(len(dataset)):
+            item = dataset[row]
+            labels = torch.as_tensor(item["labels"] if "labels" in item else item["label"])
+            wrong = labels_out_of_range(labels, classes)
+            if bool(wrong.any()):
+                return row, int(labels[wrong][0])
+    return None, None
+
+
+def _check_arguments(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    if model is None or kwargs.get("model_init") is not None:
+        raise ZOError("ZOTrainer takes model=..., and no model_init")
+    if args is not None and not isinstance(args, ZOConfig):
+        raise ZOError(f"args must be a ZOConfig, not {type(args).__name__}, whose defaults are for backpropagation")
+    for name in ("optimizer_cls_and_kwargs", "compute_loss_func"):
+        if kwargs.get(name) is not None:
+            instead = "rule=" if name.startswith("optimizer") else "loss_fn=(lambda model, batch: ...)"
+            raise ZOError(f"{name} has no meaning here: give {instead}")
+    if any(each is not None for each in kwargs.get("optimizers") or ()):
+        raise ZOError("optimizers has no meaning here: the update is the rule's, the schedule is lr_scheduler_type")
