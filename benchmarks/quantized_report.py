@@ -16,8 +16,8 @@ updates one dequantised matrix after the other, with its directions.) A model co
 `from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_8bit=True))`, or with `--load-in-8bit` on the
 command line; its quantised layers are replaced, in place and without copying, by plain ones that give the same outputs
 bit for bit, and put back for saving. Supported: bitsandbytes 8-bit (both thresholds) and 4-bit (nf4, fp4, double
-quantisation), torchao int8 weight-only, whose layers, as in their library, form one layer's codes in floating point at
-a time. Other schemes are refused by name.
+quantisation), torchao int8 weight-only (as in torchao itself, one layer at a time is dequantised). Other schemes are
+refused by name.
 
 | `quantized=` | what moves | what stays | for |
 |---|---|---|---|
@@ -55,8 +55,8 @@ from zowrap.quant import load_options
 model = AutoModelForSequenceClassification.from_pretrained("RUN", **load_options("RUN"))
 ```
 
-Of a run of adapters, `bf16` and `fp32` are whole plain models with the adapters merged; this is also how those on a
-4-bit base are merged, which 4 bits could not hold. `--dtype` is refused for quantised weights: it would round their
+Exporting an adapter run to `bf16` or `fp32` writes a full model with the adapters merged in. For a 4-bit base this is
+the only way: 4 bits cannot hold the merged weights. `--dtype` is refused for quantised weights: it would round their
 scales. An export to `bf16`
 or `fp32` rounds no activations: the command loads both models and prints (`logit_error` with `--json`) the root mean
 square difference of their outputs on 8 rows of fixed token ids, as a share of the standard deviation of the outputs.
@@ -94,8 +94,8 @@ however small, and nothing is kept beside the weights. Two options change that:
 
 SIXTEEN_MEASURED = """`along` is `"drawn"` by default. In language modelling above, `"evaluated"` ends at a lower
 loss with each of three seeds at both sizes of ε, by 0.000 to 0.015, less than the seeds differ; on TREC nothing is to
-be seen. It counts where a part of the weights is so large that ε does not reach their last place: these wander along
-directions drawn. On a quadratic of 1,000 weights, three quarters of them about 0 and a quarter about 1, as the gains of
+be seen. It matters when some weights are so large that ε is below their last bit; without it those weights drift at
+random. On a quadratic of 1,000 weights, three quarters of them about 0 and a quarter about 1, as the gains of
 norms are, 6,000 forwards each (`python -m benchmarks.quantized sixteen`):
 """
 

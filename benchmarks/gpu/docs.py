@@ -38,9 +38,9 @@ What is different on a GPU:
 - *A step is one CUDA graph* from the second batch of a kind on (names, shapes, dtypes): batch, step number, η, ε and
   state lie on the device, and a step that is not finite is skipped there. Eight kinds are kept for each block; others
   run as they are. So that few kinds come, `zowrap tune` pads a batch there to the next of eight even lengths; with a
-  collator of your own, pad to a multiple. Not recorded are steps of several micro-batches, `sparse_mezo`, which renews
-  its thresholds on some steps alone, and 8-bit models with `llm_int8_threshold` above 0 (bitsandbytes' default is 6),
-  which wait for the device to tell which columns are multiplied apart.
+  collator of your own, pad to a multiple. Three kinds of step run without a CUDA graph: several micro-batches;
+  `sparse_mezo`, which renews its thresholds on some steps only; 8-bit models with `llm_int8_threshold` above 0 (the
+  default of bitsandbytes is 6), which wait for the device to say which columns to multiply apart.
 - *Quantised layers* run their own library's kernels. Where scales or codes move, both sides share one integer product
   of bitsandbytes' 8-bit layers, so their codes are read once; the part of codes that a direction adds is a float32
   product through a scratch, which no kernel of ours replaces yet.

@@ -134,8 +134,8 @@ def _lacking(step: dict[str, Any], starts: dict[str, Any] | None) -> str:
         f"{sentence} {', '.join(f'`{name}`' for name in contenders.NAMES if name not in rows)}."
         for sentence, rows in (
             (f"This table, timed in {step['rounds']} rounds, lacks", {row["row"] for row in step["rows"]}),
-            ("Start times are not known of", {row["row"] for row in alone if "first_start" in row}),
-            ("Peaks are not known of", {row["row"] for row in alone}),
+            ("Start times were not measured for", {row["row"] for row in alone if "first_start" in row}),
+            ("Peaks were not measured for", {row["row"] for row in alone}),
         )
         if not rows.issuperset(contenders.NAMES)
     ]
