@@ -12,8 +12,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(VENV)/ready  ## tune a small encoder on support messages, reload it with plain transformers
-	$(BIN)/python examples/demo.py
+demo: $(VENV)/ready  ## tune a classifier of support messages, reload it with plain transformers; SEED=N for others
+	$(BIN)/python examples/demo.py $(if $(SEED),--seed $(SEED))
 
 test: $(VENV)/ready  ## the default suite, in parallel
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile

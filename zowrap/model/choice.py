@@ -3,7 +3,7 @@
 The choice follows from counts alone (steps, noise, modules, tokens), never from a clock: the same run makes it again.
 The engines agree to about 1e-6, not bitwise, so it is said, and a run that goes on keeps the engine it began with.
 
-The constants are processor seconds of one core of an AMD EPYC with torch 2.13.0, `step` of both engines in turn:
+The constants are processor seconds of one core of an Intel Xeon with torch 2.13.0, `step` of both engines in turn:
 
 =======================================  ========  ==========  ==========  ===========  =============
 model, batch                             compiles  compiled    eager       draws/step   modules
