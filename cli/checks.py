@@ -22,7 +22,7 @@ from zowrap.cli.console import quiet_libraries
 from zowrap.cli.options import StepOptions, TuneOptions, load_plugins, split_labels
 from zowrap.errors import ZOError, first_line, nearest, need_package
 from zowrap.names import python_file
-from zowrap.storage.atomic import same_place
+from zowrap.storage.atomic import holds, same_place
 from zowrap.storage.folder import RunFolder
 from zowrap.storage.safetensors import check_directory
 from zowrap.tasks.rows import check_source, first_row, label_of, text_of
@@ -80,6 +80,13 @@ def check_step_options(options: StepOptions) -> None:
     one_of("--head", options.head, (*names.FORMS, "auto"))
     one_of("--dtype", options.dtype, (*names.DTYPES, "auto"))
     check_quantization(options)
+    if options.head == "vectors" and (
+        options.use_peft or options.load_in_8bit or options.load_in_4bit or options.quantized
+    ):
+        raise ZOError(
+            "--head vectors moves label vectors and leaves the encoder as it is: leave out --use-peft, "
+            "--load-in-8bit, --load-in-4bit and --quantized, or take --head sentence"
+        )
     at_least(options, batch_size=1, lora_r=1, lora_alpha=1)
     if options.eps is not None and not (math.isfinite(options.eps) and options.eps > 0):
         raise ZOError(f"--eps must be a positive finite number, got {options.eps}")
@@ -258,6 +265,8 @@ def _check_out(options: TuneOptions) -> None:
         raise ZOError(f"--out {out} is a file: give the name of a directory")
     if same_place(out, str(options.model)):
         raise ZOError(f"--out {out} is the model's own directory: the run would replace the model it starts from")
+    if options.overwrite and Path(str(options.model)).exists() and holds(out, str(options.model)):
+        raise ZOError(f"--out {out} holds the model that the run starts from, and --overwrite would remove it")
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ZOError(f"--out {out} cannot be written: {parent} is not a directory you may write to")

@@ -162,7 +162,8 @@ def say_failure(folder: str | Path) -> None:
     reason = run.failure()
     if reason:
         step = run.status().get("best_step")
-        say(f"the run in {folder} failed: {reason}; its folder holds the best model from before, of step {step}")
+        held = "the model from before" if step is None else f"the best model from before, of step {step}"
+        say(f"the run in {folder} failed: {reason}; its folder holds {held}")
 
 
 def _task(context: typer.Context, options: EvalOptions, saved: dict[str, Any] | None, rows: Any, source: Any) -> Any:

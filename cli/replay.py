@@ -17,7 +17,7 @@ from zowrap.errors import ZOError
 from zowrap.names import python_file
 from zowrap.storage.folder import RunFolder
 from zowrap.storage.lock import locked
-from zowrap.storage.safetensors import check_directory
+from zowrap.storage.safetensors import START_VECTORS, check_directory
 
 
 @dataclasses.dataclass
@@ -61,6 +61,8 @@ def replay(context: typer.Context, options: ReplayOptions) -> None:
     source = open_source(options.model, options.trust_remote_code)
     dtype, _ = choose_dtype(config["options"].get("dtype"), source)
     source.quantization = quantization(config["options"])
+    if (run.path / START_VECTORS).is_file():
+        source.label_vectors = run.path / START_VECTORS
     seed = int(config["options"].get("seed") or 0)
     model = task.build(source, dtype, seed)
     modes.from_options(model, config["options"], seed)

@@ -24,6 +24,7 @@ from zowrap.cli.summary import dev_facts, lines, unseen_facts
 from zowrap.cli.tasks import resolve_task, say_counts
 from zowrap.errors import ZOError
 from zowrap.storage.lock import check_one_process, locked
+from zowrap.storage.safetensors import START_VECTORS
 
 
 @takes(TuneOptions)
@@ -162,11 +163,16 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
         if asked and name == "float32":
             raise ZOError(f"{option} is for 16-bit weights: add --dtype bfloat16, or leave it out")
     plan.source.quantization = quantization(dataclasses.asdict(options))
+    start = Path(str(options.out)) / START_VECTORS
+    if options.resume and start.is_file():
+        plan.source.label_vectors = start
     model = plan.task.build(plan.source, dtype, options.seed)
     say(f"{plan.source.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights in {name} ({why})")
     quantized, eps = options.quantized, options.eps
     with users_words(options):
         way = modes.from_options(model, dataclasses.asdict(options), options.seed)
+    if way is not None and getattr(plan.task, "form", None) == "vectors":
+        raise ZOError(f"--head vectors is for plain weights, and those of {plan.source.name} are quantised")
     if way is not None:
         quantized = way.name
         say(f"{quantized} move ({way.why})")
@@ -201,9 +207,29 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
         trainer.remove_callback(callback)
     rows = None if plan.evaluation is None or options.task != "classification" else len(plan.evaluation)
     trainer.add_callback(Progress(trainer, rows))
+    if getattr(plan.task, "form", None) == "vectors":
+        trainer.add_callback(keeps_start(trainer))
     if plan.test is not None:
         trainer.add_callback(tests_first(trainer, plan))
     return trainer
+
+
+def keeps_start(trainer: Any) -> Any:
+    """A callback that keeps the label vectors which the run begins with.
+
+    They come from a forward pass, whose last bits another machine or number of threads may give otherwise: what goes on
+    with the run or replays it takes them from there.
+    """
+    from safetensors.torch import save_file
+    from transformers import TrainerCallback
+
+    class KeepsStart(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                start = trainer.zm.model.vectors.weight.detach().cpu().contiguous()
+                save_file({"weight": start}, trainer.run.path / START_VECTORS, metadata={"format": "pt"})
+
+    return KeepsStart()
 
 
 def tests_first(trainer: Any, plan: Plan) -> Any:
@@ -230,11 +256,8 @@ def measure_test(trainer: Any, plan: Plan) -> Any:
     task, size = plan.task, args.per_device_eval_batch_size
     found = run_over(trainer.zm.model, task, plan.test, plan.source, size, args.device, task.metrics)
     if not math.isfinite(found.means()["loss"]):
-        at = trainer.zm.step_count
-        if not at:
+        if not trainer.zm.step_count:
             trainer.failed_at_once()
-        else:
-            trainer.run.update_status(state="failed", reason="the loss on the test data is not finite", step=at)
         raise ZOError("the loss on the test data is not finite: check its rows, or try --dtype float32")
     return found
 

@@ -197,3 +197,42 @@ def test_what_only_looks_like_a_leftover_is_the_users(
     assert told.code == 2 and "is not empty" in told.err
     assert tune(zowrap_cli, models["causal"], data, run, "--overwrite").code == 0
     assert (run / "notes.tmp").read_text() == "mine"
+
+
+def test_a_model_inside_the_target_is_not_removed_with_it(
+    zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert tune(zowrap_cli, models["causal"], data, run, "--save-total-limit", 0).code == 0
+    before = contents(run)
+    for command in (
+        ("tune", run / "checkpoint-2", "--data", data["train"], *QUICK, "--out", run, "--overwrite"),
+        ("export", run / "checkpoint-2", "--to", run, "--overwrite"),
+    ):
+        told = zowrap_cli(*command)
+        assert told.code == 2 and told.err.count("error: ") == 1, told.err
+        assert contents(run) == before
+
+
+def test_nothing_of_an_overwritten_model_stays(
+    zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for more, files in (
+        ((), {"config.json", "model.safetensors"}),
+        (("--use-peft",), {"adapter_config.json", "adapter_model.safetensors"}),
+        ((), {"config.json", "model.safetensors"}),
+    ):
+        assert tune(zowrap_cli, models["causal"], data, run, *more, "--overwrite").code == 0
+        models_files = {"config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors"}
+        assert models_files & {path.name for path in run.iterdir()} == files
+        assert zowrap_cli("eval", run, "--data", data["train"]).code == 0
+
+
+def test_an_export_holds_nothing_of_the_evaluations(
+    zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path
+) -> None:
+    run, to = tmp_path / "run", tmp_path / "to"
+    assert tune(zowrap_cli, models["causal"], data, run, "--eval-data", data["test"]).code == 0
+    assert (run / "before.json").is_file() and zowrap_cli("export", run, "--to", to).code == 0
+    assert not (to / "before.json").exists()

@@ -146,3 +146,29 @@ def test_probes_show_every_class_beside_the_first() -> None:
     assert {label for labels in found for label in labels} == set(range(20))
     odd = {**batch, "pixels": torch.zeros(7, 2)}  # of no row in particular: what belongs to a row is not known
     assert not list(probes(odd, Config(), labels_are_tokens=False))
+
+
+def test_a_batch_without_a_label_to_learn_from_settles_nothing() -> None:
+    model = classifier(weighted(1.0, 10.0))
+    loss = LossModule(model)
+    loss.settle({"input_ids": ids(2), "labels": torch.tensor([-100, -100])})
+    assert loss.form == "unsettled"
+    loss.settle({"input_ids": ids(2), "labels": torch.tensor([0, 0])})
+    assert loss.form == "own"
+
+
+def test_what_else_a_model_reads_may_be_in_its_loss() -> None:
+    class PerRow(BertForSequenceClassification):
+        def forward(self, labels=None, row_weight=None, **inputs):  # type: ignore[override]
+            outputs = super().forward(**inputs)
+            if labels is not None:
+                outputs.loss = (F.cross_entropy(outputs.logits, labels, reduction="none") * row_weight).mean()
+            return outputs
+
+    torch.manual_seed(0)
+    model = PerRow(BertConfig(**SMALL, num_labels=2)).eval()
+    with torch.no_grad():
+        model.classifier.weight.mul_(30)
+    loss = LossModule(model)
+    loss.settle({"input_ids": ids(3), "labels": torch.tensor([0, 1, 0]), "row_weight": torch.ones(3)})
+    assert loss.form == "own"

@@ -388,6 +388,9 @@ def test_label_vectors_are_exported_replayed_and_go_on(zowrap_cli, models, data,
     best = load_file(run / "label_vectors.safetensors")["weight"]
     assert load_file(tmp_path / "to" / "label_vectors.safetensors")["weight"].equal(best)
     assert load_file(whole / "label_vectors.safetensors")["weight"].equal(best)
+    # An exported folder says by itself what it holds.
+    told = zowrap_cli("eval", tmp_path / "to", "--data", data["test"], "--json").json
+    assert told["loss"] == pytest.approx(zowrap_cli("eval", run, "--data", data["test"], "--json").json["loss"])
     # From an exported folder a new run goes on with the vectors, whatever the order of the labels.
     for labels in ("bad,good", "good,bad"):
         told = zowrap_cli(
@@ -398,3 +401,25 @@ def test_label_vectors_are_exported_replayed_and_go_on(zowrap_cli, models, data,
         )
     told = zowrap_cli("eval", tmp_path / "to", "--head", "vectors", "--labels", "good,awful", "--data", data["test"])
     assert told.code == 2 and told.err.count("error: ") == 1
+
+
+@pytest.mark.parametrize("option", ["--use-peft", "--load-in-8bit", "--load-in-4bit"])
+def test_label_vectors_go_with_plain_weights_alone(option, zowrap_cli, models, data, tmp_path) -> None:
+    told = vector_run(zowrap_cli, models, data, tmp_path / "run", option)
+    assert told.code == 2 and "--head vectors" in told.json["error"] and not (tmp_path / "run").exists()
+
+
+def test_label_vectors_are_replayed_from_what_the_run_began_with(
+    zowrap_cli, models, data, tmp_path, monkeypatch
+) -> None:
+    """On another machine the names' embeddings have other last bits."""
+    from safetensors.torch import load_file
+
+    from zowrap.tasks.forms import SentenceForm
+
+    run, made = tmp_path / "run", SentenceForm.embed
+    assert vector_run(zowrap_cli, models, data, run).code == 0
+    monkeypatch.setattr(SentenceForm, "embed", lambda self, *given: made(self, *given) * (1 + 1e-6))
+    assert zowrap_cli("replay", models["encoder"], run, "--to", tmp_path / "to").code == 0
+    last = load_file(run / "checkpoint-12" / "label_vectors.safetensors")["weight"]
+    assert load_file(tmp_path / "to" / "label_vectors.safetensors")["weight"].equal(last)

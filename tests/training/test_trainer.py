@@ -777,3 +777,26 @@ def test_the_models_own_folder_is_not_trained_into(tmp_path: Path) -> None:
     (tmp_path / "alias").symlink_to(tmp_path / "base", target_is_directory=True)
     with pytest.raises(ZOError, match="the model's own folder"):
         trainer_in(tmp_path / "alias", loaded, overwrite=True).train()
+
+
+def test_steps_with_the_same_accuracy_are_told_apart_by_the_loss(tmp_path: Path) -> None:
+    def metrics(output, batch):
+        return {"accuracy": (torch.ones(len(batch["labels"])), torch.ones(len(batch["labels"])))}
+
+    trainer = trainer_in(tmp_path, batch_metrics=metrics, learning_rate=3e-3)
+    trainer.train()
+    lines = [line for _, _, line in trainer.run.metrics.read() if "eval_loss" in line]
+    assert len({line["eval_accuracy"] for line in lines}) == 1
+    assert trainer.best_step == min(lines, key=lambda line: line["eval_loss"])["step"] > 0
+
+
+def test_what_broke_before_a_kill_has_not_been_there_from_the_start(tmp_path: Path) -> None:
+    trainer_in(tmp_path, eval_dataset=None, max_steps=24, save_steps=8).train()
+    keeper = trainer_in(tmp_path, eval_dataset=None)._keeper
+    assert keeper.not_finite_before == {}
+    broken = trainer_in(tmp_path, eval_dataset=None, max_steps=32, save_steps=8)
+    broken._keeper.not_finite_before = broken._keeper.not_finite()
+    with torch.no_grad():
+        next(iter(broken.zm.parameters)).tensor.view(-1)[0] = math.nan  # as a checkpoint of a run that broke
+    with pytest.raises(ZOError, match="the weights are not finite"):
+        broken._keeper._check_moved()

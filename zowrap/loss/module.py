@@ -133,6 +133,11 @@ def example(batch: Batch, row: int) -> Batch:
 
 # --- is the model's own loss the one that its head announces? ------------------------------------------------------
 
+# What transformers' models read beside labels. Anything else that a model of another class reads may be in its loss.
+_INPUTS = {
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "pixel_values", "labels"),
+    *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
+}
 PROBE_ROWS = 8  # of a probe's batch: one class that all probes share, and seven others
 # Beyond this many classes probes would cost more than a first step; the model's own loss then stays.
 MOST_CLASSES = 1024
@@ -332,22 +337,33 @@ class LossModule(nn.Module):
         """
         if self.settled or (self.head is not None and "labels" not in batch):
             return
-        if self.head is not None:
-            self._compare(batch)
-        self.settled = True
+        self.settled = self.head is None or self._compare(batch)
 
-    def _compare(self, batch: Batch) -> None:
-        """Give up our loss where the model's own is another number, or may be on other labels."""
+    def _compare(self, batch: Batch) -> bool:
+        """Give up our loss where the model's own is another number, or may be on other labels.
+
+        Returns:
+            Whether the batch told: one without a label to learn from has no loss to compare.
+        """
+        labels = batch["labels"]
+        if isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all()):
+            return False
         with evaluation_mode(self):
-            same = self._agrees(_first_rows(batch, 2))
+            few = _first_rows(batch, 2)
+            if isinstance(labels, Tensor) and labels.ndim and bool((few["labels"] == IGNORED).all()):
+                few = batch
+            same = self._agrees(few)
             if same and not _is_transformers_own(self.model):
+                if any(isinstance(value, Tensor) and name not in _INPUTS for name, value in batch.items()):
+                    same = False  # weights of rows, say: what is in this batch need not be what comes later
                 names = [base.__name__ for base in type(_without_adapters(self.model)).__mro__]
                 tokens = not any(name.endswith("ForTokenClassification") for name in names)
                 tried = probes(batch, getattr(self.model, "config", None), labels_are_tokens=tokens)
                 found = [self._agrees(probe, told_apart=True) for probe in tried]
-                same = bool(found) and all(found)
+                same = same and bool(found) and all(found)
         if same is False:
             self.head = None
+        return True
 
     def _agrees(self, batch: Batch, told_apart: bool = False) -> bool | None:
         """Whether the model's own loss of a batch is ours; None where its own cannot be had.

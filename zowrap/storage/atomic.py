@@ -50,6 +50,11 @@ def _explain(error: BaseException, path: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def holds(folder: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether ``other`` is the folder, or lies in it, by whatever names."""
+    return same_place(folder, other) or Path(os.path.realpath(other)).is_relative_to(os.path.realpath(folder))
+
+
 def same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
     """Whether two paths name one file or folder, by whatever links and detours; also where it is not there yet."""
     if os.path.realpath(one) == os.path.realpath(other):

@@ -12,7 +12,9 @@ from zowrap.storage.atomic import TMP, read_json
 from zowrap.storage.lock import entries
 
 # What a kill can leave of files that were being written; a user's own notes.tmp is none of them.
-LEFTOVER = re.compile(r"^(zowrap\.json|journal\.jsonl|model|checkpoint-\d+)" + re.escape(TMP) + r"$|^loss\.tmp\.png$")
+LEFTOVER = re.compile(
+    r"^(zowrap\.json|journal\.jsonl|before\.json|model|checkpoint-\d+)" + re.escape(TMP) + r"$|^loss\.tmp\.png$"
+)
 
 
 class RunFolder:

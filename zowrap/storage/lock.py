@@ -87,8 +87,13 @@ def locked(folder: str | os.PathLike[str], made: bool = False) -> Iterator[None]
         ZOError: another process holds it, or the folder cannot be made.
     """
     path = Path(folder)
-    created = _make(path) or ([path] if made else [])
-    facts = os.stat(path)
+    while True:
+        created = _make(path) or ([path] if made else [])
+        try:
+            facts = os.stat(path)
+            break
+        except FileNotFoundError:  # whoever made it has just removed it
+            continue
     key = (facts.st_dev, facts.st_ino)
     if key in _held:
         _held[key].count += 1
@@ -129,6 +134,9 @@ def _acquire(path: Path) -> int | None:
     while True:
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:  # whoever made the folder has just removed it
+            path.mkdir(parents=True, exist_ok=True)
+            continue
         except OSError as error:
             raise ZOError(f"{path} cannot be written: {os.strerror(error.errno or 0).lower()}") from error
         try:
@@ -143,6 +151,8 @@ def _acquire(path: Path) -> int | None:
                     stacklevel=5,
                 )
                 return None
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                raise ZOError(f"{path} cannot be locked: {os.strerror(error.errno or 0).lower()}") from error
             raise ZOError(
                 f"another process trains in {path} ({owner}): wait for its end, or give another folder"
             ) from None

@@ -27,6 +27,7 @@ Path_ = str | os.PathLike[str]
 WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 INDEX = WEIGHTS + ".index.json"
 LABEL_VECTORS = "label_vectors.safetensors"  # what a classification adds to an encoder, beside the encoder's own files
+START_VECTORS = "start_vectors.safetensors"  # of a run: the label vectors that it began with
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PICKLED_WEIGHTS = ("pytorch_model", "adapter_model", "model", "consolidated")
 # What a model folder holds beside its weights: configuration, tokenizer, code, notes.

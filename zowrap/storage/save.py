@@ -121,16 +121,21 @@ def fresh_files(directory: Path):
         remove(beside)
         beside.mkdir(parents=True)
         yield beside
-        stale = {p.name for p in directory.iterdir() if _is_part(p.name)} - {p.name for p in beside.iterdir()}
+        new = {p.name for p in beside.iterdir()}
+        stale = {p.name for p in directory.iterdir() if _is_part(p.name)} - new
+        if ADAPTER in new:  # with a config.json transformers would look for a whole model
+            stale |= {"config.json"} - new
         if not any(p.suffix == ".safetensors" for p in beside.rglob("*")):
             stale = set()
         move_into(beside, directory)
-        for name in stale:  # shards of a model that was split otherwise
-            (directory / name).unlink()
+        for name in stale:  # of another model that lay here, or of one that was split otherwise
+            (directory / name).unlink(missing_ok=True)
 
 
 def _is_part(name: str) -> bool:
-    return name in (WEIGHTS, INDEX) or (name.startswith("model-") and name.endswith(".safetensors"))
+    """Whether a file is of a model's weights, or says how to load them: it goes when another model takes its place."""
+    whole = name in (WEIGHTS, INDEX, ADAPTER, ADAPTER_CONFIG, LABEL_VECTORS)
+    return whole or (name.startswith("model-") and name.endswith(".safetensors"))
 
 
 def _write(part: nn.Module, directory: Path, max_shard_size: int | str) -> None:
@@ -186,7 +191,7 @@ def _quiet():
 
 # What a RUN's folder holds beside the model.
 _OF_THE_RUN = {"zowrap.json", "journal.jsonl", "metrics.jsonl", "training_args.json", "trainer_state.json"}
-_OF_THE_RUN |= {"zo_state.json", "all_results.json", "train_results.json", "eval_results.json"}
+_OF_THE_RUN |= {"zo_state.json", "all_results.json", "train_results.json", "eval_results.json", "before.json"}
 
 
 def _copy_settings(source: Path, to: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zowrap.errors import ZOError, nearest
 from zowrap.names import FORMS
 from zowrap.step.parameters import canonical_name
-from zowrap.storage.safetensors import LABEL_VECTORS, opened
+from zowrap.storage.safetensors import LABEL_VECTORS, opened, read_metadata
 from zowrap.tasks import templates
 from zowrap.tasks.batches import Collator, Example, Examples, fit
 from zowrap.tasks.loading import Source, load
@@ -39,6 +39,8 @@ def choose_form(source: Source, head: str = "auto") -> tuple[str, str]:
         if head not in FORMS:
             raise ZOError(f"unknown --head {head!r}{nearest(head, [*FORMS, 'auto'])}")
         return head, "as asked with --head"
+    if saved_labels(source.name) is not None:
+        return "vectors", f"{source.name} holds a vector for each label"
     names = source.architectures
     name = names[0] if names else "no architecture"
     if name.endswith("ForSequenceClassification"):
@@ -182,7 +184,8 @@ class Classification:
             return WordsForm(module, ids, mask).eval()
         module = load(source, AutoModel, dtype, seed)
         if self.form == "vectors":
-            vectors = None if source.empty else saved_vectors(source.name, self.labels)
+            begin = source.label_vectors or Path(source.name) / LABEL_VECTORS
+            vectors = None if source.empty else saved_vectors(begin, self.labels)
             return VectorsForm(module, ids, mask, self.pooling, self.labels, vectors).eval()
         return SentenceForm(module, ids, mask, self.pooling).eval()
 
@@ -244,25 +247,38 @@ class Classification:
         ]
 
 
-def saved_vectors(folder: str, labels: Sequence[str]) -> Tensor | None:
-    """The label vectors that an earlier tuning left in a model's folder, float32 ``[labels, width]`` in this order.
+def saved_labels(folder: str) -> list[str] | None:
+    """The labels whose vectors lie in a model's folder, in order; None where there are none.
 
     Raises:
-        ZOError: they are of other labels.
+        ZOError: the file does not name them.
     """
     file = Path(folder) / LABEL_VECTORS
     if not file.is_file():
         return None
+    try:
+        names = json.loads(read_metadata(file).get("labels", ""))
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
+        raise ZOError(f"{file} is damaged: it does not name the labels of its vectors")
+    return names
+
+
+def saved_vectors(file: Path, labels: Sequence[str]) -> Tensor | None:
+    """The label vectors in a file that an earlier tuning left, float32 ``[labels, width]`` in this order.
+
+    Raises:
+        ZOError: they are of other labels.
+    """
+    theirs = saved_labels(str(file.parent)) if file.name == LABEL_VECTORS else list(labels)
+    if theirs is None or not file.is_file():
+        return None
     with opened(file) as tensors:
         named = list(tensors.keys()) == ["weight"]
-        vectors, facts = tensors.get_tensor("weight") if named else None, tensors.metadata() or {}
-    try:
-        theirs = [str(name) for name in json.loads(facts.get("labels", "[]"))]
-    except (ValueError, TypeError):
-        theirs = []
-    whole = vectors is not None and vectors.ndim == 2 and vectors.dtype == torch.float32
-    if vectors is None or not whole or len(theirs) != vectors.shape[0]:
-        raise ZOError(f"{file} is damaged: it holds no vector for each of the labels that it names")
+        vectors = tensors.get_tensor("weight") if named else None
+    if vectors is None or vectors.ndim != 2 or vectors.dtype != torch.float32 or len(theirs) != vectors.shape[0]:
+        raise ZOError(f"{file} is damaged: it holds no vector for each of the labels {', '.join(theirs)}")
     if sorted(theirs) != sorted(labels):
         raise ZOError(f"{file} is of the labels {', '.join(theirs)}: the data has {', '.join(labels)}")
     return vectors[[theirs.index(label) for label in labels]]

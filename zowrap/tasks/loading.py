@@ -35,6 +35,7 @@ class Source:
         tokenizer: the tokenizer; it always has a padding token. None where only shapes are asked for and there is none.
         trust_remote_code: run code that the model's repository brings.
         empty: :func:`load` gives the model's shapes alone, on the ``meta`` device; its weights need not be there.
+        label_vectors: file of the label vectors to begin with, in place of those in the model's folder.
         quantization: arguments of ``BitsAndBytesConfig`` to load the weights with; None loads them as they are.
     """
 
@@ -44,6 +45,7 @@ class Source:
     trust_remote_code: bool = False
     empty: bool = False
     quantization: dict[str, Any] | None = None
+    label_vectors: Path | None = None
 
     @property
     def architectures(self) -> list[str]:

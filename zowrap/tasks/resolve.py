@@ -7,7 +7,7 @@ from typing import Any
 
 from zowrap.errors import ZOError, nearest
 from zowrap.names import TASKS as NAMES
-from zowrap.tasks.classification import TEMPLATES, Classification, choose_form, order_labels, pooling_of
+from zowrap.tasks.classification import TEMPLATES, Classification, choose_form, order_labels, pooling_of, saved_labels
 from zowrap.tasks.lm import LanguageModelling, choose_layout
 from zowrap.tasks.loading import Source
 from zowrap.tasks.rows import Row, are_numbers, label_names
@@ -63,7 +63,8 @@ def resolve(
         how = {"text": f"every token of {column!r}", "prompt": "the completion", "messages": "the assistant's turns"}
         return task, f"language modelling on {how[layout]}, up to {length} tokens"
     form, why = choose_form(source, head)
-    names = list(labels) if labels else label_names(rows, label_column)
+    saved = saved_labels(source.name) if form == "vectors" else None
+    names = list(labels) if labels else saved or label_names(rows, label_column)
     # Names that come from the data are what the data says; a number then is a label that training never saw.
     numbered = bool(labels) or are_numbers(names)
     if form == "sequence" and not labels:

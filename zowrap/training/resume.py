@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerState
 
 from zowrap.errors import ZOError
-from zowrap.storage.atomic import remove, same_place
+from zowrap.storage.atomic import holds, remove, same_place
 from zowrap.training.checkpoint import checkpoint_facts, load_checkpoint
 from zowrap.training.journal import Journal, describe
 from zowrap.training.replay import check_start, replay
@@ -142,7 +142,11 @@ def _from_the_first_step(trainer: ZOTrainer, fresh: Start, clear: bool = False) 
     if trainer.zm.step_count:
         raise ZOError(f"the model has already moved {trainer.zm.step_count} steps: make a new trainer with a new model")
     base = trainer._keeper.base.get("base_model")
-    if base and same_place(base, run.path):
+    if (
+        base
+        and Path(base).exists()
+        and (same_place(base, run.path) or (trainer.args.overwrite and holds(run.path, base)))
+    ):
         raise ZOError(f"{run.path} is the model's own folder: the run would replace the model it starts from")
     if run.exists() and not (clear or trainer.args.overwrite):
         raise ZOError(

@@ -137,7 +137,8 @@ class ZOTrainer(Trainer):
             self.wrap(args.engine)
         except ZOError:
             if self._made_folder:  # nothing is in it yet, and nothing will be
-                Path(str(args.output_dir)).rmdir()
+                with contextlib.suppress(OSError):  # another process may have begun to use it
+                    Path(str(args.output_dir)).rmdir()
             raise
         self._keeper = Keeper(self, base_model or model_name(model), config)
         self.add_callback(KeeperCallback(self._keeper))
@@ -288,6 +289,7 @@ class ZOTrainer(Trainer):
         """Train, as the one process that writes into the folder."""
         self.interrupted = False
         broken = warn_of(self.zm.model)
+        self._keeper.not_finite_before = self._keeper.not_finite()  # before a checkpoint of a run that broke is loaded
         start = find_start(self, resume)
         self.resumed_from = start.step
         self._keeper.open(start)

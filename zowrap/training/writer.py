@@ -55,6 +55,7 @@ class Keeper:
         self.base = {"base_model": base_model} if base_model else {}
         self.best_step: int | None = None
         self.best_metric: float | None = None
+        self._best_loss: float | None = None
         self.signal = StopSignal()
         self.flush_steps = 1 if trainer.args.device.type == "cpu" else FLUSH_STEPS
         self._best_key: str | None = None
@@ -67,8 +68,8 @@ class Keeper:
         self._began_with: dict[str, Any] = {}
         self.plan: dict[str, Any] = {}
         self.skipped = self._skipped_in_a_row = 0
-        self._not_finite_before: dict[str, int] = {}
-        self._last_evaluation: dict[str, Any] = {}
+        self.not_finite_before: dict[str, int] = {}
+        self._last_evaluations: dict[str, dict[str, Any]] = {}  # by the name of the loss: one for each evaluation set
         self._total = self._count = 0.0
         self._window: list[tuple[float, float]] = []  # (loss, |projected gradient|) of the steps since the last log
 
@@ -80,10 +81,11 @@ class Keeper:
         run.path.mkdir(parents=True, exist_ok=True)
         self._there_before, self._failed_at_once = set(run.path.rglob("*")), False
         self._pending, self._window, self._total, self._count = [], [], 0.0, 0.0
-        self.best_step = self.best_metric = self._best_key = None
+        self.best_step = self.best_metric = self._best_key = self._best_loss = None
         self.skipped = self._skipped_in_a_row = 0
-        self._not_finite_before = self._not_finite()
-        self._last_evaluation = start.evaluations[-1] if start.evaluations else {}
+        self._last_evaluations = {}
+        for line in start.evaluations:
+            self._last_evaluations.update(dict.fromkeys(_losses(line), line))
         if not start.finished:
             if not start.step or not run.config_file.is_file():
                 options = {k: v for k, v in trainer.args.to_dict().items() if not k.startswith(("hub_", "push_"))}
@@ -137,9 +139,9 @@ class Keeper:
     def _check_end(self, step: int) -> None:
         """Fail where a run has come to its last step, and to nothing: what it holds from before stays."""
         self._check_moved()
-        wrong = [name for name, value in _losses(self._last_evaluation).items() if not _finite(value)]
+        wrong = [name for name, line in self._last_evaluations.items() if not _finite(line[name])]
         if wrong:
-            at = self._last_evaluation["step"]
+            at = self._last_evaluations[wrong[0]]["step"]
             self._fail(f"the evaluation at step {at} gave a {wrong[0].removeprefix('eval_')} that is not finite")
         last = min(max(LAST_STEPS, step // 100), step - 1)
         if self._skipped_in_a_row >= max(1, last):
@@ -149,11 +151,11 @@ class Keeper:
 
     def _check_moved(self) -> None:
         """Fail where what moved is not finite, and was when it began: such weights are never handed out."""
-        for name, count in self._not_finite().items():
-            if count > self._not_finite_before.get(name, 0):
+        for name, count in self.not_finite().items():
+            if count > self.not_finite_before.get(name, 0):
                 self._fail(f"after step {self.trainer.zm.step_count} the weights are not finite ({name})")
 
-    def _not_finite(self) -> dict[str, int]:
+    def not_finite(self) -> dict[str, int]:
         """Of what moves: name → number of elements that are not finite."""
         return elements_not_finite((parameter.name, parameter.tensor) for parameter in self.trainer.zm.parameters)
 
@@ -334,7 +336,7 @@ class Keeper:
                 self.trainer.run.keep_before(prefix, {"rows": rows})
             before = (self.trainer.run.before().get(prefix) or {}).get("rows")
             line[f"{prefix}_rows"] = certainty(rows, before)
-        self._last_evaluation = line
+        self._last_evaluations.update(dict.fromkeys(_losses(line), line))
         if self._is_best(line, step):
             self._write_root()
             self._set_status(best_step=self.best_step, best_metric=self.best_metric, metric=self._best_key)
@@ -363,9 +365,14 @@ class Keeper:
         if value is None or any(v is None or not math.isfinite(v) for v in (value, *losses)):
             return False
         greater = args.greater_is_better if args.metric_for_best_model else not str(self._best_key).endswith("loss")
-        if self.best_metric is not None and not (value > self.best_metric if greater else value < self.best_metric):
+        loss = metrics.get(str(self._best_key).rpartition("_")[0] + "_loss")
+        best, best_loss = self.best_metric, self._best_loss
+        better = best is None or (value > best if greater else value < best)
+        # Of few rows as many are often right at several steps: the loss then tells them apart.
+        tied = value == best and loss is not None and best_loss is not None and loss < best_loss
+        if not (better or tied):
             return False
-        self.best_step, self.best_metric = step, float(value)
+        self.best_step, self.best_metric, self._best_loss = step, float(value), loss
         return True
 
     def checkpoint(self) -> None:
