@@ -37,7 +37,7 @@ def test_the_page_names_the_rows_that_the_kept_files_lack() -> None:
     told = docs._lacking(step, {"rows": [*whole[:-2], {"row": kept[-1], "peak_bytes": 1}]})
     assert " ".join(told.split()) == (
         f"`zowrap bench step` has 16 rows. This table, timed in 3 rounds, lacks `{last}`. "
-        f"Start times are not known of `{kept[-1]}`, `{last}`. Peaks are not known of `{last}`."
+        f"Start times were not measured for `{kept[-1]}`, `{last}`. Peaks were not measured for `{last}`."
     )
     assert docs._lacking({"rounds": 3, "rows": whole}, {"rows": whole}) == ""
 

@@ -30,7 +30,7 @@ def test_the_held_out_rows_are_of_the_training_file(tmp_path: Path) -> None:
 
 def test_a_process_is_measured_and_its_failure_told() -> None:
     record, seconds, peak = demo.measured([sys.executable, "-c", "print('{\"a\": 1}')"])
-    assert record == {"a": 1} and seconds > 0 and 1 < peak < 1000
+    assert record == {"a": 1} and seconds > 0 and peak > 1
     with pytest.raises(SystemExit, match="ended with 3: no message"):
         demo.measured([sys.executable, "-c", "raise SystemExit(3)"])
 

@@ -19,7 +19,8 @@ SCRIPT = """
 import json, pytest, re, torch
 from benchmarks.gpu import machine_code
 from tests.ops.triton import test_loops as loops, test_product as products
-from zowrap import kernels, rules
+from zowrap import rules
+from zowrap.ops import kernels
 from zowrap.ops.triton import cross_entropy, product
 from zowrap.ops import codes as code_operators
 
