@@ -220,14 +220,14 @@ def keeps_start(trainer: Any) -> Any:
     They come from a forward pass, whose last bits another machine or number of threads may give otherwise: what goes on
     with the run or replays it takes them from there.
     """
-    from safetensors.torch import save_file
     from transformers import TrainerCallback
+
+    from zowrap.storage.save import write_apart
 
     class KeepsStart(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 0:
-                start = trainer.zm.model.vectors.weight.detach().cpu().contiguous()
-                save_file({"weight": start}, trainer.run.path / START_VECTORS, metadata={"format": "pt"})
+                write_apart(trainer.zm.model.vectors, trainer.run.path / START_VECTORS)
 
     return KeepsStart()
 

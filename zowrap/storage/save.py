@@ -69,8 +69,7 @@ def save_model(
         with _quiet(), lowering.raised(model):
             _write(part, beside, max_shard_size)
             for name, _, module in saved_apart(model):
-                tensors = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
-                save_file(tensors, beside / name, metadata={"format": "pt", **getattr(module, "facts", {})})
+                write_apart(module, beside / name)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
         if (beside / ADAPTER).is_file():
@@ -78,6 +77,12 @@ def save_model(
         _name_base_absolutely(beside)
         for file in sorted(beside.rglob("*.safetensors")):
             add_metadata(file, facts)
+
+
+def write_apart(module: nn.Module, file: Path) -> None:
+    """Write a module that is saved apart into a file of its own, with its facts in the header."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+    save_file(tensors, file, metadata={"format": "pt", **getattr(module, "facts", {})})
 
 
 def save_settings(model: nn.Module, directory: Path_, tokenizer: Any = None) -> None:

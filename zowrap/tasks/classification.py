@@ -39,7 +39,7 @@ def choose_form(source: Source, head: str = "auto") -> tuple[str, str]:
         if head not in FORMS:
             raise ZOError(f"unknown --head {head!r}{nearest(head, [*FORMS, 'auto'])}")
         return head, "as asked with --head"
-    if saved_labels(source.name) is not None:
+    if saved_labels(Path(source.name) / LABEL_VECTORS) is not None:
         return "vectors", f"{source.name} holds a vector for each label"
     names = source.architectures
     name = names[0] if names else "no architecture"
@@ -247,13 +247,12 @@ class Classification:
         ]
 
 
-def saved_labels(folder: str) -> list[str] | None:
-    """The labels whose vectors lie in a model's folder, in order; None where there are none.
+def saved_labels(file: Path) -> list[str] | None:
+    """The labels whose vectors a file holds, in order; None where there is no such file.
 
     Raises:
         ZOError: the file does not name them.
     """
-    file = Path(folder) / LABEL_VECTORS
     if not file.is_file():
         return None
     try:
@@ -271,8 +270,8 @@ def saved_vectors(file: Path, labels: Sequence[str]) -> Tensor | None:
     Raises:
         ZOError: they are of other labels.
     """
-    theirs = saved_labels(str(file.parent)) if file.name == LABEL_VECTORS else list(labels)
-    if theirs is None or not file.is_file():
+    theirs = saved_labels(file)
+    if theirs is None:
         return None
     with opened(file) as tensors:
         named = list(tensors.keys()) == ["weight"]

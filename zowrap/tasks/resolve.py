@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from zowrap.errors import ZOError, nearest
 from zowrap.names import TASKS as NAMES
+from zowrap.storage.safetensors import LABEL_VECTORS
 from zowrap.tasks.classification import TEMPLATES, Classification, choose_form, order_labels, pooling_of, saved_labels
 from zowrap.tasks.lm import LanguageModelling, choose_layout
 from zowrap.tasks.loading import Source
@@ -63,7 +65,7 @@ def resolve(
         how = {"text": f"every token of {column!r}", "prompt": "the completion", "messages": "the assistant's turns"}
         return task, f"language modelling on {how[layout]}, up to {length} tokens"
     form, why = choose_form(source, head)
-    saved = saved_labels(source.name) if form == "vectors" else None
+    saved = saved_labels(Path(source.name) / LABEL_VECTORS) if form == "vectors" else None
     names = list(labels) if labels else saved or label_names(rows, label_column)
     # Names that come from the data are what the data says; a number then is a label that training never saw.
     numbered = bool(labels) or are_numbers(names)
