@@ -60,13 +60,13 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
         raise ZOError(f"there is no program to {'print' if options.programs else 'draw'}: {problem}")
     plan = _plan(options, zm, estimator, problem)
     programs = [] if estimator is None else estimator.programs()
-    facts = report(zm._job, zm._engine, zm._schedule, zm._values, None, plan.costs)
+    facts = report(zm.job, zm.engine, zm.schedule, zm._values, None, plan.costs)
     facts.notes = {name: laid.program.notes for name, laid in programs}
     record: dict[str, Any] = {"model": options.model, "dtype": _name(dtype), **plan.record(), **facts.as_dict()}
     record["eps_why"], record["noise_floor"] = _why_eps(options, zm), None
     lines = [f"{options.model} in {_name(dtype)} ({why})", plan.sentence, *str(facts).splitlines()]
     lines.append(f"eps        {zm.eps:g} ({record['eps_why']})")
-    rounds = zm._job.way is not None and zm._job.way.rounds
+    rounds = zm.job.way is not None and zm.job.way.rounds
     if options.data is not None and not rounds:
         read_rows(options.data, default_split="train")  # a name that is wrong is wrong here, too
         lines.append("floor      none: no layer rounds its activations to 8 bit")
@@ -218,7 +218,7 @@ def _estimator(zm: Any, shapes: Any) -> tuple[Any, str | None]:
     if shapes.batch is None:
         return None, shapes.why_not
     try:
-        estimator = Estimator(zm._job, zm._engine, zm._schedule, shapes.batch)
+        estimator = Estimator(zm.job, zm.engine, zm.schedule, shapes.batch)
         estimator.costs()
     except ZOCaptureError as error:
         return None, str(error)
@@ -254,12 +254,12 @@ def _plan(options: InspectOptions, zm: Any, estimator: Any, problem: str | None)
         needed, costs = _least(zm), _unknown(problem)
         of_what = f"without activations, which are not known: {problem}"
     else:
-        zm._schedule.choose(estimator, free)
+        zm.schedule.choose(estimator, free)
         costs = estimator.costs
         found = costs()
         needed = found.memory.peak
         rows, length = estimator.batch["input_ids"].shape
-        of_what = f"{rows} × {length} tokens, {zm._schedule.name}"
+        of_what = f"{rows} × {length} tokens, {zm.schedule.name}"
     enough = fits(needed, free)
     verdict = "fits" if enough else "does not fit"
     sentence = f"{verdict}: needs {in_words(needed)}, {in_words(free)} free ({of_what})"
@@ -274,7 +274,7 @@ def _least(zm: Any) -> int:
     from zowrap.step.parameters import weight_bytes
 
     moving = sum(p.tensor.numel() * p.tensor.element_size() for p in zm.parameters)
-    return weight_bytes(zm.model) + zm._job.state_bytes + moving
+    return weight_bytes(zm.model) + zm.job.state_bytes + moving
 
 
 def _unknown(problem: str | None) -> Callable[[], Any]:

@@ -188,5 +188,5 @@ def test_a_step_that_compiles_says_so_and_no_other(capsys: pytest.CaptureFixture
 def test_what_compiles_nothing_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     zowrap.zo_wrap(torch.nn.Linear(4, 2), lr=1e-3, loss_fn=squared, engine="eager").step(x=torch.ones(3, 4))
     shapes = zowrap.zo_wrap(torch.nn.Linear(4, 2, device="meta"), lr=1e-3, loss_fn=squared, engine="compiled")
-    shapes._engine.captured({"x": torch.ones(3, 4, device="meta")})
+    shapes.engine.captured({"x": torch.ones(3, 4, device="meta")})
     assert capsys.readouterr() == ("", "")

@@ -111,11 +111,11 @@ def test_the_projected_gradient_is_the_directional_derivative() -> None:
     zm = zowrap.zo_wrap(make("llama").double(), "zo_sgd", eps=1e-4, engine="eager", loss_fn=_own_loss)
     (stream,) = zm._streams.queries
     inputs = batch("llama", 4, 9)
-    z = {f"model.{p.names[0]}": zm._engine.direction(stream, i).double() for i, p in enumerate(zm.parameters)}
+    z = {f"model.{p.names[0]}": zm.engine.direction(stream, i).double() for i, p in enumerate(zm.parameters)}
     at = {f"model.{p.names[0]}": p.tensor.detach() for p in zm.parameters}
 
     def loss(parameters):
-        sums, weights = torch.func.functional_call(zm._job.loss.eval(), parameters, (inputs,))
+        sums, weights = torch.func.functional_call(zm.job.loss.eval(), parameters, (inputs,))
         return sums.sum() / weights.sum()
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -293,7 +293,7 @@ def test_parameters_on_one_storage_are_one(engine) -> None:
     assert len(zm.parameters) == 1 and zm.parameters[0].names == ("a", "b")
     (stream,) = zm._streams.queries
     x = torch.ones(2, 3)
-    z = zowrap.engines.eager.EagerEngine.direction(getattr(zm._engine, "eager", zm._engine), stream, 0)
+    z = zowrap.engines.eager.EagerEngine.direction(getattr(zm.engine, "eager", zm.engine), stream, 0)
     expected = []
     for sign in (1e-3, -1e-3):
         other = Tied("same")

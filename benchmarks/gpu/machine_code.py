@@ -144,7 +144,7 @@ def elementwise(rule: str, direction: str | None, dtype: torch.dtype, found: lis
 
     layer = torch.nn.Linear(64, 64, dtype=dtype)
     zm = zowrap.zo_wrap(layer, rule, lr=1e-2, direction=direction, loss_fn=lambda m, b: m(b["x"]).sum(-1))
-    kernel = zm._engine.kernels  # type: ignore[attr-defined]
+    kernel = zm.engine.kernels  # type: ignore[attr-defined]
     w, key, one = torch.ones(4096, dtype=dtype), torch.ones(2, dtype=torch.int32), torch.ones(())
     slots, scalars = [torch.ones(4096) for _ in kernel.slot_names], [one for _ in kernel.scalar_names]
     seen = [slots[kernel.slot_names.index(name)] for name in kernel.read_names]

@@ -74,7 +74,7 @@ def _contender(
 
 def _roofline(zm: zowrap.ZOModel, batch: dict[str, torch.Tensor]) -> dict[str, Any] | None:
     try:
-        costs = Estimator(zm._job, zm._engine, zm._schedule, batch).costs()
+        costs = Estimator(zm.job, zm.engine, zm.schedule, batch).costs()
     except ZOCaptureError:
         return None
     return {

@@ -151,7 +151,7 @@ def chunks(rounds: int) -> list[dict[str, Any]]:
 def _chunks(rounds: int, tokens: int) -> list[dict[str, Any]]:
     zm = zowrap.zo_wrap(torch.nn.Linear(2, 2), "zo_sgd", lr=1e-7, loss_fn=lambda m, b: m(b["x"]).sum(-1))
     zm.step(x=torch.ones(2, 2))
-    spec: str = zm._engine.spec  # type: ignore[attr-defined]
+    spec: str = zm.engine.spec  # type: ignore[attr-defined]
     key, coefficients = torch.tensor([1, 2], dtype=torch.int32), torch.tensor([1e-3, -1e-3])
     given: tuple[Any, ...] = ([], key, torch.ones(()), [], coefficients)
     weights = [torch.randn(INNER, WIDTH) for _ in range(LAYERS)]

@@ -171,7 +171,7 @@ def test_every_rule_can_be_wrapped_without_weights() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
 def test_families_cost_the_same_with_and_without_weights(family: str) -> None:
     live = zowrap.zo_wrap(make(family), "zo_sgd", engine="compiled")
-    live._job.loss.settled = True  # a model without values has nothing to compare losses on
+    live.job.loss.settled = True  # a model without values has nothing to compare losses on
     other_zm = zowrap.zo_wrap(empty(family), "zo_sgd", engine="compiled")
     one, other = (
         estimator_of(zm, _shapes(family, device)).costs() for zm, device in ((live, "cpu"), (other_zm, "meta"))

@@ -54,7 +54,7 @@ def test_a_row_that_is_given_twice_is_timed_once(capsys, monkeypatch) -> None:
 def test_a_row_is_any_rule_direction_and_blocks(row, rule, direction, blocks) -> None:
     model = architectures.build("opt-tiny")
     zm = contenders.make(row, model, architectures.batch_for(model, 2, 8)).wrapped
-    assert (zm.rule.name, zm._job.direction.name, len(zm._job.blocks)) == (rule, direction, blocks)
+    assert (zm.rule.name, zm.job.direction.name, len(zm.job.blocks)) == (rule, direction, blocks)
     assert zm.inspect().schedule == "paired"
 
 

@@ -173,7 +173,7 @@ def test_nothing_moves_and_every_forward_is_counted(name):
 def test_the_generator_of_a_gpu_stands_where_it_stood_too(monkeypatch):
     device, drawn = torch.device("cuda", 1), gpu_generator(monkeypatch)
     zm = bowl()
-    monkeypatch.setattr(zm._job, "device", device)
+    monkeypatch.setattr(zm.job, "device", device)
     for kept in (unmoved(zm), generators_kept(device)):
         with kept:
             drawn.position += 5

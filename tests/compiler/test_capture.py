@@ -17,10 +17,10 @@ from zowrap.passes.build import build
 def test_captured_and_split_losses_equal_the_oracle(name) -> None:
     """Uncompiled: the program after all passes, node by node, against perturbed copies of the model."""
     zm = zowrap.zo_wrap(make(name), "zo_sgd", engine="compiled")
-    engine = zm._engine
+    engine = zm.engine
     first = zm._prepare(batch(name, 8, 16))
-    captured = capture(zm._job.loss, canonical_batch(first, zm.model))
-    split = build(captured.clone(), zm._job, 0, engine.spec, 2, [], engine._epilogues[0])
+    captured = capture(zm.job.loss, canonical_batch(first, zm.model))
+    split = build(captured.clone(), zm.job, 0, engine.spec, 2, [], engine._epilogues[0])
     (stream,) = zm._streams.queries
     coefficients = torch.tensor([1e-2, -1e-2])
     for rows, length in [(8, 16), (3, 7), (1, 6)]:
@@ -145,7 +145,7 @@ def test_inputs_of_any_name_may_have_to_match_in_size() -> None:
         ids = torch.randint(0, 20, (rows, length))
         given = {"tokens": ids, "targets": ids.roll(1, 1)}
         assert torch.allclose(zm.loss(**given), loss(model, given).mean(), rtol=1e-5)
-    assert len(zm._engine.executables) == 1
+    assert len(zm.engine.executables) == 1
 
 
 def test_a_loss_module_needs_a_loss() -> None:
@@ -165,12 +165,12 @@ def test_a_window_as_short_as_the_canonical_length(window) -> None:
         max_position_embeddings=window,
     )  # fmt: skip
     zm = zowrap.zo_wrap(transformers.BertForSequenceClassification(config), "zo_sgd", engine="compiled")
-    captured = capture(zm._job.loss, canonical_batch(zm._prepare(batch("bert", 4, 6)), zm.model))
+    captured = capture(zm.job.loss, canonical_batch(zm._prepare(batch("bert", 4, 6)), zm.model))
     for rows, length in [(4, window), (3, 5), (1, 2)]:
         inputs = batch("bert", rows, length)
         inputs["labels"] = inputs["labels"] % 2
-        (sums, _) = captured(zm._engine._arguments(captured, inputs, None, torch.zeros(1)))
-        assert torch.allclose(sums, zm._engine.eager.losses(inputs, None, torch.zeros(1))[0][0], rtol=1e-5, atol=1e-6)
+        (sums, _) = captured(zm.engine._arguments(captured, inputs, None, torch.zeros(1)))
+        assert torch.allclose(sums, zm.engine.eager.losses(inputs, None, torch.zeros(1))[0][0], rtol=1e-5, atol=1e-6)
         assert captured.accepts(inputs)
     assert all(
         isinstance(size, torch.SymInt)

@@ -42,7 +42,7 @@ def test_layers_are_compiled_once_and_blocks_share_them() -> None:
     zm, losses = trajectory("compiled", steps=2 * (LAYERS + 2), blocks="layer")
     _, expected = trajectory("eager", steps=2 * (LAYERS + 2), blocks="layer")
     assert torch.allclose(torch.stack(losses), torch.stack(expected), rtol=1e-5)
-    executables = list(zm._engine.executables.values())
+    executables = list(zm.engine.executables.values())
     assert len(executables) == LAYERS + 2 and all(e.compiled.count == LAYERS + 2 for e in executables)
     per_program = [e.compiled.compilations for e in executables]
     total = zm.inspect().compile_count
@@ -53,7 +53,7 @@ def test_layers_are_compiled_once_and_blocks_share_them() -> None:
 
 def test_a_whole_model_is_three_kinds_of_regions() -> None:
     zm, _ = trajectory("compiled", steps=1)
-    (executable,) = zm._engine.executables.values()
+    (executable,) = zm.engine.executables.values()
     assert executable.compiled.count == LAYERS + 2 and zm.inspect().compile_count <= 4
 
 
@@ -67,7 +67,7 @@ def test_the_parts_are_counted_before_each_is_compiled(monkeypatch: pytest.Monke
 
 def test_values_live_no_longer_than_their_last_reader() -> None:
     zm, _ = trajectory("compiled", steps=1)
-    (executable,) = zm._engine.executables.values()
+    (executable,) = zm.engine.executables.values()
     alive: set[int] = set()
     for _, _, results, last_used in executable.compiled.calls:
         alive = (alive | set(results)) - set(last_used)
@@ -109,7 +109,7 @@ def test_what_no_direction_reaches_is_computed_once_and_changes_nothing(
     _, expected = trajectory("eager", **options)
     assert torch.allclose(torch.stack(losses), torch.stack(expected), rtol=1e-5)
     alone = zowrap.zo_wrap(make(), "zo_sgd", lr=1e-3, eps=1e-2, engine="compiled", **options)
-    whole = type(alone._engine).losses
+    whole = type(alone.engine).losses
 
     def unshared(self, *given):  # as if every direction were the first
         if self._kept is not None:
@@ -117,7 +117,7 @@ def test_what_no_direction_reaches_is_computed_once_and_changes_nothing(
         return whole(self, *given)
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(alone._engine), "losses", unshared)
+        patched.setattr(type(alone.engine), "losses", unshared)
         again = [alone.step(**batch(2 + i % 2, 5 + i)).losses for i in range(3)]
     assert all(one.equal(other) for one, other in zip(losses, again, strict=True))  # bit for bit
     counts = regions_run(zm, monkeypatch, **batch(2, 5))

@@ -101,7 +101,7 @@ def test_nothing_recompiles(pair) -> None:
 
 def test_the_compiled_step_calls_no_original_module(pair, monkeypatch) -> None:
     name, _, compiled = pair
-    for module in compiled._job.loss.modules():
+    for module in compiled.job.loss.modules():
         monkeypatch.setattr(module, "forward", lambda *a, **k: pytest.fail("a module was called"))
     compiled.step(**batch(name, 4, 9))
 
@@ -131,11 +131,11 @@ def test_loss_and_failed_steps_leave_weights_bitwise(pair) -> None:
 def test_a_skipped_step_keeps_the_rule_state() -> None:
     zm = zowrap.zo_wrap(make("llama"), "meazo", engine="compiled")
     zm.update(projected_grad=torch.tensor(1.0))
-    before, state = snapshot(zm.model), {k: v.clone() for k, v in zm._job.states[0].items()}
+    before, state = snapshot(zm.model), {k: v.clone() for k, v in zm.job.states[0].items()}
     for losses in ([float("inf"), 1.0], [1.0, float("nan")], [float("inf"), float("-inf")]):
         assert bool(zm.update(losses=torch.tensor(losses)).skipped)
     assert unchanged(zm.model, before)
-    assert all(torch.equal(v, state[k]) for k, v in zm._job.states[0].items())
+    assert all(torch.equal(v, state[k]) for k, v in zm.job.states[0].items())
     assert not zm.update(losses=torch.tensor([1.0, 0.5])).skipped
     assert not unchanged(zm.model, before)
 
@@ -177,16 +177,16 @@ def test_perturbation_noise_is_update_noise_is_replay_noise(direction, dtype) ->
         zm.parameters
     ) == 5
     (stream,) = zm._streams.queries
-    oracle = zm._engine.eager
+    oracle = zm.engine.eager
     for i, parameter in enumerate(zm.parameters):
         zeros = torch.zeros_like(parameter.tensor, dtype=torch.float32)
         one = torch.ones(1)
-        (probe,) = torch.ops.zowrap.perturb(zeros, [], stream.keys[i], stream.scale, [], one, zm._engine.spec)
+        (probe,) = torch.ops.zowrap.perturb(zeros, [], stream.keys[i], stream.scale, [], one, zm.engine.spec)
         reference = oracle.direction(stream, i)
         assert torch.equal(probe, reference)
         if parameter.tensor.ndim == 2:
             rows = torch.tensor([[0, 3], [2, 3]])
-            args = (zeros, [], rows, stream.keys[i], stream.scale, [], one, zm._engine.spec)
+            args = (zeros, [], rows, stream.keys[i], stream.scale, [], one, zm.engine.spec)
             assert torch.equal(torch.ops.zowrap.perturb_rows(*args)[0], reference[rows])
     if dtype == torch.float32:
         before = {p.name: p.tensor.detach().clone() for p in zm.parameters}
@@ -225,7 +225,7 @@ def test_engines_agree_for_odd_models(options) -> None:
         for _ in range(6):
             zm.accumulate(**odd_batch())
             losses = zm._measured.losses()
-            zm.update(projected_grad=torch.randn(zm._job.queries, generator=draw))
+            zm.update(projected_grad=torch.randn(zm.job.queries, generator=draw))
         runs.append((zm, losses, start))
     (eager, losses_e, start), (compiled, losses_c, _) = runs
     assert torch.allclose(losses_e, losses_c, rtol=1e-5)
@@ -268,7 +268,7 @@ def test_shared_modules_are_perturbed_everywhere_and_left_as_they_were(engine) -
     torch.manual_seed(0)
     model, inputs = Recurring(), {"x": torch.randn(4, 5)}
     zm = zowrap.zo_wrap(model, "zo_sgd", lr=1e-2, eps=0.1, loss_fn=recurring_loss, engine=engine)
-    oracle = zm._engine if engine == "eager" else zm._engine.eager
+    oracle = zm.engine if engine == "eager" else zm.engine.eager
     (stream,), weight, before = zm._streams.queries, model.first.weight, snapshot(model)
     expected = []
     for sign in (0.1, -0.1):
@@ -289,9 +289,9 @@ def test_the_exact_slope_leaves_shared_modules_as_they_were() -> None:
     model, inputs = Recurring(), {"x": torch.randn(4, 5)}
     zm = zowrap.zo_wrap(model, "zo_sgd", eps=1e-3, loss_fn=recurring_loss, engine="eager")
     weight, (stream,) = model.first.weight, zm._streams.queries
-    _, slopes, _ = zm._engine.derivative(inputs, stream)
+    _, slopes, _ = zm.engine.derivative(inputs, stream)
     assert model.first.weight is weight
-    plus, minus = zm._engine.losses(inputs, stream, torch.tensor([1e-3, -1e-3]))[0]
+    plus, minus = zm.engine.losses(inputs, stream, torch.tensor([1e-3, -1e-3]))[0]
     assert torch.allclose(slopes, (plus - minus) / 2e-3, rtol=1e-2, atol=1e-4)
 
 
@@ -525,7 +525,7 @@ def test_recurrent_layers_compile_once_for_every_size(kind, options) -> None:
         assert torch.allclose(a, b, rtol=1e-5), (rows, length)
     for name, value in eager.model.state_dict().items():
         assert torch.allclose(value, compiled.model.state_dict()[name], atol=1e-6), name
-    assert [len(programs) for programs in compiled._engine._captured.values()] == [1]
+    assert [len(programs) for programs in compiled.engine._captured.values()] == [1]
 
 
 def test_recurrent_layers_over_packed_sequences_run_eagerly() -> None:
@@ -564,8 +564,8 @@ def test_random_models_on_a_gpu_draw_alike_at_both_points_too(monkeypatch: pytes
 
     zm = zowrap.zo_wrap(nn.Linear(3, 3), loss_fn=loss, engine="eager")
     stream = zm._streams.queries[0]
-    monkeypatch.setattr(zm._job, "device", device)
-    sums, _ = zm._engine.losses({"x": torch.zeros(2, 3)}, stream, torch.tensor([1e-3, -1e-3]))
+    monkeypatch.setattr(zm.job, "device", device)
+    sums, _ = zm.engine.losses({"x": torch.zeros(2, 3)}, stream, torch.tensor([1e-3, -1e-3]))
     assert torch.equal(sums, torch.ones(2, 2)) and drawn.devices == {device}
 
 

@@ -30,7 +30,7 @@ def wrap(model: torch.nn.Module | None = None, **options: Any) -> zowrap.ZOModel
 
 def engine_for(steps: int, zm: zowrap.ZOModel) -> str:
     settle_engine(zm, BATCH, Planned(steps, steps))
-    return zm._engine.name
+    return zm.engine.name
 
 
 def engine_of(run: Path) -> str:
@@ -92,7 +92,7 @@ def test_the_choice_follows_from_the_number_of_steps() -> None:
     chosen = [engine_for(10**power, wrap()) for power in range(8)]
     assert chosen == sorted(chosen, reverse=True) and chosen[0] == "eager" and chosen[-1] == "compiled"
     zm = wrap()
-    limit = compile_seconds(zm._job) / saved_seconds(zm, BATCH, Planned(1, 1))
+    limit = compile_seconds(zm.job) / saved_seconds(zm, BATCH, Planned(1, 1))
     assert engine_for(int(limit), wrap()) == "eager" and engine_for(int(limit) + 1, wrap()) == "compiled"
 
 
@@ -120,8 +120,8 @@ def test_what_was_asked_for_is_done(options: dict[str, Any], few: str) -> None:
 
 def test_what_is_compiled_already_stays_compiled() -> None:
     zm = wrap()
-    assert isinstance(zm._engine, CompiledEngine)
-    zm._engine.executables["the loss"] = None  # type: ignore[index,assignment]
+    assert isinstance(zm.engine, CompiledEngine)
+    zm.engine.executables["the loss"] = None  # type: ignore[index,assignment]
     assert engine_for(3, zm) == "compiled"
 
 
@@ -158,5 +158,5 @@ def test_the_estimates_are_of_the_size_of_what_was_measured(
         model = LlamaForCausalLM(LlamaConfig(**dict(zip(names, sizes, strict=True)), tie_word_embeddings=True))
     zm = wrap(model)
     batch = {"input_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.zeros(shape, dtype=torch.int64)}
-    assert compiles / 1.5 < compile_seconds(zm._job) < compiles * 1.5
+    assert compiles / 1.5 < compile_seconds(zm.job) < compiles * 1.5
     assert more / 3 < saved_seconds(zm, batch, Planned(1, 1)) < more * 3

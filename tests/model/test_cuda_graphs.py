@@ -82,7 +82,7 @@ def by_tracing(zm: zowrap.ZOModel) -> cuda_graphs.Record:
     """Unlike a CUDA graph a trace executes what it records: what that changed is put back."""
 
     def record(step: Callable[[], Any]) -> cuda_graphs.Replay:
-        job = zm._job
+        job = zm.job
         held = [p.tensor for p in job.parameters] + [t for s in job.states for t in s.values()]
         held += [t for tensors in job.slots.values() for t in tensors]
         before = [t.detach().clone() for t in held]
@@ -163,7 +163,7 @@ def test_a_replayed_step_is_the_step(options: dict[str, Any]) -> None:
             theirs = plain.step(**batch_of(2, 6, seed=i))
         assert not waits.found or not i  # the first step captures the program
         assert mine.record() == theirs.record() and same(ours, plain)
-    assert len(recorder.recordings) == len(ours._job.blocks) and not recorder.failed
+    assert len(recorder.recordings) == len(ours.job.blocks) and not recorder.failed
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_the_recording_itself() -> None:
@@ -215,7 +215,7 @@ def test_recordings_that_fit_no_longer_go(monkeypatch: pytest.MonkeyPatch) -> No
     steps(1)
     steps(2)
     for zm in (ours, plain):
-        zm._schedule.take("sequential", zm._schedule.largest)
+        zm.schedule.take("sequential", zm.schedule.largest)
     steps(1)
     steps(2)
     assert counts == [1, 0, 1, 0, 1, 0, 1] and same(ours, plain)

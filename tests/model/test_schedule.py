@@ -37,7 +37,7 @@ def wrap(asked: str = "auto", **options: Any) -> zowrap.ZOModel:
 
 def costs_of(inputs: dict[str, Tensor]) -> Costs:
     zm = wrap()
-    zm._job.loss.settled = True  # capture alone: nothing is evaluated
+    zm.job.loss.settled = True  # capture alone: nothing is evaluated
     return estimator_of(zm, inputs).costs()
 
 
@@ -94,7 +94,7 @@ def test_the_first_step_chooses_and_equals_that_schedule_bitwise(free: Any, name
     assert (told.as_dict()["schedule"], told.as_dict()["schedule_why"]) == (name, told.schedule_why)
     assert told.costs is not None and told.costs.memory.peak == told.costs.schedules[name]
     assert schedule_of(explicit) == name and explicit.inspect().schedule_why == "as asked"
-    assert {points for _, _, points in auto._engine.executables} == {2 if name == "paired" else 1}
+    assert {points for _, _, points in auto.engine.executables} == {2 if name == "paired" else 1}
 
 
 def test_where_memory_is_plentiful_nothing_is_analysed(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_candidates_follow_the_schedule(free: Any) -> None:
     rule = zowrap.rules.zo_sgd(conservative=True)
     auto, explicit = wrap(rule=rule), wrap("sequential", rule=rule)
     assert torch.equal(auto.step(**SMALL).losses, explicit.step(**SMALL).losses)
-    assert {points for _, _, points in auto._engine.executables} == {1}
+    assert {points for _, _, points in auto.engine.executables} == {1}
 
 
 def test_the_eager_engine_chooses_nothing(free: Any) -> None:
@@ -238,7 +238,7 @@ def test_a_resumed_model_keeps_the_choice(free: Any) -> None:
     for inputs in (SMALL, batch("opt", 8, 30)):
         assert torch.equal(zm.step(**inputs).losses, other.step(**inputs).losses)
     assert unchanged(other.model, snapshot(zm.model)) and not asked
-    assert {points for _, _, points in other._engine.executables} == {1}
+    assert {points for _, _, points in other.engine.executables} == {1}
 
 
 def test_a_paired_choice_is_kept_for_batches_no_larger(free: Any) -> None:

@@ -101,7 +101,7 @@ def test_a_perturbed_head_is_the_head_perturbed(labels) -> None:
     zm = zowrap.zo_wrap(make("llama"), "zo_sgd", engine="compiled")
     x, w, y = given(labels)
     noise = ([], torch.tensor([5, 6], dtype=torch.int32), torch.ones(()), [], torch.tensor([0.1, -0.1, 0.0]))
-    spec = zm._engine.spec
+    spec = zm.engine.spec
     weights = zo.perturb(w, *noise, spec)
     inputs, biases = [x, 2 * x, -x], [torch.randn(CLASSES) for _ in weights]
     expected = [token_sums(nn.functional.linear(*each), y) for each in zip(inputs, weights, biases, strict=True)]
@@ -119,7 +119,7 @@ def test_only_tokens_that_count_reach_the_head() -> None:
 
 def captured(model: nn.Module, name: str = "llama", **options):
     zm = zowrap.zo_wrap(model, "zo_sgd", **options)
-    program = capture(zm._job.loss, canonical_batch(batch(name, 4, 9), model))
+    program = capture(zm.job.loss, canonical_batch(batch(name, 4, 9), model))
     return run(program, [StripTraining(), FuseHead()])
 
 

@@ -34,7 +34,7 @@ def wrapped():
 
 @pytest.fixture
 def program(wrapped):
-    return capture(wrapped._job.loss, canonical_batch(batch("opt", 4, 9), wrapped.model))
+    return capture(wrapped.job.loss, canonical_batch(batch("opt", 4, 9), wrapped.model))
 
 
 def count(program, target) -> int:
@@ -42,7 +42,7 @@ def count(program, target) -> int:
 
 
 def select(wrapped, block=0):
-    return SelectTunable(wrapped._job, block, wrapped._engine.spec, 2, [])
+    return SelectTunable(wrapped.job, block, wrapped.engine.spec, 2, [])
 
 
 def test_every_weight_is_perturbed_once_and_ties_once(wrapped, program) -> None:
@@ -61,7 +61,7 @@ def test_untainted_nodes_stay_single(wrapped, program) -> None:
 
 def test_below_the_active_block_everything_is_shared() -> None:
     wrapped = zowrap.zo_wrap(make("opt"), "zo_sgd", blocks="layer", engine="compiled")
-    program = capture(wrapped._job.loss, canonical_batch(batch("opt", 4, 9), wrapped.model))
+    program = capture(wrapped.job.loss, canonical_batch(batch("opt", 4, 9), wrapped.model))
     run(program, [StripTraining(), CheckLookups(), select(wrapped, block=2), SplitStreams(2), Perturb()])
     assert count(program, torch.ops.aten.scaled_dot_product_attention.default) == 1 + 2
     assert count(program, zo.rows.default) == 2
@@ -89,7 +89,7 @@ def test_look_ups_are_checked_once_and_positions_not_at_all(wrapped, program) ->
             return self.a[ids] + self.b[ids] + self.a[torch.arange(ids.shape[1])]
 
     wrapped = zowrap.zo_wrap(Twice(), loss_fn=lambda m, b: m(b["ids"]).mean((1, 2)), engine="compiled")
-    program = capture(wrapped._job.loss, {"ids": torch.zeros(8, 48, dtype=torch.int64)})
+    program = capture(wrapped.job.loss, {"ids": torch.zeros(8, 48, dtype=torch.int64)})
     run(program, [StripTraining(), CheckLookups()])
     assert count(program, torch.ops.aten.index.Tensor) == 3
     assert count(program, zo.index_error.default) == 2  # the ids, and positions in a table that may be too short
@@ -132,7 +132,7 @@ def test_unused_parameters_alone_cannot_be_tuned(program) -> None:
 
 
 def test_the_epilogue_writes_each_active_parameter_once(wrapped) -> None:
-    graph = wrapped._engine._epilogues[0].graph_module.graph
+    graph = wrapped.engine._epilogues[0].graph_module.graph
     writes = graph.find_nodes(op="call_function", target=zo.update_.default)
     assert len(writes) == len(wrapped.parameters)
     assert len({n.args[0] for n in writes}) == len(writes)

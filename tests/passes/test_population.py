@@ -59,7 +59,7 @@ def directions(zm, examples: int) -> list[Tensor]:
     stream = zm._streams.population(range(examples))
     found = []
     for i, parameter in enumerate(zm.parameters):
-        place = zm._job.layouts[stream.block].places[i]
+        place = zm.job.layouts[stream.block].places[i]
         left, right = place.left_of(stream.factors), place.right_of(stream.factors)
         z = left if right is None else torch.einsum("bir,bjr->bij", left, right)
         found.append(z.reshape(examples, *parameter.tensor.shape))
@@ -120,7 +120,7 @@ def test_a_batch_without_any_label_is_skipped() -> None:
     zm = tiny(rule="meazo")
     before = snapshot(zm.model)
     result = zm.step(**inputs)
-    assert result.skipped and unchanged(zm.model, before) and zm._job.states[0]["n"] == 0
+    assert result.skipped and unchanged(zm.model, before) and zm.job.states[0]["n"] == 0
 
 
 @pytest.mark.parametrize("seed", range(4))

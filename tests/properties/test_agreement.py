@@ -113,7 +113,7 @@ def test_the_fast_path_equals_the_oracle_and_writes_in_the_update_alone(
     start = snapshot(oracle.model)
     for step in range(3):
         inputs, before = words(step), snapshot(fast.model)
-        active = {n for i in fast._job.blocks[fast._block].indices for n in fast.parameters[i].names}
+        active = {n for i in fast.job.blocks[fast._block].indices for n in fast.parameters[i].names}
         for zm in (oracle, fast):
             zm.accumulate(**inputs)
             zm.loss(**inputs)
@@ -121,14 +121,14 @@ def test_the_fast_path_equals_the_oracle_and_writes_in_the_update_alone(
         expected, losses = oracle._measured.losses(), fast._measured.losses()
         assert torch.allclose(losses, expected, rtol=LOSS[dtype], atol=0)
         draw = torch.Generator().manual_seed(step)
-        given: dict[str, Any] = {"projected_grad": torch.randn(fast._job.queries, generator=draw)}
+        given: dict[str, Any] = {"projected_grad": torch.randn(fast.job.queries, generator=draw)}
         if expected.ndim == 2:
             given = {"projected_grad": torch.randn(3, generator=draw), "weights": oracle._measured.shares()}
         for zm in (oracle, fast):
             zm.update(losses=expected, **given)
         assert all(torch.equal(t, before[n]) for n, t in fast.model.named_parameters() if n not in active)
         assert not unchanged(fast.model, before)
-    assert fast._engine.executables and fast._engine.fallen_back is None
+    assert fast.engine.executables and fast.engine.fallen_back is None
     for a, b in zip(oracle.parameters, fast.parameters, strict=True):
         moved = (a.tensor - start[a.names[0]]).double().norm()
         assert (a.tensor.double() - b.tensor.double()).norm() <= 1e-4 * moved + 1e-12, a.name
@@ -142,7 +142,7 @@ def test_products_of_float64_are_not_summed_in_less() -> None:
     key, nothing = torch.tensor([1, 2], dtype=torch.int32), torch.zeros(1)
     for transposed, expected in ((False, x @ w.t()), (True, x @ w)):
         (found,) = torch.ops.zowrap.perturb_linear(
-            [x], w, [], key, torch.ones(()), [], nothing, transposed, zm._engine.spec
+            [x], w, [], key, torch.ones(()), [], nothing, transposed, zm.engine.spec
         )
         assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
 
@@ -160,12 +160,12 @@ def test_an_unused_block_has_equal_losses_and_the_others_stay_compiled(estimator
     options = {"lr": 1e-2, "loss_fn": pooled, "blocks": "layer", "estimator": estimator}
     oracle, fast = (zowrap.zo_wrap(make("bert"), "zo_sgd", engine=engine, **options) for engine in ("eager", None))
     flat = 0
-    for step in range(len(fast._job.blocks)):
+    for step in range(len(fast.job.blocks)):
         inputs = batch("bert", 3, 9, seed=step)
         expected, found = oracle.step(**inputs), fast.step(**inputs)
         assert torch.allclose(found.losses, expected.losses, rtol=1e-5)
         flat += torch.equal(found.losses[0], found.losses[1])
-    assert flat >= 1 and fast._engine.fallen_back is None
+    assert flat >= 1 and fast.engine.fallen_back is None
     for a, b in zip(oracle.parameters, fast.parameters, strict=True):
         assert torch.allclose(a.tensor, b.tensor, atol=5e-5)  # losses' rounding, over 2ε
 
@@ -194,7 +194,7 @@ def test_a_number_that_changes_with_every_batch_is_not_compiled_for_ever() -> No
         zm.step(x=torch.ones(2, 4), factor=0.5 + step)
     with pytest.warns(UserWarning, match="'factor' differs from batch to batch and is not a tensor"):
         zm.step(x=torch.ones(2, 4), factor=0.25)
-    assert zm._engine.fallen_back is not None
+    assert zm.engine.fallen_back is not None
 
 
 @pytest.mark.parametrize("value", [["a", "b"], {"y": torch.ones(2)}], ids=["list", "dict"])
@@ -211,7 +211,7 @@ def test_an_update_that_was_broken_off_is_not_gone_on_from(monkeypatch: pytest.M
     zm, inputs = wrap("plain", "compiled", rule="zo_adam"), words(0)
     zm.step(**inputs)
     weights, state = snapshot(zm.model), zm.state_dict()
-    written, update = [], zm._engine.kernels.update
+    written, update = [], zm.engine.kernels.update
 
     def third_is_interrupted(*given: Any, **named: Any) -> None:
         written.append(1)
@@ -219,10 +219,10 @@ def test_an_update_that_was_broken_off_is_not_gone_on_from(monkeypatch: pytest.M
             raise KeyboardInterrupt
         update(*given, **named)
 
-    zm._engine.kernels.update = third_is_interrupted
+    zm.engine.kernels.update = third_is_interrupted
     with pytest.raises(KeyboardInterrupt):
         zm.step(**inputs)
-    zm._engine.kernels.update = update
+    zm.engine.kernels.update = update
     assert not unchanged(zm.model, weights)
     calls = (zm.step, zm.loss, lambda **_: zm.state_dict(), lambda **_: zm.update(projected_grad=torch.ones(())))
     for call in calls:
@@ -245,7 +245,7 @@ def test_coefficients_are_float32_whatever_a_rule_returns() -> None:
 
     rule = zowrap.rules.get("zo_sgd", lr=1e-2)
     zm = zowrap.zo_wrap(nn.Linear(2, 2), rule, loss_fn=scaled)
-    job, scalars = zm._job, rule.scalars
+    job, scalars = zm.job, rule.scalars
 
     def other(state: Any, probe: Any, hyper: Any) -> Any:
         new, coefficients = scalars(state, probe, hyper)

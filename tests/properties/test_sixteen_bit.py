@@ -43,7 +43,7 @@ def train(dtype: torch.dtype, seed: int) -> tuple[float, float]:
     sizes = []
     for _ in range(STEPS):
         (stream,) = zm._streams.queries
-        z = zm._engine.direction(stream, 0)
+        z = zm.engine.direction(stream, 0)
         result = zm.step(one=torch.ones(()))
         sizes.append((LR * result.projected_grad * z).abs())
     ulp = 2.0**-8  # of bfloat16 in [0.5, 1)

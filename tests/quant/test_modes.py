@@ -80,7 +80,7 @@ def test_the_points_of_a_step_read_the_codes_once(pair) -> None:
     way, _, compiled = pair
     compiled.accumulate(**batch("opt", 4, 9))
     compiled.discard()
-    (program,) = (e.program for key, e in compiled._engine.executables.items() if key[2] == 2)
+    (program,) = (e.program for key, e in compiled.engine.executables.items() if key[2] == 2)
     targets = [str(node.target) for node in program.graph.nodes]
     layers = len(lowering.lowered(compiled.model))
     expected = "zowrap.codes_points.default" if way == "codes" else "zowrap.int8_points.default"

@@ -37,7 +37,7 @@ def wrap(way: str | None = None, engine: str = "eager", **options: Any) -> ZOMod
 
 def test_tuned_scales_are_saved_and_reloaded_by_the_library(tmp_path) -> None:
     zm, inputs = wrap(), batch("opt", 4, 9)
-    assert zm.quantized == "scales" and zm.eps == 0.1 and not zm._job.way.rounds  # type: ignore[union-attr]
+    assert zm.quantized == "scales" and zm.eps == 0.1 and not zm.job.way.rounds  # type: ignore[union-attr]
     before = {name: layer.weight.clone() for name, layer in lowering.lowered(zm.model).items()}
     untouched = logits(zm.model, inputs)
     for g in (2.0, -1.0):

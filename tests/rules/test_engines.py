@@ -45,7 +45,7 @@ def check_sixteen_bit(case, engine: str) -> None:
     state = {k: v for k, v in rounded.state_dict().items() if isinstance(v, torch.Tensor)}
     assert all(v.dtype == torch.float32 for v in state.values())
     for slot in rule.slot_names("element"):
-        for a, b in zip(exact._job.slots[slot], rounded._job.slots[slot], strict=True):
+        for a, b in zip(exact.job.slots[slot], rounded.job.slots[slot], strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max())), slot
     if rule.refresh is not None:
         return  # a weight at the threshold leaves the mask in one precision and stays in the other

@@ -19,12 +19,12 @@ from zowrap.loss.module import LossModule
 def slope_by_autograd(zm, inputs, query: int = 0) -> tuple[float, float]:
     """∇f(θ)·z by a backward pass, and ‖∇f‖·‖z‖, the scale of its rounding."""
     stream = zm._streams.queries[query]
-    zs = [zm._engine.direction(stream, i) for i in range(len(zm.parameters))]
+    zs = [zm.engine.direction(stream, i) for i in range(len(zm.parameters))]
     tensors = [p.tensor.detach().clone().requires_grad_() for p in zm.parameters]
     named = {f"model.{name}": t for p, t in zip(zm.parameters, tensors, strict=True) for name in p.names}
-    was = zm._job.loss.training
-    sums, weights = torch.func.functional_call(zm._job.loss.eval(), named, (inputs,))
-    zm._job.loss.train(was)
+    was = zm.job.loss.training
+    sums, weights = torch.func.functional_call(zm.job.loss.eval(), named, (inputs,))
+    zm.job.loss.train(was)
     gradients = torch.autograd.grad(sums.sum() / weights.sum(), tensors)
     slope = sum((g.double() * z).sum() for g, z in zip(gradients, zs, strict=True))
     norms = [torch.sqrt(sum(t.double().square().sum() for t in each)) for each in (gradients, zs)]

@@ -42,14 +42,14 @@ def test_each_block_is_a_run_of_its_own(case) -> None:
     """State, counters and norms belong to the block: each follows the formula over its own steps alone."""
     name, hyper, reference = case
     zm = wrap(rules.get(name, **hyper), blocks="layer", block_order="flip_flop")
-    assert len(zm._job.blocks) == 2
+    assert len(zm.job.blocks) == 2
     starts = [flat(zm, b) for b in range(2)]
     histories = feed(zm, draw_losses(zm, 13))
     assert [len(h) for h in histories] == [7, 6]
     for b, (start, history) in enumerate(zip(starts, histories, strict=True)):
         expected = reference(start, history, **hyper)
         assert np.linalg.norm(flat(zm, b) - expected) <= 1e-5 * np.linalg.norm(expected - start)
-    assert all("n" not in s or s["n"] == n for s, n in zip(zm._job.states, (7, 6), strict=True))
+    assert all("n" not in s or s["n"] == n for s, n in zip(zm.job.states, (7, 6), strict=True))
 
 
 def test_mezo_is_zo_sgd() -> None:
@@ -91,7 +91,7 @@ def test_radazo_without_momentum_is_adamm_where_zeta_is_small() -> None:
         for zm in (one, other):
             zm.update(losses=losses)
         steps = flat(one) - before[0], flat(other) - before[1]
-        v = np.concatenate([t.numpy().ravel() for t in other._job.slots["v"]])
+        v = np.concatenate([t.numpy().ravel() for t in other.job.slots["v"]])
         clear = np.sqrt(v) >= 1e-1
         assert np.allclose(steps[0][clear], steps[1][clear], rtol=1e-3, atol=1e-6)
     assert clear.any()
@@ -142,10 +142,10 @@ def test_fzoo_skips_where_every_side_has_one_loss(loss) -> None:
 
 def test_fzoo_brings_its_own_probes_and_the_user_decides() -> None:
     zm = wrap("fzoo")
-    assert (zm._job.direction.name, zm._estimator.name, zm._job.queries) == ("rademacher", "forward", 8)
+    assert (zm.job.direction.name, zm._estimator.name, zm.job.queries) == ("rademacher", "forward", 8)
     zm = wrap("fzoo", direction="gaussian", estimator="central", queries=2)
-    assert (zm._job.direction.name, zm._estimator.name, zm._job.queries) == ("gaussian", "central", 2)
-    assert wrap("zo_sgd")._job.direction.name == "gaussian"
+    assert (zm.job.direction.name, zm._estimator.name, zm.job.queries) == ("gaussian", "central", 2)
+    assert wrap("zo_sgd").job.direction.name == "gaussian"
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,9 @@ def test_hizoo_evaluates_three_points_with_the_direction_it_updates_along() -> N
     zm = wrap(rules.hizoo(a=1e-3))
     assert [(p.direction, p.coefficient) for p in zm._points] == [(0, 0.0), (0, 1.0), (0, -1.0)]
     feed(zm, draw_losses(zm, 3))
-    assert any((h - 1).abs().max() > 1e-3 for h in zm._job.slots["H"])
+    assert any((h - 1).abs().max() > 1e-3 for h in zm.job.slots["H"])
     (stream,) = zm._streams.queries
-    probed = [zm._engine.direction(stream, i) for i in range(len(zm.parameters))]
+    probed = [zm.engine.direction(stream, i) for i in range(len(zm.parameters))]
     before = [p.tensor.detach().clone() for p in zm.parameters]
     zm.lr = 1.0
     zm.update(projected_grad=torch.tensor(-1.0))
@@ -261,8 +261,8 @@ def test_registry_is_complete(name) -> None:
     assert set(entry.defaults()) == {"lr", *rule.hyper}
     rules.get(name, **rule.hyper)  # what a journal records builds the rule again
     zm = wrap(rule)
-    q = zm._job.queries
+    q = zm.job.queries
     assert len(zm._points) == {"2q": 2 * q, "q + 1": q + 1, "2q + 1": 2 * q + 1}[entry.forwards]
-    elements = sum(t.numel() for slot in rule.slot_names("element") for t in zm._job.slots[slot])
+    elements = sum(t.numel() for slot in rule.slot_names("element") for t in zm.job.slots[slot])
     assert elements == int(entry.memory.split()[0]) * sum(p.tensor.numel() for p in zm.parameters)
     assert zm.eps == EPS

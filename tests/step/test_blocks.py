@@ -73,8 +73,8 @@ def test_only_the_active_block_moves_and_it_keeps_its_own_state() -> None:
         before = {p.name: p.tensor.clone() for p in zm.parameters}
         zm.update(projected_grad=torch.tensor(2.0))
         moved = {i for i, p in enumerate(zm.parameters) if not torch.equal(p.tensor, before[p.name])}
-        assert moved == set(zm._job.blocks[step].indices)
-        assert [float(s["n"]) for s in zm._job.states] == [1.0] * (step + 1) + [0.0] * (2 - step)
+        assert moved == set(zm.job.blocks[step].indices)
+        assert [float(s["n"]) for s in zm.job.states] == [1.0] * (step + 1) + [0.0] * (2 - step)
 
 
 def test_unknown_order_names_the_nearest() -> None:

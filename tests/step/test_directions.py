@@ -20,7 +20,7 @@ SIZES = (15, 5, 10, 2)  # of the parameters that ``wrap`` tunes
 def z_of(zm, stream=None) -> np.ndarray:
     """The direction of the current step, all parameters in one vector."""
     stream = zm._streams.queries[0] if stream is None else stream
-    parts = [zm._engine.direction(stream, i).double().numpy().ravel() for i in range(len(zm.parameters))]
+    parts = [zm.engine.direction(stream, i).double().numpy().ravel() for i in range(len(zm.parameters))]
     return np.concatenate(parts)
 
 
@@ -30,7 +30,7 @@ def test_low_rank_directions_have_the_identity_for_covariance(rank) -> None:
     zm = wrap("zo_sgd", direction=f"lowrank({rank})")
     count, parts = 20_000, []
     factors = zm._streams.lowrank(torch.arange(count), per_example=True).factors
-    for place in (zm._job.layouts[0].places[i] for i in range(4)):
+    for place in (zm.job.layouts[0].places[i] for i in range(4)):
         left, right = place.left_of(factors), place.right_of(factors)
         parts.append(left.flatten(1) if right is None else torch.einsum("bir,bjr->bij", left, right).flatten(1))
     z = torch.cat(parts, dim=1).double()
@@ -41,7 +41,7 @@ def test_low_rank_directions_have_the_identity_for_covariance(rank) -> None:
 
 def test_a_direction_of_rank_r_has_rank_r() -> None:
     zm = wrap("zo_sgd", direction="lowrank(2)")
-    z = zm._engine.direction(zm._streams.queries[0], 0)
+    z = zm.engine.direction(zm._streams.queries[0], 0)
     assert z.shape == (5, 3) and torch.linalg.matrix_rank(z) == 2
 
 
@@ -145,8 +145,8 @@ def test_groups_are_blocks() -> None:
         grouped.update(losses=losses)
         plain.update(losses=losses)
     assert np.array_equal(flat(grouped), flat(plain)) and np.array_equal(flat(grouped, 1), flat(plain, 1))
-    assert grouped._job.states[0]["v"] != grouped._job.states[1]["v"]
-    assert [float(s["n"]) for s in grouped._job.states] == [5, 4]
+    assert grouped.job.states[0]["v"] != grouped.job.states[1]["v"]
+    assert [float(s["n"]) for s in grouped.job.states] == [5, 4]
 
 
 def check(zm, start: np.ndarray, expected: np.ndarray) -> None:
@@ -215,13 +215,13 @@ def test_a_skipped_or_discarded_step_keeps_the_thresholds() -> None:
     zm = wrap(rules.sparse_mezo(refresh=2), lr=10.0)
     for losses in draw_losses(zm, 2):
         zm.update(losses=losses)
-    before = [t.clone() for t in zm._job.slots["threshold"]]
+    before = [t.clone() for t in zm.job.slots["threshold"]]
     assert zm._streams.queries  # step 2 takes them anew
-    assert any(not torch.equal(a, b) for a, b in zip(before, zm._job.slots["threshold"], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, zm.job.slots["threshold"], strict=True))
     zm.discard()
-    assert all(torch.equal(a, b) for a, b in zip(before, zm._job.slots["threshold"], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, zm.job.slots["threshold"], strict=True))
     assert zm.update(losses=torch.full((2,), torch.nan)).skipped
-    assert all(torch.equal(a, b) for a, b in zip(before, zm._job.slots["threshold"], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, zm.job.slots["threshold"], strict=True))
 
 
 def test_a_foreign_rule_along_a_cone_keeps_its_own_kernels() -> None:

@@ -33,7 +33,7 @@ def test_engines_agree_along_low_rank_directions(options) -> None:
         for step in range(5):
             zm.accumulate(**odd_batch(rows=5 - step))  # down to a batch of one
             losses.append(zm._measured.losses())
-            zm.update(projected_grad=torch.randn(zm._job.queries, generator=draw))
+            zm.update(projected_grad=torch.randn(zm.job.queries, generator=draw))
         assert zm.inspect().engine == engine
         runs.append((zm, torch.cat(losses), start))
     (one, losses_one, start), (other, losses_other, _) = runs
@@ -45,7 +45,7 @@ def test_engines_agree_along_low_rank_directions(options) -> None:
 def factors(zm) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """(U, V) of every parameter at the current step."""
     (stream,) = zm._streams.queries
-    places = zm._job.layouts[stream.block].places
+    places = zm.job.layouts[stream.block].places
     found = []
     for place in places.values():
         right = place.right_of(stream.factors)
@@ -99,7 +99,7 @@ def test_factors_do_not_depend_on_what_else_is_tunable() -> None:
 @pytest.mark.parametrize(("rule", "share"), [(rules.lozo(nu=3), 0.5), (rules.lozo(nu=3, scale="code"), 1.0)])
 def test_lozo_updates_along_its_probe_at_resampling_steps_too(rule, share, engine) -> None:
     zm = wrap(rule, engine=engine, lr=1.0)
-    oracle = getattr(zm._engine, "eager", zm._engine)
+    oracle = getattr(zm.engine, "eager", zm.engine)
     for _ in range(7):  # V is drawn at steps 0, 3 and 6
         (stream,) = zm._streams.queries
         probes = [oracle.direction(stream, i) for i in range(len(zm.parameters))]
@@ -139,7 +139,7 @@ def test_tensors_of_any_number_of_dimensions(direction) -> None:
     )
     (stream,) = zm._streams.queries
     expected = []
-    directions = [zm._engine.direction(stream, i) for i in range(len(zm.parameters))]
+    directions = [zm.engine.direction(stream, i) for i in range(len(zm.parameters))]
     for sign in (1e-2, -1e-2):
         other = Unusual()
         for p, z in zip(other.parameters(), directions, strict=True):

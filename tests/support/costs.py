@@ -10,4 +10,4 @@ from zowrap.analysis.costs import Estimator
 
 def estimator_of(zm: ZOModel, batch: dict[str, Any]) -> Estimator:
     """For batches of these sizes."""
-    return Estimator(zm._job, zm._engine, zm._schedule, batch)
+    return Estimator(zm.job, zm.engine, zm.schedule, batch)

@@ -42,19 +42,19 @@ def slopes(estimator: str, losses: np.ndarray) -> np.ndarray:
 
 def flat(zm: Any, block: int = 0) -> np.ndarray:
     return np.concatenate(
-        [zm.parameters[i].tensor.detach().double().numpy().ravel() for i in zm._job.blocks[block].indices]
+        [zm.parameters[i].tensor.detach().double().numpy().ravel() for i in zm.job.blocks[block].indices]
     )
 
 
 def noise_of(zm: Any, step: int, block: int = 0) -> np.ndarray:
     """Raw directions ``[queries, elements]`` of the block's parameters."""
-    law, out = zm._job.direction.law, []
+    law, out = zm.job.direction.law, []
     ids = torch.tensor([p.id for p in zm.parameters])
-    for query in range(zm._job.queries):
+    for query in range(zm.job.queries):
         keys = noise.derive_keys(zm.seed, step, query, ids, noise.TAG_DIRECTION)
         parts = [
             noise.draw(law, keys[i], zm.parameters[i].tensor.shape).double().numpy().ravel()
-            for i in zm._job.blocks[block].indices
+            for i in zm.job.blocks[block].indices
         ]
         out.append(np.concatenate(parts))
     return np.stack(out)
@@ -62,13 +62,13 @@ def noise_of(zm: Any, step: int, block: int = 0) -> np.ndarray:
 
 def factors_of(zm: Any, step: int, block: int = 0) -> list[tuple[np.ndarray, np.ndarray | None]] | None:
     """Raw factors of the block's parameters, drawn here from their keys."""
-    law = zm._job.direction.lowrank
+    law = zm.job.direction.lowrank
     if law is None:
         return None
     ids, out = torch.tensor([p.id for p in zm.parameters]), []
-    for i in zm._job.blocks[block].indices:
+    for i in zm.job.blocks[block].indices:
         shape, left, right = zm.parameters[i].tensor.shape, [], []
-        for query in range(zm._job.queries):
+        for query in range(zm.job.queries):
             keys = noise.derive_keys(zm.seed, step, query, ids, noise.TAG_DIRECTION)[i]
             when = (step, query) if law.nu is None else (step // law.nu, 0)
             other = noise.derive_keys(zm.seed, *when, ids, noise.TAG_RIGHT)[i]
@@ -82,7 +82,7 @@ def factors_of(zm: Any, step: int, block: int = 0) -> list[tuple[np.ndarray, np.
 
 def feed(zm: Any, losses: list[torch.Tensor]) -> list[list[Seen]]:
     """Update with these losses; what each block saw, in order."""
-    seen: list[list[Seen]] = [[] for _ in zm._job.blocks]
+    seen: list[list[Seen]] = [[] for _ in zm.job.blocks]
     for given in losses:
         step = zm.step_count
         block = zm._streams.queries[0].block

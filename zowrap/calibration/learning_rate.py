@@ -139,14 +139,14 @@ def tune_lr(
 @contextmanager
 def unmoved(zm: ZOModel) -> Iterator[None]:
     """Afterwards the rule's state, step and ε are what they were, and torch's generators stand where they stood."""
-    state, device = zm.state_dict(), zm._job.device
+    state, device = zm.state_dict(), zm.job.device
     kept = machine.states(device)
     try:
         yield
     finally:
         machine.restore(device, kept)
         # The form of the loss and the schedule were found on the way: they stay.
-        found = {"loss": zm.loss_module.form, **zm._schedule.record()}
+        found = {"loss": zm.loss_module.form, **zm.schedule.record()}
         zm.load_state_dict({**state, **found, "lr": zm.rule.lr})
         zm._set(lr=state["lr"])  # which may not be chosen yet: no state to load
 

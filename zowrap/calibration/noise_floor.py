@@ -71,7 +71,7 @@ def noise_floor(
         ZOError: a model that rounds no activations, a population, whose differences are each example's own, or a
             number that is not positive.
     """
-    if zm._job.way is None or not zm._job.way.rounds:
+    if zm.job.way is None or not zm.job.way.rounds:
         raise ZOError("no layer of this model rounds its activations to 8 bit: nothing puts a floor under eps")
     if directions < 1:
         raise ZOError(f"directions must be at least 1, got {directions}")
@@ -80,13 +80,13 @@ def noise_floor(
     eps = zm.eps if eps is None else eps
     against = eps / AGAINST if against is None else against
     check_positive("noise_floor", eps=eps, against=against)
-    inputs, job = zm._prepare(dict(batch)), zm._job
+    inputs, job = zm._prepare(dict(batch)), zm.job
     found: dict[float, list[float]] = {eps / SMALLER: [], eps: [], against: []}
     for number in range(directions):
-        streams = Streams(job, zm._engine, zm._ids, zm.seed, -1 - number, block=number % len(job.blocks))
+        streams = Streams(job, zm.engine, zm._ids, zm.seed, -1 - number, block=number % len(job.blocks))
         signs = torch.tensor([1.0, -1.0], device=job.device)
         for size, differences in found.items():
-            sums, weights = zm._engine.losses(inputs, streams.queries[0], signs * size)
+            sums, weights = zm.engine.losses(inputs, streams.queries[0], signs * size)
             losses = sums.double().sum(-1) / weights.double().sum()
             differences.append(float(losses[0] - losses[1]))
         streams.undo()

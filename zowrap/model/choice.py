@@ -56,9 +56,9 @@ def settle_engine(zm: ZOModel, batch: Batch, planned: Planned) -> bool:
 
     ``batch`` stands for all of them.
     """
-    engine, job = zm._engine, zm._job
+    engine, job = zm.engine, zm.job
     open_still = getattr(engine, "fall_back", False) and not getattr(engine, "executables", None)
-    if not open_still or job.device.type != "cpu" or job.way is not None or zm._schedule.asked == "sequential":
+    if not open_still or job.device.type != "cpu" or job.way is not None or zm.schedule.asked == "sequential":
         return False
     copied = sum(p.tensor.numel() * p.tensor.element_size() for p in job.parameters)
     takes, saves = compile_seconds(job), saved_seconds(zm, batch, planned)
@@ -69,13 +69,13 @@ def settle_engine(zm: ZOModel, batch: Batch, planned: Planned) -> bool:
         f"running eagerly, because compiling takes {telling.about(takes)} the first time and would save "
         f"{telling.about(saves)} of the {steps}: --engine compiled, or engine='compiled', compiles all the same"
     )
-    zm._engine = EagerEngine(job)
+    zm.engine = EagerEngine(job)
     return True
 
 
 def saved_seconds(zm: ZOModel, batch: Batch, planned: Planned) -> float:
     """How much longer the planned steps take on the eager engine."""
-    job, points = zm._job, len(zm.points)
+    job, points = zm.job, len(zm.points)
     moving = sum(p.tensor.numel() for p in job.parameters) / len(job.blocks)
     examples = rows_of(batch) if zm._estimator.per_example else 1  # which the eager engine evaluates one by one
     draws = moving * (points * examples + job.queries)

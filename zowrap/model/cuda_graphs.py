@@ -67,13 +67,13 @@ class Recorder:
         self.recordings: dict[Hashable, Recording] = {}
         self.seen: set[Hashable] = set()
         self.under: Hashable = None
-        self.number = torch.zeros((), dtype=torch.int64, device=zm._job.device)
+        self.number = torch.zeros((), dtype=torch.int64, device=zm.job.device)
         self.failed = False
 
     def step(self, batch: dict[str, Any]) -> StepResult | None:
         """The step on ``batch``, or None where it has to run as it is."""
         zm = self.zm
-        if self.failed or math.isnan(zm.lr) or zm._engine.fallen_back is not None:  # type: ignore[attr-defined]
+        if self.failed or math.isnan(zm.lr) or zm.engine.fallen_back is not None:  # type: ignore[attr-defined]
             return None
         inputs = zm._prepare(batch)
         under = self._under()
@@ -83,7 +83,7 @@ class Recorder:
             self.under = under
         key = self._key(inputs)
         if key not in self.recordings:
-            if key not in self.seen or len(self.recordings) >= MOST * len(zm._job.blocks):
+            if key not in self.seen or len(self.recordings) >= MOST * len(zm.job.blocks):
                 self.seen.add(key)
                 return None
             try:
@@ -101,7 +101,7 @@ class Recorder:
     def _under(self) -> Hashable:
         """What all recordings were made under: seed, schedule, and the memory that the weights lie in."""
         zm = self.zm
-        return zm.seed, zm._schedule.sequential, tuple(t.data_ptr() for t in self._tensors())
+        return zm.seed, zm.schedule.sequential, tuple(t.data_ptr() for t in self._tensors())
 
     def _key(self, inputs: dict[str, Any]) -> Hashable:
         """What one recording is good for: kind of batch, and block."""
@@ -209,7 +209,7 @@ def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
 
 def recorder_for(zm: ZOModel) -> Recorder | None:
     """What records the steps of ``zm``; None where they cannot be, or where that would gain nothing."""
-    job = zm._job
+    job = zm.job
     if job.device.type != "cuda" or not can_be_recorded(zm):
         return None
     return Recorder(zm, cuda_graph(job.device))
@@ -222,4 +222,4 @@ def can_be_recorded(zm: ZOModel) -> bool:
     from the device whether there are columns to multiply apart.
     """
     waits = any(isinstance(module, Int8Linear) and module.threshold > 0 for module in zm.model.modules())
-    return isinstance(zm._engine, CompiledEngine) and zm._job.rule.refresh is None and not waits
+    return isinstance(zm.engine, CompiledEngine) and zm.job.rule.refresh is None and not waits

@@ -85,6 +85,7 @@ class ZOModel:
     Attributes:
         model: the model as given; its tensors move.
         step_count: steps done, skipped ones included.
+        job, engine, schedule: the parts that a step is made of; internal, and only to be read.
         planned: what is to come, where it is known: at the first batch the engine is chosen by it, unless one was
             asked for (:mod:`zowrap.model.choice`).
     """
@@ -105,14 +106,14 @@ class ZOModel:
         self.step_count = 0
         self.planned: Planned | None = None
         self.block_order = block_order
-        self._job = job
+        self.job = job
         self._estimator = estimator
         self._values = values
         self._ids = torch.tensor([p.id for p in job.parameters], dtype=torch.int64, device=job.device)
         self._points = job.points
-        self._schedule = schedule
+        self.schedule = schedule
         self._groups = {alone: groups(self._points, job.device, alone) for alone in (False, True)}
-        self._engine = build_engine(engine, job, len(self._points))
+        self.engine = build_engine(engine, job, len(self._points))
         self._begun: Streams | None = None  # the current step's directions
         self._measured = Measured()
         self._shapes: dict[str, Any] | None = None  # the last batch, on the meta device
@@ -147,7 +148,7 @@ class ZOModel:
             0-d float32: this micro-batch's loss, the mean over the evaluations.
         """
         inputs = self._prepare(_named(batches, batch))
-        return self._measured.add(self._evaluate(inputs), inputs if self._job.rule.candidates else None)
+        return self._measured.add(self._evaluate(inputs), inputs if self.job.rule.candidates else None)
 
     def update(
         self, losses: Tensor | None = None, projected_grad: Tensor | None = None, weights: Tensor | None = None
@@ -164,7 +165,7 @@ class ZOModel:
         Raises:
             ZOError: nothing was accumulated and nothing is given, or what is given has another shape.
         """
-        job, per_example = self._job, self._estimator.per_example
+        job, per_example = self.job, self._estimator.per_example
         if math.isnan(self.lr):
             raise ZOError(
                 "lr='auto' is not chosen yet: zowrap.tune_lr(zm, batches, steps=...) chooses it, before step 1"
@@ -196,7 +197,7 @@ class ZOModel:
         rounding = noise.derive_keys(self.seed, self._now, 0, self._ids, noise.TAG_ROUNDING)
         facts = self._facts()
         with self._moving():
-            self._engine.update(streams, rounding, conclusion)
+            self.engine.update(streams, rounding, conclusion)
             self._streams.keep(conclusion.apply)
             self.step_count += 1
         g = conclusion.projected_grad
@@ -224,7 +225,7 @@ class ZOModel:
     def _facts(self) -> dict[str, Any]:
         """What the journal says of the current step beside its losses."""
         facts: dict[str, Any] = {"step": self.step_count, "seed": self.seed, **self._values}
-        return facts if self._schedule.name == "auto" else {**facts, **self._schedule.record()}
+        return facts if self.schedule.name == "auto" else {**facts, **self.schedule.record()}
 
     def peek(self) -> tuple[Tensor, Tensor]:
         """What :meth:`update` would conclude from the accumulated micro-batches; nothing moves.
@@ -239,19 +240,19 @@ class ZOModel:
         if self._measured.sums is None:
             raise ZOError("peek() has nothing to look at: call accumulate(**batch) first")
         losses, g = self._measured.losses(), self._measured.slopes()
-        return losses, self._job.project(losses, self._job.hyper["eps"]) if g is None else g
+        return losses, self.job.project(losses, self.job.hyper["eps"]) if g is None else g
 
     def _checked(self, losses: Tensor | None, projected_grad: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What :meth:`update` was given, as tensors of the shapes that this step has."""
-        device, per_example = self._job.device, self._estimator.per_example
+        device, per_example = self.job.device, self._estimator.per_example
         if projected_grad is not None:
             projected_grad = torch.as_tensor(projected_grad, dtype=torch.float32, device=device).reshape(-1)
         points = len(self._points)
         if losses is None:
             if projected_grad is None:
                 raise ZOError("update() has nothing to apply: call accumulate(**batch) first")
-            if self._job.rule.candidates is not None:
-                raise ZOError(f"{self._job.rule.name} compares losses: give update() the losses of its candidates too")
+            if self.job.rule.candidates is not None:
+                raise ZOError(f"{self.job.rule.name} compares losses: give update() the losses of its candidates too")
             losses = torch.zeros((points, projected_grad.numel()) if per_example else (points,), device=device)
         elif projected_grad is None and self._estimator.exact:
             raise ZOError(f"losses alone do not give {self._estimator.name!r} its slopes: give projected_grad too")
@@ -262,7 +263,7 @@ class ZOModel:
         elif losses.shape != (points + self._candidates,):
             count = points + self._candidates
             raise ZOError(f"this step has {count} evaluations, got losses of shape {tuple(losses.shape)}")
-        directions = losses.shape[1] if per_example else self._job.queries
+        directions = losses.shape[1] if per_example else self.job.queries
         if projected_grad is not None and projected_grad.shape != (directions,):
             what = "examples" if per_example else "queries"
             raise ZOError(f"this step has {directions} {what}, got {projected_grad.numel()} projected gradients")
@@ -285,19 +286,19 @@ class ZOModel:
     @property
     def _candidates(self) -> int:
         """How many losses the rule asks for once the projected gradient is known."""
-        return self._job.candidates
+        return self.job.candidates
 
     @torch.no_grad()
     def _candidate_losses(self, losses: Tensor, projected_grad: Tensor | None) -> Tensor:
         """float32 ``[candidates]``: the losses of the accumulated micro-batches at the rule's candidates."""
-        job = self._job
+        job = self.job
         assert job.rule.candidates is not None
         g = job.project(losses, job.hyper["eps"]) if projected_grad is None else projected_grad
         coefficients = job.rule.candidates(g, job.hyper)
         total: Any = 0.0
         for batch in self._measured.batches:
-            parts = coefficients.split(1) if self._schedule.sequential else [coefficients]
-            sums = [self._engine.losses(batch, self._streams.queries[0], part)[0] for part in parts]
+            parts = coefficients.split(1) if self.schedule.sequential else [coefficients]
+            sums = [self.engine.losses(batch, self._streams.queries[0], part)[0] for part in parts]
             total = total + torch.cat(sums).double().sum(-1)
         return (total / self._measured.weight).float()
 
@@ -324,7 +325,7 @@ class ZOModel:
                 f"this journal record is step {step} of seed {seed}; the model stands at step {self.step_count} "
                 f"of seed {self.seed}"
             )
-        self._schedule.take(*schedule)
+        self.schedule.take(*schedule)
         self.discard()
         self._set(**values)
         return self.update(losses=losses, projected_grad=g, weights=weights)
@@ -338,8 +339,8 @@ class ZOModel:
     @torch.no_grad()
     def loss(self, *batches: Any, **batch: Any) -> Tensor:
         """The loss at θ, 0-d float32. Nothing changes."""
-        sums, weights = self._engine.losses(
-            self._prepare(_named(batches, batch)), None, torch.zeros(1, device=self._job.device)
+        sums, weights = self.engine.losses(
+            self._prepare(_named(batches, batch)), None, torch.zeros(1, device=self.job.device)
         )
         return (sums.double().sum() / weights.double().sum()).float()
 
@@ -350,7 +351,7 @@ class ZOModel:
         """One micro-batch at the points of the step, grouped as the schedule has it."""
         if self._estimator.per_example:
             per_example_names(batch)  # before anything is captured: raises where the batch does not fit
-        self._schedule.settle(self._job, self._engine, batch, self._choose_engine)
+        self.schedule.settle(self.job, self.engine, batch, self._choose_engine)
         if self._estimator.per_example:
             first = self._measured.examples
             streams = [self._streams.population(range(first, first + rows_of(batch)))]
@@ -361,14 +362,14 @@ class ZOModel:
         weights = torch.zeros(())
         if self._estimator.exact:
             for stream in streams:
-                value, slope, weights = cast("EagerEngine", self._engine).derivative(batch, stream)
+                value, slope, weights = cast("EagerEngine", self.engine).derivative(batch, stream)
                 sums.append(value.double().sum().reshape(1))
                 slopes.append(slope.double().sum().reshape(1))
             return Measurement(torch.cat(sums), weights.double().sum(), torch.cat(slopes))
-        with self._engine.one_batch():
-            for direction, signs in self._groups[self._schedule.sequential]:
+        with self.engine.one_batch():
+            for direction, signs in self._groups[self.schedule.sequential]:
                 along = None if direction is None else streams[direction]
-                rows, weights = self._engine.losses(batch, along, signs * self._job.hyper["eps"])
+                rows, weights = self.engine.losses(batch, along, signs * self.job.hyper["eps"])
                 sums.append(rows.double() if self._estimator.per_example else rows.double().sum(-1))
         return Measurement(torch.cat(sums), weights.double() if self._estimator.per_example else weights.double().sum())
 
@@ -385,13 +386,13 @@ class ZOModel:
     def _streams(self) -> Streams:
         """The directions of the current step."""
         if self._begun is None:
-            self._begun = Streams(self._job, self._engine, self._ids, self.seed, self._now, self._block)
+            self._begun = Streams(self.job, self.engine, self._ids, self.seed, self._now, self._block)
         return self._begun
 
     @property
     def _block(self) -> int:
         """The block that the current step moves."""
-        return block_lib.active(self.step_count, len(self._job.blocks), self.block_order, self.seed)
+        return block_lib.active(self.step_count, len(self.job.blocks), self.block_order, self.seed)
 
     @property
     def _now(self) -> int | Tensor:
@@ -404,7 +405,7 @@ class ZOModel:
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 # Compiled code relies on the strides.
-                inputs[name] = value.to(self._job.device, non_blocking=True).contiguous()
+                inputs[name] = value.to(self.job.device, non_blocking=True).contiguous()
             elif value is not None:
                 inputs[name] = value
         tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
@@ -412,7 +413,7 @@ class ZOModel:
             raise ZOError("a step needs a batch of tensors, for example step(input_ids=..., labels=...)")
         if any(t.ndim and t.shape[0] == 0 for t in tensors):
             raise ZOError("this batch has no rows")
-        self._job.loss.settle(inputs)
+        self.job.loss.settle(inputs)
         self._shapes = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in inputs.items()}
         return inputs
 
@@ -420,7 +421,7 @@ class ZOModel:
 
     @property
     def rule(self) -> Rule:
-        return self._job.rule
+        return self.job.rule
 
     @property
     def accumulated(self) -> bool:
@@ -434,7 +435,7 @@ class ZOModel:
 
     def options(self) -> dict[str, Any]:
         """The options of ``zo_wrap`` under which a step probes; ``blocks`` by the names they have here."""
-        job = self._job
+        job = self.job
         return {
             "rule": job.rule,
             "eps": self.eps,
@@ -444,33 +445,33 @@ class ZOModel:
             "estimator": self._estimator.name,
             "blocks": [block.name for block in job.blocks],
             "block_order": self.block_order,
-            "memory": self._schedule.name,
+            "memory": self.schedule.name,
         }
 
     @property
     def quantized(self) -> str | None:
         """How the model's quantised weights move, see :mod:`zowrap.quant.modes`; None where it has none."""
-        return None if self._job.way is None else self._job.way.name
+        return None if self.job.way is None else self.job.way.name
 
     @property
     def masters(self) -> bool:
         """Whether 16-bit weights are rounded copies of float32 ones, which are part of the rule's state."""
-        return self._job.masters
+        return self.job.masters
 
     @property
     def along(self) -> str:
         """What 16-bit weights' updates go along: the direction ``"drawn"`` or the one ``"evaluated"``."""
-        return "drawn" if self._job.other is None else "evaluated"
+        return "drawn" if self.job.other is None else "evaluated"
 
     @property
     def loss_module(self) -> LossModule:
         """The model and its loss as they are evaluated: ``loss_module(batch) -> (sums, weights)``."""
-        return self._job.loss
+        return self.job.loss
 
     @property
     def parameters(self) -> list[Parameter]:
         """What moves: canonical names and tensors."""
-        return self._job.parameters
+        return self.job.parameters
 
     @property
     def lr(self) -> float:
@@ -494,7 +495,7 @@ class ZOModel:
         self._set(eps=float(value))
 
     def _set(self, **values: float) -> None:
-        if (values.get("weight_decay", 0.0) > 0) != self._job.decays and "weight_decay" in values:
+        if (values.get("weight_decay", 0.0) > 0) != self.job.decays and "weight_decay" in values:
             raise ZOError(
                 f"this was recorded with weight_decay={values['weight_decay']:g}, the model is wrapped with "
                 f"weight_decay={self._values['weight_decay']:g}: wrap it with the recorded one"
@@ -502,7 +503,7 @@ class ZOModel:
         for name, value in values.items():
             if value != self._values[name]:
                 self._values[name] = value
-                self._job.hyper[name].fill_(value)
+                self.job.hyper[name].fill_(value)
 
     # --- state ------------------------------------------------------------------------------------------------
 
@@ -519,7 +520,7 @@ class ZOModel:
         return self._state()
 
     def _state(self) -> dict[str, Any]:
-        job = self._job
+        job = self.job
         state: dict[str, Any] = {
             "rule": job.rule.describe(),
             "step": self.step_count,
@@ -532,7 +533,7 @@ class ZOModel:
             "along": self.along,
             "parameters": parameters_hash(job.parameters),
             "loss": job.loss.form,
-            **self._schedule.record(),
+            **self.schedule.record(),
             **self._values,
         }
         for block, scalars in zip(job.blocks, job.states, strict=True):
@@ -551,10 +552,10 @@ class ZOModel:
         """
         check_state(state, self._state())
         state = {**LATER, **state}
-        self._schedule.take(state["memory"], state["largest_batch"])
+        self.schedule.take(state["memory"], state["largest_batch"])
         self.discard()
         self._set(**{name: float(state[name]) for name in self._values})
-        job = self._job
+        job = self.job
         job.loss.settle_as(state["loss"])
         for block, scalars in zip(job.blocks, job.states, strict=True):
             for name, value in scalars.items():
@@ -576,11 +577,11 @@ class ZOModel:
 
         ``key`` is what all noise derives from: the seed, and which parameters it was drawn for.
         """
-        key = f"seed {self.seed}, parameters {parameters_hash(self._job.parameters)}"
+        key = f"seed {self.seed}, parameters {parameters_hash(self.job.parameters)}"
         return {"rule": self.rule.describe(), "steps": str(self.step_count), "seed": str(self.seed), "key": key}
 
     def inspect(self) -> Any:
         """What moves, how, and at what cost: see :class:`zowrap.model.inspect.Report`."""
         from zowrap.model.inspect import report
 
-        return report(self._job, self._engine, self._schedule, self._values, self._shapes)
+        return report(self.job, self.engine, self.schedule, self._values, self._shapes)

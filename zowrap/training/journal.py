@@ -167,7 +167,7 @@ def environment(zm: ZOModel) -> dict[str, Any]:
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     found = {"torch": torch.__version__, "device": kind, "threads": torch.get_num_threads()}
     # Before the first step nothing is compiled yet: a run that was to be compiled may still turn out to be eager.
-    return {**found, "engine": zm._engine.describe()["engine"], "memory": zm._schedule.name} if zm.step_count else found
+    return {**found, "engine": zm.engine.describe()["engine"], "memory": zm.schedule.name} if zm.step_count else found
 
 
 def parameters_hash(zm: ZOModel) -> str:

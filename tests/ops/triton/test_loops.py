@@ -118,7 +118,7 @@ def exercise(
     zm: Any, dtype: torch.dtype, checked: list[str], device: torch.device, count: int = 1003, columns: int = 17
 ) -> None:
     """Every kernel of a model on numbers of all kinds."""
-    kernel, job = zm._engine.kernels, zm._job
+    kernel, job = zm.engine.kernels, zm.job
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
@@ -159,9 +159,9 @@ def test_codes_are_written_as_the_reference_writes_them(checked: list[str], devi
     unit[2] = 0
     key = torch.tensor([1, 2], dtype=torch.int32, device=device)
     args = (old, old + 0.3 * torch.randn_like(old), unit, 0, key)
-    _write(zm._engine.kernels, codes, *args, torch.tensor(False, device=device))
+    _write(zm.engine.kernels, codes, *args, torch.tensor(False, device=device))
     assert torch.equal(codes, before)
-    _write(zm._engine.kernels, codes, *args, torch.tensor(True, device=device))
+    _write(zm.engine.kernels, codes, *args, torch.tensor(True, device=device))
     assert len(checked) == 2 and not torch.equal(codes, before) and torch.equal(codes[2], before[2])
 
 

@@ -61,7 +61,7 @@ with machine_code.compiling() as found:
     for dtype in (bf16, f16):
         for masters, along in [(False, "evaluated"), (True, "drawn"), (True, "evaluated")]:
             elementwise("zo_adam", None, dtype, masters=masters, along=along)
-    write_codes(loops.kernels_of("zo_sgd", None, f32, cpu)._engine.kernels, 64, 0)
+    write_codes(loops.kernels_of("zo_sgd", None, f32, cpu).engine.kernels, 64, 0)
     note("loop codes")
     for rule, dtype, tokens, points in [
         ("zo_sgd", bf16, 128, 2), ("conmezo", f16, 128, 2), ("conmezo", f16, 1, 2), ("conmezo", f32, 32, 2),
@@ -79,7 +79,7 @@ def step(rule, dtype, direction):
     model.register_parameter("scale", torch.nn.Parameter(torch.ones(1)))
     loss = lambda m, b: (m(b["x"]) * m.scale).sum(-1)
     zm = loops.zowrap.zo_wrap(model.to(dtype), rule, lr=1e-2, direction=direction, loss_fn=loss)
-    job, engine, kernel = zm._job, zm._engine, zm._engine.kernels
+    job, engine, kernel = zm.job, zm.engine, zm.engine.kernels
     engine._warm(0, 2)
     warmed = {line["variant"] for line in found}
     stream = zm._streams.queries[0]
@@ -96,7 +96,7 @@ for rule, dtype, direction in [("conmezo", bf16, None), ("zo_sgd", f32, "sphere"
     with machine_code.compiling() as found:
         cold += step(rule, dtype, direction)
 with machine_code.compiling() as found:
-    kernel = loops.kernels_of("zo_sgd", None, f32, cpu)._engine.kernels
+    kernel = loops.kernels_of("zo_sgd", None, f32, cpu).engine.kernels
     code_operators.warm(kernel, cpu, kernels.alike(64))
     warmed = {line["variant"] for line in found}
     for first in (16, 35):

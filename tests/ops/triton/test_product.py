@@ -17,7 +17,7 @@ from zowrap.ops.triton import product
 def spec_of(rule: str, direction: str | None, device: torch.device) -> tuple[str, kernels.Kernels]:
     layer = torch.nn.Linear(5, 3).to(device)
     zm = zowrap.zo_wrap(layer, rule, lr=1e-2, direction=direction, loss_fn=lambda m, b: m(b["x"]).sum(-1))
-    return zm._engine.spec, zm._engine.kernels  # type: ignore[attr-defined]
+    return zm.engine.spec, zm.engine.kernels  # type: ignore[attr-defined]
 
 
 def reference(
