@@ -6,11 +6,11 @@ What needs no torch comes first, and is told at once: importing it takes seconds
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +19,10 @@ from typing import Any
 
 from zowrap import names
 from zowrap.cli.console import quiet_libraries
-from zowrap.cli.options import StepOptions, TuneOptions, load_plugins, split_labels
-from zowrap.errors import ZOError, first_line, nearest, need_package
+from zowrap.cli.options import SharedOptions, TuneOptions, load_plugins, split_labels
+from zowrap.errors import Option, ZOError, first_line, nearest, need_package
 from zowrap.names import python_file
+from zowrap.step.options import ENTRIES, StepOptions, check_values, values_of
 from zowrap.storage.atomic import holds, same_place
 from zowrap.storage.folder import RunFolder
 from zowrap.storage.safetensors import check_directory
@@ -66,17 +67,14 @@ def check_at_once(options: TuneOptions) -> None:
     check_out_is_free(options)
 
 
-def check_step_options(options: StepOptions) -> None:
+def check_step_options(options: SharedOptions) -> None:
     """The same for what ``tune`` and ``inspect`` share."""
     for plugin in options.plugin:
         python_file(plugin)
     _check_rule(options)
     rule_options(options)
-    one_of("--engine", options.engine, names.ENGINES)
-    one_of("--estimator", options.estimator, names.ESTIMATORS)
-    one_of("--memory", options.memory, names.MEMORY)
-    one_of("--along", options.along, names.ALONG)
-    one_of("--block-order", options.block_order, names.BLOCK_ORDERS)
+    with spelled_for(options):
+        check_values(options, [name for name in ENTRIES if name != "lr"])
     one_of("--head", options.head, (*names.FORMS, "auto"))
     one_of("--dtype", options.dtype, (*names.DTYPES, "auto"))
     check_quantization(options)
@@ -88,19 +86,13 @@ def check_step_options(options: StepOptions) -> None:
             "--load-in-8bit, --load-in-4bit and --quantized, or take --head sentence"
         )
     at_least(options, batch_size=1, lora_r=1, lora_alpha=1)
-    if options.eps is not None and not (math.isfinite(options.eps) and options.eps > 0):
-        raise ZOError(f"--eps must be a positive finite number, got {options.eps}")
-    if options.queries is not None and options.queries < 1:
-        raise ZOError(f"--queries must be a whole number from 1, got {options.queries}")
-    if not (math.isfinite(options.weight_decay) and options.weight_decay >= 0):
-        raise ZOError(f"--weight-decay must be a finite number from 0, got {options.weight_decay}")
     split_labels(options.labels)
 
 
 def check_options(options: TuneOptions) -> None:
     """Raise :class:`ZOError` for the first option that the library refuses; no model is loaded, nothing is written."""
-    with users_words(options):
-        _check_zeroth_order(options)
+    with spelled_for(options):
+        choose_step_method(options)
         _check_trackers(options.report_to)
         to_config(options)
 
@@ -113,7 +105,7 @@ def at_least(options: Any, **least: int) -> None:
             raise ZOError(f"--{name.replace('_', '-')} must be at least {limit}, got {value}")
 
 
-def _check_rule(options: StepOptions) -> None:
+def _check_rule(options: SharedOptions) -> None:
     """Whether there is such a rule; plugins and installed packages, which may bring it, are asked when they are loaded.
 
     In a process that has rules loaded already, those are the ones there are.
@@ -135,7 +127,7 @@ def _check_first_row(file: str, options: TuneOptions) -> None:
         text_of(row, options.text_column)
 
 
-def check_quantization(options: StepOptions) -> None:
+def check_quantization(options: SharedOptions) -> None:
     """Raise :class:`ZOError` for options about quantisation and adapters that exclude or need one another."""
     if options.load_in_8bit and options.load_in_4bit:
         raise ZOError("--load-in-8bit and --load-in-4bit are two ways to load a model: give one")
@@ -161,32 +153,22 @@ def one_of(option: str, value: str | None, choices: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def users_words(options: StepOptions) -> Iterator[None]:
-    """In an error of the library about a value, name the option of the command line that carried it."""
+def spelled_for(options: SharedOptions) -> Iterator[None]:
+    """Spell the options in an error of the library as the command line does."""
     try:
         yield
     except ZOError as error:
-        about = re.match(r"(?:\w+: )?(\w+) (must .*)", str(error), re.DOTALL)
-        if about is None:
-            text = re.sub(r"(?:\w+=)?BitsAndBytesConfig\((\w+=True)\)", r"\1", str(error))
-            text = re.sub(r"\b(\w+)=('[^']*'|True|[\d.e-]+\d)", _as_option, text)
-            if text == str(error):
-                raise
-            raise type(error)(text) from error
-        name, rest = about.groups()
-        if name in FIELDS:
-            raise ZOError(f"--{name.replace('_', '-')} {rest}") from error
-        if name in rule_options(options):
-            raise ZOError(f"--rule-option {name} {rest}") from error
-        raise
+        raise error.reworded(functools.partial(_spell, options)) from error
 
 
-def _as_option(found: re.Match[str]) -> str:
-    """``quantized='scales'`` → ``--quantized scales``, where there is such an option."""
-    name, value = found.groups()
-    if name not in FIELDS:
-        return found[0]
-    return f"--{name.replace('_', '-')}" + ("" if value == "True" else f" {value.strip(chr(39))}")
+def _spell(options: SharedOptions, option: Option) -> str:
+    """``quantized='scales'`` → ``--quantized scales``; an option that is not the command line's stays as it is."""
+    if option.rule:
+        return f"--rule-option {option.name}" if option.name in rule_options(options) else str(option)
+    if option.name not in FIELDS:
+        return str(option)
+    name = f"--{option.name.replace('_', '-')}"
+    return f"{name} {option.value}" if option.has_value and option.value is not True else name
 
 
 def learning_rate(options: TuneOptions) -> float | str:
@@ -206,29 +188,24 @@ def learning_rate(options: TuneOptions) -> float | str:
     return lr
 
 
-def _check_zeroth_order(options: TuneOptions) -> None:
-    """Let ``zo_wrap`` itself judge its options, on a model of one weight."""
-    import torch
-    from torch import nn
+def step_values(options: SharedOptions) -> dict[str, Any]:
+    """The options of a step as ``zo_wrap`` and ``ZOConfig`` take them, but for the rule, which has options of its own.
 
+    ``lr`` is left out of those that do not train.
+    """
+    values = values_of(options)
+    values["lr"] = learning_rate(options) if isinstance(options, TuneOptions) else None
+    if options.blocks == ["layer"]:
+        values["blocks"] = "layer"
+    return values
+
+
+def choose_step_method(options: SharedOptions) -> None:
+    """Raise :class:`ZOError` where rule, direction, estimator and the like do not go together."""
     from zowrap.rules.registry import get
-    from zowrap.wrap import zo_wrap
+    from zowrap.step.method import choose_method
 
-    zo_wrap(
-        nn.Linear(1, 1, dtype=torch.bfloat16 if options.along == "evaluated" else None),
-        get(options.rule, **rule_options(options)),
-        lr=learning_rate(options),
-        eps=options.eps,
-        seed=options.seed,
-        direction=options.direction,
-        queries=options.queries,
-        estimator=options.estimator,
-        block_order=options.block_order,
-        weight_decay=options.weight_decay,
-        along=options.along,
-        memory=options.memory,
-        engine="eager",
-    )
+    choose_method(StepOptions(**{**step_values(options), "rule": get(options.rule, **rule_options(options))}))
 
 
 def _check_trackers(names: list[str]) -> None:
@@ -243,7 +220,7 @@ def _check_trackers(names: list[str]) -> None:
             raise ZOError(f"--report-to {name}: {first_line(error)}") from error
 
 
-def rule_options(options: StepOptions) -> dict[str, Any]:
+def rule_options(options: SharedOptions) -> dict[str, Any]:
     """``["beta=0.9"]`` → ``{"beta": 0.9}``."""
     values: dict[str, Any] = {}
     for item in options.rule_option:
@@ -292,29 +269,14 @@ def to_config(options: TuneOptions) -> Any:
     try:
         return ZOConfig(
             output_dir=str(options.out),
-            learning_rate=learning_rate(options),  # type: ignore[arg-type]
-            rule=options.rule,
             rule_options=rule_options(options) or None,
-            eps=options.eps,
-            quantized=options.quantized,
-            masters=options.masters,
-            along=options.along,
-            direction=options.direction,
-            queries=options.queries,
-            estimator=options.estimator,
-            blocks=options.blocks or None,
-            block_order=options.block_order,
-            trainable=options.trainable or None,
-            engine=options.engine,
-            memory=options.memory,
-            weight_decay=options.weight_decay,
+            **step_values(options),
             max_steps=options.steps,
             per_device_train_batch_size=options.batch_size,
             per_device_eval_batch_size=options.eval_batch_size or max(32, options.batch_size),
             gradient_accumulation_steps=options.grad_accum,
             lr_scheduler_type=schedule,
             warmup_steps=options.warmup_steps,
-            seed=options.seed,
             save_total_limit=options.save_total_limit,
             report_to=options.report_to or "none",
             # Of a language model the loss is what matters; a class is right or wrong.

@@ -8,17 +8,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from zowrap import names
-from zowrap.cli.checks import at_least, check_step_options, one_of, rule_options, users_words
+from zowrap.cli.checks import at_least, check_step_options, one_of, rule_options, spelled_for, step_values
 from zowrap.cli.console import begin, quiet_libraries, result, say
-from zowrap.cli.options import StepOptions, load_plugins, option, split_labels, takes
+from zowrap.cli.options import SharedOptions, load_plugins, option, split_labels, takes
 from zowrap.cli.paths import PATH
 from zowrap.cli.tasks import resolve_task, saved_task
 from zowrap.errors import ZOCaptureError, ZOError
+from zowrap.step.options import ENTRIES
 from zowrap.storage.safetensors import check_directory
 from zowrap.tasks.rows import check_source
 
@@ -26,7 +27,8 @@ LENGTH = 256  # tokens of a row where --max-length does not say: a paragraph
 
 
 @dataclasses.dataclass(kw_only=True)
-class InspectOptions(StepOptions):
+class InspectOptions(SharedOptions):
+    LEFT_OUT: ClassVar = tuple(name for name, entry in ENTRIES.items() if not entry.costs)
     model: Annotated[str, typer.Argument(help="A model directory, a run, or a hub name.", show_default=False), PATH]
     task: Annotated[str | None, option("--task", "classification or lm; by default the checkpoint's own head.")] = None
     max_length: Annotated[
@@ -60,7 +62,7 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
         raise ZOError(f"there is no program to {'print' if options.programs else 'draw'}: {problem}")
     plan = _plan(options, zm, estimator, problem)
     programs = [] if estimator is None else estimator.programs()
-    facts = report(zm.job, zm.engine, zm.schedule, zm._values, None, plan.costs)
+    facts = report(zm.job, zm.engine, zm.schedule, zm.hyper, None, plan.costs)
     facts.notes = {name: laid.program.notes for name, laid in programs}
     record: dict[str, Any] = {"model": options.model, "dtype": _name(dtype), **plan.record(), **facts.as_dict()}
     record["eps_why"], record["noise_floor"] = _why_eps(options, zm), None
@@ -136,28 +138,13 @@ def _wrap(options: InspectOptions, model: Any, trainable: Any, loss_fn: Any) -> 
     from zowrap.rules.registry import get
     from zowrap.wrap import zo_wrap
 
-    with users_words(options):
+    with spelled_for(options):
         way = modes.from_options(model, dataclasses.asdict(options), seed=0)
         if way is not None or options.use_peft:
             trainable = None
-        return zo_wrap(
-            model,
-            get(options.rule, **rule_options(options)),
-            eps=options.eps,
-            direction=options.direction,
-            queries=options.queries,
-            estimator=options.estimator,
-            blocks=blocks_of(options.blocks),
-            block_order=options.block_order,
-            trainable=options.trainable or trainable,
-            loss_fn=loss_fn,
-            engine=options.engine,
-            weight_decay=options.weight_decay,
-            quantized=options.quantized,
-            memory=options.memory,
-            masters=options.masters,
-            along=options.along,
-        )
+        rule = get(options.rule, **rule_options(options))
+        values = {**step_values(options), "rule": rule, "trainable": options.trainable or trainable}
+        return zo_wrap(model, loss_fn=loss_fn, **values)
 
 
 def _why_eps(options: InspectOptions, zm: Any) -> str:
@@ -202,13 +189,6 @@ def _floor_line(found: Any) -> str:
         f"floor      {where} rounding moves a difference of two losses by {found.rounding:.2g}; "
         f"signs agree with those at eps {found.against:.2g} on {found.agreement:.0%}"
     )
-
-
-def blocks_of(values: list[str]) -> str | list[str] | None:
-    """``--blocks`` as ``zo_wrap`` takes it: nothing, ``"layer"``, or a list of patterns."""
-    if not values:
-        return None
-    return "layer" if values == ["layer"] else list(values)
 
 
 def _estimator(zm: Any, shapes: Any) -> tuple[Any, str | None]:

@@ -1,6 +1,7 @@
 """The options of the commands: each a line of a dataclass, from which typer's signature is made.
 
-One table then serves the command line, ``--config`` files, ``--resume`` and the configuration that a run saves.
+Those of a step come from :class:`zowrap.step.options.StepOptions`. The dataclasses serve the command line, ``--config``
+files, ``--resume`` and the configuration that a run saves.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import typer
 from zowrap.cli.config import apply
 from zowrap.cli.paths import PATH, _is_path, expand
 from zowrap.errors import ZOError
+from zowrap.step.options import ENTRIES, METADATA, StepOptions
 
 
 def takes(options: type) -> Callable[[Callable[[typer.Context, Any], Any]], Callable[..., Any]]:
@@ -23,12 +25,14 @@ def takes(options: type) -> Callable[[Callable[[typer.Context, Any], Any]], Call
     def decorate(function: Callable[[typer.Context, Any], Any]) -> Callable[..., Any]:
         def command(context: typer.Context, **values: Any) -> Any:
             values.update({name: expand(values[name]) for name in paths})
+            values.update({name: values[name] or None for name in ENTRIES if values.get(name) == []})
             return function(context, options(**values))
 
-        hints = get_type_hints(options, include_extras=True)
-        paths = [field.name for field in dataclasses.fields(options) if _is_path(hints[field.name])]
+        hints = typer_annotations(options)
+        fields = [field for field in dataclasses.fields(options) if field.name in hints]
+        paths = [name for name, hint in hints.items() if _is_path(hint)]
         parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
-        for field in dataclasses.fields(options):
+        for field in fields:
             default = field.default
             if default is dataclasses.MISSING:
                 default = inspect.Parameter.empty if field.default_factory is dataclasses.MISSING else []
@@ -44,6 +48,23 @@ def takes(options: type) -> Callable[[Callable[[typer.Context, Any], Any]], Call
         return command
 
     return decorate
+
+
+def typer_annotations(options: type) -> dict[str, Any]:
+    """What typer is to know of each field that the command takes, by name.
+
+    A field of the table of step options says it there; the command's ``LEFT_OUT`` are those that it does not take.
+    """
+    hints = get_type_hints(options, include_extras=True)
+    found = {}
+    for field in dataclasses.fields(options):
+        entry = field.metadata.get("entry")
+        if entry is not None:
+            text = option(f"--{field.name.replace('_', '-')}", entry.help, entry.group)
+            found[field.name] = Annotated[hints[field.name], text]
+        else:
+            found[field.name] = hints[field.name]
+    return {name: hint for name, hint in found.items() if name not in getattr(options, "LEFT_OUT", ())}
 
 
 def load_plugins(named: list[str]) -> None:
@@ -79,7 +100,6 @@ Json = Annotated[bool, option("--json", "Print one JSON object on stdout; everyt
 Plugin = Annotated[
     list[str], option("--plugin", "Python file or module that registers update rules of your own. Repeatable."), PATH
 ]
-Memory = Annotated[str, option("--memory", "paired, sequential or auto: the faster one that fits.", "Zeroth order")]
 TaskKind = Annotated[str, option("--task", "classification or lm.", "Data")]
 Head = Annotated[
     str,
@@ -109,52 +129,14 @@ Trust = Annotated[bool, option("--trust-remote-code", "Run code that the model's
 
 
 @dataclasses.dataclass
-class StepOptions:
-    """What changes what moves or what a step costs: the options that ``tune`` and ``inspect`` share."""
+class SharedOptions(StepOptions):
+    """What ``tune`` and ``inspect`` share: everything that changes what moves or what a step costs."""
 
-    rule: Annotated[str, option("--rule", "Update rule (zowrap rules lists them).", "Zeroth order")] = "meazo"
+    # A command line has no unions.
+    lr: str | None = dataclasses.field(default=None, metadata=METADATA["lr"])  # type: ignore[assignment]
     rule_option: Annotated[
         list[str], option("--rule-option", "Hyper-parameter of the rule, name=value. Repeatable.", "Zeroth order")
     ] = dataclasses.field(default_factory=list)
-    # None: 1e-3, the field's choice for full tuning in float32; of quantised weights, that of the way they move.
-    eps: Annotated[
-        float | None,
-        option("--eps", "Size of the perturbation; by default 1e-3, or quantised weights' own.", "Zeroth order"),
-    ] = None
-    # None of these three: the rule's own. All but FZOO want gaussian directions, one a step, central differences.
-    direction: Annotated[
-        str | None,
-        option(
-            "--direction",
-            "gaussian, sphere, unit_sphere, rademacher, lowrank(r), sparse(s), cone; by default the rule's own.",
-            "Zeroth order",
-        ),
-    ] = None
-    queries: Annotated[
-        int | None, option("--queries", "Directions per step, averaged; by default the rule's own.", "Zeroth order")
-    ] = None
-    estimator: Annotated[
-        str | None, option("--estimator", "central, forward or population; by default the rule's own.", "Zeroth order")
-    ] = None
-    blocks: Annotated[
-        list[str],
-        option("--blocks", "'layer', or name patterns: one block moves per step. Repeatable.", "Zeroth order"),
-    ] = dataclasses.field(default_factory=list)
-    block_order: Annotated[str, option("--block-order", "Order of the blocks.", "Zeroth order")] = "ascending"
-    trainable: Annotated[
-        list[str], option("--trainable", "Name pattern of weights that move. Repeatable.", "Zeroth order")
-    ] = dataclasses.field(default_factory=list)
-    # 0: zeroth-order runs are short and start from trained weights.
-    weight_decay: Annotated[float, option("--weight-decay", "Decoupled, on matrices only.", "Zeroth order")] = 0.0
-    engine: Annotated[
-        str | None,
-        option(
-            "--engine",
-            "compiled or eager. Default: compiled where possible and worth it.",
-            "Zeroth order",
-        ),
-    ] = None
-    memory: Memory = "auto"
     batch_size: Annotated[int, option("--batch-size", "Examples per forward pass.", "Training")] = 16
     head: Head = "auto"
     labels: Labels = None
@@ -163,19 +145,10 @@ class StepOptions:
     label_column: LabelColumn = "label"
     end_of_text: EndOfText = False
     dtype: Dtype = None
-    masters: Annotated[
-        bool, option("--masters", "Round 16-bit weights from float32 ones kept beside them.", "Model")
-    ] = False
-    along: Annotated[
-        str, option("--along", "What 16-bit weights move along: the direction drawn, or evaluated.", "Model")
-    ] = "drawn"
     load_in_8bit: Annotated[bool, option("--load-in-8bit", "Quantise the weights to 8 bit on loading.", "Model")] = (
         False
     )
     load_in_4bit: Annotated[bool, option("--load-in-4bit", "Quantise the weights to 4 bit (nf4).", "Model")] = False
-    quantized: Annotated[
-        str | None, option("--quantized", "How quantised weights move: scales, codes or adapters.", "Model")
-    ] = None
     use_peft: Annotated[bool, option("--use-peft", "Put LoRA adapters on the model: they alone move.", "Model")] = False
     lora_r: Annotated[int, option("--lora-r", "Rank of the adapters.", "Model")] = 8
     lora_alpha: Annotated[int, option("--lora-alpha", "Scale of the adapters, over their rank.", "Model")] = 16
@@ -193,7 +166,7 @@ class StepOptions:
 
 
 @dataclasses.dataclass
-class TuneOptions(StepOptions):
+class TuneOptions(SharedOptions):
     """Everything ``zowrap tune`` takes. Defaults that are None are resolved from the model or the rule."""
 
     model: Annotated[str | None, typer.Argument(help="Model directory or hub name.", show_default=False), PATH] = None
@@ -212,16 +185,13 @@ class TuneOptions(StepOptions):
         PATH,
     ] = None
     out: Annotated[str | None, option("--out", "Directory of the run; it loads with from_pretrained."), PATH] = None
-    # Text: a number, or "auto". A run keeps the number.
-    lr: Annotated[
-        str, option("--lr", "Learning rate; auto chooses it from a few forward passes before step 1.", "Zeroth order")
-    ] = "auto"
+    # auto, because no default suits every model. A run keeps the number that was chosen.
+    lr: str = dataclasses.field(default="auto", metadata=METADATA["lr"])  # type: ignore[assignment]
     # 600 steps of 16: the smallest run that moved a pretrained encoder by ten points in our measurements.
     steps: Annotated[int, option("--steps", "Number of steps.", "Training")] = 600
     grad_accum: Annotated[int, option("--grad-accum", "Micro-batches per step, under one direction.", "Training")] = 1
     lr_schedule: Annotated[str, option("--lr-schedule", "constant, linear, cosine.", "Training")] = "constant"
     warmup_steps: Annotated[int, option("--warmup-steps", "Steps over which the rate rises from 0.", "Training")] = 0
-    seed: Annotated[int, option("--seed", "Of the noise, the data order and a fresh head.", "Training")] = 0
     eval_every: Annotated[
         int | None, option("--eval-every", "Steps between evaluations; by default a tenth of the run.", "Training")
     ] = None

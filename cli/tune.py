@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from zowrap.cli.checks import check_at_once, check_options, check_out_is_free, to_config, users_words
+from zowrap.cli.checks import check_at_once, check_options, check_out_is_free, spelled_for, to_config
 from zowrap.cli.console import Interrupted, begin, quiet_libraries, result, say
 from zowrap.cli.options import TuneOptions, load_plugins, takes
 from zowrap.cli.restore import restored, saved_options
@@ -169,7 +169,7 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     model = plan.task.build(plan.source, dtype, options.seed)
     say(f"{plan.source.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights in {name} ({why})")
     quantized, eps = options.quantized, options.eps
-    with users_words(options):
+    with spelled_for(options):
         way = modes.from_options(model, dataclasses.asdict(options), options.seed)
     if way is not None and getattr(plan.task, "form", None) == "vectors":
         raise ZOError(f"--head vectors is for plain weights, and those of {plan.source.name} are quantised")
@@ -190,7 +190,7 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
     config = to_config(options)
     if not options.trainable and options.quantized is None and not options.use_peft:
         config.trainable = plan.task.default_trainable(model)
-    with users_words(options):
+    with spelled_for(options):
         trainer = ZOTrainer(
             model=model,
             args=config,

@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).parent / "support_messages"
-# What moves is a vector for each label, which begins as the embedding of its name. The encoder is the same for the 64
-# directions of a step and computed once: 128 evaluations cost little more than one forward. Chosen on held-out rows.
+# What moves is a vector for each label, which begins as the embedding of its name. The encoder is the same for the 128
+# directions of a step and computed once: 256 evaluations cost little more than one forward. Chosen on rows held out of
+# the training file, split six ways: 300 steps of 64 directions reach 0.80 on them, these 0.85, more of either no more.
 SETTINGS = [
-    *("--head", "vectors", "--queries", "64", "--batch-size", "32"),
+    *("--head", "vectors", "--queries", "128", "--batch-size", "32"),
     *("--lr", "2e-2", "--lr-schedule", "cosine"),
 ]
-STEPS = 300
+STEPS = 400
 CHANGED = 3  # messages shown: the first of the test file whose answer changed, for better or worse
 
 

@@ -9,15 +9,55 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_NO_VALUE = object()
+
+
+class Option(NamedTuple):
+    """An option that a message names. Python and the command line write it differently, so the message keeps it apart.
+
+    Attributes:
+        name: as in Python.
+        value: the value that the message names with it, if any.
+        rule: the rule that has this hyper-parameter; empty for an option of a step.
+        python: Python's spelling where it is not ``name`` or ``name=value``.
+    """
+
+    name: str
+    value: Any = _NO_VALUE
+    rule: str = ""
+    python: str = ""
+
+    @property
+    def has_value(self) -> bool:
+        return self.value is not _NO_VALUE
+
+    def __str__(self) -> str:
+        if self.python:
+            return self.python
+        name = f"{self.rule}: {self.name}" if self.rule else self.name
+        return f"{name}={self.value!r}" if self.has_value else name
+
 
 class ZOError(ValueError):
-    """Something the user can mend: the message says what, in one sentence."""
+    """The user can mend this: the message says in one sentence what happened and what to do.
+
+    Args:
+        parts: the message in pieces, each text or an :class:`Option`; joined without anything in between.
+    """
+
+    def __init__(self, *parts: str | Option) -> None:
+        super().__init__("".join(map(str, parts)))
+        self.parts = parts
+
+    def reworded(self, spell: Callable[[Option], str]) -> ZOError:
+        """The same error with its options spelled by ``spell``."""
+        return type(self)("".join(part if isinstance(part, str) else spell(part) for part in self.parts))
 
 
 class ZOCaptureError(ZOError):

@@ -48,7 +48,7 @@ class Cells:
         eps: perturbation size ε.
         direction, estimator, queries: as for ``zo_wrap``; None is the rule's own default.
         blocks: x is cut into this many blocks of equal size, one of which is perturbed and updated per step.
-        block_order: see :data:`zowrap.step.blocks.ORDERS`; one for all cells or one for each.
+        block_order: see :data:`zowrap.names.BLOCK_ORDERS`; one for all cells or one for each.
         shared_state: all blocks feed one scalar state of the rule. ``zo_wrap`` keeps one per block; this is the
             variant that those are compared with.
         data: tensors ``[cells, ...]`` that the objective needs beside x.

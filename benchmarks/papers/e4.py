@@ -31,7 +31,7 @@ from benchmarks.papers.common import (
 )
 from benchmarks.papers.docs import versions
 from zowrap import rules
-from zowrap.step.blocks import ORDERS
+from zowrap.names import BLOCK_ORDERS
 
 NAME = "E4"
 TITLE = "Block-coordinate descent"
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     compiled = not options.quick
     whole = grid(objective, rule, lrs=lrs, starts=starts, seeds=seeds, eps=EPS, compiled=compiled)
     mezo = final_ratios(whole, lrs, steps)
-    runs = [(order, lr, i) for order in ORDERS for lr in lrs for i in range(len(seeds))]
+    runs = [(order, lr, i) for order in BLOCK_ORDERS for lr in lrs for i in range(len(seeds))]
     cells = Cells(
         objective,
         rule,
@@ -68,8 +68,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         block_order=[order for order, _, _ in runs],
         compiled=compiled,
     )
-    ratios = iter(final_ratios(cells, [0.0] * len(ORDERS) * len(lrs), steps))
-    orders = {order: [next(ratios) for _ in lrs] for order in ORDERS}
+    ratios = iter(final_ratios(cells, [0.0] * len(BLOCK_ORDERS) * len(lrs), steps))
+    orders = {order: [next(ratios) for _ in lrs] for order in BLOCK_ORDERS}
     update = {str(blocks): update_seconds(blocks) for blocks in (1, BLOCKS)}
     return {
         "name": NAME,

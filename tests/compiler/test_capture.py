@@ -18,10 +18,10 @@ def test_captured_and_split_losses_equal_the_oracle(name) -> None:
     """Uncompiled: the program after all passes, node by node, against perturbed copies of the model."""
     zm = zowrap.zo_wrap(make(name), "zo_sgd", engine="compiled")
     engine = zm.engine
-    first = zm._prepare(batch(name, 8, 16))
+    first = zm.prepare(batch(name, 8, 16))
     captured = capture(zm.job.loss, canonical_batch(first, zm.model))
     split = build(captured.clone(), zm.job, 0, engine.spec, 2, [], engine._epilogues[0])
-    (stream,) = zm._streams.queries
+    (stream,) = zm.directions.queries
     coefficients = torch.tensor([1e-2, -1e-2])
     for rows, length in [(8, 16), (3, 7), (1, 6)]:
         inputs = batch(name, rows, length, seed=rows)
@@ -165,7 +165,7 @@ def test_a_window_as_short_as_the_canonical_length(window) -> None:
         max_position_embeddings=window,
     )  # fmt: skip
     zm = zowrap.zo_wrap(transformers.BertForSequenceClassification(config), "zo_sgd", engine="compiled")
-    captured = capture(zm.job.loss, canonical_batch(zm._prepare(batch("bert", 4, 6)), zm.model))
+    captured = capture(zm.job.loss, canonical_batch(zm.prepare(batch("bert", 4, 6)), zm.model))
     for rows, length in [(4, window), (3, 5), (1, 2)]:
         inputs = batch("bert", rows, length)
         inputs["labels"] = inputs["labels"] % 2

@@ -176,7 +176,7 @@ def test_perturbation_noise_is_update_noise_is_replay_noise(direction, dtype) ->
     assert [p.name for p in zm.parameters] == ["embed.weight", "mix", "gain", "conv.weight", "conv.bias"] or len(
         zm.parameters
     ) == 5
-    (stream,) = zm._streams.queries
+    (stream,) = zm.directions.queries
     oracle = zm.engine.eager
     for i, parameter in enumerate(zm.parameters):
         zeros = torch.zeros_like(parameter.tensor, dtype=torch.float32)
@@ -224,7 +224,7 @@ def test_engines_agree_for_odd_models(options) -> None:
         draw = torch.Generator().manual_seed(1)
         for _ in range(6):
             zm.accumulate(**odd_batch())
-            losses = zm._measured.losses()
+            losses = zm.accumulator.losses()
             zm.update(projected_grad=torch.randn(zm.job.queries, generator=draw))
         runs.append((zm, losses, start))
     (eager, losses_e, start), (compiled, losses_c, _) = runs
@@ -269,7 +269,7 @@ def test_shared_modules_are_perturbed_everywhere_and_left_as_they_were(engine) -
     model, inputs = Recurring(), {"x": torch.randn(4, 5)}
     zm = zowrap.zo_wrap(model, "zo_sgd", lr=1e-2, eps=0.1, loss_fn=recurring_loss, engine=engine)
     oracle = zm.engine if engine == "eager" else zm.engine.eager
-    (stream,), weight, before = zm._streams.queries, model.first.weight, snapshot(model)
+    (stream,), weight, before = zm.directions.queries, model.first.weight, snapshot(model)
     expected = []
     for sign in (0.1, -0.1):
         other = copy.deepcopy(model)
@@ -278,7 +278,7 @@ def test_shared_modules_are_perturbed_everywhere_and_left_as_they_were(engine) -
                 p += sign * oracle.direction(stream, i)
         expected.append(recurring_loss(other, inputs).mean())
     zm.accumulate(**inputs)
-    assert torch.allclose(zm._measured.losses(), torch.stack(expected), rtol=1e-5)
+    assert torch.allclose(zm.accumulator.losses(), torch.stack(expected), rtol=1e-5)
     assert model.first.weight is weight and model.last.weight is weight and unchanged(model, before)
     zm.update()
     assert model.last.weight is weight and not unchanged(model, before)
@@ -288,7 +288,7 @@ def test_the_exact_slope_leaves_shared_modules_as_they_were() -> None:
     torch.manual_seed(0)
     model, inputs = Recurring(), {"x": torch.randn(4, 5)}
     zm = zowrap.zo_wrap(model, "zo_sgd", eps=1e-3, loss_fn=recurring_loss, engine="eager")
-    weight, (stream,) = model.first.weight, zm._streams.queries
+    weight, (stream,) = model.first.weight, zm.directions.queries
     _, slopes, _ = zm.engine.derivative(inputs, stream)
     assert model.first.weight is weight
     plus, minus = zm.engine.losses(inputs, stream, torch.tensor([1e-3, -1e-3]))[0]
@@ -563,7 +563,7 @@ def test_random_models_on_a_gpu_draw_alike_at_both_points_too(monkeypatch: pytes
         return model(given["x"]).mean(-1) * 0 + drawn.position
 
     zm = zowrap.zo_wrap(nn.Linear(3, 3), loss_fn=loss, engine="eager")
-    stream = zm._streams.queries[0]
+    stream = zm.directions.queries[0]
     monkeypatch.setattr(zm.job, "device", device)
     sums, _ = zm.engine.losses({"x": torch.zeros(2, 3)}, stream, torch.tensor([1e-3, -1e-3]))
     assert torch.equal(sums, torch.ones(2, 2)) and drawn.devices == {device}

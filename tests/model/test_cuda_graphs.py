@@ -109,9 +109,9 @@ def by_tracing(zm: zowrap.ZOModel) -> cuda_graphs.Record:
     return record
 
 
-def recording(zm: zowrap.ZOModel) -> cuda_graphs.Recorder:
-    zm._recorder = cuda_graphs.Recorder(zm, by_tracing(zm))
-    return zm._recorder
+def recording(zm: zowrap.ZOModel) -> cuda_graphs.GraphCache:
+    zm.graphs = cuda_graphs.GraphCache(zm, by_tracing(zm))
+    return zm.graphs
 
 
 def same(one: zowrap.ZOModel, other: zowrap.ZOModel) -> bool:
@@ -416,7 +416,7 @@ def test_reading_a_number_counts_as_waiting() -> None:
 
 
 def test_thresholds_that_are_renewed_on_some_steps_are_not_recorded() -> None:
-    assert cuda_graphs.can_be_recorded(wrapped()) and not cuda_graphs.can_be_recorded(wrapped(rule="sparse_mezo"))
+    assert cuda_graphs.can_be_captured(wrapped()) and not cuda_graphs.can_be_captured(wrapped(rule="sparse_mezo"))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
@@ -426,7 +426,7 @@ def test_8_bit_layers_that_look_for_large_columns_are_not_recorded(threshold: fl
     nn.Module.__init__(layer)
     layer.threshold = threshold
     zm.model.layers[0].inner = layer
-    assert cuda_graphs.can_be_recorded(zm) is (threshold == 0)
+    assert cuda_graphs.can_be_captured(zm) is (threshold == 0)
 
 
 def test_a_cpu_records_nothing() -> None:

@@ -199,7 +199,7 @@ def test_the_choice_of_a_learning_rate_keeps_the_schedule(free: Any) -> None:
     asked = free(PLENTY)
     zm.step(**SMALL)
     assert schedule_of(zm) == "sequential" and not asked
-    assert zm.options()["memory"] == "sequential"
+    assert zm.schedule.name == "sequential"
 
 
 @pytest.mark.parametrize("backend, free", [("native", 114), ("cudaMallocAsync", 120)])

@@ -56,7 +56,7 @@ def tiny(**options):
 
 def directions(zm, examples: int) -> list[Tensor]:
     """z ``[examples, *shape]`` of every parameter, formed here from the factors."""
-    stream = zm._streams.population(range(examples))
+    stream = zm.directions.population(range(examples))
     found = []
     for i, parameter in enumerate(zm.parameters):
         place = zm.job.layouts[stream.block].places[i]
@@ -231,7 +231,7 @@ def test_rows_are_the_examples_own_and_one_row_is_shared(shared) -> None:
         for zm in (eager, compiled):
             zm.discard()
             zm.accumulate(**inputs)
-            assert zm._measured.losses().shape == (2, rows)
+            assert zm.accumulator.losses().shape == (2, rows)
         assert torch.allclose(eager._measured.losses(), compiled._measured.losses(), rtol=1e-5)
 
 

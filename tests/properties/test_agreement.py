@@ -113,7 +113,7 @@ def test_the_fast_path_equals_the_oracle_and_writes_in_the_update_alone(
     start = snapshot(oracle.model)
     for step in range(3):
         inputs, before = words(step), snapshot(fast.model)
-        active = {n for i in fast.job.blocks[fast._block].indices for n in fast.parameters[i].names}
+        active = {n for i in fast.job.blocks[fast.block].indices for n in fast.parameters[i].names}
         for zm in (oracle, fast):
             zm.accumulate(**inputs)
             zm.loss(**inputs)

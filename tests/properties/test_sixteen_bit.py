@@ -42,7 +42,7 @@ def train(dtype: torch.dtype, seed: int) -> tuple[float, float]:
     zm = zowrap.zo_wrap(Point(dtype, seed), "zo_sgd", lr=LR, eps=EPS, seed=seed, loss_fn=distance, engine="eager")
     sizes = []
     for _ in range(STEPS):
-        (stream,) = zm._streams.queries
+        (stream,) = zm.directions.queries
         z = zm.engine.direction(stream, 0)
         result = zm.step(one=torch.ones(()))
         sizes.append((LR * result.projected_grad * z).abs())

@@ -124,8 +124,12 @@ def test_scales_are_probed_by_a_factor_and_clipped() -> None:
     layer.register_buffer("SCB", torch.tensor([2.0, 0.5]))
     layer.log_scale = nn.Parameter(torch.tensor([0.1, -0.2]))
     assert torch.allclose(layer.scale(), torch.tensor([2.0, 0.5]) * torch.tensor([0.1, -0.2]).exp())
-    project = modes.clipped(lambda losses, eps: losses / eps)
-    assert project(torch.tensor([5.0, -5.0, 0.1]), torch.tensor(0.01)).tolist() == [100.0, -100.0, 10.0]
+    project, eps = wrap("scales").job.project, torch.tensor(0.01)
+    assert [float(project(torch.tensor(pair), eps)) for pair in ((9.0, 5.0), (5.0, 9.0), (0.5, 0.25))] == [
+        100,
+        -100,
+        12.5,
+    ]
 
 
 def test_only_adapters_move() -> None:

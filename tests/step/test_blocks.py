@@ -9,7 +9,8 @@ import transformers
 import zowrap
 from tests.support.families import make
 from zowrap.errors import ZOError
-from zowrap.step.blocks import ORDERS, active, partition
+from zowrap.names import BLOCK_ORDERS
+from zowrap.step.blocks import active, partition
 from zowrap.step.parameters import select
 
 
@@ -48,7 +49,7 @@ def test_patterns_make_blocks_in_order() -> None:
         partition(parameters, ["nosuch"])
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", BLOCK_ORDERS)
 def test_orders_are_pure_and_visit_every_block(order: str) -> None:
     visited = [active(step, 5, order, seed=3) for step in range(400)]
     assert visited == [active(step, 5, order, seed=3) for step in range(400)]

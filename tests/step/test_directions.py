@@ -19,7 +19,7 @@ SIZES = (15, 5, 10, 2)  # of the parameters that ``wrap`` tunes
 
 def z_of(zm, stream=None) -> np.ndarray:
     """The direction of the current step, all parameters in one vector."""
-    stream = zm._streams.queries[0] if stream is None else stream
+    stream = zm.directions.queries[0] if stream is None else stream
     parts = [zm.engine.direction(stream, i).double().numpy().ravel() for i in range(len(zm.parameters))]
     return np.concatenate(parts)
 
@@ -29,7 +29,7 @@ def test_low_rank_directions_have_the_identity_for_covariance(rank) -> None:
     """For every rank: E[z zᵀ] = I and so ‖z‖² ≈ d. The sampling error of a diagonal entry is √(8/n) at rank 1."""
     zm = wrap("zo_sgd", direction=f"lowrank({rank})")
     count, parts = 20_000, []
-    factors = zm._streams.lowrank(torch.arange(count), per_example=True).factors
+    factors = zm.directions.lowrank(torch.arange(count), per_example=True).factors
     for place in (zm.job.layouts[0].places[i] for i in range(4)):
         left, right = place.left_of(factors), place.right_of(factors)
         parts.append(left.flatten(1) if right is None else torch.einsum("bir,bjr->bij", left, right).flatten(1))
@@ -41,7 +41,7 @@ def test_low_rank_directions_have_the_identity_for_covariance(rank) -> None:
 
 def test_a_direction_of_rank_r_has_rank_r() -> None:
     zm = wrap("zo_sgd", direction="lowrank(2)")
-    z = zm.engine.direction(zm._streams.queries[0], 0)
+    z = zm.engine.direction(zm.directions.queries[0], 0)
     assert z.shape == (5, 3) and torch.linalg.matrix_rank(z) == 2
 
 
@@ -216,7 +216,7 @@ def test_a_skipped_or_discarded_step_keeps_the_thresholds() -> None:
     for losses in draw_losses(zm, 2):
         zm.update(losses=losses)
     before = [t.clone() for t in zm.job.slots["threshold"]]
-    assert zm._streams.queries  # step 2 takes them anew
+    assert zm.directions.queries  # step 2 takes them anew
     assert any(not torch.equal(a, b) for a, b in zip(before, zm.job.slots["threshold"], strict=True))
     zm.discard()
     assert all(torch.equal(a, b) for a, b in zip(before, zm.job.slots["threshold"], strict=True))

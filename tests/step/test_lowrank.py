@@ -32,7 +32,7 @@ def test_engines_agree_along_low_rank_directions(options) -> None:
         draw, losses = torch.Generator().manual_seed(1), []
         for step in range(5):
             zm.accumulate(**odd_batch(rows=5 - step))  # down to a batch of one
-            losses.append(zm._measured.losses())
+            losses.append(zm.accumulator.losses())
             zm.update(projected_grad=torch.randn(zm.job.queries, generator=draw))
         assert zm.inspect().engine == engine
         runs.append((zm, torch.cat(losses), start))
@@ -44,7 +44,7 @@ def test_engines_agree_along_low_rank_directions(options) -> None:
 
 def factors(zm) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """(U, V) of every parameter at the current step."""
-    (stream,) = zm._streams.queries
+    (stream,) = zm.directions.queries
     places = zm.job.layouts[stream.block].places
     found = []
     for place in places.values():
@@ -101,7 +101,7 @@ def test_lozo_updates_along_its_probe_at_resampling_steps_too(rule, share, engin
     zm = wrap(rule, engine=engine, lr=1.0)
     oracle = getattr(zm.engine, "eager", zm.engine)
     for _ in range(7):  # V is drawn at steps 0, 3 and 6
-        (stream,) = zm._streams.queries
+        (stream,) = zm.directions.queries
         probes = [oracle.direction(stream, i) for i in range(len(zm.parameters))]
         for p in zm.parameters:
             p.tensor.data.zero_()
@@ -137,7 +137,7 @@ def test_tensors_of_any_number_of_dimensions(direction) -> None:
     zm = zowrap.zo_wrap(
         Unusual(), "zo_sgd", lr=0.5, direction=direction, loss_fn=unusual_loss, engine="eager", eps=1e-2
     )
-    (stream,) = zm._streams.queries
+    (stream,) = zm.directions.queries
     expected = []
     directions = [zm.engine.direction(stream, i) for i in range(len(zm.parameters))]
     for sign in (1e-2, -1e-2):
@@ -161,7 +161,7 @@ def test_other_precisions_agree_between_engines(dtype) -> None:
             Odd().to(dtype), "zo_sgd", eps=1e-2, direction="lowrank(2)", loss_fn=odd_loss, engine=engine
         )
         zm.accumulate(**odd_batch())
-        losses.append(zm._measured.losses())
+        losses.append(zm.accumulator.losses())
         zm.update(projected_grad=torch.tensor(1.0))
         assert all(p.tensor.dtype == dtype for p in zm.parameters) and zm.inspect().engine == engine
     assert torch.allclose(*losses, rtol=1e-6 if dtype == torch.float64 else 1e-2)

@@ -85,10 +85,10 @@ def feed(zm: Any, losses: list[torch.Tensor]) -> list[list[Seen]]:
     seen: list[list[Seen]] = [[] for _ in zm.job.blocks]
     for given in losses:
         step = zm.step_count
-        block = zm._streams.queries[0].block
+        block = zm.directions.queries[0].block
         zm.discard()
         values = given.double().numpy()
-        g = slopes(zm._estimator.name, values[: len(zm._points)])
+        g = slopes(zm.job.estimator.name, values[: len(zm.points)])
         seen[block].append(Seen(step + 1, g, noise_of(zm, step, block), values, factors_of(zm, step, block)))
         assert not zm.update(losses=given).skipped
     return seen

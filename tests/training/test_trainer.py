@@ -331,7 +331,7 @@ def not_finite_from(trainer: ZOTrainer, steps) -> None:
     def broken(**batch):
         loss = accumulate(**batch)
         if trainer.zm.step_count + 1 in steps:
-            trainer.zm._measured.sums = trainer.zm._measured.sums * math.nan
+            trainer.zm.accumulator.sums = trainer.zm.accumulator.sums * math.nan
             return loss * math.nan
         return loss
 

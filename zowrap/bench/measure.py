@@ -75,11 +75,11 @@ def peak_bytes(contender: Contender, device: torch.device, steps: int = 3) -> in
     zm = contender.wrapped
     if zm is None:
         return _peak_bytes(contender, device, steps)
-    recorder, zm._recorder = zm._recorder, None
+    recorder, zm.graphs = zm.graphs, None
     try:
         return _peak_bytes(contender, device, steps)
     finally:
-        zm._recorder = recorder
+        zm.graphs = recorder
 
 
 def _peak_bytes(contender: Contender, device: torch.device, steps: int) -> int | None:

@@ -148,7 +148,7 @@ def unmoved(zm: ZOModel) -> Iterator[None]:
         # The form of the loss and the schedule were found on the way: they stay.
         found = {"loss": zm.loss_module.form, **zm.schedule.record()}
         zm.load_state_dict({**state, **found, "lr": zm.rule.lr})
-        zm._set(lr=state["lr"])  # which may not be chosen yet: no state to load
+        zm.set_hyper(lr=state["lr"])  # which may not be chosen yet: no state to load
 
 
 @dataclass
@@ -260,7 +260,7 @@ def survey(zm: ZOModel, batches: Iterable[Any], most: int, watch: Callable[[int,
     estimate so far: F grows as σ² close to θ and about so at σ*, where the estimate moves less and less.
     """
     at = _Surveyor(zm, batches, most, watch)
-    blocks = len(zm.options()["blocks"])  # a joint wandering costs what the blocks' cost together
+    blocks = len(zm.job.blocks)  # a joint wandering costs what the blocks' cost together
     first, sigma = at.next_place(), at.eps
     samples: list[tuple[float, float]] = []
     for _ in range(LEVELS):

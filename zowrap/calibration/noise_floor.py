@@ -15,7 +15,7 @@ import torch
 
 from zowrap.checks import check_positive
 from zowrap.errors import ZOError
-from zowrap.step.step_directions import Streams
+from zowrap.step.step_directions import StepDirections
 
 if TYPE_CHECKING:
     from zowrap.model.zo_model import ZOModel
@@ -75,15 +75,15 @@ def noise_floor(
         raise ZOError("no layer of this model rounds its activations to 8 bit: nothing puts a floor under eps")
     if directions < 1:
         raise ZOError(f"directions must be at least 1, got {directions}")
-    if zm._estimator.per_example:
+    if zm.job.estimator.per_example:
         raise ZOError("noise_floor looks at the loss of a whole batch: wrap the model with estimator='central'")
     eps = zm.eps if eps is None else eps
     against = eps / AGAINST if against is None else against
     check_positive("noise_floor", eps=eps, against=against)
-    inputs, job = zm._prepare(dict(batch)), zm.job
+    inputs, job = zm.prepare(dict(batch)), zm.job
     found: dict[float, list[float]] = {eps / SMALLER: [], eps: [], against: []}
     for number in range(directions):
-        streams = Streams(job, zm.engine, zm._ids, zm.seed, -1 - number, block=number % len(job.blocks))
+        streams = StepDirections(job, zm.engine, zm.job.ids, zm.seed, -1 - number, block=number % len(job.blocks))
         signs = torch.tensor([1.0, -1.0], device=job.device)
         for size, differences in found.items():
             sums, weights = zm.engine.losses(inputs, streams.queries[0], signs * size)

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zowrap.model.zo_model import ZOModel
+from zowrap.step.options import values_of
 
 SIDE = 32  # of the square matrices that stand for the weights, one per block: 1024 weights average out to 3 %
 STEPS = 200  # more are scaled up as the square root: from here on a run is a random walk
@@ -85,11 +87,24 @@ class Rehearsal:
         """A fresh stand-in under a fresh state of the rule."""
         from zowrap.wrap import zo_wrap
 
-        options = self.zm.options()
-        count = len(options["blocks"])
-        options["blocks"] = [f"block.{i}" for i in range(count)] if count > 1 else None
+        zm, count = self.zm, len(self.zm.job.blocks)
+        options = replace(
+            zm.options,
+            lr=lr,
+            eps=zm.eps,
+            seed=zm.seed,
+            blocks=[f"block.{i}" for i in range(count)] if count > 1 else None,
+            memory=zm.schedule.name,
+            engine="eager",
+            # what only the model's own weights have
+            trainable=None,
+            weight_decay=0.0,
+            quantized=None,
+            masters=False,
+            along="drawn",
+        )
         model = StandIn(count)
-        wrapped = zo_wrap(model, **options, lr=lr, loss_fn=loss_of, engine="eager")
+        wrapped = zo_wrap(model, loss_fn=loss_of, **values_of(options))
         return wrapped, model
 
     def _batch(self, model: StandIn) -> dict[str, Any]:

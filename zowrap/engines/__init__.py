@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from zowrap.engines.eager import EagerEngine
 from zowrap.names import ENGINES
-from zowrap.step.job import DirectionStream, Engine, Job
+from zowrap.step.job import DirectionNoise, Engine, Job
 
-__all__ = ["ENGINES", "DirectionStream", "Engine", "Job", "build_engine"]
+__all__ = ["ENGINES", "DirectionNoise", "Engine", "Job", "build_engine"]
 
 
 def build_engine(name: str | None, job: Job, points: int) -> Engine:

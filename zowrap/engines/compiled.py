@@ -23,7 +23,7 @@ from zowrap.compiler.program import Program
 from zowrap.compiler.regions import MIN_LAYERS, Kind, Regions, compile_regions
 from zowrap.engines.compile_time import compile_seconds
 from zowrap.engines.eager import EagerEngine, carried_left
-from zowrap.errors import ZOCaptureError, ZOError, ZOWarning, first_line
+from zowrap.errors import Option, ZOCaptureError, ZOError, ZOWarning, first_line
 from zowrap.loss.module import Batch
 from zowrap.ops import codes, kernels
 from zowrap.passes.build import build
@@ -32,7 +32,7 @@ from zowrap.passes.select_tunable import UnusedBlock
 from zowrap.step import directions, lowrank
 from zowrap.step.arithmetic import Conclusion
 from zowrap.step.directions import squared_norm
-from zowrap.step.job import DirectionStream, Job
+from zowrap.step.job import DirectionNoise, Job
 from zowrap.telling import Telling
 
 MAX_FIXED_SIZES = 8  # programs per kind of batch where export cannot make a size dynamic; each costs a compilation
@@ -78,7 +78,7 @@ class CompiledEngine:
         names = list(shapes)
         self.spec = _spec(job)
         numbers = [*self._scalar_names, *job.rule.slot_names("parameter")]
-        made = kernels.Kernels(job.rule, job.direction, shapes, numbers, job.other)
+        made = kernels.Kernels(job.rule, job.direction, shapes, numbers, job.second_point)
         self.kernels = kernels.register(self.spec, made)
         self._epilogues = [build_epilogue(job, b, self.spec, names, self._scalar_names) for b in range(len(job.blocks))]
 
@@ -93,7 +93,7 @@ class CompiledEngine:
             self._kept = None
 
     @torch.no_grad()
-    def losses(self, batch: Batch, stream: DirectionStream | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Batch, stream: DirectionNoise | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         if self.fallen_back is not None:
             return self.eager.losses(batch, stream, coefficients)
         points = 0 if stream is None else coefficients.shape[0]
@@ -108,7 +108,7 @@ class CompiledEngine:
                 raise ZOCaptureError(f"the compiled program does not fit this batch ({first})") from error
         except ZOCaptureError as error:
             if not self.fall_back:
-                raise ZOCaptureError(f"engine='compiled' was asked for, but {error}") from error
+                raise ZOCaptureError(Option("engine", "compiled"), f" was asked for, but {error}") from error
             result = self.eager.losses(batch, stream, coefficients)  # a batch that is wrong says so here
             self._fall_back(error)
             return result
@@ -116,7 +116,7 @@ class CompiledEngine:
         # The plain loss stands for all points of a block that it does not depend on.
         return rows.expand(points, -1) if len(rows) < points else rows, weights
 
-    def _executable(self, batch: Batch, stream: DirectionStream | None, points: int) -> Executable:
+    def _executable(self, batch: Batch, stream: DirectionNoise | None, points: int) -> Executable:
         captured = self.captured(batch)
         block, per_example = (-1, False) if stream is None else (stream.block, stream.per_example)
         key = (id(captured), block, points)
@@ -212,7 +212,7 @@ class CompiledEngine:
         return own
 
     def _arguments(
-        self, program: Program, batch: Batch, stream: DirectionStream | None, coefficients: Tensor
+        self, program: Program, batch: Batch, stream: DirectionNoise | None, coefficients: Tensor
     ) -> list[Any]:
         named: dict[str, Tensor] = dict(self.job.loss.named_parameters(remove_duplicate=False))
         named.update(self.job.loss.named_buffers(remove_duplicate=False))
@@ -228,7 +228,7 @@ class CompiledEngine:
                 values.append(named[given.target] if given.target in named else program.constants[given.target])
         return values
 
-    def _stream_value(self, target: str, stream: DirectionStream, coefficients: Tensor) -> Tensor:
+    def _stream_value(self, target: str, stream: DirectionNoise, coefficients: Tensor) -> Tensor:
         if target == "factors":
             assert stream.factors is not None
             return stream.factors if stream.per_example else stream.factors[0]
@@ -264,7 +264,7 @@ class CompiledEngine:
     def _fall_back(self, error: ZOCaptureError) -> None:
         """Run eagerly from now on, or raise where that was ruled out."""
         if not self.fall_back:
-            raise ZOCaptureError(f"engine='compiled' was asked for, but {error}") from error
+            raise ZOCaptureError(Option("engine", "compiled"), f" was asked for, but {error}") from error
         self.fallen_back, self._refused = str(error), None
         warnings.warn(
             f"running eagerly, because {error}. Steps are several times slower and need one more copy of the tunable "
@@ -292,7 +292,7 @@ class CompiledEngine:
         return self.kernels.factors(layout, keys, right_keys)
 
     @torch.no_grad()
-    def update(self, streams: Sequence[DirectionStream], rounding_keys: Tensor, conclusion: Conclusion) -> None:
+    def update(self, streams: Sequence[DirectionNoise], rounding_keys: Tensor, conclusion: Conclusion) -> None:
         job, block = self.job, streams[0].block
         if not self._ready(block):
             return self.eager.update(streams, rounding_keys, conclusion)
@@ -362,7 +362,7 @@ def _spec(job: Job) -> str:
     spec = f"{job.rule.describe()} direction={job.direction.name}:{job.direction.law} queries={job.queries}"
     functions = (job.rule.leaf, job.rule.direction)
     ours = all(f.__module__.startswith("zowrap.rules.") for f in functions) and directions.is_ours(job.direction)
-    sixteen = f"masters={job.masters} other={job.other}"
+    sixteen = f"masters={job.masters} other={job.second_point}"
     return f"{spec} decay={job.decays} {sixteen}" + ("" if ours else f" #{next(_foreign)}")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zowrap import machine
-from zowrap.errors import ZOError
+from zowrap.errors import Option, ZOError
 from zowrap.loss.evaluation_mode import evaluation_mode, unwritten
 from zowrap.loss.module import Batch, example, rows_of
 from zowrap.numerics import codes, noise
@@ -23,7 +23,7 @@ from zowrap.numerics.dtypes import at_least_float32, is_16_bit
 from zowrap.step import lowrank
 from zowrap.step.arithmetic import Conclusion, perturbed, taken, update_leaf
 from zowrap.step.directions import integer_squares, squared_norm
-from zowrap.step.job import DirectionStream, Job
+from zowrap.step.job import DirectionNoise, Job
 from zowrap.step.parameters import Parameter
 
 
@@ -40,7 +40,7 @@ class EagerEngine:
         """(index, parameter) of the block's parameters."""
         return [(i, self.job.parameters[i]) for i in self.job.blocks[block].indices]
 
-    def direction(self, stream: DirectionStream, index: int, which: int = 0) -> Tensor:
+    def direction(self, stream: DirectionNoise, index: int, which: int = 0) -> Tensor:
         """z of parameter ``index``: float32, the parameter's shape; ``which`` of the stream's directions."""
         job, w = self.job, self.job.parameters[index].tensor
         if stream.factors is not None:
@@ -59,7 +59,7 @@ class EagerEngine:
         return nullcontext()  # every point by itself: nothing is shared, and nothing can be shared wrongly
 
     @torch.no_grad()
-    def losses(self, batch: Batch, stream: DirectionStream | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Batch, stream: DirectionNoise | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         with evaluation_mode(self.job.loss):
             if stream is None:
                 sums, weights = self.job.loss(batch)
@@ -70,7 +70,7 @@ class EagerEngine:
             pairs = [self._along(one, stream, coefficients, b) for b, one in enumerate(examples)]
             return torch.cat([sums for sums, _ in pairs], dim=1), torch.cat([weights for _, weights in pairs])
 
-    def _along(self, batch: Batch, stream: DirectionStream, coefficients: Tensor, which: int) -> tuple[Tensor, Tensor]:
+    def _along(self, batch: Batch, stream: DirectionNoise, coefficients: Tensor, which: int) -> tuple[Tensor, Tensor]:
         rows = []
         kept = machine.states(self.job.device)
         weights = torch.zeros(())
@@ -90,7 +90,7 @@ class EagerEngine:
             rows.append(sums)
         return torch.stack(rows), weights
 
-    def derivative(self, batch: Batch, stream: DirectionStream) -> tuple[Tensor, Tensor, Tensor]:
+    def derivative(self, batch: Batch, stream: DirectionNoise) -> tuple[Tensor, Tensor, Tensor]:
         """Loss sums at θ, their exact derivatives along z, and weights, by forward-mode differentiation: ``[rows]``.
 
         Raises:
@@ -109,7 +109,9 @@ class EagerEngine:
             try:
                 found = torch.func.jvp(loss, (point,), (tangents,), has_aux=True)
             except NotImplementedError as error:
-                raise ZOError(f"this model has no exact forward gradient: use estimator='central' ({error})") from error
+                raise ZOError(
+                    "this model has no exact forward gradient: use ", Option("estimator", "central"), f" ({error})"
+                ) from error
         sums, slopes, weights = cast("tuple[Tensor, ...]", found)
         return sums, slopes, weights
 
@@ -131,7 +133,7 @@ class EagerEngine:
     # --- the update -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def update(self, streams: Sequence[DirectionStream], rounding_keys: Tensor, conclusion: Conclusion) -> None:
+    def update(self, streams: Sequence[DirectionNoise], rounding_keys: Tensor, conclusion: Conclusion) -> None:
         job, block = self.job, streams[0].block
         for i, parameter in self.active(block):
             w = old = parameter.tensor
@@ -164,13 +166,13 @@ class EagerEngine:
             job.states[block][name].copy_(value)
 
     def _update_directions(
-        self, streams: Sequence[DirectionStream], index: int, conclusion: Conclusion
+        self, streams: Sequence[DirectionNoise], index: int, conclusion: Conclusion
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """What a parameter's update goes along, and the rule's coefficients for it."""
         job, c = self.job, conclusion.coefficients
         if streams[0].factors is None:
             w, eps = job.parameters[index].tensor, job.hyper["eps"]
-            return [taken(w, self.direction(stream, index), eps, job.other) for stream in streams], c
+            return [taken(w, self.direction(stream, index), eps, job.second_point) for stream in streams], c
         layout = job.layouts[streams[0].block]
         factor = layout.law.update
         slot = job.left_of(index)
@@ -204,7 +206,7 @@ def _places(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def carried_left(
-    job: Job, streams: Sequence[DirectionStream], index: int, slot: Tensor, conclusion: Conclusion
+    job: Job, streams: Sequence[DirectionNoise], index: int, slot: Tensor, conclusion: Conclusion
 ) -> Tensor:
     """Write the rule's ``"left"`` state of one parameter and return it; a few numbers, the same for both engines."""
     first = streams[0]

@@ -1,4 +1,4 @@
-"""What the micro-batches of one step measured, kept so that they combine exactly.
+"""The sums of a step's micro-batches, kept so that they combine exactly.
 
 Sums and weights are added in float64 and divided once: a mean of means would be wrong where micro-batches differ in
 label tokens. For a population every example keeps its own.
@@ -29,7 +29,7 @@ class Measurement:
 
 
 @dataclass
-class Measured:
+class Accumulator:
     """The micro-batches of a step so far.
 
     Attributes:

@@ -77,7 +77,7 @@ def saved_seconds(zm: ZOModel, batch: Batch, planned: Planned) -> float:
     """How much longer the planned steps take on the eager engine."""
     job, points = zm.job, len(zm.points)
     moving = sum(p.tensor.numel() for p in job.parameters) / len(job.blocks)
-    examples = rows_of(batch) if zm._estimator.per_example else 1  # which the eager engine evaluates one by one
+    examples = rows_of(batch) if zm.job.estimator.per_example else 1  # which the eager engine evaluates one by one
     draws = moving * (points * examples + job.queries)
     modules = sum(1 for _ in job.loss.model.modules()) * points * examples
     weights = sum(p.numel() for p in job.loss.model.parameters() if p.ndim > 1)

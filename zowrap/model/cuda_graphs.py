@@ -29,7 +29,8 @@ from zowrap.ops import scratch
 from zowrap.quant.layers import Int8Linear
 
 if TYPE_CHECKING:
-    from zowrap.model.zo_model import StepResult, ZOModel
+    from zowrap.model.result import StepResult
+    from zowrap.model.zo_model import ZOModel
 
 # Recordings share one pool of memory; each keeps about as much beside it as its batch takes.
 MOST = 8
@@ -54,7 +55,7 @@ class Recording:
     held: list[Any]
 
 
-class Recorder:
+class GraphCache:
     """The recordings of one model.
 
     Args:
@@ -75,7 +76,7 @@ class Recorder:
         zm = self.zm
         if self.failed or math.isnan(zm.lr) or zm.engine.fallen_back is not None:  # type: ignore[attr-defined]
             return None
-        inputs = zm._prepare(batch)
+        inputs = zm.prepare(batch)
         under = self._under()
         if under != self.under:
             self.recordings.clear()
@@ -108,7 +109,7 @@ class Recorder:
         kinds = tuple(
             (name, v.shape, v.dtype) if isinstance(v, Tensor) else (name, repr(v)) for name, v in inputs.items()
         )
-        return kinds, self.zm._block
+        return kinds, self.zm.block
 
     def _tensors(self) -> Iterator[Tensor]:
         return itertools.chain(self.zm.model.parameters(), self.zm.model.buffers())
@@ -123,11 +124,15 @@ class Recorder:
             result.append(zm.update())
             return result[0]
 
-        zm._device_step = self.number
+        zm.device_step = self.number
         try:
             replay = self.record(step)
         finally:
-            zm._device_step, zm.step_count, zm._torn = None, count, False  # what is recorded has not happened
+            zm.device_step, zm.step_count, zm.update_interrupted = (
+                None,
+                count,
+                False,
+            )  # what is recorded has not happened
             zm.discard()
         batch = {name: v for name, v in static.items() if isinstance(v, Tensor)}
         return Recording(batch, replay, result[0], scratch.all_buffers())
@@ -135,10 +140,10 @@ class Recorder:
     def _replayed(self, recording: Recording, inputs: dict[str, Any]) -> StepResult:
         zm = self.zm
         self.number.fill_(zm.step_count)
-        facts = zm._facts()
+        facts = zm.describe_step()
         for name, tensor in recording.batch.items():
             tensor.copy_(inputs[name], non_blocking=True)
-        with zm._moving():
+        with zm.writing():
             recording.replay()
             zm.step_count += 1
         own, weights = recording.result, recording.result.weights
@@ -207,15 +212,15 @@ def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
                 getattr(torch._C, name)(torch.cuda.current_device(), pool)
 
 
-def recorder_for(zm: ZOModel) -> Recorder | None:
+def build_graph_cache(zm: ZOModel) -> GraphCache | None:
     """What records the steps of ``zm``; None where they cannot be, or where that would gain nothing."""
     job = zm.job
-    if job.device.type != "cuda" or not can_be_recorded(zm):
+    if job.device.type != "cuda" or not can_be_captured(zm):
         return None
-    return Recorder(zm, cuda_graph(job.device))
+    return GraphCache(zm, cuda_graph(job.device))
 
 
-def can_be_recorded(zm: ZOModel) -> bool:
+def can_be_captured(zm: ZOModel) -> bool:
     """Whether a step is the same work every time, and never waits for the device.
 
     That is: compiled, no state that is renewed on some steps alone, and no 8-bit layer with a threshold, which reads

@@ -246,7 +246,7 @@ def _rounding(job: Job, parameter: Parameter) -> str:
     if parameter.codes:
         return "stochastic rounding"
     text = "to the nearest, from a float32 master" if job.masters else "stochastic rounding"
-    return text if job.other is None else f"{text}, along the direction evaluated"
+    return text if job.second_point is None else f"{text}, along the direction evaluated"
 
 
 def _costs(job: Job, engine: Engine, schedule: Schedule, batch: dict[str, Any]) -> Costs:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from zowrap import machine
-from zowrap.checks import check_memory
+from zowrap.checks import check_name
 from zowrap.errors import ZOCaptureError
 from zowrap.loss.module import Batch
 from zowrap.machine import fits, in_words
+from zowrap.names import MEMORY
 from zowrap.step.job import Engine, Job
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Schedule:
     """
 
     def __init__(self, asked: str) -> None:
-        self.asked = self.name = check_memory(asked)
+        check_name("memory", asked, MEMORY)
+        self.asked = self.name = asked
         self.why = _OPEN if asked == "auto" else "as asked"
         self.largest = 0
 
@@ -108,7 +110,7 @@ class Schedule:
         Raises:
             ZOError: ``name`` is no schedule.
         """
-        check_memory(name)
+        check_name("memory", name, MEMORY)
         if self.asked == "auto" and name != self.name:
             self.name, self.why = name, _OPEN if name == "auto" else "as before the state was saved that was loaded"
         self.largest = largest

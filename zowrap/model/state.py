@@ -1,38 +1,79 @@
-"""Whether a saved state fits the model it is to be loaded into: asked before anything changes."""
+"""The state of a wrapped model: collected, checked against the model that is to take it over, and applied."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from zowrap.errors import ZOError
 from zowrap.names import MEMORY
+from zowrap.step.options import IDENTITY
+from zowrap.step.parameters import parameters_hash
 
-# What a run is: a state that differs in one of these is another run's.
-_SAME = ("rule", "direction", "estimator", "queries", "blocks", "block_order", "along")
-# States of earlier versions lack these, and were made under these values.
-LATER = {"memory": "auto", "largest_batch": 0, "along": "drawn"}
+if TYPE_CHECKING:
+    from zowrap.model.zo_model import ZOModel
+
+# A state brings its own seed, and goes on from there.
+_SAME = tuple(name for name in IDENTITY if name != "seed")
+_NEVER_NEGATIVE = ("step", "lr", "weight_decay", "largest_batch")
+
+
+def collect_state(zm: ZOModel) -> dict[str, Any]:
+    """The state as :meth:`zowrap.ZOModel.state_dict` returns it."""
+    job = zm.job
+    state: dict[str, Any] = {
+        **{name: getattr(zm.options, name) for name in IDENTITY},
+        "rule": job.rule.describe(),
+        "direction": job.direction.name,
+        "blocks": [block.name for block in job.blocks],
+        "seed": zm.seed,
+        "step": zm.step_count,
+        "parameters": parameters_hash(job.parameters),
+        "loss": job.loss.form,
+        **zm.schedule.record(),
+        **zm.hyper,
+    }
+    for block, scalars in zip(job.blocks, job.states, strict=True):
+        state.update({f"scalars/{block.name}/{name}": value.clone() for name, value in scalars.items()})
+    for slot, parameter, tensor in job.kept():
+        state[f"slots/{slot}/{parameter.name}"] = tensor.clone()
+    return state
+
+
+def apply_state(zm: ZOModel, state: Mapping[str, Any]) -> None:
+    """Go on from a state that :func:`check_state` has passed."""
+    job = zm.job
+    zm.schedule.take(state["memory"], state["largest_batch"])
+    zm.set_hyper(**{name: float(state[name]) for name in zm.hyper})
+    job.loss.settle_as(state["loss"])
+    for block, scalars in zip(job.blocks, job.states, strict=True):
+        for name, value in scalars.items():
+            value.copy_(state[f"scalars/{block.name}/{name}"])
+    for slot, parameter, tensor in job.kept():
+        tensor.copy_(state[f"slots/{slot}/{parameter.name}"])
+    zm.step_count, zm.seed = state["step"], state["seed"]
 
 
 def check_state(state: Any, mine: Mapping[str, Any]) -> None:
     """Raise :class:`ZOError`, naming the first difference, unless ``state`` can take the place of ``mine``.
 
     Args:
-        state: what is to be loaded, see :meth:`zowrap.ZOModel.state_dict`.
+        state: to be loaded, see :meth:`zowrap.ZOModel.state_dict`.
         mine: the present state of the model.
     """
     if not isinstance(state, Mapping):
         raise ZOError(f"a state is the dictionary that state_dict() returned, not {type(state).__name__}")
     for name, value in mine.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) and name not in _SAME:
             _check_fact(state, name, value)
     for name in _SAME:
-        theirs = state.get(name, LATER.get(name))
-        if theirs != mine[name]:
-            raise ZOError(f"this state was saved with {name}={theirs!r}, the model is wrapped with {mine[name]!r}")
+        if name not in state:
+            raise ZOError(f"this is not the state of such a model: {name} is missing")
+        if state[name] != mine[name]:
+            raise ZOError(f"this state was saved with {name}={state[name]!r}, the model is wrapped with {mine[name]!r}")
     if state["parameters"] != mine["parameters"]:
         raise ZOError("this state is of another model: its tunable parameters have other names or shapes")
     for name, value in mine.items():
@@ -45,8 +86,6 @@ def check_state(state: Any, mine: Mapping[str, Any]) -> None:
 
 def _check_fact(state: Mapping[str, Any], name: str, mine: Any) -> None:
     if name not in state:
-        if name in LATER:
-            return
         raise ZOError(f"this is not the state of such a model: {name} is missing")
     value = state[name]
     kinds = (int, float) if type(mine) is float else (type(mine),)
@@ -54,7 +93,7 @@ def _check_fact(state: Mapping[str, Any], name: str, mine: Any) -> None:
         raise ZOError(f"this state is damaged: its {name} is of type {type(value).__name__}")
     if isinstance(value, int | float) and not math.isfinite(value):
         raise ZOError(f"this state is damaged: its {name} is {value}")
-    negative = name in ("step", "lr", "weight_decay", "largest_batch") and value < 0
+    negative = name in _NEVER_NEGATIVE and value < 0
     if negative or (name == "memory" and value not in MEMORY):
         raise ZOError(f"this state is damaged: its {name} is {value}")
 

@@ -89,7 +89,7 @@ def choose(model: nn.Module, asked: str | None) -> Way | None:
         if fixed:
             return Way("adapters", f"the scales of {fixed[0]} weights are themselves rounded, and cannot move", rounds)
         why = "the default of 8-bit weights: one number per row moves, and the codes stay as they are"
-        return Way("scales", why, rounds)
+        return Way("scales", why, rounds, CLIP)
     if adapted and asked != "adapters":
         raise ZOError(
             f"quantized={asked!r} on a model with adapters would be lost: it is saved as its adapters alone. Use "
@@ -110,7 +110,7 @@ def choose(model: nn.Module, asked: str | None) -> Way | None:
             "quantized='codes' is for bitsandbytes 8-bit weights: one step of a 4-bit code is up to a quarter of the "
             "largest weight of its block, and rounding to it drowns any update; use quantized='adapters'"
         )
-    return Way(asked, "as asked", rounds)
+    return Way(asked, "as asked", rounds, CLIP if asked == "scales" else None)
 
 
 def parameters(model: nn.Module, way: Way, trainable: TrainableSpec, seed: int = 0) -> list[Parameter]:
@@ -239,8 +239,3 @@ def full_rows(moving: Sequence[Parameter]) -> tuple[int, int] | None:
     if not matrices:
         return None
     return sum(map(saturated_rows, matrices)), sum(map(len, matrices))
-
-
-def clipped(project: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Projected gradients cut to ±:data:`CLIP`: one wild difference must not move every scale by a factor."""
-    return lambda losses, eps: project(losses, eps).clamp(-CLIP, CLIP)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zowrap.errors import ZOError, nearest
+from zowrap.errors import Option, ZOError, nearest
 
 
 class Point(NamedTuple):
@@ -101,7 +101,7 @@ def get(name: str) -> Estimator:
         ZOError: unknown name (the message names the nearest one).
     """
     if not isinstance(name, str) or name not in ESTIMATORS:
-        raise ZOError(f"unknown estimator {name!r}{nearest(str(name), ESTIMATORS)}")
+        raise ZOError("unknown ", Option("estimator"), f" {name!r}{nearest(str(name), ESTIMATORS)}")
     return ESTIMATORS[name]
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from zowrap.checks import check_count
-from zowrap.errors import ZOError, nearest
+from zowrap.errors import Option, ZOError, nearest
 from zowrap.numerics import noise
 from zowrap.rules.base import Rule
 from zowrap.rules.conmezo import along_cone, check_cone
@@ -135,7 +135,12 @@ def cone(theta: float = 1.35, beta: float = 0.99, warmup: bool | int = False) ->
 def _lozo(rank: Any = None, nu: Any = None, scale: Any = None) -> Direction:
     """The probe and update of LOZO, which keeps U Vᵀ without 1/√r; reached through its rule."""
     if scale not in ("paper", "code"):
-        raise ZOError("lozo is a rule: rule='lozo'; its directions for other rules are direction='lowrank(r, nu=ν)'")
+        raise ZOError(
+            "lozo is a rule: ",
+            Option("rule", "lozo"),
+            "; its directions for other rules are ",
+            Option("direction", "lowrank(r, nu=ν)"),
+        )
     check_count("direction 'lozo'", rank=rank, nu=nu)
     update = 1 / rank if scale == "paper" else 1.0
     return _ours(Direction(f"lozo({rank}, {nu}, {scale})", lowrank=LowRank(rank, nu, probe=1.0, update=update)))
@@ -165,9 +170,11 @@ def get(direction: str | Direction) -> Direction:
         return DIRECTIONS[direction]
     match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", direction) if isinstance(direction, str) else None
     if match and match[1] == "block":
-        raise ZOError("directions that live on one block at a time are chosen by blocks='layer' or name patterns")
+        raise ZOError(
+            "directions that live on one block at a time are chosen by ", Option("blocks", "layer"), " or name patterns"
+        )
     if not match or match[1] not in _FAMILIES:
-        raise ZOError(f"unknown direction {direction!r}{nearest(str(direction), NAMES)}")
+        raise ZOError("unknown ", Option("direction"), f" {direction!r}{nearest(str(direction), NAMES)}")
     positional: list[Any] = []
     named: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in (match[2] or "").split(","))):
@@ -179,7 +186,7 @@ def get(direction: str | Direction) -> Direction:
     try:
         return _FAMILIES[match[1]](*positional, **named)
     except TypeError:
-        raise ZOError(f"direction {direction!r} has arguments that {match[1]!r} does not take") from None
+        raise ZOError(Option("direction"), f" {direction!r} has arguments that {match[1]!r} does not take") from None
 
 
 def _value(text: str) -> Any:

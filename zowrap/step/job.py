@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from zowrap.errors import ZOError
 from zowrap.loss.module import Batch, LossModule
 from zowrap.numerics.dtypes import is_16_bit
 from zowrap.rules.base import MASTER, Rule, Scalars
@@ -18,8 +19,12 @@ from zowrap.rules.estimators import Estimator, Point
 from zowrap.step.arithmetic import Conclusion
 from zowrap.step.blocks import Block
 from zowrap.step.directions import Direction
-from zowrap.step.lowrank import Layout
+from zowrap.step.lowrank import Layout, matrix_shape
+from zowrap.step.method import Method
+from zowrap.step.options import StepOptions, hyper_of
 from zowrap.step.parameters import Parameter
+
+Project = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,13 @@ class Way:
         name: one of :data:`zowrap.names.WAYS`.
         why: the reason, in words, where it was not asked for.
         rounds: whether some layers round their inputs to 8 bit, which puts a floor under ε.
+        largest_slope: projected gradients are cut to ± this; None leaves them as they are.
     """
 
     name: str
     why: str
     rounds: bool
+    largest_slope: float | None = None
 
 
 @dataclass
@@ -50,14 +57,14 @@ class Job:
         hyper: 0-d float32 tensors ``lr``, ``eps``, ``weight_decay``; their values change, the tensors stay.
         decays: whether a weight decay was asked for at all.
         way: how quantised weights move; None where the model has none.
-        other: what 16-bit weights' updates go along, see :func:`zowrap.step.arithmetic.taken`.
+        second_point: what 16-bit weights' updates go along, see :func:`zowrap.step.arithmetic.taken`.
     """
 
     loss: LossModule
     parameters: list[Parameter]
     rule: Rule
     estimator: Estimator
-    project: Callable[[Tensor, Tensor], Tensor]
+    project: Project
     direction: Direction
     queries: int
     blocks: list[Block]
@@ -67,7 +74,40 @@ class Job:
     decays: bool
     device: torch.device
     way: Way | None = None
-    other: float | None = None
+    second_point: float | None = None
+
+    @staticmethod
+    def of(
+        loss: LossModule,
+        method: Method,
+        options: StepOptions,
+        parameters: list[Parameter],
+        blocks: list[Block],
+        way: Way | None,
+    ) -> Job:
+        """Put a run together, with its rule's state at the beginning.
+
+        Args:
+            options: with every default filled in.
+        """
+        rule, device = method.rule, parameters[0].tensor.device
+        return Job(
+            loss=loss,
+            parameters=parameters,
+            rule=rule,
+            estimator=method.estimator,
+            project=_clip(method.project, None if way is None else way.largest_slope),
+            direction=method.direction,
+            queries=method.queries,
+            blocks=blocks,
+            states=[{name: torch.tensor(v, device=device) for name, v in rule.state.items()} for _ in blocks],
+            slots={name: [_new_slot(method, name, p) for p in parameters] for name in rule.slots},
+            hyper={name: torch.tensor(value, device=device) for name, value in hyper_of(options).items()},
+            decays=options.weight_decay > 0,
+            device=device,
+            way=way,
+            second_point=method.second_point,
+        )
 
     def slots_of(self, index: int) -> Scalars:
         """The state of a parameter that has its shape."""
@@ -94,6 +134,11 @@ class Job:
         candidates = self.rule.candidates
         one = torch.zeros(1, device=self.device)
         return 0 if candidates is None else candidates(one, self.hyper).numel()
+
+    @functools.cached_property
+    def ids(self) -> Tensor:
+        """int64 ``[parameters]``: what each parameter's noise is derived from."""
+        return torch.tensor([p.id for p in self.parameters], dtype=torch.int64, device=self.device)
 
     @property
     def masters(self) -> bool:
@@ -126,8 +171,36 @@ class Job:
         return [] if law is None else [Layout(self.parameters, block.indices, law) for block in self.blocks]
 
 
+def _clip(project: Project, largest: float | None) -> Project:
+    """One wild difference of losses must not move every scale of a quantised model by a factor."""
+    if largest is None:
+        return project
+    return lambda losses, eps: project(losses, eps).clamp(-largest, largest)
+
+
+def _new_slot(method: Method, name: str, parameter: Parameter) -> Tensor:
+    """The state that a rule keeps for a parameter under one name, before the first step: float32."""
+    rule, slot, w = method.rule, method.rule.slots[name], parameter.tensor
+    if name == MASTER:
+        return w.detach().to(torch.float32, copy=True) if is_16_bit(w) else torch.empty(0, device=w.device)
+    if slot.kind == "parameter":
+        first = rule.refresh(w.detach(), 0) if rule.refresh is not None else None
+        value = slot.initial if first is None else first[name]
+        return torch.as_tensor(value, dtype=torch.float32, device=w.device).clone()
+    if slot.kind == "left":
+        lowrank = method.direction.lowrank
+        if lowrank is None or lowrank.nu is None:
+            raise ZOError(
+                f"{rule.name} keeps state in the shape of a low-rank direction's factor: "
+                f"{method.direction.name} has none"
+            )
+        rows, _, rank = matrix_shape(w, lowrank.rank)
+        return torch.full((rows, rank), slot.initial, dtype=torch.float32, device=w.device)
+    return torch.full(w.shape, slot.initial, dtype=torch.float32, device=w.device)
+
+
 @dataclass
-class DirectionStream:
+class DirectionNoise:
     """One direction of one step: where its noise comes from, and the numbers that shape it.
 
     With ``per_example`` it is one direction for each of a batch's examples.
@@ -161,7 +234,7 @@ class Engine(Protocol):
         """Inside, every call of :meth:`losses` has the same batch and the same weights, and may share work."""
         ...
 
-    def losses(self, batch: Batch, stream: DirectionStream | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Batch, stream: DirectionNoise | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Loss sums float32 ``[points, rows]`` at θ + coefficients[p]·z, and weights float32 ``[rows]``.
 
         Only the stream's block is perturbed. ``stream`` None evaluates θ itself, as one point.
@@ -176,7 +249,7 @@ class Engine(Protocol):
         """0-d float64: ‖u‖² of the raw noise under ``keys`` over the block's elements."""
         ...
 
-    def update(self, streams: Sequence[DirectionStream], rounding_keys: Tensor, conclusion: Conclusion) -> None:
+    def update(self, streams: Sequence[DirectionNoise], rounding_keys: Tensor, conclusion: Conclusion) -> None:
         """Write the weights, the slots and the scalar state: the only place that does."""
         ...
 

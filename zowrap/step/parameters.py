@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zowrap.errors import ZOError
+from zowrap.errors import Option, ZOError
 from zowrap.numerics.noise import parameter_id
 
 TrainableSpec = Sequence[str] | str | Callable[[str, Tensor], bool] | None
@@ -103,8 +103,10 @@ def check_patterns(trainable: TrainableSpec, known: Sequence[str]) -> None:
     for pattern in [trainable] if isinstance(trainable, str) else trainable:
         if not any(matches(pattern, name) for name in known):
             raise ZOError(
-                f"nothing is left to tune by trainable={pattern!r}: it matches none of the model's {len(known)} "
-                f"parameters (for example {known[0] if known else 'none at all'})"
+                "nothing is left to tune by ",
+                Option("trainable", pattern),
+                f": it matches none of the model's {len(known)} "
+                f"parameters (for example {known[0] if known else 'none at all'})",
             )
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from zowrap.numerics import noise
 from zowrap.rules.estimators import Point
 from zowrap.step.arithmetic import reduced
-from zowrap.step.job import DirectionStream, Engine, Job
+from zowrap.step.job import DirectionNoise, Engine, Job
 
 
-class Streams:
+class StepDirections:
     """The directions of one step.
 
     Args:
@@ -34,14 +34,14 @@ class Streams:
 
     @functools.cached_property
     @torch.no_grad()
-    def queries(self) -> list[DirectionStream]:
+    def queries(self) -> list[DirectionNoise]:
         """One direction for each query."""
         if self.job.direction.lowrank is None:
             return [self._full_rank(query) for query in range(self.job.queries)]
         index = torch.arange(self.job.queries, device=self.job.device)
         return [self.lowrank(index[q : q + 1], per_example=False) for q in range(self.job.queries)]
 
-    def population(self, examples: range) -> DirectionStream:
+    def population(self, examples: range) -> DirectionNoise:
         """The directions of some of the step's examples, by their index in the whole batch of the step."""
         index = torch.arange(examples.start, examples.stop, device=self.job.device)
         return self.lowrank(index, per_example=True)
@@ -58,16 +58,16 @@ class Streams:
             slot.copy_(before)
         self._refreshed = []
 
-    def _full_rank(self, query: int) -> DirectionStream:
+    def _full_rank(self, query: int) -> DirectionNoise:
         job, block = self.job, self.block
         keys = noise.derive_keys(self.seed, self.step, query, self.ids, noise.TAG_DIRECTION)
         scale = torch.ones((), device=job.device)
         if job.direction.scale is not None:
             scale = job.direction.scale(self.engine.squared_norm(block, keys), job.count(block))
-        return DirectionStream(block, keys, scale, self.scalars)
+        return DirectionNoise(block, keys, scale, self.scalars)
 
     @torch.no_grad()
-    def lowrank(self, index: Tensor, per_example: bool) -> DirectionStream:
+    def lowrank(self, index: Tensor, per_example: bool) -> DirectionNoise:
         """Low-rank directions: ``index`` int64 ``[directions]``, queries or examples."""
         job, block, law = self.job, self.block, self.job.direction.lowrank
         assert law is not None
@@ -79,7 +79,7 @@ class Streams:
         keys = noise.derive_keys(self.seed, self.step, index, self.ids, noise.TAG_DIRECTION)
         now = right_keys(self.step, index) if law.nu is None else right_keys(self.step // law.nu, 0 * index)
         one = torch.ones((), device=job.device)
-        stream = DirectionStream(block, keys, one, self.scalars, self.engine.factors(block, keys, now), per_example)
+        stream = DirectionNoise(block, keys, one, self.scalars, self.engine.factors(block, keys, now), per_example)
         if job.rule.left is not None:
             assert law.nu is not None
             epoch = job.states[block]["epoch"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -13,9 +12,8 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
 from zowrap import rules
-from zowrap.checks import check_memory
-from zowrap.errors import ZOError, ZOWarning, nearest
-from zowrap.names import ENGINES
+from zowrap.errors import ZOError, ZOWarning
+from zowrap.step.options import ENTRIES, StepOptions, check_values
 from zowrap.storage.lock import check_one_process
 
 # Evaluate and save ten times in a run, log a hundred times (the Trainer takes a fraction of max_steps).
@@ -23,8 +21,11 @@ TENTH, HUNDREDTH = 0.1, 0.01
 
 
 @dataclass
-class ZOConfig(TrainingArguments):
+class ZOConfig(StepOptions, TrainingArguments):
     """Arguments of :class:`zowrap.ZOTrainer`: ``transformers.TrainingArguments`` and the options of ``zo_wrap``.
+
+    The options of a step are those of :class:`zowrap.step.options.StepOptions`; ``blocks`` may also be ``"layer"`` and
+    ``trainable`` a predicate ``(name, tensor) -> bool``.
 
     The Trainer's defaults are made for backpropagation. Left unset, these follow the rule instead:
 
@@ -49,11 +50,7 @@ class ZOConfig(TrainingArguments):
     for are refused (another ``optim``, ``fp16``, ``deepspeed``, ``label_smoothing_factor`` …).
 
     Args:
-        rule: an update rule by name, see :mod:`zowrap.rules`.
-        rule_options: its hyper-parameters, ``{"beta": 0.99}``, or the same as JSON.
-        eps: perturbation size ε, by default as in :func:`zowrap.zo_wrap`.
-        quantized, masters, along: of quantised and of 16-bit weights, as in :func:`zowrap.zo_wrap`.
-        direction, queries, estimator, blocks, block_order, trainable: as in :func:`zowrap.zo_wrap`.
+        rule_options: hyper-parameters of the rule, ``{"beta": 0.99}``, or the same as JSON.
         engine: as in :func:`zowrap.zo_wrap`; left open, a run of few steps is eager where compiling would take longer
             than it saves (:mod:`zowrap.model.choice`). A resumed run keeps the engine it began with.
         memory: as in :func:`zowrap.zo_wrap`; a resumed run keeps what ``"auto"`` chose, and may be given another.
@@ -67,43 +64,15 @@ class ZOConfig(TrainingArguments):
         ZOError: an option that is refused, unknown or out of range.
     """
 
-    rule: str = field(default="meazo", metadata={"help": "Update rule."})
     rule_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Hyper-parameters of the rule, by name; as JSON on a command line."}
     )
-    eps: float | None = field(
-        default=None, metadata={"help": "Perturbation size; by default 1e-3, for quantised models that of their way."}
-    )
-    quantized: str | None = field(
-        default=None, metadata={"help": "How quantised weights move: scales, codes or adapters."}
-    )
-    masters: bool = field(default=False, metadata={"help": "Round 16-bit weights from float32 ones kept beside them."})
-    along: str = field(
-        default="drawn", metadata={"help": "What 16-bit weights move along: the direction drawn, or evaluated."}
-    )
-    direction: str | None = field(default=None, metadata={"help": "Law of the directions; by default the rule's."})
-    queries: int | None = field(default=None, metadata={"help": "Directions per step; by default the rule's."})
-    estimator: str | None = field(
-        default=None, metadata={"help": "central, forward or population; by default the rule's."}
-    )
-    # A list for the sake of HfArgumentParser, which knows no union; "layer" itself is as good as ["layer"].
-    blocks: list[str] | None = field(
-        default=None, metadata={"help": "'layer', or name patterns: one block moves per step."}
-    )
-    block_order: str = field(default="ascending", metadata={"help": "Order in which blocks are visited."})
-    # A predicate (name, tensor) -> bool is as good, from Python.
-    trainable: list[str] | None = field(
-        default=None, metadata={"help": "Name patterns of what moves; by default what requires a gradient."}
-    )
-    engine: str | None = field(
-        default=None,
-        metadata={"help": "compiled or eager; by default compiled where possible and worth it."},
-    )
-    memory: str = field(
-        default="auto", metadata={"help": "paired, sequential or auto: the faster one that fits (default)."}
-    )
+    # As the Trainer's: ``zo_wrap`` has 0, but users of the Trainer expect its data order.
+    seed: int = field(default=42, metadata={"help": "Of the noise, the data order and a fresh head."})
     # Text or a number: HfArgumentParser, which knows no union, makes text of what stands on a command line.
-    lr: str | None = field(default=None, metadata={"help": "Another name for learning_rate; 'auto' chooses it."})
+    lr: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Another name for learning_rate; 'auto' chooses it."}
+    )
     save_every: int | None = field(default=None, metadata={"help": "Another name for save_steps."})
     # Twenty skips in a row are no accident of the directions: their chance halves with each for a run that can go on.
     max_skipped: int = field(default=20, metadata={"help": "Skipped steps in a row that end the run."})
@@ -150,7 +119,7 @@ class ZOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.rule_options, str):
             self.rule_options = _from_json(self.rule_options)
-        if self.blocks == ["layer"]:
+        if self.blocks == ["layer"]:  # as it comes from a command line, which knows no union
             self.blocks = "layer"  # type: ignore[assignment]
         _ignore_and_refuse(self)
         self.auto_lr = _settle_lr(self)
@@ -309,9 +278,5 @@ def _check_numbers(config: ZOConfig) -> None:
         raise ZOError(f"rule_options must be a dictionary, got {config.rule_options!r}")
     if not isinstance(config.max_skipped, int) or config.max_skipped < 1:
         raise ZOError(f"max_skipped must be a whole number from 1, got {config.max_skipped!r}")
-    if config.engine not in (None, *ENGINES):
-        raise ZOError(f"unknown engine {config.engine!r}{nearest(str(config.engine), ENGINES)}")
-    check_memory(config.memory)
-    if config.eps is not None and not (math.isfinite(config.eps) and config.eps > 0):
-        raise ZOError(f"eps must be a positive finite number, got {config.eps!r}")
+    check_values(config, [name for name in ENTRIES if name != "lr"])  # of which there are two names
     config.rule_object()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zowrap.errors import ZOError
+from zowrap.step.options import IDENTITY
 from zowrap.storage.atomic import jsonable, write_text
 from zowrap.storage.lines import Lines
 
@@ -131,29 +132,19 @@ def _with_nan(value: Any) -> Any:
 
 # --- what run a journal belongs to ------------------------------------------------------------------------------
 
-_SAME = ("seed", "rule", "hyper", "direction", "queries", "estimator", "blocks", "block_order", "masters", "along",
-         "parameters_hash")  # fmt: skip
+_SAME = ("hyper", *IDENTITY, "parameters_hash")
 
 
-def describe(
-    zm: ZOModel, *, blocks: str | Sequence[str] | None = None, model_name: str | None = None
-) -> dict[str, Any]:
-    """The header of a new run's journal. ``blocks`` as given to ``zo_wrap``."""
-    state = zm.state_dict()
+def describe(zm: ZOModel, *, model_name: str | None = None) -> dict[str, Any]:
+    """The header of a new run's journal."""
     return {
         "journal": VERSION,
         "model": model_name,
-        "seed": zm.seed,
+        **{name: getattr(zm.options, name) for name in IDENTITY},
         "rule": zm.rule.name,
         "hyper": dict(zm.rule.hyper),
-        "direction": state["direction"],
-        "queries": state["queries"],
-        "estimator": state["estimator"],
-        "blocks": blocks,
-        "block_order": state["block_order"],
-        "quantized": zm.quantized,
-        "masters": zm.masters or None,
-        "along": None if zm.along == "drawn" else zm.along,
+        "direction": zm.job.direction.name,
+        "seed": zm.seed,
         "parameters_hash": parameters_hash(zm),
         "environment": environment(zm),
         "weights": fingerprint(zm),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from zowrap.errors import ZOError
+from zowrap.step.options import IDENTITY
 from zowrap.storage.save import save_model
 from zowrap.training.journal import Journal, fingerprint
 
@@ -53,23 +54,15 @@ def replay_run(
     head = journal.header
     rules.find_recorded(head["rule"], file)
     moves = set(head["parameters"])
-    zm = zo_wrap(
-        model,
-        rules.get(head["rule"], **head["hyper"]),
-        seed=head["seed"],
-        direction=head["direction"],
-        queries=head["queries"],
-        estimator=head["estimator"],
-        blocks=head["blocks"],
-        block_order=head["block_order"],
-        trainable=lambda name, tensor: name in moves,
-        quantized=head.get("quantized"),
-        masters=bool(head.get("masters")),
-        along=head.get("along") or "drawn",
+    options = {name: head[name] for name in IDENTITY}
+    options |= {
+        "rule": rules.get(head["rule"], **head["hyper"]),
+        "trainable": lambda name, tensor: name in moves,
         # A replay evaluates nothing; a weight decay is read from each record, this says that there may be one.
-        weight_decay=_weight_decay(journal),
-        engine="eager",
-    )
+        "weight_decay": _weight_decay(journal),
+        "engine": "eager",
+    }
+    zm = zo_wrap(model, **options)
     check_start(zm, journal)
     replay(zm, journal)
     if to is not None:

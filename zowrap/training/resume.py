@@ -83,7 +83,7 @@ def find_start(trainer: ZOTrainer, resume: str | bool | None) -> Start:
     recorded_plan = _recorded_plan(trainer, resume)
     plan = {"steps": first.max_steps} if recorded_plan is None else recorded_plan
     trainer.wrap_for(plan.get("steps"))
-    header = describe(trainer.zm, blocks=trainer.args.blocks, model_name=trainer._keeper.base.get("base_model"))
+    header = describe(trainer.zm, model_name=trainer._keeper.base.get("base_model"))
     header["plan"] = plan
     fresh = Start(0, first, None, header, plan=plan)
     if not resume:

@@ -28,6 +28,7 @@ from zowrap.model.choice import Planned
 from zowrap.model.zo_model import StepResult, ZOModel
 from zowrap.quant import lowering
 from zowrap.step.finite import warn_of
+from zowrap.step.options import values_of
 from zowrap.step.pretrained import model_name
 from zowrap.storage.lock import locked
 from zowrap.storage.save import save_model
@@ -151,27 +152,10 @@ class ZOTrainer(Trainer):
 
     def wrap(self, engine: str | None) -> None:
         """Wrap the model, with the rule at its first step: ``zm`` is then another."""
-        args = self.args
-        self.zm: ZOModel = zo_wrap(
-            self._bare,
-            self._rule,
-            lr="auto" if args.auto_lr else args.learning_rate,
-            eps=args.eps,
-            quantized=args.quantized,
-            masters=args.masters,
-            along=args.along,
-            seed=args.seed,
-            direction=args.direction,
-            queries=args.queries,
-            estimator=args.estimator,
-            blocks=args.blocks,
-            block_order=args.block_order,
-            trainable=args.trainable,
-            loss_fn=self._loss_fn,
-            engine=engine,
-            weight_decay=args.weight_decay,
-            memory=args.memory,
-        )
+        options = values_of(self.args)
+        lr = "auto" if self.args.auto_lr else self.args.learning_rate
+        options |= {"rule": self._rule, "lr": lr, "engine": engine}
+        self.zm: ZOModel = zo_wrap(self._bare, loss_fn=self._loss_fn, **options)
         self._loss = self.zm.loss_module
 
     def wrap_for(self, steps: int | None) -> None:

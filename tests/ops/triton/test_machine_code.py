@@ -82,7 +82,7 @@ def step(rule, dtype, direction):
     job, engine, kernel = zm.job, zm.engine, zm.engine.kernels
     engine._warm(0, 2)
     warmed = {line["variant"] for line in found}
-    stream = zm._streams.queries[0]
+    stream = zm.directions.queries[0]
     for i, p in enumerate(zm.parameters if direction != "lowrank(1)" else []):
         seen = [job.slots[name][i].view(-1) for name in kernel.read_names]
         scalars = [stream.scalars[name] for name in kernel.scalar_names]
