@@ -110,7 +110,7 @@ def test_a_ratio_is_to_the_yardstick_just_before_and_after(monkeypatch) -> None:
 def test_a_peak_is_that_of_steps_which_allocate_where_the_model_lies(monkeypatch) -> None:
     """A GPU beside a model on the CPU is not asked, and a replay, which allocates nothing, is not measured."""
     seen = []
-    zm = SimpleNamespace(_recorder="recorder")
+    zm = SimpleNamespace(graphs="recorder")
     contender = contenders.Contender("ours", lambda: seen.append(("step", zm.graphs)), wrapped=zm)
     for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device, name=name: seen.append((name, device)) or 7)

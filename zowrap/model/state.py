@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # A state brings its own seed, and goes on from there.
 _SAME = tuple(name for name in IDENTITY if name != "seed")
+_PLAIN = (str, int, list, type(None))
 _NEVER_NEGATIVE = ("step", "lr", "weight_decay", "largest_batch")
 
 
@@ -72,6 +73,8 @@ def check_state(state: Any, mine: Mapping[str, Any]) -> None:
     for name in _SAME:
         if name not in state:
             raise ZOError(f"this is not the state of such a model: {name} is missing")
+        if not isinstance(state[name], _PLAIN):
+            raise ZOError(f"this state is damaged: its {name} is of type {type(state[name]).__name__}")
         if state[name] != mine[name]:
             raise ZOError(f"this state was saved with {name}={state[name]!r}, the model is wrapped with {mine[name]!r}")
     if state["parameters"] != mine["parameters"]:
