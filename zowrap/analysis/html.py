@@ -10,7 +10,6 @@ import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +18,7 @@ import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
 from zowrap.analysis.program import Laid
 from zowrap.analysis.region import Analysis
 from zowrap.compiler.program import Program
-from zowrap.compiler.regions import layer_of
+from zowrap.compiler.regions import Region, layer_of
 from zowrap.machine import in_words
 
 ours = torch.ops.zowrap
@@ -54,7 +53,7 @@ def page(title: str, laid: Laid, facts: Sequence[str]) -> str:
         "<pre>" + escape("\n".join(facts)) + "</pre>",
         "<p class=legend>" + " ".join(f"<span class='{kind}'>{text}</span>" for kind, text in legend) + "</p>",
     ]
-    for same in _lanes(laid.pieces):
+    for same in _lanes(laid.regions):
         body += _lane(same, streams, columns, weights)
     if laid.program.epilogue is not None:
         body += _epilogue(laid.program.epilogue.graph)
@@ -83,14 +82,14 @@ def streams_of(program: Program) -> dict[fx.Node, str]:
             for n, found in reached.items()}  # fmt: skip
 
 
-def _lanes(pieces: Sequence[tuple[Any, Analysis]]) -> Iterator[list[tuple[Any, Analysis]]]:
+def _lanes(regions: Sequence[tuple[Region, Analysis]]) -> Iterator[list[tuple[Region, Analysis]]]:
     """Runs of neighbouring regions that compute the same."""
-    for _, same in itertools.groupby(pieces, key=lambda piece: id(piece[1])):
+    for _, same in itertools.groupby(regions, key=lambda each: id(each[1])):
         yield list(same)
 
 
 def _lane(
-    same: list[tuple[Any, Analysis]], streams: dict[fx.Node, str], columns: list[str], weights: set[fx.Node]
+    same: list[tuple[Region, Analysis]], streams: dict[fx.Node, str], columns: list[str], weights: set[fx.Node]
 ) -> list[str]:
     region, analysis = same[0]
     name = _layer_name(region.nodes)

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from zowrap.analysis.operators import CALLED, LOOK_UPS, Kept, Work, flops, kept_of, merged, noise_of, scratch_of
+from zowrap.compiler.regions import Region
 
 
 @dataclass
@@ -62,28 +63,25 @@ class _Memory:
     stored: bool = True
 
 
-def analyse(
-    nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], given: Sequence[Any],
-    weights: Sequence[bool], mode: FakeTensorMode,
-) -> Analysis:  # fmt: skip
-    """Execute ``nodes`` on fake tensors and follow what is in memory.
+def analyse(region: Region, given: Sequence[Any], weights: Sequence[bool], mode: FakeTensorMode) -> Analysis:
+    """Execute a region on fake tensors and follow what is in memory.
 
     Args:
-        nodes: in the order they run; ``inputs`` are the nodes outside that they read, ``outputs`` those read outside.
-        given: fake values (or numbers) of ``inputs``, ``mode``'s own, at the sizes wanted.
+        given: fake values (or numbers) of the region's inputs, ``mode``'s own, at the sizes wanted.
         weights: whether each input is a parameter or a buffer.
     """
-    run = _Run(nodes, inputs, given, mode)
-    of_inputs = {m: i for i, n in reversed(list(enumerate(inputs))) for m in run.place.get(n, ())}
-    held = [run.place[n][0] if n in run.place else None for n in outputs]
+    run = _Run(region.nodes, region.inputs, given, mode)
+    of_inputs = {m: i for i, n in reversed(list(enumerate(region.inputs))) for m in run.place.get(n, ())}
+    held = [run.place[n][0] if n in run.place else None for n in region.outputs]
     owners = [None if m is None else ("input", of_inputs[m]) if m in of_inputs else ("own", m) for m in held]
     kept = {m for m in held if m is not None}
     run.decide(kept)
-    fixed = {m for n, weight in zip(inputs, weights, strict=True) if weight for m in run.place.get(n, ())}
+    fixed = {m for n, weight in zip(region.inputs, weights, strict=True) if weight for m in run.place.get(n, ())}
     peak, work = run.replay(kept, fixed)
     own = {m: run.memory[m].bytes for m in kept if m not in of_inputs}
     stored = {m.made_by for m in run.memory if m.stored and m.made_by >= 0}
-    return Analysis([run.values[n] for n in outputs], owners, own, peak, work, merged(run.kept), run.flops, stored)
+    outputs = [run.values[n] for n in region.outputs]
+    return Analysis(outputs, owners, own, peak, work, merged(run.kept), run.flops, stored)
 
 
 class _Run:
