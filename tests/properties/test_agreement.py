@@ -142,7 +142,7 @@ def test_products_of_float64_are_not_summed_in_less() -> None:
     key, nothing = torch.tensor([1, 2], dtype=torch.int32), torch.zeros(1)
     for transposed, expected in ((False, x @ w.t()), (True, x @ w)):
         (found,) = torch.ops.zowrap.perturb_linear(
-            [x], w, [], key, torch.ones(()), [], nothing, transposed, zm._engine.spec
+            [x], w, [], key, torch.ones(()), [], nothing, transposed, zm._engine.kernels.key
         )
         assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
 
@@ -211,7 +211,7 @@ def test_an_update_that_was_broken_off_is_not_gone_on_from(monkeypatch: pytest.M
     zm, inputs = wrap("plain", "compiled", rule="zo_adam"), words(0)
     zm.step(**inputs)
     weights, state = snapshot(zm.model), zm.state_dict()
-    written, update = [], zm._engine.kernels.update
+    written, update = [], zm._engine.kernels.update.write
 
     def third_is_interrupted(*given: Any, **named: Any) -> None:
         written.append(1)
@@ -219,10 +219,10 @@ def test_an_update_that_was_broken_off_is_not_gone_on_from(monkeypatch: pytest.M
             raise KeyboardInterrupt
         update(*given, **named)
 
-    zm._engine.kernels.update = third_is_interrupted
+    zm._engine.kernels.update.write = third_is_interrupted
     with pytest.raises(KeyboardInterrupt):
         zm.step(**inputs)
-    zm._engine.kernels.update = update
+    zm._engine.kernels.update.write = update
     assert not unchanged(zm.model, weights)
     calls = (zm.step, zm.loss, lambda **_: zm.state_dict(), lambda **_: zm.update(projected_grad=torch.ones(())))
     for call in calls:

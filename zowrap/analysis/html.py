@@ -15,22 +15,13 @@ import torch
 from torch import Tensor, fx
 
 import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
+from zowrap import custom_op
 from zowrap.analysis.program import Laid
 from zowrap.analysis.region import Analysis
 from zowrap.compiler.program import Program
 from zowrap.compiler.regions import Region, layer_of
 from zowrap.machine import in_words
 
-ours = torch.ops.zowrap
-_FOR_ALL = {
-    ours.perturb.default,
-    ours.perturb_linear.default,
-    ours.perturb_head.default,
-    ours.perturb_rows.default,
-    ours.perturb_lowrank.default,
-    ours.int8_points.default,
-    ours.codes_points.default,
-}
 SHARED, ALL = "shared", "all"
 
 
@@ -70,16 +61,23 @@ def streams_of(program: Program) -> dict[fx.Node, str]:
         if node.op != "call_function":
             continue
         before = node.all_input_nodes
-        if node.target in _FOR_ALL:
+        if _serves_all_points(node):
             reached[node] = frozenset(range(points))
-        elif node.target is operator.getitem and before[0].target in _FOR_ALL:
+        elif node.target is operator.getitem and _serves_all_points(before[0]):
             reached[node] = frozenset({node.args[1]})
         elif node.target is torch.ops.aten.select.int and before[0] is coefficients:
             reached[node] = frozenset({node.args[2]})
         else:
             reached[node] = frozenset().union(*(reached.get(n, frozenset()) for n in before))
-    return {n: SHARED if not found else f"s{min(found)}" if len(found) == 1 and n.target not in _FOR_ALL else ALL
-            for n, found in reached.items()}  # fmt: skip
+    return {
+        node: SHARED if not found else f"s{min(found)}" if len(found) == 1 and not _serves_all_points(node) else ALL
+        for node, found in reached.items()
+    }
+
+
+def _serves_all_points(node: fx.Node) -> bool:
+    called = custom_op.find(node.target)
+    return called is not None and called.traits.all_points
 
 
 def _lanes(regions: Sequence[tuple[Region, Analysis]]) -> Iterator[list[tuple[Region, Analysis]]]:

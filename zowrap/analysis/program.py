@@ -12,10 +12,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from zowrap.analysis.operators import Kept, Work, merged
+from zowrap.analysis.operators import Work, merged
 from zowrap.analysis.region import Analysis, analyse
 from zowrap.compiler.program import Program
 from zowrap.compiler.regions import Region, cut, text_of
+from zowrap.custom_op import PersistentBuffers
 from zowrap.errors import ZOCaptureError, first_line
 from zowrap.loss.module import Batch
 
@@ -27,14 +28,14 @@ class Laid:
     Attributes:
         regions: each with its analysis, in the order they run; regions that compute the same share one analysis.
         transient: bytes allocated at the peak, above the program's inputs.
-        kept: buffers that its operators keep from step to step.
+        buffers: what its operators keep from step to step.
     """
 
     program: Program
     regions: list[tuple[Region, Analysis]]
     transient: int
     work: Work
-    kept: Kept
+    buffers: PersistentBuffers
 
 
 class Sizes:
@@ -64,8 +65,8 @@ class Sizes:
                 f"the sizes inside this model follow from its data ({type(error).__name__}: {first[:160]})"
             ) from error
         work = sum((analysis.work for _, analysis in regions), Work())
-        kept = merged(analysis.kept for _, analysis in regions)
-        return Laid(program, regions, _transient(program, regions), work, kept)
+        buffers = merged(analysis.buffers for _, analysis in regions)
+        return Laid(program, regions, _transient(program, regions), work, buffers)
 
     def _analyse(self, program: Program) -> list[tuple[Region, Analysis]]:
         """Every region of a program, in order, with its analysis."""
