@@ -21,7 +21,7 @@ def build(
     program: Program,
     job: Job,
     block: int,
-    spec: str,
+    kernel_key: str,
     points: int,
     scalar_names: list[str],
     epilogue: Epilogue,
@@ -33,7 +33,7 @@ def build(
     """
     passes: list[Pass] = [StripTraining(), CheckLookups(), FuseHead()]
     if points:
-        passes += [SelectTunable(job, block, spec, points, scalar_names), SplitStreams(points)]
+        passes += [SelectTunable(job, block, kernel_key, points, scalar_names), SplitStreams(points)]
         passes += [Perturb() if job.direction.lowrank is None else PerturbLowRank()]
         passes += [LowerQuantized()] if job.way is not None else []
         passes += [Population()] if per_example else []

@@ -14,22 +14,20 @@ the eager engine does, so that what moves does not depend on the engine.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)  # noqa: F401 (registers torch.ops.zowrap)
+import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
+from zowrap import custom_op
 from zowrap.compiler.program import Program
 from zowrap.errors import ZOInternalError
+from zowrap.ops.codes import update_codes_
+from zowrap.ops.update import update_, update_lowrank_
 from zowrap.passes.manager import Pass
 from zowrap.step.arithmetic import conclude
 from zowrap.step.job import Job
-
-UPDATES = (
-    torch.ops.zowrap.update_.default,
-    torch.ops.zowrap.update_lowrank_.default,
-    torch.ops.zowrap.update_codes_.default,
-)
 
 
 @dataclass
@@ -60,8 +58,15 @@ def coefficient_shapes(job: Job, points: int) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in conclusion.coefficients.items()}
 
 
-def build_epilogue(job: Job, block: int, spec: str, names: list[str], scalar_names: list[str]) -> Epilogue:
-    """The updates of one block as a program of ``update_`` operators, ``update_lowrank_`` along low-rank directions."""
+def update_operator(job: Job, index: int) -> custom_op.Operator:
+    """The operator that writes the update of a parameter."""
+    if job.direction.lowrank is not None:
+        return update_lowrank_
+    return update_codes_ if job.parameters[index].codes else update_
+
+
+def build_epilogue(job: Job, block: int, kernel_key: str, names: list[str], scalar_names: list[str]) -> Epilogue:
+    """The updates of one block as a program, of one operator for each parameter (:func:`update_operator`)."""
     graph = fx.Graph()
     lowrank = job.direction.lowrank is not None
     queries = 0 if lowrank else job.queries
@@ -84,20 +89,14 @@ def build_epilogue(job: Job, block: int, spec: str, names: list[str], scalar_nam
             left = graph.placeholder(f"left_{i}")
             right = None if vector else graph.placeholder(f"right_{i}")
             rounding_key = graph.call_function(select, (rounding_keys, 0, i))
-            graph.call_function(
-                torch.ops.zowrap.update_lowrank_.default,
-                (w, slots, left, right, rounding_key, coefficients, hyper, apply, decay, spec),
-            )
-            continue
-        own_keys = [graph.call_function(select, (k, 0, i)) for k in keys]
-        rounding_key = graph.call_function(select, (rounding_keys, 0, i))
-        target, weight = torch.ops.zowrap.update_.default, [w]
-        if job.parameters[i].codes:
-            target, weight = torch.ops.zowrap.update_codes_.default, [w, graph.placeholder(f"row_scale_{i}")]
-        graph.call_function(
-            target,
-            (*weight, slots, own_keys, scales, [*scalars, *own], rounding_key, coefficients, hyper, apply, decay, spec),
-        )
+            along: tuple[Any, ...] = (left, right, rounding_key)
+        else:
+            own_keys = [graph.call_function(select, (k, 0, i)) for k in keys]
+            rounding_key = graph.call_function(select, (rounding_keys, 0, i))
+            along = (own_keys, scales, [*scalars, *own], rounding_key)
+        weight = [w, graph.placeholder(f"row_scale_{i}")] if job.parameters[i].codes else [w]
+        arguments = (*weight, slots, *along, coefficients, hyper, apply, decay, kernel_key)
+        graph.call_function(update_operator(job, i).overload, arguments)
     graph.output(())
     # Placeholders were created where they are needed; a function's arguments come first.
     first = next(iter(graph.nodes))
@@ -113,9 +112,18 @@ def build_epilogue(job: Job, block: int, spec: str, names: list[str], scalar_nam
 def _check(job: Job, block: int, graph: fx.Graph) -> None:
     """Every active parameter is written exactly once, and nothing else is."""
     graph.lint()
-    written = [node.args[0] for node in graph.nodes if node.target in UPDATES]
-    if [w.name for w in written] != [f"w_{i}" for i in job.blocks[block].indices]:  # type: ignore[union-attr]
+    if [w.name for w in written_weights(graph)] != [f"w_{i}" for i in job.blocks[block].indices]:
         raise ZOInternalError("the epilogue does not write every active parameter exactly once")
+
+
+def written_weights(graph: fx.Graph) -> list[fx.Node]:
+    """The weights that a graph writes, in order."""
+    found = []
+    for node in graph.nodes:
+        updates = custom_op.find(node.target)
+        if updates is not None and updates.traits.writes is not None:
+            found.append(updates.bind(node.args, node.kwargs)[updates.traits.writes])
+    return found
 
 
 class AppendEpilogue(Pass):
@@ -128,5 +136,4 @@ class AppendEpilogue(Pass):
 
     def call(self, program: Program) -> str:
         program.epilogue = self.epilogue.graph_module
-        updates = sum(n.target in UPDATES for n in self.epilogue.graph_module.graph.nodes)
-        return f"{updates} fused updates"
+        return f"{len(written_weights(self.epilogue.graph_module.graph))} fused updates"

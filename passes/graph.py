@@ -10,26 +10,20 @@ import torch
 from torch import fx
 
 import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
+from zowrap import custom_op
 
-PERTURBATIONS = (
-    torch.ops.zowrap.perturb.default,
-    torch.ops.zowrap.perturb_lowrank.default,
-    torch.ops.zowrap.perturb_codes.default,
-)
+aten = torch.ops.aten
 
 
 def tunable_values(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that stand for a perturbed weight at some point."""
     return [
         user
-        for perturbation in PERTURBATIONS
-        for node in graph.find_nodes(op="call_function", target=perturbation)
+        for perturbation in custom_op.with_trait("perturbs")
+        for node in graph.find_nodes(op="call_function", target=perturbation.overload)
         for user in node.users
         if user.target is operator.getitem
     ]
-
-
-aten = torch.ops.aten
 
 
 class Product(NamedTuple):

@@ -77,22 +77,22 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, values: list[fx.Node], uses: list[
 
 
 def _linear(graph: fx.Graph, theta: fx.Node, uses: list[fx.Node], products: list[Product]) -> None:
-    weight, *rest, spec = theta.args
+    weight, *rest, kernel_key = theta.args
     inputs, transposed = once([p.x for p in products]), products[0].transposed
     with graph.inserting_before(uses[-1]):
         product = graph.call_function(
-            torch.ops.zowrap.perturb_linear.default, (inputs, weight, *rest, transposed, spec)
+            torch.ops.zowrap.perturb_linear.default, (inputs, weight, *rest, transposed, kernel_key)
         )
     product.meta["nn_module_stack"] = uses[0].meta.get("nn_module_stack")
     replace(graph, uses, product, [p.bias for p in products])
 
 
 def _head(graph: fx.Graph, theta: fx.Node, uses: list[fx.Node]) -> None:
-    weight, *rest, spec = theta.args
+    weight, *rest, kernel_key = theta.args
     inputs, biases, labels = once([u.args[0] for u in uses]), once([u.args[2] for u in uses]), uses[0].args[5]
     with graph.inserting_before(uses[-1]):
         loss = graph.call_function(
             torch.ops.zowrap.perturb_head.default,
-            (inputs, weight, [b for b in biases if b is not None], *rest, labels, spec),
+            (inputs, weight, [b for b in biases if b is not None], *rest, labels, kernel_key),
         )
     replace(graph, uses, loss)

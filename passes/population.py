@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
+from zowrap import custom_op
 from zowrap.compiler.inductor import size_oblivious
 from zowrap.compiler.program import Program
 from zowrap.errors import ZOCaptureError, ZOInternalError, first_line
@@ -28,8 +29,7 @@ class Population(Pass):
     """See the module. Inputs from the batch are per example, unless they have one row, which all examples share.
 
     That is the rule of :func:`zowrap.loss.module.per_example_names`. Whether the model needs the sizes to be equal does
-    not
-    matter: attention takes a mask of any number of rows.
+    not matter: attention takes a mask of any number of rows.
     """
 
     name = "population"
@@ -78,9 +78,9 @@ class Population(Pass):
             *tensors, causal, scale, grouped = node.args
             node.target = torch.ops.aten.scaled_dot_product_attention.default
             node.args, node.kwargs = (*tensors, 0.0, causal), {"scale": scale, "enable_gqa": grouped}
-        for ours, torchs in _PLAIN.items():
-            for node in traced.graph.find_nodes(op="call_function", target=ours):
-                node.target = torchs
+        for stand_in in custom_op.with_trait("plain_form"):
+            for node in traced.graph.find_nodes(op="call_function", target=stand_in.overload):
+                node.target = stand_in.traits.plain_form
         program.graph_module = traced
         return f"{sum(batch)} inputs per example"
 
@@ -103,12 +103,6 @@ class Population(Pass):
 
 
 _FIXED = "recording it for each example would fix the size of its batches"
-
-# Stand-ins that have a form under vmap, and what they are once that is done.
-_PLAIN = {
-    torch.ops.zowrap.gather.default: torch.ops.aten.gather.default,
-    torch.ops.zowrap.cat.default: torch.ops.aten.cat.default,
-}
 
 
 class _Mapped(fx.Interpreter):

@@ -2,7 +2,7 @@
 
     before                       after
     y = linear(x, w, b)          key = select(keys, 0, 17)
-                                 theta = zowrap.perturb(w, [], key, scale, [], coefficients, spec)
+                                 theta = zowrap.perturb(w, [], key, scale, [], coefficients, kernel_key)
                                  y = linear(x, theta[0], b)
 
 With low-rank directions the noise is one input, ``factors``, and each weight takes its own part of it:
@@ -37,15 +37,15 @@ class SelectTunable(Pass):
 
     Args:
         block: index of the active block.
-        spec: names the kernels (:mod:`zowrap.ops.kernels`).
+        kernel_key: names the kernels (:mod:`zowrap.ops.kernels`).
         points: how many evaluations the finished program makes.
         scalar_names: what the rule's direction reads.
     """
 
     name = "select_tunable"
 
-    def __init__(self, job: Job, block: int, spec: str, points: int, scalar_names: list[str]) -> None:
-        self.job, self.block, self.spec, self.points = job, block, spec, points
+    def __init__(self, job: Job, block: int, kernel_key: str, points: int, scalar_names: list[str]) -> None:
+        self.job, self.block, self.kernel_key, self.points = job, block, kernel_key, points
         self.scalar_names = scalar_names
 
     def call(self, program: Program) -> str:
@@ -108,7 +108,7 @@ class SelectTunable(Pass):
                 torch.ops.zowrap.perturb_codes.default
                 if job.parameters[index].codes
                 else torch.ops.zowrap.perturb.default,
-                (weight, slots, key, scale, numbers, coefficients, self.spec),
+                (weight, slots, key, scale, numbers, coefficients, self.kernel_key),
                 name=f"theta_{index}",
             )
 

@@ -121,37 +121,41 @@ def compiling() -> Iterator[list[dict[str, Any]]]:
     Yields:
         what was compiled so far: a line for each launch.
     """
-    from zowrap.ops import kernels
-    from zowrap.ops.triton import cross_entropy, loops, product, sources
+    from zowrap.ops import kernels, loops
+    from zowrap.ops.triton import cross_entropy, product, sources
+    from zowrap.ops.triton.loops import compile_loop
 
     found: list[dict[str, Any]] = []
-    made, add, kept, compile_loop = sources.kernel, cross_entropy._add, kernels._registry, kernels.compile_loop
+    made, add, kept, compile_here = sources.kernel, cross_entropy._add, kernels._registry, loops.compile_loop
     sources.kernel = lambda source: Stand(made(source), found)  # type: ignore[assignment]
     cross_entropy._add = Stand(add, found)
-    kernels.compile_loop, kernels._registry = loops.compile_loop, {}
+    loops.compile_loop, kernels._registry = compile_loop, {}
     product._kernel.cache_clear()
     try:
         yield found
     finally:
         sources.kernel, cross_entropy._add = made, add
-        kernels.compile_loop, kernels._registry = compile_loop, kept
+        loops.compile_loop, kernels._registry = compile_here, kept
         product._kernel.cache_clear()
 
 
 def elementwise(rule: str, direction: str | None, dtype: torch.dtype, found: list[dict[str, Any]]) -> None:
     """Compile the perturbation at two points and the update of a rule; call it :func:`compiling`."""
     import zowrap
+    from zowrap.ops.arguments import DrawnDirections, NoiseArgs, UpdateArgs
 
     layer = torch.nn.Linear(64, 64, dtype=dtype)
     zm = zowrap.zo_wrap(layer, rule, lr=1e-2, direction=direction, loss_fn=lambda m, b: m(b["x"]).sum(-1))
     kernel = zm.engine.kernels  # type: ignore[attr-defined]
     w, key, one = torch.ones(4096, dtype=dtype), torch.ones(2, dtype=torch.int32), torch.ones(())
-    slots, scalars = [torch.ones(4096) for _ in kernel.slot_names], [one for _ in kernel.scalar_names]
-    seen = [slots[kernel.slot_names.index(name)] for name in kernel.read_names]
-    coefficients = [torch.ones(shape) for shape in kernel.coefficient_shapes.values()]
-    kernel.perturb(w, seen, key, one, scalars, torch.ones(2), [torch.ones_like(w) for _ in range(2)])
+    scalars = [one for _ in kernel.perturbation.scalar_names]
+    noise = NoiseArgs([torch.ones(4096) for _ in kernel.perturbation.slot_names], key, one, scalars)
+    kernel.perturbation.write(w, noise, torch.ones(2), [torch.ones_like(w) for _ in range(2)])
     found[-1]["kernel"] = "perturb"
-    kernel.update(w, slots, [key], [one], scalars, key, coefficients, [one] * 3, torch.tensor(True), False)
+    slots = [torch.ones(4096) for _ in kernel.rule.slot_names("element")]
+    coefficients = [torch.ones(shape) for shape in kernel.update.coefficient_shapes.values()]
+    args = UpdateArgs(slots, key, coefficients, [one] * 3, torch.tensor(True), False)
+    kernel.update.write(w, args, DrawnDirections([key], [one], scalars))
     found[-1]["kernel"] = "update"
 
 

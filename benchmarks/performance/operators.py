@@ -151,7 +151,7 @@ def chunks(rounds: int) -> list[dict[str, Any]]:
 def _chunks(rounds: int, tokens: int) -> list[dict[str, Any]]:
     zm = zowrap.zo_wrap(torch.nn.Linear(2, 2), "zo_sgd", lr=1e-7, loss_fn=lambda m, b: m(b["x"]).sum(-1))
     zm.step(x=torch.ones(2, 2))
-    spec: str = zm.engine.spec  # type: ignore[attr-defined]
+    key_of_kernels: str = zm.engine.kernels.key  # type: ignore[attr-defined]
     key, coefficients = torch.tensor([1, 2], dtype=torch.int32), torch.tensor([1e-3, -1e-3])
     given: tuple[Any, ...] = ([], key, torch.ones(()), [], coefficients)
     weights = [torch.randn(INNER, WIDTH) for _ in range(LAYERS)]
@@ -170,7 +170,7 @@ def _chunks(rounds: int, tokens: int) -> list[dict[str, Any]]:
 
     def products() -> None:
         for w in weights:
-            perturb_linear(inputs, w, *given, False, spec)
+            perturb_linear(inputs, w, *given, False, key_of_kernels)
 
     calls: dict[tuple[str, int], Callable[[], Any]] = {
         ("layers", 0): lambda: [torch.nn.functional.linear(x, w) for w in weights for x in inputs],
@@ -179,7 +179,7 @@ def _chunks(rounds: int, tokens: int) -> list[dict[str, Any]]:
     for length in CHUNKS:
         calls["layers", length] = at(length, products)
     for length in HEAD_CHUNKS:
-        calls["head", length] = at(length, lambda: perturb_head(hidden, vocabulary, [], *given, labels, spec))
+        calls["head", length] = at(length, lambda: perturb_head(hidden, vocabulary, [], *given, labels, key_of_kernels))
     kept = scratch.CHUNK_ROWS, scratch.LEAST_ELEMENTS
     try:
         seconds = interleaved(calls, rounds)

@@ -14,17 +14,17 @@ from zowrap.compiler import cache
 
 JOB = """
 import json, torch, zowrap
-import zowrap.ops.kernels
+import zowrap.ops.loops
 torch.manual_seed(0)
 zm = zowrap.zo_wrap(torch.nn.Linear(6, 3), "meazo", lr=1e-3, engine="compiled",
                     loss_fn=lambda model, batch: model(batch["x"]).square().mean(-1))
 kept = []
-compiler_run = zowrap.ops.kernels.compile_function
+compiler_run = zowrap.ops.loops.compile_function
 def counted(*given, **named):
     made = compiler_run(*given, **named)
     kept.append(made.cached)
     return made
-zowrap.ops.kernels.compile_function = counted
+zowrap.ops.loops.compile_function = counted
 loss = zm.step(x=torch.ones(4, 6)).loss
 report = zm.inspect()
 print(json.dumps({"regions": report.compile_count, "cached": report.cached, "kernels": kept, "loss": loss.item(),

@@ -20,7 +20,7 @@ def test_captured_and_split_losses_equal_the_oracle(name) -> None:
     engine = zm.engine
     first = zm.prepare(batch(name, 8, 16))
     captured = capture(zm.job.loss, canonical_batch(first, zm.model))
-    split = build(captured.clone(), zm.job, 0, engine.spec, 2, [], engine._epilogues[0])
+    split = build(captured.clone(), zm.job, 0, engine.kernels.key, 2, [], engine._epilogues[0])
     (stream,) = zm.directions.queries
     coefficients = torch.tensor([1e-2, -1e-2])
     for rows, length in [(8, 16), (3, 7), (1, 6)]:

@@ -69,8 +69,8 @@ def test_values_live_no_longer_than_their_last_reader() -> None:
     zm, _ = trajectory("compiled", steps=1)
     (executable,) = zm.engine.executables.values()
     alive: set[int] = set()
-    for _, _, results, last_used in executable.compiled.calls:
-        alive = (alive | set(results)) - set(last_used)
+    for call in executable.compiled.calls:
+        alive = (alive | set(call.results)) - set(call.last_used)
     assert len(alive) == len(executable.compiled.outputs) == 3  # two losses and the weights
 
 

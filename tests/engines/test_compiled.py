@@ -54,7 +54,7 @@ def test_losses_agree_at_every_batch_size_and_length(pair) -> None:
         for zm in (eager, compiled):
             zm.discard()
             zm.accumulate(**inputs)
-        a, b = eager._measured.losses(), compiled._measured.losses()
+        a, b = eager.accumulator.losses(), compiled.accumulator.losses()
         assert torch.allclose(a, b, rtol=1e-5, atol=0), (rows, length)
         assert torch.allclose(eager.loss(**inputs), compiled.loss(**inputs), rtol=1e-5, atol=0)
 
@@ -181,12 +181,12 @@ def test_perturbation_noise_is_update_noise_is_replay_noise(direction, dtype) ->
     for i, parameter in enumerate(zm.parameters):
         zeros = torch.zeros_like(parameter.tensor, dtype=torch.float32)
         one = torch.ones(1)
-        (probe,) = torch.ops.zowrap.perturb(zeros, [], stream.keys[i], stream.scale, [], one, zm.engine.spec)
+        (probe,) = torch.ops.zowrap.perturb(zeros, [], stream.keys[i], stream.scale, [], one, zm.engine.kernels.key)
         reference = oracle.direction(stream, i)
         assert torch.equal(probe, reference)
         if parameter.tensor.ndim == 2:
             rows = torch.tensor([[0, 3], [2, 3]])
-            args = (zeros, [], rows, stream.keys[i], stream.scale, [], one, zm.engine.spec)
+            args = (zeros, [], rows, stream.keys[i], stream.scale, [], one, zm.engine.kernels.key)
             assert torch.equal(torch.ops.zowrap.perturb_rows(*args)[0], reference[rows])
     if dtype == torch.float32:
         before = {p.name: p.tensor.detach().clone() for p in zm.parameters}
@@ -444,7 +444,7 @@ for name, form in FORMS.items():
     compiled, eager = (zowrap.zo_wrap(Table(), loss_fn=loss, engine=e) for e in ("compiled", "eager"))
     for zm in (compiled, eager):
         zm.accumulate(**inputs)
-    assert torch.allclose(compiled._measured.losses(), eager._measured.losses(), rtol=1e-5), name
+    assert torch.allclose(compiled.accumulator.losses(), eager.accumulator.losses(), rtol=1e-5), name
     for wrong in (entries, -1001, -1):
         if wrong == -1 and name == "index":
             continue
@@ -479,7 +479,7 @@ def test_int32_indices_give_the_same_losses(name) -> None:
         zm.accumulate(**inputs)
         zm.discard()
         zm.accumulate(**short)
-    assert torch.allclose(compiled._measured.losses(), eager._measured.losses(), rtol=1e-5, atol=0)
+    assert torch.allclose(compiled.accumulator.losses(), eager.accumulator.losses(), rtol=1e-5, atol=0)
 
 
 class Recurrent(nn.Module):
@@ -580,7 +580,7 @@ def test_a_wrong_first_batch_does_not_disable_the_compiled_engine() -> None:
 @pytest.mark.parametrize("direction", ["gaussian", "sphere"])
 def test_a_kernel_that_cannot_be_compiled_leaves_no_half_written_step(direction, monkeypatch) -> None:
     from zowrap.compiler import inductor
-    from zowrap.ops import kernels
+    from zowrap.ops import loops
 
     real, calls = inductor.compile_function, []
 
@@ -590,7 +590,7 @@ def test_a_kernel_that_cannot_be_compiled_leaves_no_half_written_step(direction,
             raise ZOCaptureError("the C++ compiler failed")
         return real(*args)
 
-    monkeypatch.setattr(kernels, "compile_function", second_fails)
+    monkeypatch.setattr(loops, "compile_function", second_fails)
     models = []
     for engine in ("eager", None):
         torch.manual_seed(0)

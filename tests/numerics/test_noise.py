@@ -14,6 +14,7 @@ from scipy import stats
 from zowrap import rules
 from zowrap.numerics import noise
 from zowrap.ops import kernels
+from zowrap.ops.arguments import NoiseArgs
 from zowrap.step import directions
 
 IDS = torch.tensor([noise.parameter_id(f"layers.{i}.weight") for i in range(6)])
@@ -136,10 +137,10 @@ def test_any_slice_equals_the_whole(law: str) -> None:
 @pytest.mark.parametrize("start", [0, 5, 2**31 - 3, 2**32 - 7, 3 * 2**32 + 11])
 def test_kernel_bits_equal_the_reference_at_any_offset(direction: str, start: int) -> None:
     """The fused path, across the boundaries of 31 and 32 bits."""
-    spec = f"test {direction}"
-    kernel = kernels.register(spec, kernels.Kernels(rules.zo_sgd(), directions.get(direction), {"g": (1,)}, []))
+    kernel = kernels.register(kernels.Kernels(rules.zo_sgd(), directions.get(direction), {"g": (1,)}, []))
     w, out = torch.zeros(23), [torch.empty(23), torch.empty(23)]
-    kernel.perturb(w, [], key(), torch.ones(()), [], torch.tensor([1.0, -1.0]), out, start)
+    args = NoiseArgs([], key(), torch.ones(()), [])
+    kernel.perturbation.write(w, args, torch.tensor([1.0, -1.0]), out, start)
     z = noise.draw(direction, key(), (23,), start=start)
     assert torch.equal(out[0], z)
     assert torch.equal(out[1], -z)

@@ -101,13 +101,13 @@ def test_a_perturbed_head_is_the_head_perturbed(labels) -> None:
     zm = zowrap.zo_wrap(make("llama"), "zo_sgd", engine="compiled")
     x, w, y = given(labels)
     noise = ([], torch.tensor([5, 6], dtype=torch.int32), torch.ones(()), [], torch.tensor([0.1, -0.1, 0.0]))
-    spec = zm.engine.spec
-    weights = zo.perturb(w, *noise, spec)
+    kernel_key = zm.engine.kernels.key
+    weights = zo.perturb(w, *noise, kernel_key)
     inputs, biases = [x, 2 * x, -x], [torch.randn(CLASSES) for _ in weights]
     expected = [token_sums(nn.functional.linear(*each), y) for each in zip(inputs, weights, biases, strict=True)]
-    got = zo.perturb_head(inputs, w, biases, *noise, y, spec)
+    got = zo.perturb_head(inputs, w, biases, *noise, y, kernel_key)
     assert torch.allclose(torch.stack(got), torch.stack(expected), rtol=1e-5)
-    shared = zo.perturb_head([x], w, [], *noise, y, spec)
+    shared = zo.perturb_head([x], w, [], *noise, y, kernel_key)
     assert torch.allclose(shared[1], token_sums(nn.functional.linear(x, weights[1]), y), rtol=1e-5)
 
 

@@ -42,7 +42,7 @@ def count(program, target) -> int:
 
 
 def select(wrapped, block=0):
-    return SelectTunable(wrapped.job, block, wrapped.engine.spec, 2, [])
+    return SelectTunable(wrapped.job, block, wrapped.engine.kernels.key, 2, [])
 
 
 def test_every_weight_is_perturbed_once_and_ties_once(wrapped, program) -> None:

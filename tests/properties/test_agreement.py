@@ -118,12 +118,12 @@ def test_the_fast_path_equals_the_oracle_and_writes_in_the_update_alone(
             zm.accumulate(**inputs)
             zm.loss(**inputs)
         assert unchanged(fast.model, before), "an evaluation wrote to a weight"
-        expected, losses = oracle._measured.losses(), fast._measured.losses()
+        expected, losses = oracle.accumulator.losses(), fast.accumulator.losses()
         assert torch.allclose(losses, expected, rtol=LOSS[dtype], atol=0)
         draw = torch.Generator().manual_seed(step)
         given: dict[str, Any] = {"projected_grad": torch.randn(fast.job.queries, generator=draw)}
         if expected.ndim == 2:
-            given = {"projected_grad": torch.randn(3, generator=draw), "weights": oracle._measured.shares()}
+            given = {"projected_grad": torch.randn(3, generator=draw), "weights": oracle.accumulator.shares()}
         for zm in (oracle, fast):
             zm.update(losses=expected, **given)
         assert all(torch.equal(t, before[n]) for n, t in fast.model.named_parameters() if n not in active)
@@ -142,7 +142,7 @@ def test_products_of_float64_are_not_summed_in_less() -> None:
     key, nothing = torch.tensor([1, 2], dtype=torch.int32), torch.zeros(1)
     for transposed, expected in ((False, x @ w.t()), (True, x @ w)):
         (found,) = torch.ops.zowrap.perturb_linear(
-            [x], w, [], key, torch.ones(()), [], nothing, transposed, zm.engine.spec
+            [x], w, [], key, torch.ones(()), [], nothing, transposed, zm.engine.kernels.key
         )
         assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
 
@@ -211,7 +211,7 @@ def test_an_update_that_was_broken_off_is_not_gone_on_from(monkeypatch: pytest.M
     zm, inputs = wrap("plain", "compiled", rule="zo_adam"), words(0)
     zm.step(**inputs)
     weights, state = snapshot(zm.model), zm.state_dict()
-    written, update = [], zm.engine.kernels.update
+    written, update = [], zm.engine.kernels.update.write
 
     def third_is_interrupted(*given: Any, **named: Any) -> None:
         written.append(1)
@@ -219,10 +219,10 @@ def test_an_update_that_was_broken_off_is_not_gone_on_from(monkeypatch: pytest.M
             raise KeyboardInterrupt
         update(*given, **named)
 
-    zm.engine.kernels.update = third_is_interrupted
+    zm.engine.kernels.update.write = third_is_interrupted
     with pytest.raises(KeyboardInterrupt):
         zm.step(**inputs)
-    zm.engine.kernels.update = update
+    zm.engine.kernels.update.write = update
     assert not unchanged(zm.model, weights)
     calls = (zm.step, zm.loss, lambda **_: zm.state_dict(), lambda **_: zm.update(projected_grad=torch.ones(())))
     for call in calls:

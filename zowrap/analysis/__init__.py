@@ -1,7 +1,6 @@
 """What a step costs, without running it.
 
 ``operators`` what single operators compute, draw and hold
-``quantized`` the same of quantised products
 ``region``    memory and work of one region
 ``program``   of a whole program at the sizes of a batch
 ``costs``     of a step, beside two plain forwards

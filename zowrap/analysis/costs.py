@@ -12,16 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from zowrap.analysis.operators import Work, kept_for_update, merged
+from zowrap.analysis.operators import Work, merged
 from zowrap.analysis.program import Laid, Sizes
+from zowrap.custom_op import Operator
 from zowrap.engines.compiled import CompiledEngine
 from zowrap.errors import ZOCaptureError
 from zowrap.loss.module import Batch, rows_of
 from zowrap.machine import MARGIN
 from zowrap.ops.scratch import MOST_ELEMENTS
+from zowrap.passes.epilogue import update_operator
 from zowrap.step.job import Engine, Job
+from zowrap.step.lowrank import matrix_shape
 from zowrap.step.parameters import weight_bytes
 from zowrap.step.step_directions import groups
 
@@ -166,10 +170,11 @@ class Estimator:
 
     def _scratch(self, sequential: bool) -> int:
         """Bytes that the operators of a step keep for the next one."""
-        kept = [laid.kept for _, laid in self.programs(sequential)]
-        moving = [parameter.tensor for parameter in self.job.parameters]
-        kept += [kept_for_update(w) for w in moving if self.job.layouts or not w.is_floating_point()]
-        return sum(merged(kept).values())
+        buffers = [laid.buffers for _, laid in self.programs(sequential)]
+        for i in range(len(self.job.parameters)):
+            update = update_operator(self.job, i)
+            buffers.append(update.buffers(self._update_arguments(update, i)))
+        return sum(merged(buffers).values())
 
     def programs(self, sequential: bool | None = None) -> list[tuple[str, Laid]]:
         """``(name, program)`` of a step under a schedule: of one block, or of some of many."""
@@ -201,26 +206,39 @@ class Estimator:
     def _update(self, block: int) -> tuple[Work, int]:
         """The epilogue: every active weight and its state read and written once; and the bytes it allocates."""
         job, work, pair = self.job, Work(), 0
-        directions = rows_of(self.batch) if self.per_example else job.queries
+        directions = self._directions()
         for i in job.blocks[block].indices:
-            w = job.parameters[i].tensor
+            w, update = job.parameters[i].tensor, update_operator(job, i)
+            arguments = self._update_arguments(update, i)
             work.update_bytes += 2 * sum(map(_size, (w, *job.slots_of(i).values())))
-            if not job.layouts:
-                work.noise += job.queries * w.numel()
-                continue
-            place = job.layouts[block].places[i]
-            pair = max(pair, 4 * directions * place.rank * (place.rows + (place.columns if place.right else 0)))
-            work.flops += 2 * directions * place.rank * w.numel()
+            work.noise += update.noise(arguments)
+            work.flops += update.flops(arguments)
+            if job.layouts:
+                place = job.layouts[block].places[i]
+                pair = max(pair, 4 * directions * place.rank * (place.rows + (place.columns if place.right else 0)))
         if not job.layouts:
             return work, 0
         work.noise += directions * job.layouts[block].size
         return work, self._factors(block) + pair  # the factors of all directions are put together once more
 
+    def _update_arguments(self, update: Operator, index: int) -> dict[str, Any]:
+        """What the cost of a parameter's update is a function of."""
+        job, w = self.job, self.job.parameters[index].tensor
+        arguments: dict[str, Any] = {str(update.traits.writes): w, "keys": [None] * job.queries}
+        if (law := job.direction.lowrank) is not None:
+            rows, _, rank = matrix_shape(w, law.rank)
+            arguments["left"] = torch.empty(rows, rank * self._directions(), device="meta")
+        return arguments
+
+    def _directions(self) -> int:
+        """How many directions a step has."""
+        return rows_of(self.batch) if self.per_example else self.job.queries
+
     def _factors(self, block: int) -> int:
         """Bytes of the factors of low-rank directions, which live as long as the step does."""
         if not self.job.layouts:
             return 0
-        directions = rows_of(self.batch) if self.per_example else self.job.queries
+        directions = self._directions()
         return 4 * directions * self.job.layouts[block].size * (2 if self.job.rule.left is not None else 1)
 
     # --- one program ------------------------------------------------------------------------------------------

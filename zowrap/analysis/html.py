@@ -10,28 +10,18 @@ import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
+from zowrap import custom_op
 from zowrap.analysis.program import Laid
 from zowrap.analysis.region import Analysis
 from zowrap.compiler.program import Program
-from zowrap.compiler.regions import layer_of
+from zowrap.compiler.regions import Region, layer_of
 from zowrap.machine import in_words
 
-ours = torch.ops.zowrap
-_FOR_ALL = {
-    ours.perturb.default,
-    ours.perturb_linear.default,
-    ours.perturb_head.default,
-    ours.perturb_rows.default,
-    ours.perturb_lowrank.default,
-    ours.int8_points.default,
-    ours.codes_points.default,
-}
 SHARED, ALL = "shared", "all"
 
 
@@ -54,7 +44,7 @@ def page(title: str, laid: Laid, facts: Sequence[str]) -> str:
         "<pre>" + escape("\n".join(facts)) + "</pre>",
         "<p class=legend>" + " ".join(f"<span class='{kind}'>{text}</span>" for kind, text in legend) + "</p>",
     ]
-    for same in _lanes(laid.pieces):
+    for same in _lanes(laid.regions):
         body += _lane(same, streams, columns, weights)
     if laid.program.epilogue is not None:
         body += _epilogue(laid.program.epilogue.graph)
@@ -71,26 +61,33 @@ def streams_of(program: Program) -> dict[fx.Node, str]:
         if node.op != "call_function":
             continue
         before = node.all_input_nodes
-        if node.target in _FOR_ALL:
+        if _serves_all_points(node):
             reached[node] = frozenset(range(points))
-        elif node.target is operator.getitem and before[0].target in _FOR_ALL:
+        elif node.target is operator.getitem and _serves_all_points(before[0]):
             reached[node] = frozenset({node.args[1]})
         elif node.target is torch.ops.aten.select.int and before[0] is coefficients:
             reached[node] = frozenset({node.args[2]})
         else:
             reached[node] = frozenset().union(*(reached.get(n, frozenset()) for n in before))
-    return {n: SHARED if not found else f"s{min(found)}" if len(found) == 1 and n.target not in _FOR_ALL else ALL
-            for n, found in reached.items()}  # fmt: skip
+    return {
+        node: SHARED if not found else f"s{min(found)}" if len(found) == 1 and not _serves_all_points(node) else ALL
+        for node, found in reached.items()
+    }
 
 
-def _lanes(pieces: Sequence[tuple[Any, Analysis]]) -> Iterator[list[tuple[Any, Analysis]]]:
+def _serves_all_points(node: fx.Node) -> bool:
+    called = custom_op.find(node.target)
+    return called is not None and called.traits.all_points
+
+
+def _lanes(regions: Sequence[tuple[Region, Analysis]]) -> Iterator[list[tuple[Region, Analysis]]]:
     """Runs of neighbouring regions that compute the same."""
-    for _, same in itertools.groupby(pieces, key=lambda piece: id(piece[1])):
+    for _, same in itertools.groupby(regions, key=lambda each: id(each[1])):
         yield list(same)
 
 
 def _lane(
-    same: list[tuple[Any, Analysis]], streams: dict[fx.Node, str], columns: list[str], weights: set[fx.Node]
+    same: list[tuple[Region, Analysis]], streams: dict[fx.Node, str], columns: list[str], weights: set[fx.Node]
 ) -> list[str]:
     region, analysis = same[0]
     name = _layer_name(region.nodes)

@@ -1,40 +1,33 @@
-"""What single operators compute, draw and hold, where their results alone do not say it."""
+"""What single operators compute, draw and hold, where their results alone do not say it.
+
+Our own operators state it where they are defined (:class:`zowrap.custom_op.Cost`); what is here is of torch's, and of
+libraries'.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.utils.flop_counter import sdpa_flop_count
 
 import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
-from zowrap.analysis import quantized
-from zowrap.ops.scratch import longest
+from zowrap import custom_op
+from zowrap.custom_op import PersistentBuffers
 
-aten, ours = torch.ops.aten, torch.ops.zowrap
+aten = torch.ops.aten
 
 # Inductor has no code of its own for these: they are called, with their inputs and results in memory.
-CALLED = {
+_CALLED = {
     aten.sort.default, aten.sort.stable, aten.topk.default, aten.nonzero.default, aten.cumsum.default,
     aten.index_put.default, aten.bincount.default, aten.histc.default, aten.searchsorted.Tensor,
 }  # fmt: skip
-LOOK_UPS = {
-    ours.rows.default,
-    ours.perturb_rows.default,
-    aten.embedding.default,
-    aten.index.Tensor,
-    aten.gather.default,
-}
-HEADS = {ours.head.default, ours.perturb_head.default}
-_NOISE = {
-    ours.perturb.default: 0,
-    ours.perturb_linear.default: 1,
-    ours.perturb_head.default: 1,
-}  # operator → which argument is the weight
+_LOOK_UPS = {aten.embedding.default, aten.index.Tensor, aten.gather.default}
+_GEMM = "bitsandbytes.gemm_4bit.default"  # of a library that need not be there
 
 
 @dataclass
@@ -67,120 +60,78 @@ class Work:
         return self.weight_bytes + self.activation_bytes + self.update_bytes
 
 
-def noise_of(node: fx.Node, values: dict[fx.Node, Any]) -> int:
-    """Random numbers that a node draws: one for each element, whatever the number of points."""
-    if node.target is ours.codes_points.default:
-        return values[node.args[1]].numel()  # type: ignore[index]
-    if node.target in _NOISE:
-        return values[node.args[_NOISE[node.target]]].numel()  # type: ignore[index]
-    return values[node][0].numel() if node.target is ours.perturb_rows.default else 0
+class OperatorCost(NamedTuple):
+    """What one node costs beside reading its inputs and writing its results, see :class:`zowrap.custom_op.Cost`."""
+
+    flops: int
+    noise: int
+    scratch: int
+    buffers: PersistentBuffers
 
 
-def scratch_of(node: fx.Node, args: Any) -> int:
-    """Bytes that an operator holds beside its inputs and results while it runs, and frees."""
-    if node.target is ours.perturb_linear.default:
-        xs, w, transposed = args[0], args[1], args[7]
-        copied = sum(_size(x) for x in xs if not x.is_contiguous())
-        if not transposed or w.shape[0] <= longest(*w.shape):
-            return copied
-        rows = xs[0].numel() // xs[0].shape[-1]  # sums over chunks: one more product, in float32 beside 16-bit results
-        wide = 4 * args[6].shape[0] * rows * w.shape[1] if w.element_size() == 2 else 0
-        return copied + wide + rows * w.shape[1] * w.element_size()
-    if node.target in HEADS:
-        several = node.target is ours.perturb_head.default
-        xs, labels, added = (args[0], args[8], args[2]) if several else ([args[0]], args[5], args[2:4])
-        copied = sum(_size(x) for x in xs if not x.is_contiguous())
-        # Of each token at each point: label, running numbers and loss; beside a plain product, changed logits.
-        numbers = labels.numel() * (labels.element_size() + 20 * len(xs))
-        changes = min(len(added), 1) if several else sum(given is not None for given in added)
-        return copied + numbers + changes * 4 * _head_rows(args[1], labels) * labels.numel()
-    if node.target is ours.perturb_rows.default:
-        return args[2].numel() * args[0].shape[1] * (args[0].element_size() + 4 * len(args[1]))
+NO_COST = OperatorCost(0, 0, 0, {})
+
+
+def is_called(target: Any) -> bool:
+    """Whether a node of that target is a kernel of its own, whatever it costs."""
+    return target in _CALLED or custom_op.find(target) is not None
+
+
+def looks_up(target: Any) -> bool:
+    """Whether a node of that target reads no more of a table than the rows that it returns."""
+    found = custom_op.find(target)
+    return target in _LOOK_UPS if found is None else found.traits.looks_up
+
+
+def operator_cost(
+    node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, counted: int
+) -> OperatorCost:
+    """The cost of a node.
+
+    Args:
+        args, kwargs, result: fake values.
+        counted: operations that torch's counter found in it, with :func:`flop_formulas` beside its own.
+    """
+    found = custom_op.find(node.target)
+    if found is None:
+        return OperatorCost(counted, 0, _scratch(node, args), {})
+    arguments = {**found.bind(args, kwargs), "result": result}
+    return OperatorCost(
+        found.flops(arguments), found.noise(arguments), found.scratch(arguments), found.buffers(arguments)
+    )
+
+
+def _scratch(node: fx.Node, args: Sequence[Any]) -> int:
     if node.target is aten.scaled_dot_product_attention.default:
         mask = args[3] if len(args) > 3 else None
         weights = args[0].numel() // args[0].shape[-1] * 4  # the logarithm of each row's sum
         return weights + (mask.numel() * args[0].element_size() if mask is not None and mask.dtype == torch.bool else 0)
-    return quantized.scratch_of(node, args)
+    if str(node.target) == _GEMM:
+        # A 4-bit weight that is not in the processors' own layout is dequantised whole, one layer at a time.
+        return math.prod(args[2]) * args[0].element_size()
+    return 0
 
 
-Kept = dict[tuple[str, torch.dtype, int], int]
-
-
-def kept_of(node: fx.Node, args: Any) -> Kept:
-    """Bytes of the buffers that an operator keeps for the next step, as :mod:`zowrap.ops.scratch` tells them apart."""
-    if node.target is ours.perturb_linear.default:
-        w, points = args[1], args[6].shape[0]
-        return {("weights", w.dtype, points): points * longest(*w.shape) * w.shape[1] * w.element_size()}
-    if node.target not in HEADS:
-        return quantized.kept_of(node, args)
-    w, perturbed = args[1], node.target is ours.perturb_head.default
-    labels, points = (args[8], args[7].shape[0]) if perturbed else (args[5], 1)
-    rows = _head_rows(w, labels)
-    kept: Kept = {("logits", w.dtype, 1): rows * labels.numel() * w.element_size()}
-    if perturbed:
-        kept["weights", w.dtype, points] = points * rows * w.shape[1] * w.element_size()
-    return kept
-
-
-def kept_for_update(w: Tensor) -> Kept:
-    """The same of one parameter's update: of codes, or along a low-rank direction."""
-    if not w.is_floating_point():
-        return quantized.kept_for_update(w)
-    if w.ndim < 2:
-        return {}
-    columns = w.numel() // max(w.shape[0], 1)
-    return {("gradient", torch.float32, 1): 4 * longest(w.shape[0], columns) * columns}
-
-
-def merged(kept: Iterable[Kept]) -> Kept:
+def merged(buffers: Iterable[PersistentBuffers]) -> PersistentBuffers:
     """One buffer serves everything that asks for it: each is as large as the largest wish."""
-    result: Kept = {}
-    for wishes in kept:
+    result: PersistentBuffers = {}
+    for wishes in buffers:
         for key, size in wishes.items():
             result[key] = max(result.get(key, 0), size)
     return result
 
 
-def _head_rows(w: Tensor, labels: Tensor) -> int:
-    """Rows of a vocabulary head that pass by at once, where no label is ignored."""
-    return longest(w.shape[0], w.shape[1], labels.numel())
-
-
-def _size(value: Tensor) -> int:
-    return value.numel() * value.element_size()
-
-
-def _perturbed_product(x: Any, w: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
-    """Two operations for each element of the weight, for every row at every point."""
-    transposed = rest[5]
-    outputs = w[1] if transposed else w[0]
-    inputs = w[0] if transposed else w[1]
-    return sum(2 * inputs * outputs * math.prod(shape[:-1]) for shape in out_shape)
-
-
-def _head(x: Any, w: Any, bias: Any, thin: Any, left: Any, labels: Any, **more: Any) -> int:
-    return 2 * math.prod(labels) * w[0] * (w[1] + (thin[-1] if thin is not None else 0))
-
-
-def _perturbed_head(
-    x: Any, w: Any, bias: Any, slots: Any, key: Any, scale: Any, scalars: Any, *rest: Any, **_: Any
-) -> int:
-    coefficients, labels = rest[0], rest[1]
-    return 2 * coefficients[0] * math.prod(labels) * w[0] * w[1]
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Operator → its operations from shapes, of those that torch's counter does not know and that are not ours."""
+    formulas: dict[Any, Callable[..., int]] = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+        formulas[torch.ops.bitsandbytes.gemm_4bit] = _gemm
+    return formulas
 
 
 def _attention(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-_FLOPS: dict[Any, Callable[..., int]] = {
-    ours.perturb_linear: _perturbed_product,
-    ours.perturb_head: _perturbed_head,
-    ours.head: _head,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-}
-
-
-def flops() -> dict[Any, Callable[..., int]]:
-    """Operator → its operations from shapes, beside those that torch knows."""
-    return {**_FLOPS, **quantized.flops()}
+def _gemm(x: Any, codes: Any, shape: Any, *rest: Any, **more: Any) -> int:
+    return 2 * math.prod(x) * shape[0]

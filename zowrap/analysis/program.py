@@ -12,10 +12,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from zowrap.analysis.operators import Kept, Work, merged
+from zowrap.analysis.operators import Work, merged
 from zowrap.analysis.region import Analysis, analyse
 from zowrap.compiler.program import Program
-from zowrap.compiler.regions import cut, text_of
+from zowrap.compiler.regions import Region, cut, text_of
+from zowrap.custom_op import PersistentBuffers
 from zowrap.errors import ZOCaptureError, first_line
 from zowrap.loss.module import Batch
 
@@ -25,16 +26,16 @@ class Laid:
     """A program at given sizes.
 
     Attributes:
-        pieces: ``(region, its analysis)`` in the order they run; regions that compute the same share one analysis.
+        regions: each with its analysis, in the order they run; regions that compute the same share one analysis.
         transient: bytes allocated at the peak, above the program's inputs.
-        kept: buffers that its operators keep from step to step.
+        buffers: what its operators keep from step to step.
     """
 
     program: Program
-    pieces: list[tuple[Any, Analysis]]
+    regions: list[tuple[Region, Analysis]]
     transient: int
     work: Work
-    kept: Kept
+    buffers: PersistentBuffers
 
 
 class Sizes:
@@ -57,35 +58,36 @@ class Sizes:
             ZOCaptureError: sizes inside the program follow from its data.
         """
         try:
-            pieces = self._pieces(program)
+            regions = self._analyse(program)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             first = first_line(error, "")
             raise ZOCaptureError(
                 f"the sizes inside this model follow from its data ({type(error).__name__}: {first[:160]})"
             ) from error
-        work = sum((analysis.work for _, analysis in pieces), Work())
-        kept = merged(analysis.kept for _, analysis in pieces)
-        return Laid(program, pieces, _transient(program, pieces), work, kept)
+        work = sum((analysis.work for _, analysis in regions), Work())
+        buffers = merged(analysis.buffers for _, analysis in regions)
+        return Laid(program, regions, _transient(program, regions), work, buffers)
 
-    def _pieces(self, program: Program) -> list[tuple[Any, Analysis]]:
+    def _analyse(self, program: Program) -> list[tuple[Region, Analysis]]:
+        """Every region of a program, in order, with its analysis."""
+        pieces = cut(program, self.min_layers, self.share)
         values = self._inputs(program)
         weights = {g.node for g in program.inputs if g.kind in ("parameter", "buffer", "constant")}
-        pieces: list[tuple[Any, Analysis]] = []
+        found: list[tuple[Region, Analysis]] = []
         with torch.no_grad(), self.mode:
-            for piece in cut(program, self.min_layers, self.share):
-                if isinstance(piece, fx.Node):
-                    args, kwargs = fx.map_arg((piece.args, piece.kwargs), lambda n: values[n])
-                    values[piece] = piece.target(*args, **kwargs)  # type: ignore[operator]
-                    continue
-                given = [values[n] for n in piece.inputs]
-                is_weight = [n.name in weights for n in piece.inputs]
-                key = (text_of(piece), *map(_described, given), *is_weight)
+            for node in pieces.glue:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            for region in pieces.regions:
+                given = [values[n] for n in region.inputs]
+                is_weight = [n.name in weights for n in region.inputs]
+                key = (text_of(region), *map(_described, given), *is_weight)
                 if key not in self._analyses:
-                    self._analyses[key] = analyse(piece.nodes, piece.inputs, piece.outputs, given, is_weight, self.mode)
+                    self._analyses[key] = analyse(region, given, is_weight, self.mode)
                 analysis = self._analyses[key]
-                values.update(zip(piece.outputs, analysis.outputs, strict=True))
-                pieces.append((piece, analysis))
-        return pieces
+                values.update(zip(region.outputs, analysis.outputs, strict=True))
+                found.append((region, analysis))
+        return found
 
     def held(self, program: Program) -> int:
         """Bytes of all that a captured program reads and makes, each memory once, as if nothing were freed.
@@ -131,12 +133,12 @@ class Sizes:
         return values
 
 
-def _transient(program: Program, pieces: Sequence[tuple[Any, Analysis]]) -> int:
+def _transient(program: Program, regions: Sequence[tuple[Region, Analysis]]) -> int:
     """Most bytes that a program's regions and what passes between them take at one moment."""
     lies_in: dict[fx.Node, Any] = {}  # value → its memory: (region, number), or absent for the program's inputs
     last: dict[Any, int] = {}
     sizes: dict[Any, int] = {}
-    for i, (region, analysis) in enumerate(pieces):
+    for i, (region, analysis) in enumerate(regions):
         for node in region.inputs:
             if node in lies_in:
                 last[lies_in[node]] = i
@@ -153,9 +155,9 @@ def _transient(program: Program, pieces: Sequence[tuple[Any, Analysis]]) -> int:
                 sizes[memory] = analysis.own[number]
     for node in program.graph.output_node().all_input_nodes:
         if node in lies_in:
-            last[lies_in[node]] = len(pieces)
+            last[lies_in[node]] = len(regions)
     live = peak = 0
-    for i, (_, analysis) in enumerate(pieces):
+    for i, (_, analysis) in enumerate(regions):
         peak = max(peak, live + analysis.peak)
         live += sum(size for memory, size in sizes.items() if memory[0] == i)
         live -= sum(size for memory, size in sizes.items() if last[memory] == i)

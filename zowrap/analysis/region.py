@@ -23,7 +23,18 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from zowrap.analysis.operators import CALLED, LOOK_UPS, Kept, Work, flops, kept_of, merged, noise_of, scratch_of
+from zowrap.analysis.operators import (
+    NO_COST,
+    OperatorCost,
+    Work,
+    flop_formulas,
+    is_called,
+    looks_up,
+    merged,
+    operator_cost,
+)
+from zowrap.compiler.regions import Region
+from zowrap.custom_op import PersistentBuffers
 
 
 @dataclass
@@ -36,7 +47,7 @@ class Analysis:
         own: bytes of each piece of memory that the region allocates and its outputs lie in.
         peak: most bytes allocated by the region at one moment, its outputs included.
         work: what it computes and moves.
-        kept: buffers that its operators keep from step to step.
+        buffers: what its operators keep from step to step.
         flops: of each node, by position, where there are any.
         stored: positions of the nodes whose values are written to memory.
     """
@@ -46,8 +57,8 @@ class Analysis:
     own: dict[int, int]
     peak: int
     work: Work
-    kept: Kept
-    flops: dict[int, float] = field(default_factory=dict)
+    buffers: PersistentBuffers
+    flops: dict[int, int] = field(default_factory=dict)
     stored: set[int] = field(default_factory=set)
 
 
@@ -62,32 +73,34 @@ class _Memory:
     stored: bool = True
 
 
-def analyse(
-    nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], given: Sequence[Any],
-    weights: Sequence[bool], mode: FakeTensorMode,
-) -> Analysis:  # fmt: skip
-    """Execute ``nodes`` on fake tensors and follow what is in memory.
+def analyse(region: Region, given: Sequence[Any], weights: Sequence[bool], mode: FakeTensorMode) -> Analysis:
+    """Execute a region on fake tensors and follow what is in memory.
 
     Args:
-        nodes: in the order they run; ``inputs`` are the nodes outside that they read, ``outputs`` those read outside.
-        given: fake values (or numbers) of ``inputs``, ``mode``'s own, at the sizes wanted.
+        given: fake values (or numbers) of the region's inputs, ``mode``'s own, at the sizes wanted.
         weights: whether each input is a parameter or a buffer.
     """
-    run = _Run(nodes, inputs, given, mode)
-    of_inputs = {m: i for i, n in reversed(list(enumerate(inputs))) for m in run.place.get(n, ())}
-    held = [run.place[n][0] if n in run.place else None for n in outputs]
+    run = _Run(region.nodes, region.inputs, given, mode)
+    of_inputs = {m: i for i, n in reversed(list(enumerate(region.inputs))) for m in run.place.get(n, ())}
+    held = [run.place[n][0] if n in run.place else None for n in region.outputs]
     owners = [None if m is None else ("input", of_inputs[m]) if m in of_inputs else ("own", m) for m in held]
     kept = {m for m in held if m is not None}
     run.decide(kept)
-    fixed = {m for n, weight in zip(inputs, weights, strict=True) if weight for m in run.place.get(n, ())}
+    fixed = {m for n, weight in zip(region.inputs, weights, strict=True) if weight for m in run.place.get(n, ())}
     peak, work = run.replay(kept, fixed)
     own = {m: run.memory[m].bytes for m in kept if m not in of_inputs}
     stored = {m.made_by for m in run.memory if m.stored and m.made_by >= 0}
-    return Analysis([run.values[n] for n in outputs], owners, own, peak, work, merged(run.kept), run.flops, stored)
+    outputs = [run.values[n] for n in region.outputs]
+    buffers = merged(cost.buffers for cost in run.costs.values())
+    flops = {i: cost.flops for i, cost in run.costs.items() if cost.flops}
+    return Analysis(outputs, owners, own, peak, work, buffers, flops, stored)
 
 
 class _Run:
-    """The region executed: ``values`` of its nodes, and the ``memory`` they lie in (``place`` is an index into it)."""
+    """The region executed: ``values`` of its nodes, and the ``memory`` they lie in (``place`` is an index into it).
+
+    ``costs`` are those of the nodes that are kernels of their own, by position.
+    """
 
     def __init__(
         self, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], given: Sequence[Any], mode: FakeTensorMode
@@ -96,15 +109,13 @@ class _Run:
         self.values: dict[fx.Node, Any] = dict(zip(inputs, given, strict=True))
         self.memory: list[_Memory] = []
         self.place: dict[fx.Node, tuple[int, ...]] = {}
-        self.flops: dict[int, float] = {}
-        self.scratch: dict[int, int] = {}
-        self.kept: list[Kept] = []
+        self.costs: dict[int, OperatorCost] = {}
         self.level: list[int] = []
         self.own_kernel: list[bool] = []
         self._known: dict[int, int] = {}  # identity of a storage → index of its memory
         for node in inputs:
             self._place(node, self.values[node], -1, 0)
-        with torch.no_grad(), mode, FlopCounterMode(display=False, custom_mapping=flops()) as counter:
+        with torch.no_grad(), mode, FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
             for i, node in enumerate(nodes):
                 self._execute(i, node, counter)
 
@@ -112,19 +123,17 @@ class _Run:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         so_far = counter.get_total_flops()
         value = self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        if flops := counter.get_total_flops() - so_far:
-            self.flops[i] = flops
+        counted = counter.get_total_flops() - so_far
         before = [self.memory[m].made_by for n in node.all_input_nodes for m in self.place.get(n, ())]
         level = max((self.level[p] + self.own_kernel[p] for p in before if p >= 0), default=0)
-        called = bool(flops) or node.target in CALLED or getattr(node.target, "namespace", "") == "zowrap"
+        called = bool(counted) or is_called(node.target)
         self.level.append(level)
         self.own_kernel.append(called)
         if self._place(node, value, i, level) or called:
             for number in {m for n in node.all_input_nodes for m in self.place.get(n, ())}:
                 self.memory[number].readers.append(i)
         if called:
-            self.scratch[i] = scratch_of(node, args)
-            self.kept.append(kept_of(node, args))
+            self.costs[i] = operator_cost(node, args, kwargs, value, counted)
 
     def _place(self, node: fx.Node, value: Any, made_by: int, level: int) -> bool:
         """Find where a value (or a list of them) lies; False where it is a view of what was there before."""
@@ -177,17 +186,19 @@ class _Run:
                 made.setdefault(memory.made_by, []).append(number)
         bases = {i: self._bases(i) for i in kernels}
         last = {number: i for i in kernels for number in bases[i]}
-        work, read = Work(flops=sum(self.flops.values())), set()
+        work, read = Work(), set()
         live = peak = 0
         for i in kernels:
             new = sum(self.memory[n].bytes for n in made.get(i, ()))
             dying = [n for n in bases[i] if last[n] == i and n not in kept and self.memory[n].made_by >= 0]
             freed = sum(self.memory[n].bytes for n in dying)
+            cost = self.costs.get(i, NO_COST)
             over = not self.own_kernel[i] and any(self.memory[n].bytes == new for n in dying)
-            peak = max(peak, live + self.scratch.get(i, 0) + (0 if over else new))
+            peak = max(peak, live + cost.scratch + (0 if over else new))
             live += new - freed
             peak = max(peak, live)
-            work.noise += noise_of(self.nodes[i], self.values)
+            work.flops += cost.flops
+            work.noise += cost.noise
             work.activation_bytes += new
             for number in bases[i]:
                 # Fused kernels of one level are one loop, as a rule: what they read, they read once.
@@ -195,7 +206,7 @@ class _Run:
                 if group not in read:
                     read.add(group)
                     size = self.memory[number].bytes
-                    if self.nodes[i].target in LOOK_UPS:
+                    if looks_up(self.nodes[i].target):
                         size = min(size, new)
                     if number in weights:
                         work.weight_bytes += size

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zowrap.custom_op import operator
+from zowrap.custom_op import Cost, Traits, operator
 
 
-@operator("recurrent")
+@operator("recurrent", traits=Traits(), cost=Cost())
 def recurrent(
     kind: str,
     x: Tensor,

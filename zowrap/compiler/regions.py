@@ -24,7 +24,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -51,18 +51,43 @@ class Kind:
     outputs: list[Any]
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Where a value lies among those of a running program."""
+
+    number: int
+
+
+@dataclass
+class Call:
+    """One call of a running program: a compiled region, or a view from between them.
+
+    Attributes:
+        arguments: values, and a :class:`Slot` wherever one is read, also inside of lists.
+        results: the slots that the results go to, in order.
+        last_used: the slots that nothing reads after this call.
+    """
+
+    function: Callable[..., Any]
+    arguments: list[Any]
+    results: list[int]
+    last_used: list[int] = field(default_factory=list)
+
+
 @dataclass
 class Regions:
     """A program as a sequence of calls. Call it with the program's inputs in order.
 
     Attributes:
+        slots: how many values there are; the inputs come first.
+        outputs: a :class:`Slot` for each.
         shared: numbers of the calls that no direction reaches, and ``border``: what others read of their results.
         seconds: spent on the kinds of region that no program had before.
         compilations: how many those were, and ``cached`` how many of them lay ready from an earlier process.
         count: regions that one call runs.
     """
 
-    calls: list[tuple[Any, list[Any], list[int], list[int]]]
+    calls: list[Call]
     slots: int
     outputs: list[Any]
     seconds: float = 0.0
@@ -83,44 +108,57 @@ class Regions:
         if kept:
             for slot, value in kept.items():
                 values[slot] = value
-        for number, (function, arguments, results, last_used) in enumerate(self.calls):
+        for number, call in enumerate(self.calls):
             if reused and number in self.shared:
                 continue
-            given = [_fill(a, values) for a in arguments]
-            made = function(*given)
-            if len(results) == 1 and not isinstance(made, tuple | list):
-                values[results[0]] = made
+            given = [_fill(a, values) for a in call.arguments]
+            made = call.function(*given)
+            if len(call.results) == 1 and not isinstance(made, tuple | list):
+                values[call.results[0]] = made
             else:
-                for slot, value in zip(results, made, strict=True):
+                for slot, value in zip(call.results, made, strict=True):
                     values[slot] = value
             if kept is not None and number in self.shared:
-                kept.update({slot: values[slot] for slot in results if slot in self.border})
+                kept.update({slot: values[slot] for slot in call.results if slot in self.border})
             del given, made
-            for slot in last_used:  # an activation lives no longer than its last reader
+            for slot in call.last_used:  # an activation lives no longer than its last reader
                 values[slot] = None
         return [_fill(o, values) for o in self.outputs]
 
 
-@dataclass(frozen=True)
-class _Slot:
-    slot: int
-
-
 def _fill(argument: Any, values: list[Any]) -> Any:
-    if type(argument) is _Slot:
-        return values[argument.slot]
+    if type(argument) is Slot:
+        return values[argument.number]
     if isinstance(argument, list | tuple):
         return type(argument)(_fill(a, values) for a in argument)
     return argument
 
 
 @dataclass
-class _Region:
-    """Nodes that are compiled together, what they read and what others read of them."""
+class Region:
+    """Nodes that are compiled together.
+
+    Attributes:
+        nodes: in the order they run.
+        inputs: the nodes outside that they read.
+        outputs: those of them that are read outside.
+    """
 
     nodes: list[fx.Node]
     inputs: list[fx.Node] = field(default_factory=list)
     outputs: list[fx.Node] = field(default_factory=list)
+
+
+@dataclass
+class Pieces:
+    """A program, cut up. All of ``glue`` runs first, then the regions one after another.
+
+    Attributes:
+        glue: views that pick a part of what is given for all parameters, and sizes of the inputs.
+    """
+
+    glue: list[fx.Node]
+    regions: list[Region]
 
 
 def compile_regions(
@@ -145,8 +183,8 @@ def compile_regions(
     return _link(program, cut(program, min_layers, share), kinds, start, tell)
 
 
-def cut(program: Program, min_layers: int = MIN_LAYERS, share: bool = False) -> list[Any]:
-    """The pieces of a program in the order they run: nodes of glue, then regions (``nodes``, ``inputs``, ``outputs``).
+def cut(program: Program, min_layers: int = MIN_LAYERS, share: bool = False) -> Pieces:
+    """Divide a program into glue and regions.
 
     Args:
         min_layers: with fewer layers the program is one region.
@@ -165,8 +203,8 @@ def cut(program: Program, min_layers: int = MIN_LAYERS, share: bool = False) -> 
             members = {*before, *after}
             by_stage[stage, True] = [node for node in program.graph.nodes if node in members]
             del by_stage[stage, False]
-    pieces: list[fx.Node | _Region] = [n for n in program.graph.nodes if n in glue]
-    return pieces + [_region(by_stage[key]) for key in sorted(by_stage)]
+    regions = [_region(by_stage[key]) for key in sorted(by_stage)]
+    return Pieces([n for n in program.graph.nodes if n in glue], regions)
 
 
 def _reached(program: Program) -> set[fx.Node]:
@@ -186,67 +224,65 @@ def _reads_a_matrix(node: fx.Node) -> bool:
 
 
 def _link(
-    program: Program, pieces: list[Any], kinds: dict[str, Kind], start: float, tell: Callable[[int, int], None]
+    program: Program, pieces: Pieces, kinds: dict[str, Kind], start: float, tell: Callable[[int, int], None]
 ) -> Regions:
     """Give every value a slot, compile the kinds that are new, and find where each value is read last."""
     graph = program.graph
     slots: dict[fx.Node, int] = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
     inputs = len(slots)
-    calls: list[tuple[Any, list[Any], list[int], list[int]]] = []
-    compilations = cached = count = 0
-    # Texts need values that only compiling what comes before brings; operators tell kinds apart well enough to count.
-    outlines = list(dict.fromkeys(_outline(piece) for piece in pieces if isinstance(piece, _Region)))
+    calls: list[Call] = []
+    compilations = cached = 0
 
-    def slot_of(node: fx.Node) -> _Slot:
-        return _Slot(slots[node])
+    def slot_of(node: fx.Node) -> Slot:
+        return Slot(slots[node])
 
-    for piece in pieces:
-        if isinstance(piece, fx.Node):
-            if "val" not in piece.meta:
-                piece.meta["val"] = _fake(program, piece)
-            function: Any = piece.target
-            arguments = [_mapped(a, slot_of) for a in piece.args]
-            made = [piece]
-        else:
-            text = text_of(piece)
-            if text not in kinds:
-                tell(outlines.index(_outline(piece)) + 1, len(outlines))
-                kinds[text] = _compile(program, piece)
-                compilations += 1
-                cached += kinds[text].compiled.cached
-            count += 1
-            function, arguments, made = kinds[text].compiled, [slot_of(n) for n in piece.inputs], piece.outputs
-            for node, value in zip(made, kinds[text].outputs, strict=True):
-                node.meta.setdefault("val", value)
-        for node in made:
+    def add(function: Callable[..., Any], arguments: list[Any], results: list[fx.Node]) -> None:
+        for node in results:
             slots[node] = len(slots)
-        calls.append((function, arguments, [slots[n] for n in made], []))
+        calls.append(Call(function, arguments, [slots[n] for n in results]))
+
+    for node in pieces.glue:
+        if "val" not in node.meta:
+            node.meta["val"] = _fake(program, node)
+        add(cast("Callable[..., Any]", node.target), [_mapped(a, slot_of) for a in node.args], [node])
+    # Texts need values that only compiling what comes before brings; operators tell kinds apart well enough to count.
+    outlines = list(dict.fromkeys(map(_outline, pieces.regions)))
+    for region in pieces.regions:
+        text = text_of(region)
+        if text not in kinds:
+            tell(outlines.index(_outline(region)) + 1, len(outlines))
+            kinds[text] = _compile(program, region)
+            compilations += 1
+            cached += kinds[text].compiled.cached
+        for node, value in zip(region.outputs, kinds[text].outputs, strict=True):
+            node.meta.setdefault("val", value)
+        add(kinds[text].compiled, [slot_of(n) for n in region.inputs], region.outputs)
     outputs = list(_mapped(graph.output_node().args[0], slot_of))
-    kept = {o.slot for o in outputs if isinstance(o, _Slot)}
+    kept = {o.number for o in outputs if isinstance(o, Slot)}
     last: dict[int, int] = {}
-    for i, (_, arguments, results, _) in enumerate(calls):
-        for slot in [*_slots_in(arguments), *results]:
+    for i, call in enumerate(calls):
+        for slot in [*_slots_in(call.arguments), *call.results]:
             last[slot] = i
     for slot, i in last.items():
         if slot >= inputs and slot not in kept:
-            calls[i][3].append(slot)
+            calls[i].last_used.append(slot)
     shared, border = _shared(program, calls, outputs)
     seconds = time.perf_counter() - start
-    return Regions(calls, len(slots), outputs, seconds, compilations, cached, count, shared, border)
+    return Regions(calls, len(slots), outputs, seconds, compilations, cached, len(pieces.regions), shared, border)
 
 
-def _shared(program: Program, calls: list[Any], outputs: list[Any]) -> tuple[frozenset[int], frozenset[int]]:
+def _shared(program: Program, calls: list[Call], outputs: list[Any]) -> tuple[frozenset[int], frozenset[int]]:
     """Numbers of the calls that no direction reaches, and the slots of their results that others read."""
     streams = {given.node for given in program.inputs if given.kind == "stream"}
     reached = {slot for slot, node in enumerate(program.graph.find_nodes(op="placeholder")) if node.name in streams}
     shared, made, read = set(), set(), set(_slots_in(outputs))
-    for number, (_, arguments, results, _) in enumerate(calls):
-        if reached.isdisjoint(_slots_in(arguments)):
+    for number, call in enumerate(calls):
+        if reached.isdisjoint(_slots_in(call.arguments)):
             shared.add(number)
-            made.update(results)
+            made.update(call.results)
         else:
-            reached.update(results)
-            read.update(_slots_in(arguments))
+            reached.update(call.results)
+            read.update(_slots_in(call.arguments))
     return frozenset(shared), frozenset(made & read)
 
 
@@ -256,8 +292,8 @@ def _mapped(argument: Any, function: Any) -> Any:
 
 
 def _slots_in(argument: Any) -> list[int]:
-    if isinstance(argument, _Slot):
-        return [argument.slot]
+    if isinstance(argument, Slot):
+        return [argument.number]
     return [slot for a in argument for slot in _slots_in(a)] if isinstance(argument, list | tuple) else []
 
 
@@ -331,9 +367,9 @@ def _from_weights_alone(program: Program) -> set[fx.Node]:
     return result
 
 
-def _region(nodes: list[fx.Node]) -> _Region:
+def _region(nodes: list[fx.Node]) -> Region:
     members = set(nodes)
-    region = _Region(nodes)
+    region = Region(nodes)
     for node in nodes:
         for given in node.all_input_nodes:
             if given not in members and given not in region.inputs:
@@ -343,7 +379,7 @@ def _region(nodes: list[fx.Node]) -> _Region:
     return region
 
 
-def text_of(region: _Region) -> str:
+def text_of(region: Region) -> str:
     """What a region computes, with its values numbered: equal texts compute the same."""
     names: dict[fx.Node, str] = {}
     lines = []
@@ -359,7 +395,7 @@ def text_of(region: _Region) -> str:
     return "\n".join([*lines, "return " + " ".join(names[n] for n in region.outputs)])
 
 
-def _outline(region: _Region) -> tuple[str, ...]:
+def _outline(region: Region) -> tuple[str, ...]:
     """The operators of a region in order."""
     return tuple(str(node.target) for node in region.nodes)
 
@@ -372,7 +408,7 @@ class _Named:
         return self.name
 
 
-def _compile(program: Program, region: _Region) -> Kind:
+def _compile(program: Program, region: Region) -> Kind:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in region.inputs:

@@ -7,7 +7,6 @@ nothing of the original modules.
 
 from __future__ import annotations
 
-import itertools
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,10 +25,11 @@ from zowrap.engines.eager import EagerEngine, carried_left
 from zowrap.errors import Option, ZOCaptureError, ZOError, ZOWarning, first_line
 from zowrap.loss.module import Batch
 from zowrap.ops import codes, kernels
+from zowrap.ops.loops import alike
 from zowrap.passes.build import build
 from zowrap.passes.epilogue import build_epilogue, coefficient_shapes
 from zowrap.passes.select_tunable import UnusedBlock
-from zowrap.step import directions, lowrank
+from zowrap.step import lowrank
 from zowrap.step.arithmetic import Conclusion
 from zowrap.step.directions import squared_norm
 from zowrap.step.job import DirectionNoise, Job
@@ -76,11 +76,11 @@ class CompiledEngine:
         self._scalar_names = _direction_scalar_names(job)
         shapes = coefficient_shapes(job, points)
         names = list(shapes)
-        self.spec = _spec(job)
         numbers = [*self._scalar_names, *job.rule.slot_names("parameter")]
-        made = kernels.Kernels(job.rule, job.direction, shapes, numbers, job.second_point)
-        self.kernels = kernels.register(self.spec, made)
-        self._epilogues = [build_epilogue(job, b, self.spec, names, self._scalar_names) for b in range(len(job.blocks))]
+        self.kernels = kernels.register(kernels.Kernels(job.rule, job.direction, shapes, numbers, job.second_point))
+        self._epilogues = [
+            build_epilogue(job, b, self.kernels.key, names, self._scalar_names) for b in range(len(job.blocks))
+        ]
 
     # --- evaluations ------------------------------------------------------------------------------------------
 
@@ -154,14 +154,14 @@ class CompiledEngine:
         Raises:
             ZOCaptureError: the model cannot be captured.
         """
-        job, captured, epilogue = self.job, self.captured(batch), self._epilogues[block]
+        job, captured, epilogue, key = self.job, self.captured(batch), self._epilogues[block], self.kernels.key
         with _told_as_refusal():
             try:
-                return build(captured.clone(), job, block, self.spec, points, self._scalar_names, epilogue, per_example)
+                return build(captured.clone(), job, block, key, points, self._scalar_names, epilogue, per_example)
             except UnusedBlock:
                 if len(job.blocks) == 1:
                     raise
-                return build(captured.clone(), job, block, self.spec, 0, self._scalar_names, epilogue)
+                return build(captured.clone(), job, block, key, 0, self._scalar_names, epilogue)
 
     def captured(self, batch: Batch) -> Program:
         """The captured loss for this kind of batch; captured on first need.
@@ -246,7 +246,7 @@ class CompiledEngine:
         kinds = {
             (torch.float32 if p.codes else p.tensor.dtype, job.decays and p.decays, size)
             for p in parameters
-            for size in (kernels.alike(p.tensor.numel()), 16)  # as a whole, and in chunks
+            for size in (alike(p.tensor.numel()), 16)  # as a whole, and in chunks
         }
         for dtype, decay, size in sorted(kinds, key=str):
             wide = rows and size == 16  # as rows of embeddings are
@@ -254,7 +254,7 @@ class CompiledEngine:
                 self.telling.now("compiling the update")
                 self.kernels.warm(dtype, job.device, job.queries, points, decay, wide, size)
                 self._warmed.add(kind)
-        for columns in {kernels.alike(p.tensor.shape[1]) for p in parameters if p.codes}:
+        for columns in {alike(p.tensor.shape[1]) for p in parameters if p.codes}:
             if ("codes", columns) not in self._warmed:
                 codes.warm(self.kernels, job.device, columns)
                 self._warmed.add(("codes", columns))
@@ -281,7 +281,7 @@ class CompiledEngine:
             return self.eager.squared_norm(block, keys)
         total = torch.zeros((), dtype=torch.int64, device=keys.device)
         for i in self.job.blocks[block].indices:
-            total = total + self.kernels.squared_norm(self.job.parameters[i].tensor.view(-1), keys[i])
+            total = total + self.kernels.perturbation.squared_norm(self.job.parameters[i].tensor.view(-1), keys[i])
         return squared_norm(total)
 
     @torch.no_grad()
@@ -289,7 +289,7 @@ class CompiledEngine:
         if not self._ready(block):
             return self.eager.factors(block, keys, right_keys)
         layout = self.job.layouts[block]
-        return self.kernels.factors(layout, keys, right_keys)
+        return self.kernels.perturbation.factors(layout, keys, right_keys)
 
     @torch.no_grad()
     def update(self, streams: Sequence[DirectionNoise], rounding_keys: Tensor, conclusion: Conclusion) -> None:
@@ -355,18 +355,6 @@ def _told_as_refusal() -> Iterator[None]:
     except Exception as error:
         what = f"{type(error).__name__}: {first_line(error, '')[:200]}"
         raise ZOCaptureError(f"this model cannot be compiled ({what})") from error
-
-
-def _spec(job: Job) -> str:
-    """Names the arithmetic of the kernels. A rule or direction from elsewhere may hide constants: it gets its own."""
-    spec = f"{job.rule.describe()} direction={job.direction.name}:{job.direction.law} queries={job.queries}"
-    functions = (job.rule.leaf, job.rule.direction)
-    ours = all(f.__module__.startswith("zowrap.rules.") for f in functions) and directions.is_ours(job.direction)
-    sixteen = f"masters={job.masters} other={job.second_point}"
-    return f"{spec} decay={job.decays} {sixteen}" + ("" if ours else f" #{next(_foreign)}")
-
-
-_foreign = itertools.count()
 
 
 def _too_many(kinds: list[tuple]) -> str:

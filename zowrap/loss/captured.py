@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zowrap.custom_op import operator
+from zowrap.custom_op import Cost, Traits, operator
 from zowrap.loss.module import token_sums
 
 
-@operator("token_losses")
+@operator("token_losses", traits=Traits(), cost=Cost())
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """:func:`zowrap.loss.module.token_sums`."""
     return token_sums(logits, labels)

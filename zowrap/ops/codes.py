@@ -12,15 +12,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zowrap.custom_op import operator
+from zowrap.custom_op import Cost, PersistentBuffers, Traits, operator
 from zowrap.numerics import codes as integer
 from zowrap.numerics import noise
 from zowrap.ops import kernels
-from zowrap.ops.int8 import products
+from zowrap.ops.arguments import DrawnDirections, NoiseArgs, UpdateArgs
+from zowrap.ops.int8 import product_flops, products, rounding_scratch, rows_of
+from zowrap.ops.points import at_point, empty_products
 from zowrap.ops.scratch import buffers, chunks, longest
 
 
-@operator("perturb_codes")
+@operator("perturb_codes", traits=Traits(perturbs="codes", all_points=True), cost=Cost())
 def perturb_codes(
     codes: Tensor,
     slots: list[Tensor],
@@ -28,18 +30,45 @@ def perturb_codes(
     scale: Tensor,
     scalars: list[Tensor],
     coefficients: Tensor,
-    spec: str,
+    kernel_key: str,
 ) -> list[Tensor]:
     """The codes at every point, to a pass; see the module."""
     raise NotImplementedError("perturbed codes have no integer value: a pass replaces their products")
 
 
 @perturb_codes.register_fake
-def _(codes, slots, key, scale, scalars, coefficients, spec):
+def _(codes, slots, key, scale, scalars, coefficients, kernel_key):
     return [torch.empty_like(codes) for _ in range(coefficients.shape[0])]
 
 
-@operator("codes_points")
+def _chunk_bytes(codes: Tensor) -> int:
+    """Bytes of the longest chunk of a matrix in float32."""
+    return 4 * longest(*codes.shape) * codes.shape[1]
+
+
+def _points_scratch(x: list[Tensor], codes: Tensor, coefficients: Tensor) -> int:
+    outputs, points, rows = codes.shape[0], coefficients.shape[0], [rows_of(each) for each in x]
+    plain = sum(rows) * outputs * x[0].element_size()
+    rounding = rounding_scratch(x, outputs, len(x))
+    rounding -= (points - len(x)) * max(rows) * outputs * x[0].element_size()  # results that are not there yet
+    floats = 4 * sum(t.numel() for t in x) * ((len(x) > 1) + (x[0].dtype != torch.float32))
+    return plain + max(rounding, floats + 4 * outputs * (sum(rows) + max(rows)))
+
+
+def _points_buffers(codes: Tensor) -> PersistentBuffers:
+    return {(name, torch.float32, 1): _chunk_bytes(codes) for name in ("zeros", "direction")}
+
+
+@operator(
+    "codes_points",
+    traits=Traits(all_points=True),
+    cost=Cost(
+        flops=lambda x, codes: 2 * product_flops(x, codes.shape[0]),
+        noise=lambda codes: codes.numel(),
+        scratch=_points_scratch,
+        buffers=_points_buffers,
+    ),
+)
 def codes_points(
     x: list[Tensor],
     codes: Tensor,
@@ -51,16 +80,16 @@ def codes_points(
     scale: Tensor,
     scalars: list[Tensor],
     coefficients: Tensor,
-    spec: str,
+    kernel_key: str,
 ) -> list[Tensor]:
     """``[x[p] · (W + coefficients[p] · z)ᵀ + bias[p] for p]``.
 
     Args:
         x: ``[..., inputs]`` for each point, or a single one that all share; ``bias`` likewise, or empty.
         codes: int8 ``[outputs, inputs]``, ``row_scale`` float32 ``[outputs]``: W.
-        slots, key, scale, scalars, spec: z, see :meth:`zowrap.ops.kernels.Kernels.perturb`.
+        slots, key, scale, scalars: z, see :class:`zowrap.ops.arguments.NoiseArgs`.
     """
-    kernel, points = kernels.get(spec), coefficients.shape[0]
+    perturbation, noise = kernels.get(kernel_key).perturbation, NoiseArgs(slots, key, scale, scalars).flat()
     plain = products(x, codes, [row_scale], bias, threshold)
     rows = [t.reshape(-1, t.shape[-1]).float() for t in x]
     stacked = rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -69,28 +98,35 @@ def codes_points(
     zeros, z = (buffers(name, torch.float32, codes.device, 1, most)[0] for name in ("zeros", "direction"))
     one = torch.ones(1, device=codes.device)
     change = torch.empty((stacked.shape[0], outputs), device=codes.device)
-    flat_slots = [s.reshape(-1) for s in slots]
     for first, last in chunks(outputs, columns):
-        size, start = (last - first) * columns, first * columns
-        parts = [s[start : start + size] for s in flat_slots]
-        kernel.perturb(zeros[:size], parts, key, scale, scalars, one, [z[:size]], start)
+        start, end = first * columns, last * columns
+        size = end - start
+        perturbation.write(zeros[:size], noise.part(start, end), one, [z[:size]], start)
         torch.mm(stacked, z[:size].view(-1, columns).t(), out=change[:, first:last])
     changes = change.split([r.shape[0] for r in rows])
     out = []
-    for p in range(points):
-        y = plain[p % len(plain)]
-        along = changes[p % len(changes)] * coefficients[p]
+    for p, coefficient in enumerate(coefficients):
+        y = at_point(plain, p)
+        along = at_point(changes, p) * coefficient
         out.append((y.float() + along.view(y.shape)).to(y.dtype))
     return out
 
 
 @codes_points.register_fake
-def _(x, codes, row_scale, bias, threshold, slots, key, scale, scalars, coefficients, spec):
-    points = coefficients.shape[0]
-    return [x[p % len(x)].new_empty((*x[p % len(x)].shape[:-1], codes.shape[0])) for p in range(points)]
+def _(x, codes, row_scale, bias, threshold, slots, key, scale, scalars, coefficients, kernel_key):
+    return empty_products(x, codes.shape[0], coefficients.shape[0])
 
 
-@operator("update_codes_", mutates=("codes", "slots"))
+def _update_buffers(codes: Tensor) -> PersistentBuffers:
+    return {(name, torch.float32, 1): _chunk_bytes(codes) for name in ("old weights", "new weights")}
+
+
+@operator(
+    "update_codes_",
+    traits=Traits(writes="codes"),
+    cost=Cost(noise=lambda codes, keys: len(keys) * codes.numel(), buffers=_update_buffers),
+    mutates=("codes", "slots"),
+)
 def update_codes_(
     codes: Tensor,
     row_scale: Tensor,
@@ -103,20 +139,21 @@ def update_codes_(
     hyper: list[Tensor],
     apply: Tensor,
     decay: bool,
-    spec: str,
+    kernel_key: str,
 ) -> None:
-    """The rule's update of one matrix of codes, in place; see :meth:`zowrap.ops.kernels.Kernels.update`."""
-    kernel, unit = kernels.get(spec), integer.unit_of(row_scale)
+    """The rule's update of one matrix of codes, in place; see :class:`zowrap.ops.arguments.UpdateArgs`."""
+    kernel, unit = kernels.get(kernel_key), integer.unit_of(row_scale)
+    args = UpdateArgs(slots, rounding_key, coefficients, hyper, apply, decay).flat()
+    along = DrawnDirections(keys, scales, scalars)
     outputs, columns = codes.shape
     most = longest(outputs, columns) * columns
     old, new = (buffers(name, torch.float32, codes.device, 1, most)[0] for name in ("old weights", "new weights"))
-    flat_slots = [s.view(-1) for s in slots]
     for first, last in chunks(outputs, columns):
-        size, start = (last - first) * columns, first * columns
+        start, end = first * columns, last * columns
+        size = end - start
         old[:size].copy_(integer.values(codes[first:last], unit[first:last]).view(-1))
         new[:size].copy_(old[:size])
-        parts = [s[start : start + size] for s in flat_slots]
-        kernel.update(new[:size], parts, keys, scales, scalars, rounding_key, coefficients, hyper, apply, decay, start)
+        kernel.update.write(new[:size], args.part(start, end), along, start)
         shape = (last - first, columns)
         _write(
             kernel, codes[first:last], old[:size].view(shape), new[:size].view(shape), unit, first, rounding_key, apply
@@ -124,7 +161,7 @@ def update_codes_(
 
 
 @update_codes_.register_fake
-def _(codes, row_scale, slots, keys, scales, scalars, rounding_key, coefficients, hyper, apply, decay, spec):
+def _(codes, row_scale, slots, keys, scales, scalars, rounding_key, coefficients, hyper, apply, decay, kernel_key):
     return None
 
 
@@ -132,7 +169,7 @@ def warm(kernel: kernels.Kernels, device: torch.device, columns: int) -> None:
     """Compile what a write of codes needs, by running it on dummies, so that no update stops half-way.
 
     Args:
-        columns: of a row, see :func:`zowrap.ops.kernels.alike`.
+        columns: of a row, see :func:`zowrap.ops.loops.alike`.
     """
     key = torch.zeros(2, dtype=torch.int32, device=device)
     for rows in (16, 1):  # a chunk, and the last one
@@ -161,4 +198,4 @@ def _write(
         return ()
 
     arrays = [codes, old, new, rows, unit[first : first + codes.shape[0]]]
-    kernel._run(("codes",), write, arrays, [key, apply])
+    kernel.loops.run(("codes",), write, arrays, [key, apply])

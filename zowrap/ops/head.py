@@ -10,23 +10,55 @@ to a running logsumexp and forgotten. Tokens whose label is ignored take no part
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from zowrap.compiler.inductor import Compiled, compile_function
-from zowrap.custom_op import operator
+from zowrap.custom_op import Cost, PersistentBuffers, Traits, operator
 from zowrap.loss.module import IGNORED
 from zowrap.numerics.dtypes import at_least_float32
 from zowrap.ops import kernels
-from zowrap.ops.scratch import buffers, chunks
+from zowrap.ops.arguments import NoiseArgs
+from zowrap.ops.loops import offset
+from zowrap.ops.points import at_point
+from zowrap.ops.scratch import buffers, chunks, copied_bytes, longest
 
 _LOWEST = -3.0e38  # below every logit; finite, so that the first chunk computes no inf − inf
 _compiled: dict[tuple, Compiled] = {}
 
 
-@operator("head")
+def _chunk_rows(w: Tensor, labels: Tensor) -> int:
+    """Rows of a vocabulary head that pass by at once, where no label is ignored."""
+    return longest(w.shape[0], w.shape[1], labels.numel())
+
+
+def _scratch(x: Sequence[Tensor], w: Tensor, labels: Tensor, changes: int) -> int:
+    """Bytes held beside the logits.
+
+    Args:
+        changes: how often a chunk of logits is formed anew in float32, to add something to it.
+    """
+    # Of each token at each point: label, running numbers and loss.
+    numbers = labels.numel() * (labels.element_size() + 20 * len(x))
+    return copied_bytes(x) + numbers + changes * 4 * _chunk_rows(w, labels) * labels.numel()
+
+
+def _logits(w: Tensor, labels: Tensor) -> PersistentBuffers:
+    return {("logits", w.dtype, 1): _chunk_rows(w, labels) * labels.numel() * w.element_size()}
+
+
+def _head_flops(w: Tensor, thin: Tensor | None, labels: Tensor) -> int:
+    return 2 * math.prod(labels.shape) * w.shape[0] * (w.shape[1] + (thin.shape[-1] if thin is not None else 0))
+
+
+def _head_scratch(x: Tensor, w: Tensor, bias: Tensor | None, thin: Tensor | None, labels: Tensor) -> int:
+    return _scratch([x], w, labels, (bias is not None) + (thin is not None))
+
+
+@operator("head", traits=Traits(), cost=Cost(flops=_head_flops, scratch=_head_scratch, buffers=_logits))
 def head(x: Tensor, w: Tensor, bias: Tensor | None, thin: Tensor | None, left: Tensor | None, labels: Tensor) -> Tensor:
     """``token_losses(x · wᵀ + bias + thin · leftᵀ, labels)``.
 
@@ -82,7 +114,30 @@ def _(info, in_dims, x, w, bias, thin, left, labels):
     return head(x, w, bias, thin, left, labels).unflatten(0, (info.batch_size, -1)), 0
 
 
-@operator("perturb_head")
+def _perturbed_flops(w: Tensor, coefficients: Tensor, labels: Tensor) -> int:
+    return 2 * coefficients.shape[0] * math.prod(labels.shape) * w.shape[0] * w.shape[1]
+
+
+def _perturbed_scratch(x: list[Tensor], w: Tensor, bias: list[Tensor], labels: Tensor) -> int:
+    return _scratch(x, w, labels, min(len(bias), 1))
+
+
+def _perturbed_buffers(w: Tensor, coefficients: Tensor, labels: Tensor) -> PersistentBuffers:
+    points = coefficients.shape[0]
+    weights = points * _chunk_rows(w, labels) * w.shape[1] * w.element_size()
+    return {**_logits(w, labels), ("weights", w.dtype, points): weights}
+
+
+@operator(
+    "perturb_head",
+    traits=Traits(all_points=True),
+    cost=Cost(
+        flops=_perturbed_flops,
+        noise=lambda w: w.numel(),
+        scratch=_perturbed_scratch,
+        buffers=_perturbed_buffers,
+    ),
+)
 def perturb_head(
     x: list[Tensor],
     w: Tensor,
@@ -93,7 +148,7 @@ def perturb_head(
     scalars: list[Tensor],
     coefficients: Tensor,
     labels: Tensor,
-    spec: str,
+    kernel_key: str,
 ) -> list[Tensor]:
     """``[token_losses(x[p] · (w + coefficients[p] · z)ᵀ + bias[p], labels) for p]``, float32 ``[rows]`` each.
 
@@ -103,16 +158,17 @@ def perturb_head(
     tokens = _Tokens(labels)
     inputs = [tokens.of(t) for t in x]
     running = [_Running(tokens.labels) for _ in range(coefficients.shape[0])]
-    runs, kernel = chunks(w.shape[0], w.shape[1], inputs[0].shape[0]), kernels.get(spec)
-    for first, last, weights in kernel.perturbed_chunks(w, slots, key, scale, scalars, coefficients, runs):
+    noise, perturbation = NoiseArgs(slots, key, scale, scalars), kernels.get(kernel_key).perturbation
+    runs = chunks(w.shape[0], w.shape[1], inputs[0].shape[0])
+    for first, last, weights in perturbation.chunks(w, noise, coefficients, runs):
         for p, weight in enumerate(weights):
-            logits = _product(inputs[p % len(inputs)], weight)
-            running[p].add(logits + bias[p % len(bias)][first:last] if bias else logits, first)
+            logits = _product(at_point(inputs, p), weight)
+            running[p].add(logits + at_point(bias, p)[first:last] if bias else logits, first)
     return [tokens.sums(r.losses()) for r in running]
 
 
 @perturb_head.register_fake
-def _(x, w, bias, slots, key, scale, scalars, coefficients, labels, spec):
+def _(x, w, bias, slots, key, scale, scalars, coefficients, labels, kernel_key):
     return [x[0].new_empty(labels.shape[:-1], dtype=torch.float32) for _ in range(coefficients.shape[0])]
 
 
@@ -165,7 +221,7 @@ class _Running:
         """``logits``: ``[tokens, classes]`` of the classes ``first …``."""
         key = (logits.dtype, logits.device)
         tensors = [logits, self.labels, self.highest, self.total, self.picked]
-        start = kernels.offset(first, logits.device)
+        start = offset(first, logits.device)
         if logits.is_cuda:
             from zowrap.ops.triton import cross_entropy
 

@@ -10,11 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zowrap.custom_op import operator
+from zowrap.custom_op import Cost, Traits, operator
 from zowrap.ops import kernels
+from zowrap.ops.arguments import NoiseArgs
 
 
-@operator("perturb_rows")
+def _gathered_bytes(w: Tensor, slots: list[Tensor], ids: Tensor) -> int:
+    return ids.numel() * w.shape[1] * (w.element_size() + 4 * len(slots))
+
+
+@operator(
+    "perturb_rows",
+    traits=Traits(all_points=True, looks_up=True),
+    cost=Cost(noise=lambda result: result[0].numel(), scratch=_gathered_bytes),
+)
 def perturb_rows(
     w: Tensor,
     slots: list[Tensor],
@@ -23,7 +32,7 @@ def perturb_rows(
     scale: Tensor,
     scalars: list[Tensor],
     coefficients: Tensor,
-    spec: str,
+    kernel_key: str,
 ) -> list[Tensor]:
     """``[(w + coefficients[p] · z)[ids] for p]``: ``ids`` int64 or int32 of any shape, results
     ``[*ids.shape, columns]``.
@@ -32,19 +41,17 @@ def perturb_rows(
     """
     # The kernel is compiled for int64; of rows of one token the view has gaps.
     flat = ids.reshape(-1).to(torch.int64).contiguous()
-    touched = w.index_select(0, flat)
-    gathered = [s.index_select(0, flat) for s in slots]
-    points = coefficients.shape[0]
-    out = kernels.get(spec).perturb_rows(touched, gathered, flat, key, scale, scalars, coefficients, points)
+    noise = NoiseArgs(slots, key, scale, scalars).rows(flat)
+    out = kernels.get(kernel_key).perturbation.rows(w.index_select(0, flat), noise, coefficients, flat)
     return [o.view(*ids.shape, w.shape[1]) for o in out]
 
 
 @perturb_rows.register_fake
-def _(w, slots, ids, key, scale, scalars, coefficients, spec):
+def _(w, slots, ids, key, scale, scalars, coefficients, kernel_key):
     return [w.new_empty((*ids.shape, w.shape[1])) for _ in range(coefficients.shape[0])]
 
 
-@operator("rows")
+@operator("rows", traits=Traits(looks_up=True), cost=Cost())
 def rows(w: Tensor, ids: Tensor) -> Tensor:
     """``w[ids]``; an id out of range raises ``IndexError`` on a CPU and is a device-side assertion on a GPU."""
     return w.index_select(0, ids.reshape(-1)).view(*ids.shape, *w.shape[1:])
@@ -69,7 +76,7 @@ def _(info, in_dims, w, ids):
     return rows(w.flatten(0, 1), ids + first.view(-1, *[1] * (ids.ndim - 1))), 0
 
 
-@operator("index_error")
+@operator("index_error", traits=Traits(), cost=Cost())
 def index_error(index: Tensor, size: int, wraps: bool, ignored: int | None) -> Tensor:
     """0-d zero of ``index``'s dtype, to be added to it: the look-up cannot run before it has been looked at.
 

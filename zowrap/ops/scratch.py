@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -63,6 +63,11 @@ def buffers(purpose: str, dtype: torch.dtype, device: torch.device, count: int, 
     if key not in kept or kept[key][0].numel() < size:
         kept[key] = [torch.zeros(size, dtype=dtype, device=device) for _ in range(count)]
     return kept[key]
+
+
+def copied_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the copies that an operator makes of inputs with gaps."""
+    return sum(t.numel() * t.element_size() for t in tensors if not t.is_contiguous())
 
 
 def all_buffers() -> list[Tensor]:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zowrap.custom_op import operator
+from zowrap.custom_op import Cost, PersistentBuffers, Traits, operator
 from zowrap.ops import kernels
+from zowrap.ops.arguments import DrawnDirections, UpdateArgs
 from zowrap.ops.scratch import buffers, chunks, longest
 
 
-@operator("update_lowrank_", mutates=("w", "slots"))
+def _gradient_buffer(w: Tensor) -> PersistentBuffers:
+    if w.ndim < 2:
+        return {}
+    columns = w.numel() // max(w.shape[0], 1)
+    return {("gradient", torch.float32, 1): 4 * longest(w.shape[0], columns) * columns}
+
+
+@operator(
+    "update_lowrank_",
+    traits=Traits(writes="w"),
+    cost=Cost(flops=lambda w, left: 2 * left.shape[1] * w.numel(), buffers=_gradient_buffer),
+    mutates=("w", "slots"),
+)
 def update_lowrank_(
     w: Tensor,
     slots: list[Tensor],
@@ -21,32 +34,38 @@ def update_lowrank_(
     hyper: list[Tensor],
     apply: Tensor,
     decay: bool,
-    spec: str,
+    kernel_key: str,
 ) -> None:
     """The rule's update of one parameter along ĝ = left · rightᵀ, in place; row chunks of ĝ pass through a scratch.
 
     Args:
         left: ``[rows, k]``, ``right`` ``[columns, k]`` (None for a vector, then k is 1), float32.
     """
-    kernel, flat, flat_slots = kernels.get(spec), w.view(-1), [s.view(-1) for s in slots]
+    update, flat = kernels.get(kernel_key).update, w.view(-1)
+    args = UpdateArgs(slots, rounding_key, coefficients, hyper, apply, decay).flat()
     if right is None:
-        return kernel.update_along(flat, flat_slots, left.reshape(-1), rounding_key, coefficients, hyper, apply, decay)
+        return update.write(flat, args, left.reshape(-1))
     rows, columns = left.shape[0], right.shape[0]
     (scratch,) = buffers("gradient", torch.float32, w.device, 1, longest(rows, columns) * columns)
     for first, last in chunks(rows, columns):
-        span = slice(first * columns, last * columns)
-        g = scratch[: (last - first) * columns]
+        start, end = first * columns, last * columns
+        g = scratch[: end - start]
         torch.mm(left[first:last], right.t(), out=g.view(last - first, columns))
-        parts = [s[span] for s in flat_slots]
-        kernel.update_along(flat[span], parts, g, rounding_key, coefficients, hyper, apply, decay, span.start)
-
-
-@update_lowrank_.register_fake
-def _(w, slots, left, right, rounding_key, coefficients, hyper, apply, decay, spec):
+        update.write(flat[start:end], args.part(start, end), g, start)
     return None
 
 
-@operator("update_", mutates=("w", "slots"))
+@update_lowrank_.register_fake
+def _(w, slots, left, right, rounding_key, coefficients, hyper, apply, decay, kernel_key):
+    return None
+
+
+@operator(
+    "update_",
+    traits=Traits(writes="w"),
+    cost=Cost(noise=lambda w, keys: len(keys) * w.numel()),
+    mutates=("w", "slots"),
+)
 def update_(
     w: Tensor,
     slots: list[Tensor],
@@ -58,14 +77,13 @@ def update_(
     hyper: list[Tensor],
     apply: Tensor,
     decay: bool,
-    spec: str,
+    kernel_key: str,
 ) -> None:
-    """The rule's update of one parameter, in place; see :meth:`zowrap.ops.kernels.Kernels.update`."""
-    kernels.get(spec).update(
-        w.view(-1), [s.view(-1) for s in slots], keys, scales, scalars, rounding_key, coefficients, hyper, apply, decay
-    )
+    """The rule's update of one parameter, in place; see :class:`zowrap.ops.arguments.UpdateArgs`."""
+    args = UpdateArgs(slots, rounding_key, coefficients, hyper, apply, decay).flat()
+    kernels.get(kernel_key).update.write(w.view(-1), args, DrawnDirections(keys, scales, scalars))
 
 
 @update_.register_fake
-def _(w, slots, keys, scales, scalars, rounding_key, coefficients, hyper, apply, decay, spec):
+def _(w, slots, keys, scales, scalars, rounding_key, coefficients, hyper, apply, decay, kernel_key):
     return None

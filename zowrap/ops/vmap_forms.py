@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zowrap.custom_op import operator
+from zowrap.custom_op import Cost, Traits, operator
 
 
-@operator("attention")
+@operator("attention", traits=Traits(), cost=Cost())
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None, grouped: bool
 ) -> Tensor:
@@ -38,7 +38,7 @@ def _(info, in_dims, query, key, value, mask, causal, scale, grouped):
     return attention(*given, causal, scale, grouped).unflatten(0, (info.batch_size, -1)), 0
 
 
-@operator("gather")
+@operator("gather", traits=Traits(plain_form=torch.ops.aten.gather.default), cost=Cost())
 def gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
     """``torch.gather`` in a form that ``vmap`` can take when sizes vary."""
     return torch.gather(x, dim, index)
@@ -58,7 +58,7 @@ def _(info, in_dims, x, dim, index):
     return gather(x, dim if dim < 0 else dim + 1, index), 0
 
 
-@operator("cat")
+@operator("cat", traits=Traits(plain_form=torch.ops.aten.cat.default), cost=Cost())
 def cat(tensors: list[Tensor], dim: int) -> Tensor:
     """``torch.cat`` in a form that ``vmap`` can take when sizes vary."""
     return torch.cat(tensors, dim)

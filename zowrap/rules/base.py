@@ -20,10 +20,12 @@ non-finite steps are done around it, the same for every rule.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -116,6 +118,8 @@ class Rule:
         candidates: ``candidates(g, hyper) -> coefficients``: further points θ + coefficient · z, evaluated once g is
             known (one direction only); their losses arrive in the probe.
         reduce: ``reduce(slots) -> {name: per-element summand}``, summed over every tunable element before the probes.
+        origin: equal for two rules only if their functions compute the same. An object of the rule's own, which also a
+            copy made by :func:`dataclasses.replace` gets anew, unless :func:`known` says more.
     """
 
     name: str
@@ -137,6 +141,7 @@ class Rule:
     refresh: Callable[[Tensor, int], Scalars | None] | None = None
     left: Callable[[Tensor, Tensor, Scalars], Tensor] | None = None
     candidates: Callable[[Tensor, Scalars], Tensor] | None = None
+    origin: Hashable = field(default_factory=object, init=False, repr=False, compare=False)
 
     def slot_names(self, kind: str) -> list[str]:
         """The slots of that kind, in order."""
@@ -157,6 +162,33 @@ class Rule:
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.hyper.items())})"
 
 
+P = ParamSpec("P")
+
+
+def known(constructor: Callable[P, Rule]) -> Callable[P, Rule]:
+    """Name a constructor and its arguments as the origin of its rules: they share compiled kernels with their equals.
+
+    For constructors of this package, whose functions depend on their arguments and on nothing else. η is left out: it
+    reaches a rule's functions as a tensor. A rule made out of one of unknown origin is of unknown origin.
+    """
+    signature = inspect.signature(constructor)
+
+    @functools.wraps(constructor)
+    def build(*args: P.args, **named: P.kwargs) -> Rule:
+        rule = constructor(*args, **named)
+        bound = signature.bind(*args, **named)
+        bound.apply_defaults()
+        values = {name: value for name, value in bound.arguments.items() if name != "lr"}
+        inner = [value.origin for value in values.values() if isinstance(value, Rule)]
+        if all(isinstance(origin, str) for origin in inner):
+            told = (f"{name}={v.origin if isinstance(v, Rule) else repr(v)}" for name, v in values.items())
+            object.__setattr__(rule, "origin", f"{constructor.__name__}({', '.join(told)})")
+        return rule
+
+    return build
+
+
+@known
 def with_masters(rule: Rule) -> Rule:
     """The rule for 16-bit weights that are the rounded copies of float32 ones, which are part of its state.
 

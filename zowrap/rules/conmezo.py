@@ -23,13 +23,14 @@ from torch import Tensor
 
 from zowrap.checks import check_fraction, check_positive
 from zowrap.errors import ZOError
-from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, combine, identity, mean_gradient
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, combine, identity, known, mean_gradient
 from zowrap.rules.zo_sgd import zo_sgd
 
 NO_MOMENTUM = 1e-8  # ‖m‖ below which there is no cone yet: the official code's
 BETA_START = 0.1
 
 
+@known
 def conmezo(*, lr: float = 1e-6, theta: float = 1.35, beta: float = 0.99, warmup: bool | int = False) -> Rule:
     """MeZO that looks within an angle of its own momentum.
 
@@ -47,6 +48,7 @@ def conmezo(*, lr: float = 1e-6, theta: float = 1.35, beta: float = 0.99, warmup
     return dataclasses.replace(along, name="conmezo", hyper={"theta": theta, "beta": beta, "warmup": warmup})
 
 
+@known
 def along_cone(
     rule: Rule,
     *,
@@ -110,8 +112,6 @@ def along_cone(
         w, inner = rule.leaf(w, z if rule.leaf_takes_directions else combine(c["g"], z), inner, c, hyper)
         return w, {**inner, slot: m}
 
-    # The compiled engine shares kernels between rules of this package, which their names determine.
-    leaf.__module__ = rule.leaf.__module__
     return dataclasses.replace(
         rule,
         scalars=scalars,

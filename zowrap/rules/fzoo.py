@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from zowrap.checks import check_positive
 from zowrap.errors import ZOError
-from zowrap.rules.base import Choice, Probe, Rule, Scalars, mean_gradient
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, known, mean_gradient
 
 
+@known
 def fzoo(*, lr: float = 3e-7) -> Rule:
     """Zeroth-order descent whose step adapts to the spread of one batch of losses.
 

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from zowrap.checks import check_fraction, check_positive
 from zowrap.errors import ZOError
-from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, combine, mean_gradient
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, combine, known, mean_gradient
 from zowrap.rules.estimators import ESTIMATORS, Point
 
 CENTRAL = ESTIMATORS["central"]
 
 
+@known
 def hizoo(*, lr: float = 1e-6, a: float = 1e-8) -> Rule:
     """Zeroth-order descent preconditioned by a diagonal curvature estimate, for one more forward.
 

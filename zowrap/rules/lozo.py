@@ -21,12 +21,13 @@ from torch import Tensor
 
 from zowrap.checks import check_count, check_fraction, check_positive
 from zowrap.errors import ZOError, nearest
-from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, known
 from zowrap.rules.zo_sgd import zo_sgd
 
 SCALES = ("paper", "code")
 
 
+@known
 def lozo(*, lr: float = 1e-6, rank: int = 2, nu: int = 50, scale: str = "paper") -> Rule:
     """MeZO along low-rank directions that stay in one subspace for ν steps.
 
@@ -47,6 +48,7 @@ def lozo(*, lr: float = 1e-6, rank: int = 2, nu: int = 50, scale: str = "paper")
     )
 
 
+@known
 def lozo_m(*, lr: float = 1e-6, rank: int = 2, nu: int = 50, scale: str = "paper", beta1: float = 0.9) -> Rule:
     """LOZO with a momentum that is kept in factored form: one matrix of U's shape.
 

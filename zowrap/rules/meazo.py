@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from zowrap.checks import check_flag, check_fraction, check_positive
 from zowrap.errors import ZOError, nearest
-from zowrap.rules.base import Choice, Probe, Rule, Scalars, mean_gradient, received_share
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, known, mean_gradient, received_share
 
 MOMENTS = ("mean", "printed")
 
 
+@known
 def meazo(
     *,
     lr: float = 1e-4,

@@ -13,9 +13,10 @@ longer than ZO-AdaMM, 4.36 for β1 = 0.9. Compare the two at their own best η, 
 from __future__ import annotations
 
 from zowrap.checks import check_flag, check_fraction, check_positive
-from zowrap.rules.base import Probe, Rule, Scalars, Slot, mean_gradient, received_share
+from zowrap.rules.base import Probe, Rule, Scalars, Slot, known, mean_gradient, received_share
 
 
+@known
 def radazo(
     *, lr: float = 1e-4, beta1: float = 0.9, beta2: float = 0.99, zeta: float = 1e-8, bias_correction: bool = False
 ) -> Rule:

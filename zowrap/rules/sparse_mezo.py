@@ -20,10 +20,11 @@ from torch import Tensor
 
 from zowrap.checks import check_fraction, check_positive
 from zowrap.errors import ZOError
-from zowrap.rules.base import Choice, Rule, Scalars, Slot, identity
+from zowrap.rules.base import Choice, Rule, Scalars, Slot, identity, known
 from zowrap.rules.zo_sgd import zo_sgd
 
 
+@known
 def sparse_mezo(*, lr: float = 1e-6, sparsity: float = 0.75, refresh: int = 1) -> Rule:
     """MeZO on the smallest weights of each parameter alone.
 
@@ -41,6 +42,7 @@ def sparse_mezo(*, lr: float = 1e-6, sparsity: float = 0.75, refresh: int = 1) -
     return dataclasses.replace(along, name="sparse_mezo", hyper={"sparsity": sparsity, "refresh": refresh})
 
 
+@known
 def along_sparse(rule: Rule, *, sparsity: float = 0.75, refresh: int = 1, name: str = "direction 'sparse'") -> Rule:
     """``rule`` with directions that are zero on the large weights.
 

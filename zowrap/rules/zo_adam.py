@@ -9,9 +9,10 @@ with ĝ in place of the gradient; ZO-AdaMM (1910.06513) discusses the family.
 from __future__ import annotations
 
 from zowrap.checks import check_fraction, check_positive
-from zowrap.rules.base import Probe, Rule, Scalars, Slot, mean_gradient, received_share
+from zowrap.rules.base import Probe, Rule, Scalars, Slot, known, mean_gradient, received_share
 
 
+@known
 def zo_adam(*, lr: float = 1e-4, beta1: float = 0.9, beta2: float = 0.999, zeta: float = 1e-8) -> Rule:
     """Adam on the zeroth-order estimate: two moments per element.
 

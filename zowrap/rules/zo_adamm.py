@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 
 from zowrap.checks import check_flag, check_fraction, check_positive
-from zowrap.rules.base import Probe, Rule, Scalars, Slot, mean_gradient
+from zowrap.rules.base import Probe, Rule, Scalars, Slot, known, mean_gradient
 
 
+@known
 def zo_adamm(
     *, lr: float = 1e-4, beta1: float = 0.9, beta2: float = 0.99, zeta: float = 1e-8, amsgrad: bool = True
 ) -> Rule:

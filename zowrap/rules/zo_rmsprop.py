@@ -9,9 +9,10 @@ correction, without which the first step would be 1/√(1 − β2) times too lon
 from __future__ import annotations
 
 from zowrap.checks import check_fraction, check_positive
-from zowrap.rules.base import Probe, Rule, Scalars, Slot, mean_gradient, received_share
+from zowrap.rules.base import Probe, Rule, Scalars, Slot, known, mean_gradient, received_share
 
 
+@known
 def zo_rmsprop(*, lr: float = 1e-4, beta2: float = 0.99, zeta: float = 1e-8) -> Rule:
     """Zeroth-order descent normalised by a second moment per element.
 

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from zowrap.checks import check_flag, check_fraction, check_positive
 from zowrap.errors import ZOError, nearest
-from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot
+from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, known
 
 SIGNS = ("scalar", "elementwise")
 
 
+@known
 def zo_sgd(*, lr: float = 1e-6, momentum: float = 0.0, sign: str | None = None, conservative: bool = False) -> Rule:
     """Plain zeroth-order gradient descent.
 

@@ -198,11 +198,6 @@ def _value(text: str) -> Any:
     return text
 
 
-def is_ours(direction: Direction) -> bool:
-    """Whether this is one of this module's, which their names determine."""
-    return DIRECTIONS.get(direction.name, _made.get(direction.name)) is direction
-
-
 # ‖u‖² is summed in integers: u is a multiple of 2⁻¹⁴, so u² · 2²⁸ is an integer and any order of summation, any
 # chunking and any sharding give the same value. int64 holds it for 3·10¹⁰ elements.
 _SQUARE_UNIT = round(1 / noise.GAUSSIAN_QUANTUM)

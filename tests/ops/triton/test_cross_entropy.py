@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from zowrap.loss.module import IGNORED
-from zowrap.ops import kernels
 from zowrap.ops.head import _LOWEST, _Running
+from zowrap.ops.loops import offset
 
 pytest.importorskip("triton", reason="the kernels for a GPU are written in Triton")
 
@@ -28,7 +28,7 @@ def test_chunks_add_up_to_the_cross_entropy(cuts: tuple[int, ...], dtype: torch.
     for first, last in itertools.pairwise(cuts):
         chunk = logits[:, first:last].contiguous()
         state = (running.labels, running.highest, running.total, running.picked)
-        cross_entropy.add(chunk, *state, kernels.offset(first, device))
+        cross_entropy.add(chunk, *state, offset(first, device))
     expected = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORED)
     torch.testing.assert_close(running.losses(), expected, rtol=1e-5, atol=1e-5)
 
@@ -39,7 +39,7 @@ def test_a_logit_that_is_not_finite_shows(value: float, device: torch.device) ->
     logits[1, 1500] = value
     running = _Running(torch.tensor([3, 4], device=device))
     state = (running.labels, running.highest, running.total, running.picked)
-    cross_entropy.add(logits, *state, kernels.offset(0, device))
+    cross_entropy.add(logits, *state, offset(0, device))
     finite = torch.isfinite(running.losses())
     assert bool(finite[0]) and not bool(finite[1])
 
@@ -49,6 +49,6 @@ def test_classes_that_are_ruled_out_count_nothing(device: torch.device) -> None:
     logits[0, 100:] = -torch.inf
     running = _Running(torch.tensor([5], device=device))
     state = (running.labels, running.highest, running.total, running.picked)
-    cross_entropy.add(logits, *state, kernels.offset(0, device))
+    cross_entropy.add(logits, *state, offset(0, device))
     torch.testing.assert_close(running.losses(), torch.tensor([100.0], device=device).log())
     assert running.highest.item() == 0.0 and _LOWEST < 0.0

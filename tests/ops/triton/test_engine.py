@@ -14,13 +14,14 @@ import zowrap
 from zowrap import ZOModel
 from zowrap.errors import ZOCaptureError, ZOWarning
 from zowrap.ops import kernels
+from zowrap.ops import loops as plain_loops
 from zowrap.ops.triton import loops, sources
 from zowrap.rules.base import Rule, mean_gradient
 
 
 @pytest.fixture(autouse=True)
 def triton_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "compile_loop", loops.compile_loop)
+    monkeypatch.setattr(plain_loops, "compile_loop", loops.compile_loop)
     monkeypatch.setattr(kernels, "_registry", {})
 
 

@@ -20,6 +20,8 @@ from zowrap.compiler.inductor import Compiled, compile_function
 from zowrap.errors import ZOCaptureError, ZOInternalError
 from zowrap.numerics import noise
 from zowrap.ops import kernels
+from zowrap.ops import loops as plain_loops
+from zowrap.ops.arguments import DrawnDirections, NoiseArgs, UpdateArgs
 from zowrap.ops.codes import _write
 from zowrap.ops.triton import loops
 from zowrap.rules import REGISTRY, Rule
@@ -67,7 +69,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return Compiled(call, 0.0, False)
 
-    monkeypatch.setattr(kernels, "compile_loop", compile_both)
+    monkeypatch.setattr(plain_loops, "compile_loop", compile_both)
     monkeypatch.setattr(kernels, "_registry", {})
     monkeypatch.setattr(loops, "BLOCK", 256)
     return names
@@ -125,28 +127,31 @@ def exercise(
         return torch.randn(shape, generator=generator).to(device, of)
 
     key = torch.tensor([123456789, -987654321], dtype=torch.int32, device=device)
-    shapes = {name: tuple(shape) for name, shape in kernel.coefficient_shapes.items()}
+    shapes = {name: tuple(shape) for name, shape in kernel.update.coefficient_shapes.items()}
     hyper = [torch.tensor(v, device=device) for v in (1e-2, 1e-3, 0.1)]
+    names = kernel.rule.slot_names("element")
     # From the middle of a parameter that is longer than 2³² elements.
     w, start = random(count, of=dtype), (1 << 32) + 77
-    slots = [random(count).abs() for _ in kernel.slot_names]
+    slots = [random(count).abs() for _ in names]
+    scalars = [random().abs() for _ in kernel.perturbation.scalar_names]
     for apply in (torch.tensor(True, device=device), torch.tensor(False, device=device)):
         if job.direction.lowrank is not None:
             coefficients = [random(*shape).abs() for name, shape in shapes.items() if name != "g"]
-            kernel.update_along(w, slots, random(count), key, coefficients, hyper, apply, True, start)
+            args = UpdateArgs(slots, key, coefficients, hyper, apply, True)
+            kernel.update.write(w, args, random(count), start)
             continue
-        scalars = [random().abs() for _ in kernel.scalar_names]
-        seen = [slots[kernel.slot_names.index(name)] for name in kernel.read_names]
-        points = random(3)
-        kernel.perturb(w, seen, key, hyper[0], scalars, points, [torch.empty_like(w) for _ in range(3)], start)
+        seen = [slots[names.index(name)] for name in kernel.perturbation.slot_names]
+        points, noise = random(3), NoiseArgs(seen, key, hyper[0], scalars)
+        kernel.perturbation.write(w, noise, points, [torch.empty_like(w) for _ in range(3)], start)
         ids = torch.tensor([7, 0, 4_000_000_000], device=device)
         table = [t[: 3 * columns].view(3, columns) for t in (w, *seen)]
-        kernel.perturb_rows(table[0], table[1:], ids, key, hyper[0], scalars, points, 3)
+        kernel.perturbation.rows(table[0], noise._replace(slots=table[1:]), points, ids)
         if job.direction.needs_norm:
-            kernel.squared_norm(w, key)
+            kernel.perturbation.squared_norm(w, key)
         named = [random(*shape).abs() for shape in shapes.values()]
         keys = [key + i for i in range(job.queries)]
-        kernel.update(w, slots, keys, [hyper[0]] * job.queries, scalars, key, named, hyper, apply, True, start)
+        directions = DrawnDirections(keys, [hyper[0]] * job.queries, scalars)
+        kernel.update.write(w, UpdateArgs(slots, key, named, hyper, apply, True), directions, start)
     written = 2 if job.direction.lowrank is not None else 6
     assert len(checked) >= written and torch.isfinite(w).all()
 

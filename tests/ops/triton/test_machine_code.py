@@ -21,6 +21,8 @@ from benchmarks.gpu import machine_code
 from tests.ops.triton import test_loops as loops, test_product as products
 from zowrap import rules
 from zowrap.ops import kernels
+from zowrap.ops.arguments import NoiseArgs
+from zowrap.ops.loops import alike
 from zowrap.ops.triton import cross_entropy, product
 from zowrap.ops import codes as code_operators
 
@@ -44,12 +46,13 @@ def write_codes(kernel, rows, first):
     code_operators._write(kernel, matrix.to(torch.int8), matrix, matrix, torch.ones(99), first, key, key[0] > 0)
 
 def multiply(rule, dtype, tokens, points):
-    spec, kernel = products.spec_of(rule, None, cpu)
-    kernels._registry[spec] = kernel
-    one, slots = torch.ones(()), [torch.ones(9600, 64) for _ in kernel.read_names]
+    kernel = products.kernels_of(rule, None, cpu)
+    kernels._registry[kernel.key] = kernel
+    one, slots = torch.ones(()), [torch.ones(9600, 64) for _ in kernel.perturbation.slot_names]
     x, w = torch.ones(tokens, 64, dtype=dtype), torch.ones(9600, 64, dtype=dtype)
-    given = [x] * points, w, slots, torch.ones(2, dtype=torch.int32), one, [one] * len(kernel.scalar_names)
-    product.perturbed_products(*given, torch.ones(points), False, spec)
+    scalars = [one] * len(kernel.perturbation.scalar_names)
+    noise = NoiseArgs(slots, torch.ones(2, dtype=torch.int32), one, scalars)
+    product.perturbed_products([x] * points, w, noise, torch.ones(points), False, kernel.key)
     note(f"product of {points} {rule} {dtype} {tokens}")
 
 with machine_code.compiling() as found:
@@ -84,11 +87,11 @@ def step(rule, dtype, direction):
     warmed = {line["variant"] for line in found}
     stream = zm.directions.queries[0]
     for i, p in enumerate(zm.parameters if direction != "lowrank(1)" else []):
-        seen = [job.slots[name][i].view(-1) for name in kernel.read_names]
-        scalars = [stream.scalars[name] for name in kernel.scalar_names]
+        seen = [job.slots[name][i].view(-1) for name in kernel.perturbation.slot_names]
+        scalars = [stream.scalars[name] for name in kernel.perturbation.scalar_names]
         w = p.tensor.detach().view(-1)
-        given = w, seen, stream.keys[i], stream.scale, scalars, torch.ones(2), [torch.empty_like(w) for _ in range(2)]
-        kernel.perturb(*given)
+        noise = NoiseArgs(seen, stream.keys[i], stream.scale, scalars)
+        kernel.perturbation.write(w, noise, torch.ones(2), [torch.empty_like(w) for _ in range(2)])
     zm.update(projected_grad=torch.ones(()))
     return [f"{rule} {direction} {line['variant']}" for line in found if line["variant"] not in warmed]
 
@@ -97,7 +100,7 @@ for rule, dtype, direction in [("conmezo", bf16, None), ("zo_sgd", f32, "sphere"
         cold += step(rule, dtype, direction)
 with machine_code.compiling() as found:
     kernel = loops.kernels_of("zo_sgd", None, f32, cpu).engine.kernels
-    code_operators.warm(kernel, cpu, kernels.alike(64))
+    code_operators.warm(kernel, cpu, alike(64))
     warmed = {line["variant"] for line in found}
     for first in (16, 35):
         write_codes(kernel, 64, first)

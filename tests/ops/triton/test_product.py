@@ -11,23 +11,23 @@ from torch import Tensor
 import zowrap
 from zowrap.numerics import noise
 from zowrap.ops import kernels
+from zowrap.ops.arguments import NoiseArgs
 from zowrap.ops.triton import product
 
 
-def spec_of(rule: str, direction: str | None, device: torch.device) -> tuple[str, kernels.Kernels]:
+def kernels_of(rule: str, direction: str | None, device: torch.device) -> kernels.Kernels:
     layer = torch.nn.Linear(5, 3).to(device)
     zm = zowrap.zo_wrap(layer, rule, lr=1e-2, direction=direction, loss_fn=lambda m, b: m(b["x"]).sum(-1))
-    return zm.engine.spec, zm.engine.kernels  # type: ignore[attr-defined]
+    return zm.engine.kernels  # type: ignore[attr-defined]
 
 
 def reference(
-    x: list[Tensor], w: Tensor, slots: list[Tensor], kernel: kernels.Kernels, rest: tuple, transposed: bool
+    x: list[Tensor], w: Tensor, args: NoiseArgs, coefficients: Tensor, kernel: kernels.Kernels, transposed: bool
 ) -> list[Tensor]:
     """Perturbed copies of the weight, rounded to its dtype, and products in float64."""
-    key, scale, scalars, coefficients = rest
     low, high = noise.split_index(torch.arange(w.numel(), device=w.device).view(w.shape))
     table = noise.gaussian_table(w.device)
-    copies = kernel.points(w, low, high, slots, key, scale, scalars, coefficients, table, coefficients.shape[0])
+    copies = kernel.perturbation.points(w, low, high, args, coefficients, table)
     weights = [copy.double() if transposed else copy.double().t() for copy in copies]
     return [x[p % len(x)].double() @ weight for p, weight in enumerate(weights)]
 
@@ -51,17 +51,18 @@ def test_products_equal_those_with_perturbed_copies(
 ) -> None:
     if (tokens == 130) and (dtype != torch.float32 or transposed):
         pytest.skip("one case of several blocks of tokens is enough")
-    spec, kernel = spec_of(rule, direction, device)
+    kernel = kernels_of(rule, direction, device)
     torch.manual_seed(0)
     inputs, outputs = 70, 37  # neither fills its tiles
     w = torch.randn((inputs, outputs) if transposed else (outputs, inputs), device=device).to(dtype)
     x = [torch.randn(tokens, inputs, device=device).to(dtype) for _ in range(1 if shared else 2)]
-    slots = [torch.rand(w.shape, device=device) + 0.5 for _ in kernel.read_names]
+    slots = [torch.rand(w.shape, device=device) + 0.5 for _ in kernel.perturbation.slot_names]
     key = torch.tensor([11, -12], dtype=torch.int32, device=device)
     one = torch.tensor(0.7, device=device)
-    rest = (key, one, [one] * len(kernel.scalar_names), torch.tensor([0.3, -0.3], device=device))
-    found = product.perturbed_products(x, w, slots, *rest, transposed, spec)
-    expected = reference(x, w, slots, kernel, rest, transposed)
+    args = NoiseArgs(slots, key, one, [one] * len(kernel.perturbation.scalar_names))
+    coefficients = torch.tensor([0.3, -0.3], device=device)
+    found = product.perturbed_products(x, w, args, coefficients, transposed, kernel.key)
+    expected = reference(x, w, args, coefficients, kernel, transposed)
     exact = torch.finfo(dtype).eps
     for value, wanted in zip(found, expected, strict=True):
         assert value.dtype == dtype and value.shape == (tokens, outputs)

@@ -1,9 +1,9 @@
 """An elementwise function, traced to an fx graph, written as statements of Triton.
 
-The traced functions (:mod:`zowrap.ops.kernels`) are built from three dozen operations on three kinds of inputs: arrays,
-one element for each that is computed; small tensors, of which single numbers are read; and tables. Every operation is
-written so that it rounds once, as a CPU does: true division and square root, and no product and sum made one (kernels
-are launched without fusing them).
+The traced functions (:mod:`zowrap.ops.perturb_kernels`, :mod:`zowrap.ops.update_kernels`) are built from three dozen
+operations on three kinds of inputs: arrays, one element for each that is computed; small tensors, of which single
+numbers are read; and tables. Every operation is written so that it rounds once, as a CPU does: true division and square
+root, and no product and sum made one (kernels are launched without fusing them).
 """
 
 from __future__ import annotations

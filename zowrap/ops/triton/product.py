@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from zowrap.compiler.inductor import trace
-from zowrap.numerics import noise
+from zowrap.numerics.noise import gaussian_table
 from zowrap.ops import kernels
+from zowrap.ops.arguments import NoiseArgs
+from zowrap.ops.loops import split
 from zowrap.ops.triton import sources
 from zowrap.ops.triton.emit import Small, emit
 
@@ -38,13 +40,10 @@ def applies(x: Sequence[Tensor], w: Tensor) -> bool:
 def perturbed_products(
     x: Sequence[Tensor],
     w: Tensor,
-    slots: Sequence[Tensor],
-    key: Tensor,
-    scale: Tensor,
-    scalars: Sequence[Tensor],
+    noise: NoiseArgs,
     coefficients: Tensor,
     transposed: bool,
-    spec: str,
+    kernel_key: str,
 ) -> list[Tensor]:
     """``[tokens, outputs]`` for each point; see :func:`zowrap.ops.perturb.perturb_linear`.
 
@@ -57,17 +56,17 @@ def perturbed_products(
     out = [torch.empty((tokens, outputs), dtype=w.dtype, device=w.device) for _ in range(points)]
     if not tokens:
         return out
-    kernel = _kernel(spec, w.dtype, points, len(slots), len(scalars), len(x) == 1, transposed)
+    kernel = _kernel(kernel_key, w.dtype, points, len(noise.slots), len(noise.scalars), len(x) == 1, transposed)
     rows = _tile_rows(outputs)
     block = max(16, 1 << (tokens - 1).bit_length())
     grid = (-(-outputs // rows), -(-tokens // block))
-    given = [*(t.contiguous() for t in x), *out, w, *slots, key, scale, *scalars, coefficients]
+    given = [*(t.contiguous() for t in x), *out, w, *noise.slots, *noise.numbers(), coefficients]
     with torch.cuda.device_of(w):
         sources.launch(
             kernel,
             grid,
             *given,
-            noise.gaussian_table(w.device),
+            gaussian_table(w.device),
             tokens,
             outputs,
             inputs,
@@ -93,24 +92,25 @@ def _tile_rows(outputs: int) -> int:
 
 @functools.cache
 def _kernel(
-    spec: str, dtype: torch.dtype, points: int, slots: int, scalars: int, shared: bool, transposed: bool
+    kernel_key: str, dtype: torch.dtype, points: int, slots: int, scalars: int, shared: bool, transposed: bool
 ) -> Any:
-    return sources.kernel(_source(spec, dtype, points, slots, scalars, shared, transposed))
+    return sources.kernel(_source(kernel_key, dtype, points, slots, scalars, shared, transposed))
 
 
 def _source(
-    spec: str, dtype: torch.dtype, points: int, slots: int, scalars: int, shared: bool, transposed: bool
+    kernel_key: str, dtype: torch.dtype, points: int, slots: int, scalars: int, shared: bool, transposed: bool
 ) -> str:
-    kernel = kernels.get(spec)
+    perturbation = kernels.get(kernel_key).perturbation
     element, index = torch.zeros(64, dtype=dtype), torch.zeros(64, dtype=torch.int32)
     small = [torch.zeros(2, dtype=torch.int32), torch.ones(()), *[torch.ones(())] * scalars]
-    small += [torch.zeros(points), noise.gaussian_table()]
+    small += [torch.zeros(points), gaussian_table()]
     examples = [element, index, index, *[torch.zeros(64)] * slots, *small]
 
     def function(*inputs: Tensor) -> tuple:
-        w, low, high = inputs[:3]
-        key, scale, *numbers, coefficients, table = inputs[3 + slots :]
-        return kernel.points(w, low, high, inputs[3 : 3 + slots], key, scale, numbers, coefficients, table, points)
+        given = split(inputs, 3, slots, 2, scalars, 2)
+        (w, low, high), slot_values, (key, scale), numbers, (coefficients, table) = given
+        noise = NoiseArgs(slot_values, key, scale, numbers)
+        return perturbation.points(w, low, high, noise, coefficients, table)
 
     graph_module, _ = trace(function, examples, range(3 + slots))
     read = [f"s{i}" for i in range(slots)]
