@@ -31,7 +31,7 @@ from zowrap.rules.base import Rule
 from zowrap.step import blocks as block_lib
 from zowrap.step.arithmetic import conclude
 from zowrap.step.job import Job
-from zowrap.step.parameters import Parameter, parameters_hash
+from zowrap.step.parameters import Parameter, hash_shapes
 from zowrap.step.step_directions import Streams, groups
 
 if TYPE_CHECKING:
@@ -530,7 +530,7 @@ class ZOModel:
             "blocks": [block.name for block in job.blocks],
             "block_order": self.block_order,
             "along": self.along,
-            "parameters": parameters_hash(job.parameters),
+            "parameters": hash_shapes(job.parameters),
             "loss": job.loss.form,
             **self._schedule.record(),
             **self._values,
@@ -576,7 +576,7 @@ class ZOModel:
 
         ``key`` is what all noise derives from: the seed, and which parameters it was drawn for.
         """
-        key = f"seed {self.seed}, parameters {parameters_hash(self._job.parameters)}"
+        key = f"seed {self.seed}, parameters {hash_shapes(self._job.parameters)}"
         return {"rule": self.rule.describe(), "steps": str(self.step_count), "seed": str(self.seed), "key": key}
 
     def inspect(self) -> Any:
