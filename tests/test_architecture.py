@@ -25,14 +25,6 @@ ALLOWED = {
 CIRCLES = [
     # A graph replays whole steps of the model, and the choice of an engine gives it another one: both hold the model.
     {"zowrap.model.choice", "zowrap.model.cuda_graphs", "zowrap.model.zo_model"},
-    # The Trainer holds what writes and resumes its run, and these hold the Trainer.
-    {
-        "zowrap.training.auto_lr",
-        "zowrap.training.callback",
-        "zowrap.training.resume",
-        "zowrap.training.trainer",
-        "zowrap.training.writer",
-    },
 ]
 
 
