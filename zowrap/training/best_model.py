@@ -29,8 +29,8 @@ class BestModel:
         self.key: str | None = None
         self._loss: float | None = None
 
-    def consider(self, line: dict[str, Any]) -> bool:
-        """Take an evaluation, a line of metrics.jsonl, and return whether it is the best so far."""
+    def is_beaten_by(self, line: dict[str, Any]) -> bool:
+        """Whether an evaluation, a line of metrics.jsonl, is better than every one kept; the first sets the metric."""
         if self.key is None:
             self.key = _choose_key(line, self._metric)
         if self.key is None:
@@ -42,13 +42,19 @@ class BestModel:
         greater = self._greater_is_better
         if self._metric is None or greater is None:
             greater = not self.key.endswith("loss")
-        loss = line.get(self.key.rpartition("_")[0] + "_loss")
+        loss = self._loss_beside(line)
         better = self.value is None or (value > self.value if greater else value < self.value)
         tied = value == self.value and loss is not None and self._loss is not None and loss < self._loss
-        if not (better or tied):
-            return False
-        self.step, self.value, self._loss = line["step"], float(value), loss
-        return True
+        return better or tied
+
+    def keep(self, line: dict[str, Any]) -> None:
+        """Keep an evaluation that beats the others."""
+        assert self.key is not None, "is_beaten_by was not asked"
+        self.step, self.value, self._loss = line["step"], float(line[self.key]), self._loss_beside(line)
+
+    def _loss_beside(self, line: dict[str, Any]) -> float | None:
+        """Return the loss of the evaluation set that the metric belongs to."""
+        return line.get(str(self.key).rpartition("_")[0] + "_loss")
 
 
 def is_finite(value: float | None) -> bool:

@@ -100,7 +100,8 @@ class RunWriter:
         self._journal = self._journal or Journal.start(run.journal_file, start.header)
         self._mend_metrics(self._journal)
         for line in start.evaluations:
-            self.best.consider(line)
+            if self.best.is_beaten_by(line):
+                self.best.keep(line)
         self._clock = self._flushed = time.monotonic()
 
     def _mend_metrics(self, journal: Journal) -> None:
@@ -131,6 +132,7 @@ class RunWriter:
         if not interrupted:
             self._check_end(step)
         if self.best.step is None:
+            self._check_weights()
             self._write_model()
         self.run.update_status(state="interrupted" if interrupted else "finished", step=step)
         self._close_files(sync=True)
@@ -307,7 +309,9 @@ class RunWriter:
             before = (self.run.before().get(prefix) or {}).get("rows")
             line[f"{prefix}_rows"] = certainty(rows, before)
         self._last_evaluations.update(dict.fromkeys(_pick_losses(line), line))
-        if self.best.consider(line):
+        if self.best.is_beaten_by(line):
+            self._check_weights()  # before it is kept: the error names the model that lies in the root
+            self.best.keep(line)
             self._write_model()
             self.run.update_status(best_step=self.best.step, best_metric=self.best.value, metric=self.best.key)
         self.run.metrics.append(line)
@@ -331,7 +335,7 @@ class RunWriter:
         self.run.update_status(step=step)
 
     def _write_model(self) -> None:
-        self._check_weights()
+        """Write the present model, whose weights are checked, to the root of the run."""
         save_model(self.zm.model, self.run.path, {**self.zm.facts(), **self.facts}, tokenizer=self.tokenizer)
 
 
