@@ -106,6 +106,15 @@ def test_rooms_import_downwards() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_one_file_knows_the_trainer() -> None:
+    """The files of a run, its start and its learning rate are given values: they can be used without a Trainer."""
+    for module, path in modules().items():
+        if module.startswith("zowrap.training.") and module != "zowrap.training.trainer":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+            assert not names & {"Trainer", "ZOTrainer"}, module
+
+
 def test_files_do_not_import_in_circles() -> None:
     known = modules()
     graph = {module: {other for other, _ in arrows(path, known)} - {module} for module, path in known.items()}
