@@ -257,7 +257,7 @@ def measure_test(trainer: Any, plan: Plan) -> Any:
     found = run_over(trainer.zm.model, task, plan.test, plan.source, size, args.device, task.metrics)
     if not math.isfinite(found.means()["loss"]):
         if not trainer.zm.step_count:
-            trainer.failed_at_once()
+            trainer.mark_start_failed()
         raise ZOError("the loss on the test data is not finite: check its rows, or try --dtype float32")
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import zowrap
 from tests.properties.test_resume import assert_same_run, stop_after
@@ -78,10 +78,12 @@ def test_an_eager_run_stays_eager_however_many_steps_it_is_given(
 
 
 def test_a_start_that_was_killed_before_its_first_step_chooses_as_it_was_planned(tmp_path: Path) -> None:
-    trainer = trainer_in(tmp_path, engine=None, max_steps=6, eval_dataset=None)
-    trainer._keeper.stepped = None  # the first step is the last thing that happens
-    with pytest.raises(TypeError):
-        trainer.train()
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer_in(tmp_path, engine=None, max_steps=6, eval_dataset=None, callbacks=[Stop()]).train()
     again = trainer_in(tmp_path, engine=None, max_steps=10**6, eval_dataset=None)
     stop_after(again, 2)
     again.train(resume_from_checkpoint=True)

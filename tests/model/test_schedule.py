@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 import zowrap
 from tests.support.costs import estimator_of
@@ -308,17 +309,14 @@ def test_a_run_goes_on_under_its_schedule_or_says_that_it_does_not(
     """From the journal alone: it holds no checkpoint."""
     free(0)
     trainer_in(tmp_path / "whole", **RUN).train()
-    stopped = trainer_in(tmp_path / "kept", **RUN)
-    done = stopped._keeper.stepped
 
-    def stop(result: Any) -> None:
-        if stopped.zm.step_count == 3:
-            raise KeyboardInterrupt
-        done(result)
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
 
-    stopped._keeper.stepped = stop
     with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+        trainer_in(tmp_path / "kept", callbacks=[Stop()], **RUN).train()
     shutil.copytree(tmp_path / "kept", tmp_path / "other")
     asked = free(PLENTY)
     kept = trainer_in(tmp_path / "kept", **RUN)

@@ -178,15 +178,14 @@ def test_resumed_from_says_where_and_no_step_of_the_journal_is_lost(tmp_path):
 
 
 def stop_after(trainer, step: int, number: int = signal.SIGTERM) -> None:
-    """Have a signal arrive in the middle of that step."""
-    done = trainer._keeper.stepped
+    """Have a signal arrive during that step."""
 
-    def stepped(result):
-        if trainer.zm.step_count == step:
-            os.kill(os.getpid(), number)
-        done(result)
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == step - 1:
+                os.kill(os.getpid(), number)
 
-    trainer._keeper.stepped = stepped
+    trainer.add_callback(Signal())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -278,18 +277,17 @@ def test_schedules_accumulation_and_rule_state_survive_a_kill(tmp_path):
 
 def test_records_that_wait_on_an_accelerator_are_flushed_in_time_and_survive_a_kill(whole, tmp_path):
     def work(resume, die=None):
-        trainer = trainer_in(tmp_path, logging_steps=24)
-        trainer._keeper.flush_steps = 50  # as on an accelerator
-        done = trainer._keeper.stepped
+        class Watch(TrainerCallback):
+            def on_train_begin(self, args, state, control, **kwargs):
+                trainer._writer.flush_steps = 50  # as on an accelerator
 
-        def stepped(result):
-            done(result)
-            step, held = trainer.zm.step_count, Run(tmp_path).recorded_steps()
-            assert held >= (step - 1) // 3 * 3  # an evaluation every three steps finds the journal complete
-            if step == die:
-                os.kill(os.getpid(), signal.SIGKILL)
+            def on_step_end(self, args, state, control, **kwargs):
+                held = Run(tmp_path).recorded_steps()
+                assert held >= (state.global_step - 1) // 3 * 3  # an evaluation every three steps completes the journal
+                if state.global_step == die:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-        trainer._keeper.stepped = stepped
+        trainer = trainer_in(tmp_path, logging_steps=24, callbacks=[Watch()])
         trainer.train(resume_from_checkpoint=resume)
         assert trainer.resumed_from > 0 or not resume
 
@@ -481,7 +479,7 @@ def test_a_full_disk_is_one_sentence_and_the_earlier_checkpoint_stays(tmp_path, 
 
 def test_a_checkpoint_keeps_apart_whatever_its_weight_file_does_not_hold_bit_for_bit(tmp_path, monkeypatch):
     from zowrap.training import run_folder
-    from zowrap.training.checkpoint import _unsaved
+    from zowrap.training.checkpoint import find_unsaved
 
     trainer = trainer_in(tmp_path / "run", rule="zo_sgd", rule_options={"momentum": 0.9}, learning_rate=1e-4)
     save, given = run_folder.save_file, {}
@@ -499,10 +497,10 @@ def test_a_checkpoint_keeps_apart_whatever_its_weight_file_does_not_hold_bit_for
     assert all(given[name].data_ptr() == value.data_ptr() for name, value in slots.items()), "copied for nothing"
 
     parameter = next(p for p in trainer.zm.parameters if p.tensor.ndim == 2)
-    assert _unsaved(trainer.zm, Run(tmp_path).checkpoint(0)) == []
+    assert find_unsaved(trainer.zm, Run(tmp_path).checkpoint(0)) == []
     with torch.no_grad():
         parameter.tensor[-1, -1] = -parameter.tensor[-1, -1]
-    unsaved = _unsaved(trainer.zm, Run(tmp_path).checkpoint(0))
+    unsaved = find_unsaved(trainer.zm, Run(tmp_path).checkpoint(0))
     assert [trainer.zm.parameters[i] for i in unsaved] == [parameter]
 
 

@@ -12,13 +12,15 @@ import pytest
 from transformers import TrainerCallback
 
 import zowrap
-from tests.support.tiny_run import rows, same_weights, tiny_llama, trainer_in
+from tests.support.tiny_run import collate, rows, same_weights, tiny_llama, trainer_in
 from zowrap import rules
 from zowrap.errors import ZOError
-from zowrap.training import auto_lr as plan_module
+from zowrap.training import auto_lr
+from zowrap.training.auto_lr import settle_lr
 from zowrap.training.config import ZOConfig
 from zowrap.training.replay import replay_run
 from zowrap.training.run_folder import Run
+from zowrap.training.signals import Interrupted
 
 
 class StopAfter(TrainerCallback):
@@ -62,7 +64,7 @@ def no_search(monkeypatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the learning rate was chosen again")
 
-    monkeypatch.setattr(plan_module, "tune_lr", refuse)
+    monkeypatch.setattr(auto_lr, "tune_lr", refuse)
 
 
 def test_the_choice_is_recorded_used_and_told(tmp_path, capsys):
@@ -183,6 +185,61 @@ def test_the_two_names_of_the_option():
         config(lr="auto", learning_rate=1e-3)
     with pytest.raises(ZOError, match="or 'auto', got 'fast'"):
         config(lr="fast")
+
+
+# --- without a Trainer ----------------------------------------------------------------------------------------------
+
+
+def settle(plan: dict[str, Any], watch: Any = None, batches: Any = (), **options: Any) -> dict[str, Any]:
+    """Settle the learning rate of 24 steps of a tiny model."""
+    zm = zowrap.zo_wrap(tiny_llama(), lr="auto", engine="eager")
+    args = ZOConfig(output_dir="x", report_to="none", eval_strategy="steps", **options)
+    before = args.learning_rate
+    settled = settle_lr(zm, args, plan, 24, batches, watch or (lambda done, most: None))
+    assert args.learning_rate == before and zm.step_count == 0
+    return settled
+
+
+def test_a_rate_that_is_given_or_recorded_needs_no_batches(no_search: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert settle({}, lr=0.5) == {"learning_rate": 0.5}
+    assert settle({"learning_rate": 0.5}, lr=0.5) == {"learning_rate": 0.5}
+    assert capsys.readouterr().err == ""
+    assert settle({"learning_rate": 0.25}, lr=0.5) == {"learning_rate": 0.25}
+    assert "going on with learning rate 0.25, as the run began, not 0.5" in capsys.readouterr().err
+    assert settle({"learning_rate": 0.25}, lr="auto") == {"learning_rate": 0.25}
+    assert "going on with learning rate 0.25, as it was chosen at the first start" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("scheduler", "known"), [("linear", True), ("reduce_lr_on_plateau", False)])
+def test_a_choice_is_made_for_the_schedule_and_joins_the_plan(
+    monkeypatch: pytest.MonkeyPatch, scheduler: str, known: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {}
+    tune = auto_lr.tune_lr
+
+    def seen(*args: Any, **options: Any) -> Any:
+        given.update(options)
+        return tune(*args, **options)
+
+    monkeypatch.setattr(auto_lr, "tune_lr", seen)
+    evaluations: list[tuple[int, int]] = []
+    batches = [[collate(rows()[:4])], [collate(rows()[4:8])]]
+    settled = settle({}, lambda *done: evaluations.append(done), batches, lr="auto", lr_scheduler_type=scheduler)
+    assert list(settled) == ["choice", "learning_rate"]
+    assert settled["learning_rate"] == settled["choice"]["lr"] and settled["choice"]["steps"] == 24
+    assert [done for done, _ in evaluations] == list(range(len(evaluations))) and evaluations
+    assert capsys.readouterr().err.startswith(f"lr {settled['learning_rate']:.2e} chosen for 24 steps")
+    schedule = given["schedule"]
+    assert (schedule is not None) == known
+    assert not known or [schedule(0), schedule(12), schedule(24)] == [1.0, 0.5, 0.0]
+
+
+def test_an_error_of_the_watch_stops_the_choice() -> None:
+    def stop(done: int, most: int) -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        settle({}, stop, [[collate(rows()[:4])]], lr="auto")
 
 
 # --- a warm-up spans the steps planned ----------------------------------------------------------------------------

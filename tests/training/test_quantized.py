@@ -234,6 +234,19 @@ def test_a_run_goes_on_from_a_model_of_its_own_checkpoint(tmp_path) -> None:
         assert torch.equal(p.tensor, q.tensor) and torch.equal(p.scale, q.scale), p.name
 
 
+def test_a_checkpoint_without_the_scales_is_of_another_model(tmp_path) -> None:
+    whole = wrap("scales")
+    checkpoint = Run(tmp_path).save_checkpoint(0, whole, {})
+    file = checkpoint / "zo_state.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.startswith("scales/"))
+    save_file({other: tensor for other, tensor in tensors.items() if other != name}, file)
+    before = [p.scale.clone() for p in whole.parameters if p.scale is not None]
+    with pytest.raises(ZOError, match=f"is of another model: it has no {name.replace('/', ' of ')}"):
+        load_checkpoint(checkpoint, whole)
+    assert all(map(torch.equal, before, [p.scale for p in whole.parameters if p.scale is not None]))
+
+
 @pytest.mark.parametrize("scheme", ["int8", "nf4", "nf4 twice"])
 def test_a_lowered_model_saves_itself_as_it_is(scheme: str, tmp_path) -> None:
     model, inputs = quantized("opt", scheme), batch("opt", 4, 9)

@@ -11,7 +11,7 @@ from torch import Tensor
 from zowrap.errors import ZOError
 from zowrap.names import MEMORY
 from zowrap.step.options import IDENTITY
-from zowrap.step.parameters import parameters_hash
+from zowrap.step.parameters import hash_shapes
 
 if TYPE_CHECKING:
     from zowrap.model.zo_model import ZOModel
@@ -32,7 +32,7 @@ def collect_state(zm: ZOModel) -> dict[str, Any]:
         "blocks": [block.name for block in job.blocks],
         "seed": zm.seed,
         "step": zm.step_count,
-        "parameters": parameters_hash(job.parameters),
+        "parameters": hash_shapes(job.parameters),
         "loss": job.loss.form,
         **zm.schedule.record(),
         **zm.hyper,

@@ -34,7 +34,7 @@ from zowrap.step import blocks as block_lib
 from zowrap.step.arithmetic import conclude
 from zowrap.step.job import Engine, Job
 from zowrap.step.options import StepOptions, hyper_of
-from zowrap.step.parameters import Parameter, parameters_hash
+from zowrap.step.parameters import Parameter, hash_shapes
 from zowrap.step.step_directions import StepDirections, groups
 
 if TYPE_CHECKING:
@@ -441,7 +441,7 @@ class ZOModel:
 
         ``key`` is what all noise derives from: the seed, and which parameters it was drawn for.
         """
-        key = f"seed {self.seed}, parameters {parameters_hash(self.job.parameters)}"
+        key = f"seed {self.seed}, parameters {hash_shapes(self.job.parameters)}"
         return {"rule": self.rule.describe(), "steps": str(self.step_count), "seed": str(self.seed), "key": key}
 
     def inspect(self) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -191,10 +192,18 @@ def _check_overlaps(parameters: Sequence[Parameter]) -> None:
             )
 
 
-def parameters_hash(parameters: Sequence[Parameter]) -> str:
-    """Names and shapes of what moves, as 16 hexadecimal digits."""
+def hash_shapes(parameters: Sequence[Parameter]) -> str:
+    """Hash the names and shapes of what moves: with the seed, all that its noise depends on. 16 hexadecimal digits."""
     text = "\n".join(f"{p.name} {tuple(p.tensor.shape)}" for p in parameters)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def hash_shapes_and_dtypes(parameters: Sequence[Parameter]) -> str:
+    """Hash the names, shapes and dtypes of what moves: a run stays in the dtypes it began with, as they set its
+    rounding. 16 hexadecimal digits.
+    """
+    text = json.dumps([[p.name, list(p.tensor.shape), str(p.tensor.dtype)] for p in parameters])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def count(parameters: Sequence[Parameter]) -> int:

@@ -1,14 +1,20 @@
 """Training: the Trainer, the folder of a run, and going on from it.
 
-``trainer``    ``ZOTrainer``
-``config``     ``ZOConfig``
-``run_folder`` the files of a run
-``checkpoint`` weights and rule state put back
-``replay``     weights made again from the journal
-``journal``    one line a step
-``writer``     what is written, and when
-``callback``   the Trainer's calls of it
-``resume``     where a run goes on
-``auto_lr``    the learning rate that a run keeps
-``signals``    a run that is asked to stop
+``trainer``      ``ZOTrainer``; it alone knows the Trainer, every other module is given values
+``config``       ``ZOConfig``
+``loop``         the counts of the Trainer's loop
+``run_folder``   the files of a run
+``journal``      one line per step
+``checkpoint``   loading weights and rule state
+``replay``       weights made again from the journal
+``environment``  what last bits depend on besides the options
+``resume``       where a run goes on
+``auto_lr``      the learning rate that a run keeps
+``writer``       ``RunWriter``, which writes the files
+``best_model``   the best evaluation
+``step_log``     mean losses and skipped steps
+``weight_check`` weights that became NaN or infinite
+``callback``     the Trainer's calls of the writer
+``signals``      requests to stop
+``messages``     lines for the person who started the run
 """

@@ -1,25 +1,40 @@
-"""The Trainer's callback that writes a run's files at the right moments of its loop."""
+"""The Trainer's callback that writes the files of a run at the right moments of the loop."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, set_seed
 
-from zowrap.training.resume import by_epoch, steps_per_epoch
-from zowrap.training.writer import Interrupted, Keeper
+from zowrap.loss.evaluation import Evaluation
+from zowrap.training.loop import acts_at_epoch_end, count_steps_per_epoch
+from zowrap.training.signals import Interrupted, StopSignal
+from zowrap.training.writer import RunWriter
 
 
-class KeeperCallback(TrainerCallback):
-    """Calls the keeper from the Trainer's loop."""
+class WriterCallback(TrainerCallback):
+    """Calls the writer of a run from the Trainer's loop, and ends the loop when the run is asked to stop.
 
-    def __init__(self, keeper: Keeper) -> None:
-        self.keeper = keeper
+    Args:
+        get_evaluation: returns the sums of the latest evaluation and the prefix of its metrics' names; ``None`` outside
+            of a training.
+
+    Attributes:
+        writer: the writer of the present training.
+        signal: the request to stop it.
+    """
+
+    writer: RunWriter
+
+    def __init__(self, get_evaluation: Callable[[], tuple[Evaluation, str] | None]) -> None:
+        self.signal = StopSignal()
+        self._get_evaluation = get_evaluation
         self._steps_per_epoch: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._steps_per_epoch = steps_per_epoch(args, kwargs["train_dataloader"])
-        self.keeper.trainer.run.update_status(state="running", step=state.global_step, max_steps=state.max_steps)
+        self._steps_per_epoch = count_steps_per_epoch(args, kwargs["train_dataloader"])
+        self.writer.run.update_status(state="running", step=state.global_step, max_steps=state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A sampler or collator that draws from the global generators then draws the same in a resumed epoch.
@@ -27,21 +42,25 @@ class KeeperCallback(TrainerCallback):
         set_seed((args.data_seed + 1_000_003 * epoch) % 2**32)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.keeper.signal.stopped and state.global_step < state.max_steps:
+        if self.signal.stopped and state.global_step < state.max_steps:
             control.should_training_stop = True
             # At the end of an epoch the evaluation and checkpoint of the epoch come first.
-            if not (by_epoch(args) and self._steps_per_epoch and state.global_step % self._steps_per_epoch == 0):
+            if not (acts_at_epoch_end(args) and self._is_epoch_end(state)):
                 control.should_save = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.keeper.signal.stopped and self._steps_per_epoch and state.global_step % self._steps_per_epoch:
-            control.should_evaluate = control.should_save = False  # the epoch is not at its end
+        if self.signal.stopped and self._steps_per_epoch and not self._is_epoch_end(state):
+            control.should_evaluate = control.should_save = False  # the loop left the epoch before its end
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.keeper.signal.stopped and self.keeper.trainer.is_in_train:
+        if self.signal.stopped and self._get_evaluation() is not None:
             raise Interrupted
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if self.keeper.trainer.is_in_train and metrics:
-            trainer = self.keeper.trainer
-            self.keeper.evaluated(metrics, state.global_step, *trainer.last_evaluation)
+        evaluation = self._get_evaluation()
+        if evaluation is not None and metrics:
+            self.writer.add_evaluation(metrics, state.global_step, *evaluation)
+
+    def _is_epoch_end(self, state: Any) -> bool:
+        """Whether the last step ended an epoch; False where the length of an epoch is unknown."""
+        return self._steps_per_epoch is not None and state.global_step % self._steps_per_epoch == 0

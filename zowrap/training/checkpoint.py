@@ -1,4 +1,4 @@
-"""Weights and rule state of a checkpoint, put back into a model bit for bit."""
+"""Loading a checkpoint: its weights and the rule's state go back into the model bit for bit."""
 
 from __future__ import annotations
 
@@ -23,23 +23,29 @@ if TYPE_CHECKING:
 STATE, TENSORS, TRAINER = "zo_state.json", "zo_state.safetensors", "trainer_state.json"
 
 
-def checkpoint_facts(directory: Path, name: str) -> dict[str, Any]:
-    """The ``"environment"`` that a checkpoint was written in, or its run's ``"plan"``; empty where it does not say."""
-    return _read_object(directory / STATE).get(name) or {} if (directory / STATE).is_file() else {}
+def read_checkpoint_facts(directory: Path, name: str) -> dict[str, Any]:
+    """Read the ``"environment"`` that a checkpoint was written in, or the ``"plan"`` of its run.
+
+    Raises:
+        ZOError: the folder is no checkpoint, or it is damaged.
+    """
+    facts = _read_state(directory).get(name)
+    if not isinstance(facts, dict):
+        raise ZOError(f"{directory / STATE} is damaged: its {name} is missing")
+    return facts
 
 
 def load_checkpoint(directory: str | os.PathLike[str], zm: ZOModel) -> dict[str, Any]:
     """Put the weights and the rule's state of a checkpoint into ``zm``, in place and bitwise.
 
     Returns:
-        The trainer's state.
+        The Trainer's state.
 
     Raises:
         ZOError: the checkpoint is of another model, rule or set of options, or damaged.
     """
     directory = Path(directory)
-    if not (directory / STATE).is_file():
-        raise ZOError(f"{directory} is not a checkpoint of zowrap: there is no {STATE} in it")
+    facts = _read_state(directory)
     tensors: dict[str, Tensor] = {}
     if (directory / TENSORS).is_file():
         with safetensors.opened(directory / TENSORS) as opened:
@@ -49,12 +55,18 @@ def load_checkpoint(directory: str | os.PathLike[str], zm: ZOModel) -> dict[str,
     stored = list(_stored_weights(directory, zm, apart))  # all checked before anything changes
     scales = list(_stored_scales(directory, zm, tensors))
     trainer_state = _read_object(directory / TRAINER)
-    zm.load_state_dict({**_read_object(directory / STATE), **state})
+    zm.load_state_dict({**facts, **state})
     _put(zm, stored)
     with torch.no_grad():
         for scale, value in scales:
             scale.copy_(value)
     return trainer_state
+
+
+def _read_state(directory: Path) -> dict[str, Any]:
+    if not (directory / STATE).is_file():
+        raise ZOError(f"{directory} is not a checkpoint of zowrap: there is no {STATE} in it")
+    return _read_object(directory / STATE)
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -80,7 +92,7 @@ def _put(zm: ZOModel, tensors: list[tuple[int, Tensor]]) -> None:
 
 
 def _stored_weights(directory: Path, zm: ZOModel, apart: dict[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """(index of the parameter, its stored tensor), each checked to fit."""
+    """Yield (index of the parameter, its stored tensor), each checked to fit."""
     found = _stored_parameters(zm, directory)
     for index, parameter in enumerate(zm.parameters):
         stored = apart.get(parameter.name)
@@ -102,18 +114,20 @@ def _stored_weights(directory: Path, zm: ZOModel, apart: dict[str, Tensor]) -> I
 
 
 def _stored_scales(directory: Path, zm: ZOModel, tensors: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(scales, their stored values): those that the run began with, whatever model this one was loaded from."""
+    """Yield (scales, their stored values): those that the run began with, whichever model this one was loaded from."""
     for parameter in zm.parameters:
-        value = tensors.get(f"scales/{parameter.name}")
-        if parameter.scale is None or value is None:  # checkpoints of earlier versions have none
+        if parameter.scale is None:
             continue
+        value = tensors.get(f"scales/{parameter.name}")
+        if value is None:
+            raise ZOError(f"{directory} is of another model: it has no scales of {parameter.name}")
         if value.shape != parameter.scale.shape:
             raise ZOError(f"{directory} is of another model: the scales of {parameter.name} have another shape there")
         yield parameter.scale, value
 
 
 def _log_scale(directory: Path, zm: ZOModel, parameter: Parameter) -> Tensor:
-    """log(stored scale / the base's scale): a file of an 8-bit model holds the scales that tuning left."""
+    """Return log(stored scale / the base's scale): the file of an 8-bit model holds the scales that tuning left."""
     _, prefix = saved_part(zm.model)
     layer = parameter.name.removesuffix("log_scale")
     wanted = (layer + "SCB", layer + "_weight_scale")  # bitsandbytes' name, torchao's
@@ -128,7 +142,7 @@ def _log_scale(directory: Path, zm: ZOModel, parameter: Parameter) -> Tensor:
 
 
 def _stored_parameters(zm: ZOModel, directory: Path) -> dict[int, tuple[Path, str]]:
-    """Where the weight files in ``directory`` hold what moves: index in ``zm.parameters`` → (file, name in it)."""
+    """Find the tunable parameters in the weight files: index in ``zm.parameters`` → (file, name in it)."""
     _, prefix = saved_part(zm.model)
     where: dict[str, tuple[Path, str]] = {}
     for file in safetensors.weight_files(directory):
@@ -145,10 +159,11 @@ def _stored_parameters(zm: ZOModel, directory: Path) -> dict[int, tuple[Path, st
     return found
 
 
-def _unsaved(zm: ZOModel, directory: Path) -> list[int]:
-    """Which of ``zm.parameters`` the weight files in ``directory`` do not hold bit for bit.
+def find_unsaved(zm: ZOModel, directory: Path) -> list[int]:
+    """Return the indices in ``zm.parameters`` of what the weight files in ``directory`` do not hold bit for bit.
 
-    An adapter's base, a format that fuses or transposes weights: a checkpoint keeps those tensors apart.
+    A checkpoint keeps these tensors apart: the base of an adapter, or weights that the file's format fuses or
+    transposes.
     """
     found = _stored_parameters(zm, directory)
     return [i for i, p in enumerate(zm.parameters) if i not in found or not _holds(*found[i], p.tensor)]

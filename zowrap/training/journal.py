@@ -1,9 +1,9 @@
-"""The journal of a run: one line of JSON per step, enough to make the trained weights again from the first ones.
+"""The journal of a run: one line of JSON per step, enough to make the trained weights again from the base model.
 
-The first line says what run it is (seed, rule, options, what moves); every other line is the record of one step: its
+The first line identifies the run (seed, rule, options, what moves); every other line is the record of one step: its
 number, losses, projected gradients and hyper-parameters. A step's noise follows from seed and step, so these few
-numbers are the whole update. Steps are only ever appended, each in one write: a kill can tear the last line at most,
-and a torn line is ignored and cut off.
+numbers determine the whole update. Steps are only ever appended, each in one write: a kill can tear the last line at
+most, and a torn line is ignored and cut off.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from zowrap.errors import ZOError
 from zowrap.step.options import IDENTITY
+from zowrap.step.parameters import hash_shapes_and_dtypes
 from zowrap.storage.atomic import jsonable, write_text
 from zowrap.storage.lines import Lines
+from zowrap.training.environment import describe_environment
 
 if TYPE_CHECKING:
     from zowrap.model.zo_model import ZOModel
@@ -41,20 +41,20 @@ class Journal(Lines):
 
     @classmethod
     def start(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Journal:
-        """A new journal with no step in it; one of that name is replaced."""
+        """Begin a journal with no step in it; it replaces one of that name."""
         header = jsonable(header)
         write_text(path, json.dumps(header) + "\n")
         return cls(path, header)
 
-    def settle(self, **facts: Any) -> None:
-        """Write what is known only now into the header of a journal that holds no step yet."""
+    def amend_header(self, **facts: Any) -> None:
+        """Add facts to the header of a journal that holds no step yet."""
         self.close()
         self.header = jsonable({**self.header, **facts})
         write_text(self.path, json.dumps(self.header) + "\n")
 
     @classmethod
     def read_from(cls, path: str | os.PathLike[str]) -> Journal | None:
-        """The journal at ``path``, or ``None`` where there is none (or not even a whole first line).
+        """Open the journal at ``path``; ``None`` where there is none, or not even a whole first line.
 
         Raises:
             ZOError: the file is something else.
@@ -68,7 +68,7 @@ class Journal(Lines):
 
     @classmethod
     def resume(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Journal | None:
-        """The journal at ``path`` if there is one, checked to be of the run that ``header`` describes.
+        """Open the journal at ``path``, if there is one, and check that it is of the run that ``header`` describes.
 
         Raises:
             ZOError: it is of another run; the message names the first difference.
@@ -81,7 +81,7 @@ class Journal(Lines):
         return journal
 
     def records(self, after: int = 0) -> Iterator[dict[str, Any]]:
-        """The records of the steps from number ``after`` on (a step's number counts those before it).
+        """Yield the records of the steps from number ``after`` on (a step's number counts those before it).
 
         Raises:
             ZOError: a step is missing.
@@ -96,7 +96,7 @@ class Journal(Lines):
             yield record
 
     def steps(self) -> int:
-        """Steps that the journal reaches: the last record's number and one."""
+        """Count the steps that the journal reaches: one more than the last record's number."""
         return max((record["step"] for record in self.entries()), default=-1) + 1
 
     def keep(self, steps: int) -> None:
@@ -110,13 +110,13 @@ class Journal(Lines):
         self.cut(end)
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """Every record, whether or not they are consecutive (after a lost journal they are not)."""
+        """Yield every record, whether or not they are consecutive (after a lost journal they are not)."""
         lines = self.read()
         next(lines, None)
         for number, (_, _, record) in enumerate(lines, 2):
             if not isinstance(record.get("step"), int) or not isinstance(record.get("losses"), list):
                 raise ZOError(f"{self.path}, line {number}, is not the record of a step")
-            # A loss that was not finite is null in JSON; the replayed step is skipped as the first one was.
+            # A loss that was not finite is null in JSON; replayed, the step is skipped again.
             for name in ("loss", "losses", "projected_grad", "weights"):
                 if name in record:
                     record[name] = _with_nan(record[name])
@@ -124,19 +124,19 @@ class Journal(Lines):
 
 
 def _with_nan(value: Any) -> Any:
-    """What :func:`zowrap.storage.atomic.jsonable` made of numbers, with NaN for null again."""
+    """Undo :func:`zowrap.storage.atomic.jsonable`: null becomes NaN again."""
     if isinstance(value, list):
         return [_with_nan(item) for item in value]
     return math.nan if value is None else value
 
 
-# --- what run a journal belongs to ------------------------------------------------------------------------------
+# --- the identity of a run ----------------------------------------------------------------------------------------
 
 _SAME = ("hyper", *IDENTITY, "parameters_hash")
 
 
 def describe(zm: ZOModel, *, model_name: str | None = None) -> dict[str, Any]:
-    """The header of a new run's journal."""
+    """Make the header of a new run's journal."""
     return {
         "journal": VERSION,
         "model": model_name,
@@ -145,30 +145,15 @@ def describe(zm: ZOModel, *, model_name: str | None = None) -> dict[str, Any]:
         "hyper": dict(zm.rule.hyper),
         "direction": zm.job.direction.name,
         "seed": zm.seed,
-        "parameters_hash": parameters_hash(zm),
-        "environment": environment(zm),
+        "parameters_hash": hash_shapes_and_dtypes(zm.parameters),
+        "environment": describe_environment(zm),
         "weights": fingerprint(zm),
         "parameters": [parameter.name for parameter in zm.parameters],
     }
 
 
-def environment(zm: ZOModel) -> dict[str, Any]:
-    """What the last bits of a sum depend on besides the run's options."""
-    device = zm.parameters[0].tensor.device
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    found = {"torch": torch.__version__, "device": kind, "threads": torch.get_num_threads()}
-    # Before the first step nothing is compiled yet: a run that was to be compiled may still turn out to be eager.
-    return {**found, "engine": zm.engine.describe()["engine"], "memory": zm.schedule.name} if zm.step_count else found
-
-
-def parameters_hash(zm: ZOModel) -> str:
-    """Hash of what moves: names, shapes and dtypes."""
-    what = [[p.name, list(p.tensor.shape), str(p.tensor.dtype)] for p in zm.parameters]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-
-
 def fingerprint(zm: ZOModel, samples: int = 64) -> str:
-    """Hash of at most ``samples`` evenly spaced elements of everything that moves: tells base models apart."""
+    """Hash at most ``samples`` evenly spaced elements of each tunable tensor: this tells base models apart."""
     digest = hashlib.sha256()
     for parameter in zm.parameters:
         flat = parameter.tensor.detach().reshape(-1)
@@ -179,7 +164,7 @@ def fingerprint(zm: ZOModel, samples: int = 64) -> str:
 
 
 def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
-    """The first difference between two headers, as a clause; ``None`` when they are of the same run."""
+    """Return the first difference between two headers, as a clause; ``None`` when they are of the same run."""
     for name in _SAME:
         if theirs.get(name) != ours.get(name):
             if name == "parameters_hash":

@@ -1,4 +1,4 @@
-"""The weights of a run made again from its journal, without a forward pass."""
+"""Replaying a run: its weights are made again from the journal, without a forward pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def replay(zm: ZOModel, journal: Journal, until: int | None = None) -> int:
-    """Apply the journal's records from where ``zm`` stands to step ``until`` (default: all), without a forward pass.
+    """Apply the journal's records after the steps of ``zm``, up to step ``until`` (default: all).
 
     Returns:
         The step reached.
@@ -33,13 +33,13 @@ def replay(zm: ZOModel, journal: Journal, until: int | None = None) -> int:
 def replay_run(
     model: nn.Module, run: str | os.PathLike[str], to: str | os.PathLike[str] | None = None, tokenizer: Any = None
 ) -> ZOModel:
-    """The last weights of a RUN from the base model and the journal alone, bitwise; written to ``to`` if given.
+    """Make the last weights of a RUN again from the base model and the journal alone, bitwise.
 
     Args:
-        model: as the run started from it: same weights, same dtype. It is changed in place.
+        model: the model that the run started from: same weights, same dtype. It is changed in place.
         run: the RUN, or a journal file of one.
-        to: where to write the model, as :func:`zowrap.storage.save.save_model` does.
-        tokenizer: written beside it.
+        to: the folder to write the model into, if given, as :func:`zowrap.storage.save.save_model` does.
+        tokenizer: written beside the model.
 
     Raises:
         ZOError: the journal is not there, damaged, or was written for other weights.
@@ -58,7 +58,7 @@ def replay_run(
     options |= {
         "rule": rules.get(head["rule"], **head["hyper"]),
         "trainable": lambda name, tensor: name in moves,
-        # A replay evaluates nothing; a weight decay is read from each record, this says that there may be one.
+        # Each record holds its own weight decay; this one says that there may be any.
         "weight_decay": _weight_decay(journal),
         "engine": "eager",
     }
@@ -66,7 +66,7 @@ def replay_run(
     check_start(zm, journal)
     replay(zm, journal)
     if to is not None:
-        base = head.get("model")
+        base = head["model"]
         save_model(model, to, {**zm.facts(), **({"base_model": base} if base else {})}, tokenizer=tokenizer)
     return zm
 
@@ -76,11 +76,7 @@ def _weight_decay(journal: Journal) -> float:
 
 
 def check_start(zm: ZOModel, journal: Journal) -> None:
-    """Check that ``zm`` holds the weights that the journal's run started from.
-
-    Raises:
-        ZOError: it does not.
-    """
+    """Raise :class:`ZOError` unless ``zm`` holds the weights that the journal's run started from."""
     names = [parameter.name for parameter in zm.parameters]
     missing = set(journal.header["parameters"]) - set(names)
     if missing:
@@ -88,5 +84,5 @@ def check_start(zm: ZOModel, journal: Journal) -> None:
     if journal.header["weights"] != fingerprint(zm):
         raise ZOError(
             f"{journal.path} starts from other weights than this model's: load the base model that the run started "
-            f"from ({journal.header.get('model') or 'its name was not recorded'}), in the same dtype"
+            f"from ({journal.header['model'] or 'its name was not recorded'}), in the same dtype"
         )

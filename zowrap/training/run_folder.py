@@ -1,14 +1,14 @@
-"""A RUN: the folder that one training writes, and everything needed to go on from it.
+"""The folder of a run, called RUN: it holds all that one training writes, and all that is needed to go on from it.
 
     RUN/                  the tuned model (best by evaluation, else last): from_pretrained loads it
     RUN/zowrap.json       the resolved configuration and how far the run came
-    RUN/journal.jsonl     what run this is, then one record per step (see zowrap.training.journal)
+    RUN/journal.jsonl     the identity of the run, then one record per step (see zowrap.training.journal)
     RUN/metrics.jsonl     one line per step and one per evaluation, to plot
-    RUN/before.json       what the untuned model came to, row by row, to compare later evaluations with
+    RUN/before.json       the evaluation of the untuned model, row by row, to compare later ones with
     RUN/checkpoint-N/     the model and the rule's state after N steps
 
-A checkpoint is a rare snapshot: what lies between it and the present is replayed from the journal, without a forward
-pass. Only safetensors, JSON and pictures: nothing in here runs code when it is read.
+Checkpoints are rare: the steps after one are replayed from the journal, without a forward pass. All files are
+safetensors, JSON and pictures: reading them runs no code.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from zowrap.storage.atomic import TMP, read_json, remove, sync, write_json, writ
 from zowrap.storage.folder import LEFTOVER, RunFolder
 from zowrap.storage.lines import Lines
 from zowrap.storage.save import save_model
-from zowrap.training.checkpoint import STATE, TENSORS, TRAINER, _unsaved
-from zowrap.training.journal import Journal, environment
+from zowrap.training.checkpoint import STATE, TENSORS, TRAINER, find_unsaved
+from zowrap.training.environment import describe_environment
+from zowrap.training.journal import Journal
 from zowrap.version import __version__
 
 if TYPE_CHECKING:
@@ -52,12 +53,12 @@ class Run(RunFolder):
         return self.path / "before.json"
 
     def before(self) -> dict[str, Any]:
-        """What the untuned model came to, by the name of the evaluation set."""
+        """Read the evaluations of the untuned model, by the name of the evaluation set."""
         found = read_json(self.before_file) if self.before_file.is_file() else {}
         return found if isinstance(found, dict) else {}
 
     def keep_before(self, name: str, found: dict[str, Any]) -> None:
-        """Keep what the untuned model came to on one set."""
+        """Keep the evaluation of the untuned model on one set."""
         write_json(self.before_file, {**self.before(), name: found})
 
     def exists(self) -> bool:
@@ -65,19 +66,19 @@ class Run(RunFolder):
         return bool(self.checkpoints()) or self.recorded_steps() > 0
 
     def recorded_steps(self) -> int:
-        """Steps that the journal holds."""
+        """Count the steps that the journal holds."""
         journal = Journal.read_from(self.journal_file)
         return journal.steps() if journal else 0
 
     # --- zowrap.json --------------------------------------------------------------------------------------------
 
     def write_config(self, model: str | None, options: dict[str, Any], task: dict[str, Any] | None = None) -> None:
-        """Write ``zowrap.json``: what model, with what options, and what the task needs to evaluate the result."""
+        """Write ``zowrap.json``: the model, the options, and what it takes to evaluate the result on the task."""
         config = {"zowrap": __version__, "model": model, "options": options, "task": task or {}, "status": {}}
         write_json(self.config_file, config)
 
     def update_status(self, **facts: Any) -> None:
-        """Change the given facts of the status; of another state, the reason of a failure is dropped."""
+        """Change the given facts of the status; a new state drops the reason of an earlier failure."""
         config = self.config()
         status = dict(config.get("status") or {})
         if "state" in facts:
@@ -91,7 +92,7 @@ class Run(RunFolder):
         return self.path / f"checkpoint-{step}"
 
     def checkpoints(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending. One that is being written has another name."""
+        """List the steps of the whole checkpoints, ascending; one that is being written has another name."""
         if not self.path.is_dir():
             return []
         found = (_CHECKPOINT.match(entry.name) for entry in self.path.iterdir())
@@ -103,7 +104,7 @@ class Run(RunFolder):
     ) -> Path:
         """Write ``checkpoint-N``, whole or not at all, then remove the oldest beyond ``keep`` (0 keeps all).
 
-        ``plan`` is what the run settled at its first start, see :class:`zowrap.training.resume.Start`.
+        ``plan`` is what the run's first start settled, see :class:`zowrap.training.resume.Start`.
 
         Raises:
             ZOError: the disk is full; the earlier checkpoints are then as they were.
@@ -116,16 +117,16 @@ class Run(RunFolder):
             save_model(zm.model, beside, metadata=zm.facts())
             state = zm.state_dict()
             tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-            for index in _unsaved(zm, beside):
+            for index in find_unsaved(zm, beside):
                 tensors[f"weights/{zm.parameters[index].name}"] = zm.parameters[index].tensor
-            # Of the file of an 8-bit model these cannot be told: it holds the scales that tuning left.
+            # The file of an 8-bit model does not tell them: it holds the scales that tuning left.
             tensors.update({f"scales/{p.name}": p.scale for p in zm.parameters if p.scale is not None})
             there = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
             save_file(there, beside / TENSORS, metadata={"format": "pt"})
             sync(beside / TENSORS)
             write_json(beside / TRAINER, trainer_state)
             rest = {name: value for name, value in state.items() if name not in tensors}
-            write_json(beside / STATE, {**rest, "environment": environment(zm), "plan": plan or {}})
+            write_json(beside / STATE, {**rest, "environment": describe_environment(zm), "plan": plan or {}})
             remove(place)
             os.replace(beside, place)
         if keep > 0:
@@ -138,3 +139,12 @@ class Run(RunFolder):
         for entry in list(self.path.iterdir()) if self.path.is_dir() else []:
             if LEFTOVER.match(entry.name):
                 remove(entry)
+
+    def list_entries(self) -> set[Path]:
+        """List every file and folder in the run, at any depth."""
+        return set(self.path.rglob("*"))
+
+    def remove_all_but(self, entries: set[Path]) -> None:
+        """Remove every file and folder that is not among these."""
+        for path in sorted(self.list_entries() - entries, reverse=True):
+            remove(path)

@@ -1,4 +1,4 @@
-"""Stopping politely: the first SIGINT or SIGTERM asks the run to end after its step, a second one ends it at once."""
+"""Signals that stop a run: the first SIGINT or SIGTERM ends it after the current step, a second one at once."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 
+class Interrupted(Exception):
+    """Raised to leave an evaluation, or the choice of a learning rate, when the run was asked to stop."""
+
+
 @dataclass
 class StopSignal:
-    """Whether, and by what, the run was asked to stop."""
+    """A request to stop: whether one has arrived, and the name of the signal."""
 
     stopped: bool = False
     name: str = ""
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopSignal]:
-    """Note SIGINT and SIGTERM instead of dying from them; what handled them before is back afterwards.
+def catch_stop_signals() -> Iterator[StopSignal]:
+    """Note SIGINT and SIGTERM in place of dying from them; the earlier handlers are back afterwards.
 
-    Only the main thread may handle signals: elsewhere nothing changes.
+    Only the main thread can handle signals: in any other, nothing changes.
     """
     asked = StopSignal()
     if threading.current_thread() is not threading.main_thread():

@@ -1,24 +1,28 @@
 """``ZOTrainer``: ``transformers.Trainer`` with the zeroth-order step in place of backward and optimiser.
 
-The loop is the Trainer's own: its data order, schedules, logging, evaluation, callbacks and trackers work as they do
-there. A step of one micro-batch is :meth:`zowrap.ZOModel.step`, which a GPU replays as one CUDA graph. Of several, each
-is :meth:`zowrap.ZOModel.accumulate` and the optimiser's step is :meth:`zowrap.ZOModel.update`.
-What differs is what lies on the disk, see :mod:`zowrap.training.run_folder`.
+The loop is the Trainer's own: its data order, schedules, logging, evaluation, callbacks and trackers work as usual. A
+step of one micro-batch is :meth:`zowrap.ZOModel.step`, which a GPU replays as one CUDA graph. A step of several calls
+:meth:`zowrap.ZOModel.accumulate` for each, and :meth:`zowrap.ZOModel.update` as the optimiser's step.
+The files are other ones, see :mod:`zowrap.training.run_folder`. The other modules of this room know nothing of the
+trainer: they are given the model, the options and the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from zowrap.errors import ZOError
@@ -33,13 +37,16 @@ from zowrap.step.pretrained import model_name
 from zowrap.storage.lock import locked
 from zowrap.storage.save import save_model
 from zowrap.training.auto_lr import settle_lr
-from zowrap.training.callback import KeeperCallback
+from zowrap.training.callback import WriterCallback
 from zowrap.training.checkpoint import load_weights
 from zowrap.training.config import ZOConfig
-from zowrap.training.resume import Start, find_start, say
+from zowrap.training.loop import make_first_state
+from zowrap.training.messages import say
+from zowrap.training.resume import Start, find_start
 from zowrap.training.run_folder import Run
-from zowrap.training.signals import stop_signals
-from zowrap.training.writer import Interrupted, Keeper
+from zowrap.training.signals import Interrupted, catch_stop_signals
+from zowrap.training.weight_check import WeightCheck
+from zowrap.training.writer import RunWriter
 from zowrap.wrap import zo_wrap
 
 if TYPE_CHECKING:
@@ -49,7 +56,7 @@ __all__ = ["ZOConfig", "ZOTrainer"]
 
 
 class ZOStep(torch.optim.Optimizer):
-    """What the Trainer takes for an optimiser: ``step`` applies the rule, at the schedule's learning rate.
+    """Stands in for the Trainer's optimiser: ``step`` applies the rule, at the schedule's learning rate.
 
     Args:
         zm: the wrapped model.
@@ -63,12 +70,12 @@ class ZOStep(torch.optim.Optimizer):
         self.done = done
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if self.zm.accumulated:  # else the step was made whole
+        if self.zm.accumulated:  # else make_whole made the step
             self.zm.lr = float(self.param_groups[0]["lr"])
             self.done(self.zm.update())
 
-    def whole(self, batch: dict[str, Any]) -> Tensor:
-        """Make the step on its only micro-batch: only as a whole can it be a recorded one.
+    def make_whole(self, batch: dict[str, Any]) -> Tensor:
+        """Make the step on its only micro-batch in one call: only such a step can be replayed as a CUDA graph.
 
         Returns:
             0-d float32 loss, the mean over the step's evaluations.
@@ -86,11 +93,11 @@ class ZOTrainer(Trainer):
         model: a ``transformers`` model, a PEFT model, or any module with ``loss_fn``. Its tensors move in place.
         args: a :class:`ZOConfig`. Plain ``TrainingArguments`` are refused: their defaults are for backpropagation.
         loss_fn: ``loss_fn(model, batch)``, 0-d or one loss per example; by default the model's own loss.
-        batch_metrics: ``batch_metrics(model_output, batch) -> {name: (sum, count)}``, reduced batch by batch.
+        batch_metrics: ``batch_metrics(model_output, batch) -> {name: (sum, count)}``, summed batch by batch.
         compute_metrics: as in the Trainer. It is given all predictions at once, so all logits of the evaluation set
             are held in memory; ``batch_metrics`` is not.
         base_model: the base model's name for the journal and the headers of the weight files.
-        config: what ``zowrap.json`` holds, ``{"model": …, "options": {…}, "task": {…}}``; by default ``args``.
+        config: the content of ``zowrap.json``, ``{"model": …, "options": {…}, "task": {…}}``; by default ``args``.
 
     Attributes:
         zm: the wrapped model.
@@ -141,8 +148,10 @@ class ZOTrainer(Trainer):
                 with contextlib.suppress(OSError):  # another process may have begun to use it
                     Path(str(args.output_dir)).rmdir()
             raise
-        self._keeper = Keeper(self, base_model or model_name(model), config)
-        self.add_callback(KeeperCallback(self._keeper))
+        self._base_model, self._config = base_model or model_name(model), config
+        self._writer: RunWriter | None = None  # of the last training
+        self._callback = WriterCallback(self._get_evaluation)
+        self.add_callback(self._callback)
         self.resumed_from = 0
         self.interrupted = False
         self._resuming: Start | None = None
@@ -165,30 +174,38 @@ class ZOTrainer(Trainer):
             self._rule = rule
             self.wrap(self.args.engine)
 
-    def plan_for(self, steps: int | None) -> None:
+    def _wrap_with(self, steps: int, engine: str | None) -> ZOModel:
+        """Wrap the model as :func:`zowrap.training.resume.find_start` asks for."""
+        self.wrap_for(steps)
+        if engine is not None:
+            self.wrap(engine)
+        return self.zm
+
+    def _let_batch_choose_engine(self, steps: int) -> None:
         """Let the first batch choose the engine for so many steps, where it is left open."""
         if steps and self.args.engine is None:
             self.zm.planned = Planned(steps, steps * self.args.gradient_accumulation_steps)
 
-    # --- what a step is ----------------------------------------------------------------------------------------
+    # --- a step ------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Evaluate one micro-batch at both sides of the step's direction.
 
-        The weights stay where a step has several; they move here, and not in the optimiser's step, where it has one.
+        The weights move here where the step has no other micro-batch, else in the optimiser's step.
 
         Returns:
             0-d loss for the Trainer's running mean: finite, and divided by the micro-batches of the step.
         """
-        batch = self.prepared(inputs)
+        batch = self.prepare_batch(inputs)
         alone = self.args.gradient_accumulation_steps == 1
-        loss = self._step.whole(batch) if alone else self.zm.accumulate(**batch)
+        loss = self._step.make_whole(batch) if alone else self.zm.accumulate(**batch)
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0) / self.current_gradient_accumulation_steps
 
-    def prepared(self, inputs: dict[str, Any], what: str = "training") -> dict[str, Any]:
-        """The batch on the device, its labels checked: one that names no class would make the loss NaN.
+    def prepare_batch(self, inputs: dict[str, Any], what: str = "training") -> dict[str, Any]:
+        """Move a batch to the device and check its labels: one that names no class would make the loss NaN.
 
-        On an accelerator the answer is read with the steps' results (:meth:`refuse_wrong_labels`): none waits for it.
+        On an accelerator the answer is read together with the steps' results (:meth:`refuse_wrong_labels`), so that no
+        step waits for it.
 
         Raises:
             ZOError: a label names no class.
@@ -203,7 +220,7 @@ class ZOTrainer(Trainer):
         classes = self._loss.classes
         if classes is None:
             return batch
-        # Before that is known, on an accelerator, only what is too large: there it would end the process.
+        # Before that is known, an accelerator is kept from labels that are too large, which would end the process.
         wrong = labels_out_of_range(labels, classes) if self._loss.settled else labels >= classes
         if not waits:
             any_wrong = wrong.any()
@@ -224,7 +241,7 @@ class ZOTrainer(Trainer):
         name = "a label" if label is None else f"label {label}"
         where = "" if row is None else f", in row {row} (counted from 0)"
         if self.zm.step_count == 0:
-            self._keeper.failed_at_once()
+            self.mark_start_failed()
         raise ZOError(
             f"{name} of the {what} data names no class{where}: the model has {classes}, numbered from 0 to "
             f"{classes - 1} (-100 leaves a label out)"
@@ -232,9 +249,13 @@ class ZOTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self._step = ZOStep(self.zm, self.args.learning_rate, self._keeper.stepped)  # type: ignore[arg-type]
+            self._step = ZOStep(self.zm, self.args.learning_rate, self._add_step)  # type: ignore[arg-type]
             self.optimizer = self._step
         return self.optimizer
+
+    def _add_step(self, result: StepResult) -> None:
+        assert self._writer is not None
+        self._writer.add_step(result)
 
     # --- the run -----------------------------------------------------------------------------------------------
 
@@ -273,18 +294,22 @@ class ZOTrainer(Trainer):
         """Train, as the one process that writes into the folder."""
         self.interrupted = False
         broken = warn_of(self.zm.model)
-        self._keeper.not_finite_before = self._keeper.not_finite()  # before a checkpoint of a run that broke is loaded
-        start = find_start(self, resume)
+        weights = WeightCheck(self.zm.parameters)  # before a checkpoint is loaded, which may be of a run that broke
+        first = make_first_state(self.args, self.get_train_dataloader)
+        start = find_start(self.run, self.args, self._wrap_with, first, resume, self._base_model)
+        if not start.step:
+            self._let_batch_choose_engine(start.plan["steps"])
         self.resumed_from = start.step
-        self._keeper.open(start)
+        self._writer = self._callback.writer = writer = self._make_writer(start, weights)
+        writer.open()
         for name in ("logging_steps", "eval_steps", "save_steps"):  # fractions of the run, now that its length is known
             setattr(self.args, name, getattr(start.state, name))
         began = time.time()
         if start.step >= start.state.max_steps:
-            return self._nothing_left(start)
+            return self._end_finished(start, writer)
         evaluates_first = self.args.eval_on_start
         try:
-            with stop_signals() as self._keeper.signal, tempfile.TemporaryDirectory() as folder:
+            with catch_stop_signals() as self._callback.signal, tempfile.TemporaryDirectory() as folder:
                 self.state = start.state
                 if start.step:
                     start.state.save_to_json(str(Path(folder) / "trainer_state.json"))
@@ -292,18 +317,18 @@ class ZOTrainer(Trainer):
                     self._resuming = start
                     kwargs["resume_from_checkpoint"] = folder
                 try:
-                    settle_lr(self, self._keeper, start)
+                    self._settle_lr(start, writer)
                     output = super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs)
                 except Interrupted:
                     self.is_in_train = False
                     output = TrainOutput(self.state.global_step, 0.0, {"train_runtime": time.time() - began})
-                self.interrupted = self._keeper.signal.stopped and self.state.global_step < self.state.max_steps
-                self._keeper.close(self.interrupted)
+                self.interrupted = self._callback.signal.stopped and self.state.global_step < self.state.max_steps
+                writer.close(self.interrupted)
         except BaseException as error:
             self.is_in_train = False
             self.zm.discard()
-            self._keeper.abandon()
-            if broken and isinstance(error, ZOError) and self._keeper.came_to_nothing:
+            writer.abandon()
+            if broken and isinstance(error, ZOError) and writer.start_failed:
                 raise ZOError(f"{error}; {broken}") from error
             raise
         finally:
@@ -311,58 +336,102 @@ class ZOTrainer(Trainer):
             self._resuming = None
         if self.args.load_best_model_at_end and self.best_step is not None:
             self._load_best_model()
-        metrics = {**output.metrics, "skipped_steps": self._keeper.skipped}
-        return output._replace(training_loss=self._keeper.mean_loss(), metrics=metrics)
+        metrics = {**output.metrics, "skipped_steps": writer.log.skipped}
+        return output._replace(training_loss=writer.log.mean_loss(), metrics=metrics)
 
-    def _nothing_left(self, start: Start) -> TrainOutput:
-        """Every step is done; of a run that was killed after its last one, the end is still to be written."""
+    def _make_writer(self, start: Start, weights: WeightCheck) -> RunWriter:
+        options = {k: v for k, v in self.args.to_dict().items() if not k.startswith(("hub_", "push_"))}
+        return RunWriter(
+            self.run,
+            self.zm,
+            start,
+            self.args,
+            config={"model": self._base_model, **(self._config or {"options": options})},
+            weights=weights,
+            facts=self._facts(),
+            tokenizer=self.tokenizer(),
+            check_labels=self.refuse_wrong_labels,
+        )
+
+    def _settle_lr(self, start: Start, writer: RunWriter) -> None:
+        """Settle the learning rate, and give it to the schedule and to the first step."""
+        args = self.args
+        try:
+            settled = settle_lr(
+                self.zm, args, start.plan, start.state.max_steps, self._read_first_steps(), self._watch_choice
+            )
+        except ZOError:
+            writer.mark_start_failed()
+            raise
+        writer.add_to_plan(**settled)
+        args.learning_rate = settled["learning_rate"]
+        if not start.step:
+            self.zm.lr = float(settled["learning_rate"])
+
+    def _read_first_steps(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield the micro-batches of the first steps, past the wrapper that counts batches for the training loop."""
+        loader: Any = self.get_train_dataloader()
+        batches = iter(getattr(loader, "base_dataloader", loader))
+        while group := list(itertools.islice(batches, self.args.gradient_accumulation_steps)):
+            yield [self.prepare_batch(batch) for batch in group]
+
+    def _watch_choice(self, done: int, most: int) -> None:
+        """Tell the callbacks that the choice of a learning rate made ``done`` of at most ``most`` evaluations."""
+        if self._callback.signal.stopped:
+            raise Interrupted
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "on_choose_lr"):
+                callback.on_choose_lr(done, most)
+
+    def _end_finished(self, start: Start, writer: RunWriter) -> TrainOutput:
+        """End a run with no step left; where a kill came after the last one, the end is still to be written."""
         say(f"{self.run.path} is finished: {start.step} steps are done")
         self.state = start.state
         if not start.finished:
             try:
-                self._keeper.close(interrupted=False)
+                writer.close(interrupted=False)
             except ZOError:
-                self._keeper.abandon()
+                writer.abandon()
                 raise
-        metrics = {"train_runtime": 0.0, "skipped_steps": self._keeper.skipped}
-        return TrainOutput(start.step, self._keeper.mean_loss(), metrics)
-
-    @property
-    def last_evaluation(self) -> tuple[evaluation.Evaluation, str]:
-        """The sums of the last evaluation, and the prefix of its metrics' names."""
-        return self._sums, self._sums_of
+        metrics = {"train_runtime": 0.0, "skipped_steps": writer.log.skipped}
+        return TrainOutput(start.step, writer.log.mean_loss(), metrics)
 
     @property
     def skipped_steps(self) -> int:
         """Steps of the run that were skipped, those of earlier starts included."""
-        return self._keeper.skipped
+        return 0 if self._writer is None else self._writer.log.skipped
 
-    def failed_at_once(self) -> None:
-        """For a callback that raises at the start: the folder is then left as it was before."""
-        self._keeper.failed_at_once()
+    def mark_start_failed(self) -> None:
+        """For a callback that is about to raise before the first step: leave the folder as it was before."""
+        if self._writer is not None:
+            self._writer.mark_start_failed()
 
     @property
     def lr_choice(self) -> dict[str, Any] | None:
         """The record of the choice that ``lr="auto"`` made for this run (:class:`zowrap.LearningRate`), if it did."""
-        return self._keeper.plan.get("choice")
+        return None if self._writer is None else self._writer.plan.get("choice")
 
     @property
     def best_step(self) -> int | None:
-        return self._keeper.best_step
+        return None if self._writer is None else self._writer.best.step
 
     @property
     def best_metric(self) -> float | None:
-        return self._keeper.best_metric
+        return None if self._writer is None else self._writer.best.value
 
     # --- saving and loading: safetensors and JSON in place of pickles ------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model as it stands, and the tokenizer, for ``from_pretrained``."""
+        """Write the present model and the tokenizer, for ``from_pretrained``."""
         self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        metadata = {**self.zm.facts(), **self._keeper.base}
+        metadata = {**self.zm.facts(), **self._facts()}
         save_model(self.zm.model, output_dir or str(self.args.output_dir), metadata, tokenizer=self.tokenizer())
+
+    def _facts(self) -> dict[str, str]:
+        """What the headers of weight files say besides :meth:`zowrap.ZOModel.facts`."""
+        return {"base_model": self._base_model} if self._base_model else {}
 
     def tokenizer(self) -> Any:
         """The tokenizer or processor that is written beside the model, if there is one."""
@@ -370,10 +439,14 @@ class ZOTrainer(Trainer):
         return found if hasattr(found, "save_pretrained") else None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        self._keeper.checkpoint()
+        assert self._writer is not None
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()  # type: ignore[index,call-overload]
+        self._writer.save_checkpoint(dataclasses.asdict(self.state))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing: the weights already stand where the run goes on."""
+        """Do nothing: the weights are already those of the step that the run goes on from."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Bring the schedule to the step that the run goes on from: it is a function of the steps (and metrics)."""
@@ -386,7 +459,7 @@ class ZOTrainer(Trainer):
                 scheduler.step(*metric)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing: no step draws from the global generators."""
+        """Do nothing: no step draws from the global generators."""
 
     def _load_best_model(self) -> None:
         load_weights(self.run.path, self.zm)
@@ -402,8 +475,9 @@ class ZOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss and metrics reduced batch by batch, unless ``compute_metrics`` asks for all predictions at once."""
-        self._keeper.flush()
+        """Sum loss and metrics batch by batch, unless ``compute_metrics`` asks for all predictions at once."""
+        if self._writer is not None:
+            self._writer.flush()
         self._sums = sums = evaluation.Evaluation()
         self._sums_of = metric_key_prefix
         whole = self.compute_metrics is not None or _overridden(self, "prediction_step")
@@ -411,12 +485,12 @@ class ZOTrainer(Trainer):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-            # The Trainer's loss is a mean of the batches' means; ours weighs every token or example alike.
+            # The Trainer's loss is a mean of the batches' means; this one gives every token or example the same weight.
             ours = {f"{metric_key_prefix}_loss": loss for loss in sums.means().values()}
             return output._replace(metrics={**(output.metrics or {}), **ours})
         self.callback_handler.eval_dataloader = dataloader
         for inputs in dataloader:
-            inputs = self.prepared(inputs, "evaluation")
+            inputs = self.prepare_batch(inputs, "evaluation")
             evaluation.add_batch(sums, self._loss, inputs, self.batch_metrics, self.args.device)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if not sums.examples:
@@ -427,7 +501,7 @@ class ZOTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of one batch at the weights as they are; only evaluations ask for it."""
+        """Compute the loss of one batch at the present weights; only evaluations ask for it."""
         sums, weights, outputs = evaluation.forward(self._loss, inputs, outputs=True)
         rows = evaluation.rows(inputs)
         self._sums.examples += rows
@@ -435,11 +509,15 @@ class ZOTrainer(Trainer):
         loss = (sums.sum() / weights.sum()).float()
         return (loss, outputs if isinstance(outputs, dict) else (loss, *outputs)) if return_outputs else loss
 
+    def _get_evaluation(self) -> tuple[evaluation.Evaluation, str] | None:
+        """Return the sums of the latest evaluation and the prefix of its metrics' names; None outside of a training."""
+        return (self._sums, self._sums_of) if self.is_in_train else None
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's log with the steps' own mean loss and ``|projected gradient|`` in it."""
-        if "loss" in logs:
+        """Log the steps' own mean loss and ``|projected gradient|`` in place of the Trainer's."""
+        if "loss" in logs and self._writer is not None:
             logs.pop("grad_norm", None)
-            logs.update(self._keeper.logged())
+            logs.update(self._writer.take_log())
         super().log(logs, start_time)
 
 
@@ -455,7 +533,7 @@ _NOT_OVERRIDDEN = {
 
 
 def _overridden(trainer: ZOTrainer, name: str) -> str | None:
-    """The class (or ``"this trainer"``) that has its own method of that name beside the Trainer's and ours."""
+    """Return the class (or ``"this trainer"``) that overrides that method of the Trainer or of ours, if one does."""
     if name in vars(trainer):
         return "this trainer"
     others = (each for each in type(trainer).__mro__ if not issubclass(ZOTrainer, each))
@@ -463,7 +541,7 @@ def _overridden(trainer: ZOTrainer, name: str) -> str | None:
 
 
 def _check_overrides(trainer: ZOTrainer) -> None:
-    """Refuse methods that would never be called, or would train something else than the rule does."""
+    """Refuse methods that would never be called, or that would make another step than the rule's."""
     for name, instead in _NOT_OVERRIDDEN.items():
         where = _overridden(trainer, name)
         if where is not None:
@@ -471,8 +549,8 @@ def _check_overrides(trainer: ZOTrainer) -> None:
 
 
 def _row_out_of_range(dataset: Any, classes: int) -> tuple[int | None, int | None]:
-    """The first row of a data set with a label that names no class, and the label; None where it cannot be found."""
-    with contextlib.suppress(Exception):  # looked for to word an error: whatever the data set is, there is that error
+    """Find the first row of a data set with a label that names no class: (row, label), or Nones if it is not found."""
+    with contextlib.suppress(Exception):  # this only words an error, which no odd data set may replace by another
         for row in range(len(dataset)):
             item = dataset[row]
             labels = torch.as_tensor(item["labels"] if "labels" in item else item["label"])
