@@ -49,8 +49,8 @@ def descend(remedy: Remedy, forwards: int, share: float, seed: int = 0) -> float
     start = torch.randn(SIDE, SIDE, generator=draw) * 0.02
     unit = codes.unit_of(start.abs().amax(dim=1))
     stored = (start / unit.unsqueeze(1)).round().to(torch.int8)
-    target = codes.values(stored, unit) + STEPS_AWAY * unit.mean() * torch.randn(SIDE, SIDE, generator=draw)
-    w, pending = codes.values(stored, unit), torch.zeros(SIDE, SIDE)
+    target = codes.dequantize(stored, unit) + STEPS_AWAY * unit.mean() * torch.randn(SIDE, SIDE, generator=draw)
+    w, pending = codes.dequantize(stored, unit), torch.zeros(SIDE, SIDE)
     first = (w - target).square().sum()
     moving = round(remedy.sparse * w.numel())
     eta = share * remedy.queries / (moving + remedy.queries + 1)
@@ -74,8 +74,8 @@ def _write(
     if not remedy.rounded:
         return w + change, stored
     bits = torch.randint(-(2**31), 2**31, stored.shape, generator=draw, dtype=torch.int64).to(torch.int32)
-    stored = codes.written(stored, change, unit, bits, torch.tensor(True))
-    return codes.values(stored, unit), stored
+    stored = codes.add_change(stored, change, unit, bits, torch.tensor(True))
+    return codes.dequantize(stored, unit), stored
 
 
 def measure(forwards: int = 8_000) -> list[dict[str, Any]]:

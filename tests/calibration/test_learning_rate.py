@@ -17,7 +17,7 @@ from tests.support.devices import gpu_generator
 from zowrap import rules
 from zowrap.calibration.learning_rate import SHARE, tune_lr, unmoved
 from zowrap.errors import ZOError
-from zowrap.machine import generators_kept
+from zowrap.machine import preserve_rng
 
 HEIGHT, CURVATURE = 3.0, 0.5
 
@@ -174,7 +174,7 @@ def test_the_generator_of_a_gpu_stands_where_it_stood_too(monkeypatch):
     device, drawn = torch.device("cuda", 1), gpu_generator(monkeypatch)
     zm = bowl()
     monkeypatch.setattr(zm._job, "device", device)
-    for kept in (unmoved(zm), generators_kept(device)):
+    for kept in (unmoved(zm), preserve_rng(device)):
         with kept:
             drawn.position += 5
     assert drawn.position == 0 and drawn.devices == {device}

@@ -140,11 +140,11 @@ def tune_lr(
 def unmoved(zm: ZOModel) -> Iterator[None]:
     """Afterwards the rule's state, step and ε are what they were, and torch's generators stand where they stood."""
     state, device = zm.state_dict(), zm._job.device
-    kept = machine.states(device)
+    kept = machine.rng_states(device)
     try:
         yield
     finally:
-        machine.restore(device, kept)
+        machine.restore_rng(device, kept)
         # The form of the loss and the schedule were found on the way: they stay.
         found = {"loss": zm.loss_module.form, **zm._schedule.record()}
         zm.load_state_dict({**state, **found, "lr": zm.rule.lr})

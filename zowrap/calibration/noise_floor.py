@@ -71,7 +71,7 @@ def noise_floor(
         ZOError: a model that rounds no activations, a population, whose differences are each example's own, or a
             number that is not positive.
     """
-    if zm._job.way is None or not zm._job.way.rounds:
+    if zm._job.quant_mode is None or not zm._job.quant_mode.rounds:
         raise ZOError("no layer of this model rounds its activations to 8 bit: nothing puts a floor under eps")
     if directions < 1:
         raise ZOError(f"directions must be at least 1, got {directions}")

@@ -72,11 +72,11 @@ class EagerEngine:
 
     def _along(self, batch: Batch, stream: DirectionStream, coefficients: Tensor, which: int) -> tuple[Tensor, Tensor]:
         rows = []
-        kept = machine.states(self.job.device)
+        kept = machine.rng_states(self.job.device)
         weights = torch.zeros(())
         for coefficient in coefficients:
             # A model that draws random numbers draws the same ones at every point.
-            machine.restore(self.job.device, kept)
+            machine.restore_rng(self.job.device, kept)
             copies = {}
             for i, p in self.active(stream.block):
                 if p.codes:  # the layer adds what the weights of its codes are moved by
@@ -139,7 +139,7 @@ class EagerEngine:
             bits = None
             if parameter.scale is not None and parameter.codes:
                 unit = codes.unit_of(parameter.scale)
-                w = old = codes.values(parameter.tensor, unit)
+                w = old = codes.dequantize(parameter.tensor, unit)
             if parameter.codes or is_16_bit(w):
                 index = torch.arange(w.numel(), dtype=torch.int64, device=w.device)
                 bits = noise.hash_bits(*noise.split_index(index), rounding_keys[i]).reshape(w.shape)
@@ -156,7 +156,7 @@ class EagerEngine:
                 job.decays and parameter.decays,
             )
             if parameter.codes and bits is not None:
-                new_w = codes.written(parameter.tensor, new_w - old, unit, bits, conclusion.apply)
+                new_w = codes.add_change(parameter.tensor, new_w - old, unit, bits, conclusion.apply)
             parameter.tensor.copy_(new_w)
             for name, value in new_slots.items():
                 slots[name].copy_(value)

@@ -91,7 +91,7 @@ def certainty(now: Rows, before: Rows | None = None) -> dict[str, dict[str, Any]
     found: dict[str, dict[str, Any]] = {}
     for name, rows in now.items():
         sums, counts = rows["sums"], rows["counts"]
-        facts: dict[str, Any] = {"rows": len(sums), "interval": intervals.interval(sums, counts)}
+        facts: dict[str, Any] = {"rows": len(sums), "interval": intervals.confidence_interval(sums, counts)}
         earlier = (before or {}).get(name)
         if earlier is not None and earlier["counts"] == counts and None not in earlier["sums"]:
             sign = -1 if name.endswith("loss") else 1

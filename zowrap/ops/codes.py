@@ -113,7 +113,7 @@ def update_codes_(
     flat_slots = [s.view(-1) for s in slots]
     for first, last in chunks(outputs, columns):
         size, start = (last - first) * columns, first * columns
-        old[:size].copy_(integer.values(codes[first:last], unit[first:last]).view(-1))
+        old[:size].copy_(integer.dequantize(codes[first:last], unit[first:last]).view(-1))
         new[:size].copy_(old[:size])
         parts = [s[start : start + size] for s in flat_slots]
         kernel.update(new[:size], parts, keys, scales, scalars, rounding_key, coefficients, hyper, apply, decay, start)
@@ -157,7 +157,7 @@ def _write(
         codes, old, new, rows, unit, key, apply = inputs
         columns = torch.arange(codes.shape[1], dtype=torch.int64, device=codes.device)
         bits = noise.hash_bits(*noise.split_index(rows.unsqueeze(1) * codes.shape[1] + columns), key)
-        codes.copy_(integer.written(codes, new - old, unit, bits, apply))
+        codes.copy_(integer.add_change(codes, new - old, unit, bits, apply))
         return ()
 
     arrays = [codes, old, new, rows, unit[first : first + codes.shape[0]]]

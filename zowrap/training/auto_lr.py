@@ -16,7 +16,7 @@ from transformers import get_scheduler
 
 from zowrap.calibration.learning_rate import tune_lr
 from zowrap.errors import ZOError
-from zowrap.machine import generators_kept
+from zowrap.machine import preserve_rng
 from zowrap.training.resume import Start, say
 from zowrap.training.writer import Interrupted, Keeper
 
@@ -57,7 +57,7 @@ def _choose(trainer: ZOTrainer, keeper: Keeper, steps: int) -> float:
 
     schedule = _schedule(trainer.args, steps)
     try:
-        with generators_kept(trainer.args.device):
+        with preserve_rng(trainer.args.device):
             choice = tune_lr(trainer.zm, _first_batches(trainer), steps, schedule=schedule, watch=watch)
     except ZOError:
         keeper.failed_at_once()
