@@ -139,7 +139,7 @@ def check_quantization(options: StepOptions) -> None:
     """Raise :class:`ZOError` for options about quantisation and adapters that exclude or need one another."""
     if options.load_in_8bit and options.load_in_4bit:
         raise ZOError("--load-in-8bit and --load-in-4bit are two ways to load a model: give one")
-    one_of("--quantized", options.quantized, names.WAYS)
+    one_of("--quantized", options.quantized, names.QUANT_MODES)
     if options.load_in_4bit and options.quantized not in (None, "adapters"):
         raise ZOError(f"--quantized {options.quantized} is for 8-bit weights: 4-bit ones take adapters")
     if options.use_peft and options.quantized not in (None, "adapters"):
@@ -211,12 +211,12 @@ def _check_zeroth_order(options: TuneOptions) -> None:
     import torch
     from torch import nn
 
-    from zowrap.rules.registry import get
+    from zowrap import rules
     from zowrap.wrap import zo_wrap
 
     zo_wrap(
         nn.Linear(1, 1, dtype=torch.bfloat16 if options.along == "evaluated" else None),
-        get(options.rule, **rule_options(options)),
+        rules.get(options.rule, **rule_options(options)),
         lr=learning_rate(options),
         eps=options.eps,
         seed=options.seed,

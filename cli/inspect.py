@@ -66,7 +66,7 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
     record["eps_why"], record["noise_floor"] = _why_eps(options, zm), None
     lines = [f"{options.model} in {_name(dtype)} ({why})", plan.sentence, *str(facts).splitlines()]
     lines.append(f"eps        {zm.eps:g} ({record['eps_why']})")
-    rounds = zm._job.way is not None and zm._job.way.rounds
+    rounds = zm._job.quant_mode is not None and zm._job.quant_mode.rounds
     if options.data is not None and not rounds:
         read_rows(options.data, default_split="train")  # a name that is wrong is wrong here, too
         lines.append("floor      none: no layer rounds its activations to 8 bit")
@@ -104,7 +104,7 @@ def _check(options: InspectOptions) -> None:
 
 def _open(options: InspectOptions) -> Any:
     """The model's configuration, and how its weights would be quantised."""
-    from zowrap.quant.schemes import quantization
+    from zowrap.quant.schemes import bitsandbytes_options
     from zowrap.storage.safetensors import adapters_base
     from zowrap.tasks.loading import open_source
 
@@ -112,7 +112,7 @@ def _open(options: InspectOptions) -> Any:
     if base is not None:
         raise ZOError(f"{options.model} holds adapters: inspect what they stand on, zowrap inspect {base} --use-peft")
     source = open_source(options.model, options.trust_remote_code, empty=True)
-    source.quantization = quantization(dataclasses.asdict(options))
+    source.quantization = bitsandbytes_options(dataclasses.asdict(options))
     return source
 
 
@@ -132,17 +132,17 @@ def _wrapped(options: InspectOptions, source: Any, dtype: Any) -> tuple[Any, Any
 
 def _wrap(options: InspectOptions, model: Any, trainable: Any, loss_fn: Any) -> Any:
     """Put adapters on a model where they are to move, and wrap it, as ``tune`` does."""
+    from zowrap import rules
     from zowrap.quant import modes
-    from zowrap.rules.registry import get
     from zowrap.wrap import zo_wrap
 
     with users_words(options):
-        way = modes.from_options(model, dataclasses.asdict(options), seed=0)
-        if way is not None or options.use_peft:
+        mode = modes.choose_from_options(model, dataclasses.asdict(options), seed=0)
+        if mode is not None or options.use_peft:
             trainable = None
         return zo_wrap(
             model,
-            get(options.rule, **rule_options(options)),
+            rules.get(options.rule, **rule_options(options)),
             eps=options.eps,
             direction=options.direction,
             queries=options.queries,
@@ -170,7 +170,7 @@ def _why_eps(options: InspectOptions, zm: Any) -> str:
 def _floor(options: InspectOptions, source: Any, dtype: Any) -> Any:
     """Load the weights and measure on a batch of ``--data`` how much of a difference of losses is rounding."""
     from zowrap.calibration.noise_floor import noise_floor
-    from zowrap.quant.schemes import quantization
+    from zowrap.quant.schemes import bitsandbytes_options
     from zowrap.tasks.batches import batches
     from zowrap.tasks.resolve import from_record
     from zowrap.tasks.rows import read_rows
@@ -187,7 +187,7 @@ def _floor(options: InspectOptions, source: Any, dtype: Any) -> Any:
     examples = task.examples(rows[: options.batch_size], source)
     if not len(examples):
         raise ZOError(f"none of the first {options.batch_size} rows of {options.data} has anything to learn from")
-    source.quantization = quantization(dataclasses.asdict(options))
+    source.quantization = bitsandbytes_options(dataclasses.asdict(options))
     model = task.build(source, dtype)
     # Compiling takes longer than the few evaluations do.
     eager = dataclasses.replace(options, engine="eager")  # type: ignore[call-arg]  # of a class that mypy cannot see
@@ -247,7 +247,7 @@ class _Plan:
 def _plan(options: InspectOptions, zm: Any, estimator: Any, problem: str | None) -> _Plan:
     """Let the model choose its schedule, and see whether that fits."""
     from zowrap.analysis.costs import what_helps
-    from zowrap.machine import fits, free_memory, in_words
+    from zowrap.machine import fits, format_bytes, free_memory
 
     free, found = free_memory(), None
     if estimator is None:
@@ -262,7 +262,7 @@ def _plan(options: InspectOptions, zm: Any, estimator: Any, problem: str | None)
         of_what = f"{rows} × {length} tokens, {zm._schedule.name}"
     enough = fits(needed, free)
     verdict = "fits" if enough else "does not fit"
-    sentence = f"{verdict}: needs {in_words(needed)}, {in_words(free)} free ({of_what})"
+    sentence = f"{verdict}: needs {format_bytes(needed)}, {format_bytes(free)} free ({of_what})"
     if not enough:
         itemsize = max(p.tensor.element_size() for p in zm.parameters)
         sentence += f"; what would help: {', '.join(what_helps(found, options.batch_size, itemsize))}"

@@ -103,9 +103,9 @@ def zo_wrap(
     value = None if lr is None or isinstance(lr, str) else lr
     rule = rules.get(rule, **({"lr": value} if value is not None and not isinstance(rule, Rule) else {}))
     value = rule.lr if value is None else value
-    way = modes.choose(model, quantized)
+    mode = modes.choose_mode(model, quantized)
     if eps is None:
-        eps = modes.EPS_PLAIN if way is None else modes.EPS[way.name]
+        eps = modes.EPS_PLAIN if mode is None else modes.EPS[mode.name]
     check_positive("zo_wrap", lr=value, eps=eps)
     queries = rule.defaults.queries if queries is None else queries
     if not isinstance(queries, int) or isinstance(queries, bool) or queries < 1:
@@ -119,16 +119,18 @@ def zo_wrap(
     schedule = Schedule(memory)
     if engine is not None and engine not in ENGINES:
         raise ZOError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
-    probing = estimators.get(rule.defaults.estimator if estimator is None else estimator)
+    probing = estimators.get_estimator(rule.defaults.estimator if estimator is None else estimator)
     if direction is None:
         direction = "lowrank(1)" if probing.per_example else rule.defaults.direction
     law = directions.get(direction)
     if law.shape is not None:
         rule = law.shape(rule)
-    if way is not None:
-        parameters = modes.parameters(model, way, trainable, seed)
+    if mode is not None:
+        parameters = modes.select_parameters(model, mode, trainable, seed)
     else:
-        parameters = adapters.parameters(model, trainable) if adapters.present(model) else select(model, trainable)
+        parameters = (
+            adapters.select_parameters(model, trainable) if adapters.has_adapters(model) else select(model, trainable)
+        )
     device = parameters[0].tensor.device
     partition = block_lib.partition(parameters, blocks)
     moving = sorted(i for block in partition for i in block.indices)
@@ -143,9 +145,9 @@ def zo_wrap(
     _check_sixteen_bit(parameters, masters, along)
     if masters:
         rule = with_masters(rule)
-    if way is not None:
-        modes.check(way, rule, law, probing, queries, eps)
-        project = modes.clipped(project) if way.name == "scales" else project
+    if mode is not None:
+        modes.check_mode(mode, rule, law, probing, queries, eps)
+        project = modes.clip_projection(project) if mode.name == "scales" else project
     hyper = {"lr": math.nan if auto else float(value), "eps": float(eps), "weight_decay": float(weight_decay)}
     job = Job(
         loss=LossModule(model, loss_fn, probing.per_example),
@@ -161,7 +163,7 @@ def zo_wrap(
         hyper={name: torch.tensor(value, device=device) for name, value in hyper.items()},
         decays=weight_decay > 0,
         device=device,
-        way=way,
+        quant_mode=mode,
         other=_other_point(along, rule, probing, law, queries),
     )
     return ZOModel(model, job, hyper, seed, probing, block_lib.check_order(block_order), engine, schedule)

@@ -121,7 +121,7 @@ def rule_of(name: str, steps: int) -> rules.Rule:
 def forwards_per_step(name: str) -> int:
     """Forward passes of one step of a variant with its own estimator and queries."""
     rule = rule_of(name, 1)
-    return len((rule.points or estimators.get(rule.defaults.estimator).points)(rule.defaults.queries))
+    return len((rule.points or estimators.get_estimator(rule.defaults.estimator).points)(rule.defaults.queries))
 
 
 @dataclass(frozen=True)
