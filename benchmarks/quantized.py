@@ -33,7 +33,7 @@ from benchmarks.quantized_report import write_docs
 from zowrap import quant, rules
 from zowrap.calibration.noise_floor import noise_floor
 from zowrap.quant import lowering
-from zowrap.quant.modes import saturated_rows
+from zowrap.quant.modes import count_saturated_rows
 
 RESULTS = Path(__file__).parent / "results"
 CELLS, NOISE, FLOOR, MEMORY, SIXTEEN = (
@@ -135,7 +135,7 @@ class QuantizedBench(Workbench):
         found = self.run(cell, evaluations=1)
         assert self._zm is not None
         codes = [p.tensor for p in self._zm.parameters if p.codes]
-        layers = {name.replace(".base_layer", ""): layer for name, layer in lowering.lowered(self.model).items()}
+        layers = {name.replace(".base_layer", ""): layer for name, layer in lowering.lowered_layers(self.model).items()}
         moved = [
             float(torch.ne(layers[name].get_parameter("weight"), before).float().mean())
             for name, before in self.codes.items()
@@ -150,7 +150,7 @@ class QuantizedBench(Workbench):
             "bytes": self.memory,
             "elements": self._zm.inspect().elements,
             **({"codes_moved": [min(moved), max(moved)]} if moved else {}),
-            **({"saturated_rows": sum(map(saturated_rows, codes))} if codes else {}),
+            **({"saturated_rows": sum(map(count_saturated_rows, codes))} if codes else {}),
         }
 
 

@@ -72,7 +72,7 @@ def here(name: str, kind: str) -> None:
     held = weight_bytes(model) + zm.inspect().state_bytes
     step = peak_bytes(Contender("step", lambda: zm.step(**batch), wrapped=zm), device)
     line = {"form": name, "model": kind, "batch": BATCHES[kind], "weights": weights, "held": held}
-    print(json.dumps({**line, "step": step, "forward": plain, "lowered": len(lowering.lowered(model))}))
+    print(json.dumps({**line, "step": step, "forward": plain, "lowered": len(lowering.lowered_layers(model))}))
 
 
 def _load(

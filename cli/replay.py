@@ -52,7 +52,7 @@ def replay(context: typer.Context, options: ReplayOptions) -> None:
     load_plugins(options.plugin)
     check_recorded_rule(config, run.path, [])
     from zowrap.quant import modes
-    from zowrap.quant.schemes import quantization
+    from zowrap.quant.schemes import bitsandbytes_options
     from zowrap.tasks.loading import choose_dtype, open_source
     from zowrap.tasks.resolve import from_record
     from zowrap.training.replay import replay_run
@@ -60,12 +60,12 @@ def replay(context: typer.Context, options: ReplayOptions) -> None:
     task = from_record(config["task"])
     source = open_source(options.model, options.trust_remote_code)
     dtype, _ = choose_dtype(config["options"].get("dtype"), source)
-    source.quantization = quantization(config["options"])
+    source.quantization = bitsandbytes_options(config["options"])
     if (run.path / START_VECTORS).is_file():
         source.label_vectors = run.path / START_VECTORS
     seed = int(config["options"].get("seed") or 0)
     model = task.build(source, dtype, seed)
-    modes.from_options(model, config["options"], seed)
+    modes.choose_from_options(model, config["options"], seed)
     with locked(options.to):
         zm = replay_run(model, options.run, options.to, tokenizer=source.tokenizer)
     record = {"to": options.to, "steps": zm.step_count, "rule": zm.rule.name}

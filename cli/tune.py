@@ -154,7 +154,7 @@ def show(examples: Any, source: Any, count: int) -> None:
 def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     """Load the weights. Returns the model, and the options with the dtype resolved."""
     from zowrap.quant import modes
-    from zowrap.quant.schemes import quantization
+    from zowrap.quant.schemes import bitsandbytes_options
     from zowrap.tasks.loading import choose_dtype
 
     dtype, why = choose_dtype(options.dtype, plan.source)
@@ -162,7 +162,7 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     for asked, option in ((options.masters, "--masters"), (options.along == "evaluated", "--along evaluated")):
         if asked and name == "float32":
             raise ZOError(f"{option} is for 16-bit weights: add --dtype bfloat16, or leave it out")
-    plan.source.quantization = quantization(dataclasses.asdict(options))
+    plan.source.quantization = bitsandbytes_options(dataclasses.asdict(options))
     start = Path(str(options.out)) / START_VECTORS
     if options.resume and start.is_file():
         plan.source.label_vectors = start
@@ -170,12 +170,12 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     say(f"{plan.source.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights in {name} ({why})")
     quantized, eps = options.quantized, options.eps
     with users_words(options):
-        way = modes.from_options(model, dataclasses.asdict(options), options.seed)
-    if way is not None and getattr(plan.task, "form", None) == "vectors":
+        mode = modes.choose_from_options(model, dataclasses.asdict(options), options.seed)
+    if mode is not None and getattr(plan.task, "form", None) == "vectors":
         raise ZOError(f"--head vectors is for plain weights, and those of {plan.source.name} are quantised")
-    if way is not None:
-        quantized = way.name
-        say(f"{quantized} move ({way.why})")
+    if mode is not None:
+        quantized = mode.name
+        say(f"{quantized} move ({mode.why})")
     eps = eps if eps is not None else modes.EPS_PLAIN if quantized is None else modes.EPS[quantized]
     return model, replace(options, dtype=name, quantized=quantized, eps=eps)
 

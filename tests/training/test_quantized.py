@@ -126,7 +126,7 @@ def test_dequantised_checkpoints_are_plain_ones(scheme: str, form: str, dtype: t
     assert (weight - exact).norm() < (0.02 if scheme == "int8" else 0.2) * exact.norm()
     if scheme == "int8" and form == "fp32":
         layer = quant.lower(model)["model.layers.0.mlp.up_proj"]
-        assert torch.equal(weight, codes.values(layer.weight, codes.unit_of(layer.SCB)))
+        assert torch.equal(weight, codes.dequantize(layer.weight, codes.unit_of(layer.SCB)))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4 twice"])
@@ -183,7 +183,7 @@ def test_merging_adapters_requantises_and_says_what_it_lost() -> None:
     tuned = logits(model, inputs)
     errors = merge.merge(model)
     assert len(errors) == 12 and all(0 < error < 1 for error in errors.values())
-    assert not adapters.present(model)
+    assert not adapters.has_adapters(model)
     spread = (logits(model, inputs) - tuned).abs().mean() / tuned.std()
     assert 0 < spread < 0.1
     with pytest.raises(ZOError, match="no adapters to merge"):
@@ -198,7 +198,7 @@ def test_what_merging_lost_is_of_the_change(tmp_path) -> None:
         model = peft.get_peft_model(plain("opt", dtype), peft.LoraConfig(r=2, target_modules=["fc1"]))
         first, _ = (module for module in model.modules() if hasattr(module, "lora_B"))
         torch.nn.init.normal_(first.lora_B["default"].weight)
-        exact = first.base_layer.weight.double() + merge.lora_change(first, "default").double()
+        exact = first.base_layer.weight.double() + merge.lora_delta(first, "default").double()
         errors[dtype] = merge.merge(model)
         assert errors[dtype].pop(next(n for n in errors[dtype] if ".1." in n)) == 0.0
         tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
@@ -277,7 +277,7 @@ def test_a_trainers_run_of_adapters_says_how_its_base_was_loaded(tmp_path) -> No
     assert (logits(exact, inputs) - tuned).norm() < 0.2 * tuned.norm()
     layer = "model.decoder.layers.0.fc1"
     lora = trainer.model.get_submodule(layer)
-    wanted = lowering.lowered(model)[f"{layer}.base_layer"].dequantized() + merge.lora_change(lora, "default")
+    wanted = lowering.lowered_layers(model)[f"{layer}.base_layer"].dequantize() + merge.lora_delta(lora, "default")
     assert torch.equal(exact.get_submodule(layer).weight, wanted)
 
 
@@ -288,4 +288,4 @@ def test_adapters_of_another_kind_are_not_merged() -> None:
     quant.lower(around)
     with pytest.raises(ZOError, match="DoRA"):
         merge.merge(around)
-    assert adapters.present(around)
+    assert adapters.has_adapters(around)

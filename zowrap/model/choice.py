@@ -58,7 +58,7 @@ def settle_engine(zm: ZOModel, batch: Batch, planned: Planned) -> bool:
     """
     engine, job = zm._engine, zm._job
     open_still = getattr(engine, "fall_back", False) and not getattr(engine, "executables", None)
-    if not open_still or job.device.type != "cpu" or job.way is not None or zm._schedule.asked == "sequential":
+    if not open_still or job.device.type != "cpu" or job.quant_mode is not None or zm._schedule.asked == "sequential":
         return False
     copied = sum(p.tensor.numel() * p.tensor.element_size() for p in job.parameters)
     takes, saves = compile_seconds(job), saved_seconds(zm, batch, planned)

@@ -450,7 +450,7 @@ class ZOModel:
     @property
     def quantized(self) -> str | None:
         """How the model's quantised weights move, see :mod:`zowrap.quant.modes`; None where it has none."""
-        return None if self._job.way is None else self._job.way.name
+        return None if self._job.quant_mode is None else self._job.quant_mode.name
 
     @property
     def masters(self) -> bool:

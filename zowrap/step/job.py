@@ -23,11 +23,11 @@ from zowrap.step.parameters import Parameter
 
 
 @dataclass(frozen=True)
-class Way:
+class QuantMode:
     """How the quantised weights of a model move.
 
     Attributes:
-        name: one of :data:`zowrap.names.WAYS`.
+        name: one of :data:`zowrap.names.QUANT_MODES`.
         why: the reason, in words, where it was not asked for.
         rounds: whether some layers round their inputs to 8 bit, which puts a floor under ε.
     """
@@ -49,7 +49,7 @@ class Job:
         states: scalar state of the rule, 0-d float32 tensors by name, for each block.
         hyper: 0-d float32 tensors ``lr``, ``eps``, ``weight_decay``; their values change, the tensors stay.
         decays: whether a weight decay was asked for at all.
-        way: how quantised weights move; None where the model has none.
+        quant_mode: how quantised weights move; None where the model has none.
         other: what 16-bit weights' updates go along, see :func:`zowrap.step.arithmetic.taken`.
     """
 
@@ -66,7 +66,7 @@ class Job:
     hyper: Scalars
     decays: bool
     device: torch.device
-    way: Way | None = None
+    quant_mode: QuantMode | None = None
     other: float | None = None
 
     def slots_of(self, index: int) -> Scalars:

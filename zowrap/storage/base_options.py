@@ -27,7 +27,7 @@ def base_options(model: nn.Module) -> dict[str, str]:
         facts["num_labels"] = config.num_labels
     if isinstance(getattr(inner, "dtype", None), torch.dtype):
         facts["dtype"] = str(inner.dtype).removeprefix("torch.")
-    settings = schemes.quantization_of(config)
+    settings = schemes.quantization_settings(config)
     if settings.get("quant_method") == "bitsandbytes":  # others are quantised on the disk already
         facts["quantization"] = settings
     return {"base_options": json.dumps(facts, default=str)}
@@ -38,12 +38,12 @@ def read_base_options(folder: Path_) -> dict[str, Any]:
 
     ``"quantization"``, where there is one, holds arguments of ``BitsAndBytesConfig``.
     """
-    from zowrap.quant.schemes import quantization
+    from zowrap.quant.schemes import bitsandbytes_options
 
     facts = json.loads(read_metadata(Path(folder) / ADAPTER).get("base_options", "{}"))
     options = _run_of(folder).get("options") or {}
     if not facts:
-        facts = {"dtype": options.get("dtype"), "quantization": quantization(options)}
+        facts = {"dtype": options.get("dtype"), "quantization": bitsandbytes_options(options)}
     if facts.get("quantization"):
         from transformers import BitsAndBytesConfig
 

@@ -40,7 +40,7 @@ def dequantized(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, 
         if tensor.dtype == torch.int8 and name.endswith("weight"):
             if f"{stem}SCB" not in tensors:
                 raise ZOError(f"{name} holds 8-bit codes without their scales ({stem}SCB)")
-            result[name] = codes.values(tensor, codes.unit_of(tensors[f"{stem}SCB"])).to(dtype)
+            result[name] = codes.dequantize(tensor, codes.unit_of(tensors[f"{stem}SCB"])).to(dtype)
         elif tensor.dtype == torch.uint8 and name.endswith("weight"):
             result[name] = _four_bit(name, tensors).to(dtype)
         elif tensor.is_floating_point() and not name.endswith((".SCB", ".absmax", ".quant_map", ".nested_absmax",
@@ -104,7 +104,7 @@ def _turned_weights(folder: Path_) -> set[str]:
         del config.quantization_config
     with torch.device("meta"):
         model = kind._from_config(config)
-    return {f"{name}.weight" for name, module in model.named_modules() if lowering.is_turned(type(module))}
+    return {f"{name}.weight" for name, module in model.named_modules() if lowering.is_transposed(type(module))}
 
 
 def _class_of(folder: Path_) -> tuple[Any, Any]:

@@ -66,7 +66,7 @@ def save_model(
     part, _ = saved_part(model)
     facts = {"zowrap": __version__, **_base_model(part), **(metadata or {})}
     with fresh_files(directory) as beside:
-        with _quiet(), lowering.raised(model):
+        with _quiet(), lowering.original_layers(model):
             _write(part, beside, max_shard_size)
             for name, _, module in saved_apart(model):
                 write_apart(module, beside / name)

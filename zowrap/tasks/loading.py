@@ -18,7 +18,7 @@ from zowrap.errors import ZOError, first_line, nearest, need_package
 from zowrap.machine import free_memory
 from zowrap.numerics.dtypes import DTYPES
 from zowrap.quant.lowering import is_quantized_layer, mark_fresh
-from zowrap.quant.schemes import check_asked, check_settings
+from zowrap.quant.schemes import check_config, check_requested
 from zowrap.step.parameters import canonical_name
 from zowrap.storage.safetensors import ADAPTER, adapters_base, check_adapter_settings, check_directory, opened
 
@@ -88,7 +88,7 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
         need_package("peft", f"{name} holds adapters: they need")
     with _sentences(name):
         config = AutoConfig.from_pretrained(adapters_base(name) or name, trust_remote_code=trust_remote_code)
-    check_settings(config)
+    check_config(config)
     try:
         with _sentences(name, "the tokenizer of "):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -238,14 +238,14 @@ def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **c
         ZOError: the weights cannot be loaded, a fresh head would lie on a checkpoint that is quantised already, or
             that one is not to be had as ``source.quantization`` says.
     """
-    check_asked(source.name, source.config, source.quantization)
+    check_requested(source.name, source.config, source.quantization)
     if source.empty:
-        from zowrap.quant.empty import quantized
+        from zowrap.quant.empty import quantize_empty
 
         changes.pop("ignore_mismatched_sizes", None)
         model = _empty(source, auto_class, dtype, **changes)
         with _sentences(source.name):
-            return quantized(model, source.quantization)
+            return quantize_empty(model, source.quantization)
     model, fresh = _from_pretrained(source, auto_class, dtype, seed, changes)
     rounded = _quantized_layers(model, fresh)
     if rounded and source.quantization is not None:

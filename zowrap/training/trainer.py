@@ -127,7 +127,7 @@ class ZOTrainer(Trainer):
         eval_dataset = kwargs.get("eval_dataset", positional[2] if len(positional) > 2 else None)
         args.evaluates(eval_dataset is not None)
         self._made_folder = not Path(str(args.output_dir)).exists()  # the Trainer makes it
-        with lowering.accepted_by_the_trainer(model):
+        with lowering.hide_quantization(model):
             super().__init__(model, args, *positional, **kwargs)
         self.batch_metrics = batch_metrics
         self.run = Run(str(args.output_dir))
