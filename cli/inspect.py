@@ -118,7 +118,7 @@ def _open(options: InspectOptions) -> Any:
 
 def _wrapped(options: InspectOptions, source: Any, dtype: Any) -> tuple[Any, Any]:
     """The model's shapes, and the model wrapped as ``tune`` would wrap it."""
-    from zowrap.tasks.shapes import shapes
+    from zowrap.tasks.shapes import build_shapes
 
     window = source.window
     length = options.max_length or LENGTH
@@ -126,7 +126,9 @@ def _wrapped(options: InspectOptions, source: Any, dtype: Any) -> tuple[Any, Any
         if options.max_length:
             say(f"--max-length {length} is cut to the {window} tokens that the model reads")
         length = window
-    found = shapes(source, dtype, options.task, options.batch_size, length, options.head, split_labels(options.labels))
+    found = build_shapes(
+        source, dtype, options.task, options.batch_size, length, options.head, split_labels(options.labels)
+    )
     return found, _wrap(options, found.model, found.trainable, found.loss_fn)
 
 
@@ -171,14 +173,14 @@ def _floor(options: InspectOptions, source: Any, dtype: Any) -> Any:
     """Load the weights and measure on a batch of ``--data`` how much of a difference of losses is rounding."""
     from zowrap.calibration.noise_floor import noise_floor
     from zowrap.quant.schemes import bitsandbytes_options
-    from zowrap.tasks.batches import batches
-    from zowrap.tasks.resolve import from_record
+    from zowrap.tasks.batches import iterate_batches
+    from zowrap.tasks.resolve import restore_task
     from zowrap.tasks.rows import read_rows
 
     assert options.data is not None
     rows, saved = read_rows(options.data, default_split="train"), saved_task(options.model)
     if options.task is None and saved is not None:
-        task = from_record(saved)
+        task = restore_task(saved)
     else:
         kind = options.task or "classification"
         task, why = resolve_task(dataclasses.replace(options, task=kind), rows, source)
@@ -192,7 +194,7 @@ def _floor(options: InspectOptions, source: Any, dtype: Any) -> Any:
     # Compiling takes longer than the few evaluations do.
     eager = dataclasses.replace(options, engine="eager")  # type: ignore[call-arg]  # of a class that mypy cannot see
     zm = _wrap(eager, model, task.default_trainable(model), task.loss_fn)
-    (batch,) = batches(examples, task.collator(source), options.batch_size)
+    (batch,) = iterate_batches(examples, task.collator(source), options.batch_size)
     return noise_floor(zm, batch)
 
 

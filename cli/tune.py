@@ -23,7 +23,7 @@ from zowrap.cli.restore import restored, saved_options
 from zowrap.cli.summary import dev_facts, lines, unseen_facts
 from zowrap.cli.tasks import resolve_task, say_counts
 from zowrap.errors import ZOError
-from zowrap.storage.lock import check_one_process, locked
+from zowrap.storage.lock import check_one_process, lock_folder
 from zowrap.storage.safetensors import START_VECTORS
 
 
@@ -44,7 +44,7 @@ def tune(context: typer.Context, options: TuneOptions) -> None:
     load_plugins(options.plugin)
     check_options(options)
     assert options.out is not None
-    with locked(options.out):
+    with lock_folder(options.out):
         check_out_is_free(options)  # another process may have been at work there until now
         train(options, began)
 
@@ -222,12 +222,12 @@ def keeps_start(trainer: Any) -> Any:
     """
     from transformers import TrainerCallback
 
-    from zowrap.storage.save import write_apart
+    from zowrap.storage.save import write_separate_part
 
     class KeepsStart(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 0:
-                write_apart(trainer.zm.model.vectors, trainer.run.path / START_VECTORS)
+                write_separate_part(trainer.zm.model.vectors, trainer.run.path / START_VECTORS)
 
     return KeepsStart()
 

@@ -23,7 +23,7 @@ from zowrap.quant import adapters, lowering, merge
 from zowrap.storage import compare
 from zowrap.storage.export import export_run
 from zowrap.storage.merge import export_merged
-from zowrap.tasks.adapted import adapted
+from zowrap.tasks.adapted import load_adapted
 from zowrap.training.checkpoint import load_checkpoint, load_weights
 from zowrap.training.config import ZOConfig
 from zowrap.training.replay import replay_run
@@ -142,7 +142,7 @@ def test_layers_that_hold_their_weight_the_other_way_round_stay_so(scheme: str, 
     exact, copied = (T.GPT2LMHeadModel.from_pretrained(tmp_path / name) for name in ("plain", "fp32"))
     for name, weight in exact.named_parameters():
         assert (copied.get_parameter(name) - weight).norm() <= 0.2 * weight.norm(), name
-    error, why_not = compare.output_error(tmp_path / "model", tmp_path / "fp32", "fp32")
+    error, why_not = compare.measure_output_error(tmp_path / "model", tmp_path / "fp32", "fp32")
     assert why_not is None and error is not None and error < 0.1
     quant.lower(model)
     quant.lowering.dequantize(model, torch.float32)
@@ -157,8 +157,8 @@ def test_a_copy_that_is_not_the_whole_model_is_not_called_one(tmp_path) -> None:
     tensors = load_file(file)
     del tensors["model.norm.weight"]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ZOError, match=r"not the whole model: model\.norm\.weight"):
-        compare.output_error(tmp_path / "model", tmp_path / "plain", "fp32")
+    with pytest.raises(ZOError, match=r"is incomplete: model\.norm\.weight"):
+        compare.measure_output_error(tmp_path / "model", tmp_path / "plain", "fp32")
 
 
 def test_outputs_that_cannot_be_compared_are_said_to_be_so(tmp_path) -> None:
@@ -166,7 +166,7 @@ def test_outputs_that_cannot_be_compared_are_said_to_be_so(tmp_path) -> None:
     export_run(tmp_path / "model", tmp_path / "plain", form="fp32")
     settings = json.loads((tmp_path / "plain" / "config.json").read_text())
     (tmp_path / "plain" / "config.json").write_text(json.dumps({**settings, "architectures": ["MyModel"]}))
-    found = compare.output_error(tmp_path / "model", tmp_path / "plain", "fp32")
+    found = compare.measure_output_error(tmp_path / "model", tmp_path / "plain", "fp32")
     assert found == (None, "transformers has no class MyModel")
 
 
@@ -266,12 +266,12 @@ def test_a_trainers_run_of_adapters_says_how_its_base_was_loaded(tmp_path) -> No
     trainer = ZOTrainer(model, args, train_dataset=Rows())
     trainer.train()
     tuned = logits(model, inputs)
-    _, errors = export_merged(tmp_path / "run", tmp_path / "merged", adapted)
+    _, errors = export_merged(tmp_path / "run", tmp_path / "merged", load_adapted)
     assert all(0 < error < 1 for error in errors.values())
     merged = type(model).from_pretrained(tmp_path / "merged")
     assert merged.is_quantized
     assert (logits(merged, inputs) - tuned).norm() < 0.2 * tuned.norm()
-    export_run(tmp_path / "run", tmp_path / "fp32", form="fp32", load=adapted)
+    export_run(tmp_path / "run", tmp_path / "fp32", form="fp32", load=load_adapted)
     exact = type(model).from_pretrained(tmp_path / "fp32")
     assert not getattr(exact, "is_quantized", False)
     assert (logits(exact, inputs) - tuned).norm() < 0.2 * tuned.norm()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zowrap.errors import ZOError
-from zowrap.storage.atomic import jsonable, write_text
+from zowrap.storage.atomic import to_jsonable, write_text
 from zowrap.storage.lines import Lines
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ class Journal(Lines):
     @classmethod
     def start(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Journal:
         """A new journal with no step in it; one of that name is replaced."""
-        header = jsonable(header)
+        header = to_jsonable(header)
         write_text(path, json.dumps(header) + "\n")
         return cls(path, header)
 
     def settle(self, **facts: Any) -> None:
         """Write what is known only now into the header of a journal that holds no step yet."""
         self.close()
-        self.header = jsonable({**self.header, **facts})
+        self.header = to_jsonable({**self.header, **facts})
         write_text(self.path, json.dumps(self.header) + "\n")
 
     @classmethod
@@ -74,7 +74,7 @@ class Journal(Lines):
         """
         journal = cls.read_from(path)
         if journal is not None:
-            difference = compare(journal.header, jsonable(header))
+            difference = compare(journal.header, to_jsonable(header))
             if difference:
                 raise ZOError(f"{path} is the journal of another run: {difference}")
         return journal
@@ -123,7 +123,7 @@ class Journal(Lines):
 
 
 def _with_nan(value: Any) -> Any:
-    """What :func:`zowrap.storage.atomic.jsonable` made of numbers, with NaN for null again."""
+    """What :func:`zowrap.storage.atomic.to_jsonable` made of numbers, with NaN for null again."""
     if isinstance(value, list):
         return [_with_nan(item) for item in value]
     return math.nan if value is None else value

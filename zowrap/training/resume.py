@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerState
 
 from zowrap.errors import ZOError
-from zowrap.storage.atomic import holds, remove, same_place
+from zowrap.storage.atomic import contains, is_same_place, remove
 from zowrap.training.checkpoint import checkpoint_facts, load_checkpoint
 from zowrap.training.journal import Journal, describe
 from zowrap.training.replay import check_start, replay
@@ -88,7 +88,7 @@ def find_start(trainer: ZOTrainer, resume: str | bool | None) -> Start:
     fresh = Start(0, first, None, header, plan=plan)
     if not resume:
         return _from_the_first_step(trainer, fresh)
-    if not isinstance(resume, bool) and not same_place(Path(resume), run.path):
+    if not isinstance(resume, bool) and not is_same_place(Path(resume), run.path):
         return _from_checkpoint(trainer, Path(resume), header)
     run.clean()
     journal = Journal.resume(run.journal_file, header)
@@ -126,7 +126,7 @@ def _recorded_plan(trainer: ZOTrainer, resume: str | bool | None) -> dict[str, A
     run = trainer.run
     if not resume:
         return None
-    if not isinstance(resume, bool) and not same_place(Path(resume), run.path):
+    if not isinstance(resume, bool) and not is_same_place(Path(resume), run.path):
         return checkpoint_facts(Path(resume), "plan")
     run.clean()
     journal = Journal.read_from(run.journal_file)
@@ -145,7 +145,7 @@ def _from_the_first_step(trainer: ZOTrainer, fresh: Start, clear: bool = False) 
     if (
         base
         and Path(base).exists()
-        and (same_place(base, run.path) or (trainer.args.overwrite and holds(run.path, base)))
+        and (is_same_place(base, run.path) or (trainer.args.overwrite and contains(run.path, base)))
     ):
         raise ZOError(f"{run.path} is the model's own folder: the run would replace the model it starts from")
     if run.exists() and not (clear or trainer.args.overwrite):
@@ -165,7 +165,7 @@ def _from_the_first_step(trainer: ZOTrainer, fresh: Start, clear: bool = False) 
 def _from_checkpoint(trainer: ZOTrainer, checkpoint: Path, header: dict[str, Any]) -> Start:
     """Go on from one checkpoint, whatever came after it."""
     run = trainer.run
-    inside = same_place(checkpoint.parent, run.path)
+    inside = is_same_place(checkpoint.parent, run.path)
     if not inside and run.exists():
         raise ZOError(f"{run.path} already holds a run: {checkpoint} of another one cannot go on there")
     journal = Journal.resume(run.journal_file, header) if inside else None

@@ -29,7 +29,7 @@ from zowrap.model.zo_model import StepResult, ZOModel
 from zowrap.quant import lowering
 from zowrap.step.finite import warn_of
 from zowrap.step.pretrained import model_name
-from zowrap.storage.lock import locked
+from zowrap.storage.lock import lock_folder
 from zowrap.storage.save import save_model
 from zowrap.training.auto_lr import settle_lr
 from zowrap.training.callback import KeeperCallback
@@ -280,7 +280,7 @@ class ZOTrainer(Trainer):
                 the best model.
         """
         _check_overrides(self)
-        with locked(self.run.path, self._made_folder):
+        with lock_folder(self.run.path, self._made_folder):
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval, kwargs)
 
     def _train(
