@@ -183,7 +183,7 @@ def measure(
     """Loss and accuracy, weighted by examples or label tokens as in training, and how sure the accuracy is."""
     import torch
 
-    from zowrap.loss.evaluation import certainty
+    from zowrap.loss.evaluation import measure_certainty
     from zowrap.storage.atomic import write_text
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -198,7 +198,7 @@ def measure(
     found = run_over(model.to(device), task, examples, source, batch_size, device, metrics)
     if predictions is not None:
         write_text(predictions, "\n".join(lines) + "\n")
-    means, interval = found.means(), certainty(found.rows())["accuracy"]["interval"]
+    means, interval = found.means(), measure_certainty(found.rows())["accuracy"]["interval"]
     record = {"loss": means["loss"], "accuracy": means["accuracy"], "accuracy_interval": interval}
     return {**record, "examples": found.examples}
 
@@ -207,11 +207,11 @@ def run_over(
     model: Any, task: Any, examples: Any, source: Any, batch_size: int, device: Any, metrics: Any
 ) -> Evaluation:
     """Evaluate a model that is on ``device`` over tokenised rows."""
-    from zowrap.loss.evaluation import run
+    from zowrap.loss.evaluation import run_evaluation
     from zowrap.tasks.batches import iterate_batches
 
     on_device = (
         {name: value.to(device) for name, value in batch.items()}
         for batch in iterate_batches(examples, task.collator(source), batch_size)
     )
-    return run(model, on_device, task.loss_fn, metrics)
+    return run_evaluation(model, on_device, task.loss_fn, metrics)

@@ -47,7 +47,7 @@ def unseen_facts(before: dict[str, Any], after: dict[str, Any], rows: dict[str, 
 
     Args:
         before, after: loss and accuracy of the untuned model and of the one that was kept; empty where not known.
-        rows: how sure the latter are, see :func:`zowrap.loss.evaluation.certainty`.
+        rows: how sure the latter are, see :func:`zowrap.loss.evaluation.measure_certainty`.
     """
     facts: dict[str, Any] = {}
     for name in FIGURES:

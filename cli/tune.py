@@ -264,7 +264,7 @@ def measure_test(trainer: Any, plan: Plan) -> Any:
 
 def report_test(trainer: Any, plan: Plan, options: TuneOptions) -> dict[str, Any]:
     """What ``--json`` prints of the test data: the untuned model's figures and those of the model in ``out``."""
-    from zowrap.loss.evaluation import certainty
+    from zowrap.loss.evaluation import measure_certainty
     from zowrap.training.checkpoint import load_weights
 
     before = trainer.run.before().get("test") or {}
@@ -275,7 +275,7 @@ def report_test(trainer: Any, plan: Plan, options: TuneOptions) -> dict[str, Any
         load_weights(trainer.run.path, trainer.zm)
     found = measure_test(trainer, plan)
     after = {**found.means(), "examples": found.examples}
-    return unseen_facts(before, after, certainty(found.rows(), before.get("rows")), metric)
+    return unseen_facts(before, after, measure_certainty(found.rows(), before.get("rows")), metric)
 
 
 def _metric(options: TuneOptions) -> str:

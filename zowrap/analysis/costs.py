@@ -18,7 +18,7 @@ from zowrap.analysis.operators import Work, kept_for_update, merged
 from zowrap.analysis.program import Laid, Sizes
 from zowrap.engines.compiled import CompiledEngine
 from zowrap.errors import ZOCaptureError
-from zowrap.loss.module import Batch, rows_of
+from zowrap.loss.module import Batch, count_rows
 from zowrap.machine import MARGIN
 from zowrap.ops.scratch import MOST_ELEMENTS
 from zowrap.step.job import Engine, Job
@@ -201,7 +201,7 @@ class Estimator:
     def _update(self, block: int) -> tuple[Work, int]:
         """The epilogue: every active weight and its state read and written once; and the bytes it allocates."""
         job, work, pair = self.job, Work(), 0
-        directions = rows_of(self.batch) if self.per_example else job.queries
+        directions = count_rows(self.batch) if self.per_example else job.queries
         for i in job.blocks[block].indices:
             w = job.parameters[i].tensor
             work.update_bytes += 2 * sum(map(_size, (w, *job.slots_of(i).values())))
@@ -220,7 +220,7 @@ class Estimator:
         """Bytes of the factors of low-rank directions, which live as long as the step does."""
         if not self.job.layouts:
             return 0
-        directions = rows_of(self.batch) if self.per_example else self.job.queries
+        directions = count_rows(self.batch) if self.per_example else self.job.queries
         return 4 * directions * self.job.layouts[block].size * (2 if self.job.rule.left is not None else 1)
 
     # --- one program ------------------------------------------------------------------------------------------

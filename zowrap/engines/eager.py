@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zowrap import machine
 from zowrap.errors import ZOError
-from zowrap.loss.evaluation_mode import evaluation_mode, unwritten
-from zowrap.loss.module import Batch, example, rows_of
+from zowrap.loss.evaluation_mode import evaluation_mode, forbid_writes
+from zowrap.loss.module import Batch, count_rows, select_example
 from zowrap.numerics import codes, noise
 from zowrap.numerics.dtypes import at_least_float32, is_16_bit
 from zowrap.step import lowrank
@@ -66,7 +66,7 @@ class EagerEngine:
                 return sums.unsqueeze(0), weights
             if not stream.per_example:
                 return self._along(batch, stream, coefficients, 0)
-            examples = [example(batch, b) for b in range(rows_of(batch))]
+            examples = [select_example(batch, b) for b in range(count_rows(batch))]
             pairs = [self._along(one, stream, coefficients, b) for b, one in enumerate(examples)]
             return torch.cat([sums for sums, _ in pairs], dim=1), torch.cat([weights for _, weights in pairs])
 
@@ -85,7 +85,7 @@ class EagerEngine:
                     continue
                 copy = perturbed(p.tensor, self.direction(stream, i, which), coefficient)
                 copies.update({f"model.{name}": copy for name in self._places[i]})
-            with unwritten(copies.items()):  # else a model would pass or fail by what is perturbed
+            with forbid_writes(copies.items()):  # else a model would pass or fail by what is perturbed
                 sums, weights = torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=False)
             rows.append(sums)
         return torch.stack(rows), weights

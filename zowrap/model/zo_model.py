@@ -20,7 +20,7 @@ from zowrap.checks import check_positive
 from zowrap.engines import build_engine
 from zowrap.engines.eager import EagerEngine
 from zowrap.errors import ZOError
-from zowrap.loss.module import LossModule, per_example_names, rows_of
+from zowrap.loss.module import LossModule, count_rows, per_example_names
 from zowrap.model.accumulator import Measured, Measurement
 from zowrap.model.cuda_graphs import recorder_for
 from zowrap.model.schedule import Schedule
@@ -353,7 +353,7 @@ class ZOModel:
         self._schedule.settle(self._job, self._engine, batch, self._choose_engine)
         if self._estimator.per_example:
             first = self._measured.examples
-            streams = [self._streams.population(range(first, first + rows_of(batch)))]
+            streams = [self._streams.population(range(first, first + count_rows(batch)))]
         else:
             streams = self._streams.queries
         sums: list[Tensor] = []

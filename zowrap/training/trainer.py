@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from zowrap.errors import ZOError
 from zowrap.loss import evaluation
-from zowrap.loss.module import labels_out_of_range
+from zowrap.loss.module import count_rows, find_invalid_labels
 from zowrap.model.choice import Planned
 from zowrap.model.zo_model import StepResult, ZOModel
 from zowrap.quant import lowering
@@ -220,7 +220,7 @@ class ZOTrainer(Trainer):
         if classes is None:
             return batch
         # Before that is known, on an accelerator, only what is too large: there it would end the process.
-        wrong = labels_out_of_range(labels, classes) if self._loss.settled else labels >= classes
+        wrong = find_invalid_labels(labels, classes) if self._loss.settled else labels >= classes
         if not waits:
             any_wrong = wrong.any()
             self._wrong_labels = any_wrong if self._wrong_labels is None else self._wrong_labels | any_wrong
@@ -444,8 +444,8 @@ class ZOTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of one batch at the weights as they are; only evaluations ask for it."""
-        sums, weights, outputs = evaluation.forward(self._loss, inputs, outputs=True)
-        rows = evaluation.rows(inputs)
+        sums, weights, outputs = evaluation.evaluate_batch(self._loss, inputs, outputs=True)
+        rows = count_rows(inputs)
         self._sums.examples += rows
         self._sums.add_loss(sums, weights, rows, self.args.device)
         loss = (sums.sum() / weights.sum()).float()
@@ -492,7 +492,7 @@ def _row_out_of_range(dataset: Any, classes: int) -> tuple[int | None, int | Non
         for row in range(len(dataset)):
             item = dataset[row]
             labels = torch.as_tensor(item["labels"] if "labels" in item else item["label"])
-            wrong = labels_out_of_range(labels, classes)
+            wrong = find_invalid_labels(labels, classes)
             if bool(wrong.any()):
                 return row, int(labels[wrong][0])
     return None, None

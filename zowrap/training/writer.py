@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from transformers.trainer_callback import ExportableState
 
 from zowrap.errors import ZOError, ZOWarning, not_finite
-from zowrap.loss.evaluation import Evaluation, certainty
+from zowrap.loss.evaluation import Evaluation, measure_certainty
 from zowrap.model.zo_model import StepResult
 from zowrap.step.finite import not_finite as elements_not_finite
 from zowrap.storage.atomic import remove
@@ -335,7 +335,7 @@ class Keeper:
             if step == 0:
                 self.trainer.run.keep_before(prefix, {"rows": rows})
             before = (self.trainer.run.before().get(prefix) or {}).get("rows")
-            line[f"{prefix}_rows"] = certainty(rows, before)
+            line[f"{prefix}_rows"] = measure_certainty(rows, before)
         self._last_evaluations.update(dict.fromkeys(_losses(line), line))
         if self._is_best(line, step):
             self._write_root()
