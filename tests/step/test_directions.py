@@ -128,7 +128,7 @@ def test_values_are_checked_whatever_was_asked_for_before() -> None:
         ("zo_sgd", {"estimator": "population", "queries": 2}, "queries must be 1, got 2"),
         ("fzoo", {"estimator": "population"}, "fzoo compares directions on the same examples"),
         ("hizoo", {"estimator": "population"}, "estimator must be 'central'"),
-        (rules.zo_sgd(conservative=True), {"queries": 2}, "queries must be 1"),
+        (rules.zo_sgd(conservative=True), {"queries": 2}, "use queries=1"),
         (rules.zo_sgd(conservative=True), {"estimator": "population"}, "compares losses along one direction"),
         (rules.meazo(groups=True), {}, "groups=True needs blocks"),
     ],

@@ -164,7 +164,7 @@ def _on_gpu(model: torch.nn.Module) -> bool:
 
 def _compiled(model: torch.nn.Module, batch: Batch) -> tuple[Callable[[Batch], torch.Tensor], float]:
     """The plain loss by torch.compile, for this very batch size, and the seconds its first call took."""
-    cache.use()  # the yardstick's code is kept where ours is, and no warmer
+    cache.use_cache_folder()  # the yardstick's code is kept where ours is, and no warmer
     module = LossModule(model)
     # On a GPU with CUDA graphs, as ours: without them small batches wait for launches.
     mode = "reduce-overhead" if _on_gpu(module) else None
