@@ -21,9 +21,9 @@ import torch
 
 import zowrap
 from benchmarks.papers.finetune import minilm
-from zowrap.bench.architectures import batch_for, build
+from zowrap.bench.architectures import build_model, make_batch
 from zowrap.bench.contenders import Contender
-from zowrap.bench.measure import peak_bytes
+from zowrap.bench.measure import measure_peak_bytes
 from zowrap.quant import lowering
 from zowrap.step.parameters import weight_bytes
 
@@ -57,7 +57,7 @@ def here(name: str, kind: str) -> None:
     def forward() -> None:
         model(**batch)
 
-    plain = peak_bytes(Contender("forward", forward), device)
+    plain = measure_peak_bytes(Contender("forward", forward), device)
     zm = zowrap.zo_wrap(
         model,
         "meazo",
@@ -70,7 +70,7 @@ def here(name: str, kind: str) -> None:
         **way.wrap,
     )
     held = weight_bytes(model) + zm.inspect().state_bytes
-    step = peak_bytes(Contender("step", lambda: zm.step(**batch), wrapped=zm), device)
+    step = measure_peak_bytes(Contender("step", lambda: zm.step(**batch), wrapped=zm), device)
     line = {"form": name, "model": kind, "batch": BATCHES[kind], "weights": weights, "held": held}
     print(json.dumps({**line, "step": step, "forward": plain, "lowered": len(lowering.lowered_layers(model))}))
 
@@ -89,10 +89,10 @@ def _load(
         ids = torch.randint(2, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
         return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with tempfile.TemporaryDirectory() as folder:
-        made: Any = build(kind, dtype)
+        made: Any = build_model(kind, dtype)
         made.save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, **more).eval()
-    return model, batch_for(model, *BATCHES[kind])
+    return model, make_batch(model, *BATCHES[kind])
 
 
 def _size(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

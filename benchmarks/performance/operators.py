@@ -79,7 +79,11 @@ LAWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def run(rounds: int) -> dict[str, Any]:
     """All tables."""
     tables = {"laws": laws, "deferred": deferred, "chunks": chunks, "stacked": stacked}
-    return {"machine": measure.machine(), "rounds": rounds, **{name: table(rounds) for name, table in tables.items()}}
+    return {
+        "machine": measure.describe_machine(),
+        "rounds": rounds,
+        **{name: table(rounds) for name, table in tables.items()},
+    }
 
 
 def laws(rounds: int) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import zowrap
 from tests.support.families import batch
 from tests.support.quantized_models import SCHEMES, logits, plain, quantized
 from zowrap import names, quant
-from zowrap.calibration.noise_floor import NoiseFloor, slope_and_floor
+from zowrap.calibration.noise_floor import NoiseFloor, estimate_slope_and_floor
 from zowrap.errors import ZOError, ZOWarning
 from zowrap.model.zo_model import ZOModel
 from zowrap.numerics import codes, noise
@@ -334,10 +334,10 @@ def test_tuned_scales_are_not_left_under_adapters() -> None:
 
 
 def test_where_rounding_outweighs_the_slope_there_is_no_floor() -> None:
-    slope, floor = slope_and_floor(0.5, 0.3, 0.1)
+    slope, floor = estimate_slope_and_floor(0.5, 0.3, 0.1)
     assert slope == pytest.approx(2.0) and floor == pytest.approx(0.075)
     for whole in (0.42, 0.3, 0.1):  # 2εs below n, nothing, less than nothing
-        assert all(math.isnan(value) for value in slope_and_floor(whole, 0.3, 0.1))
+        assert all(math.isnan(value) for value in estimate_slope_and_floor(whole, 0.3, 0.1))
     found = NoiseFloor(1e-3, math.nan, 0.3, math.nan, 0.5, 3e-4)
     assert found.hidden and found.record()["floor"] is None
 
