@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from examples import demo
-from zowrap.numerics.intervals import wilson
+from zowrap.numerics.intervals import wilson_interval
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 SEEDS = (0, 1, 2)
@@ -175,7 +175,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _interval(accuracy: float, record: dict[str, Any]) -> str:
-    low, high = wilson(accuracy * record["rows"], record["rows"])
+    low, high = wilson_interval(accuracy * record["rows"], record["rows"])
     return f"{low:.2f} to {high:.2f}"
 
 

@@ -58,27 +58,32 @@ def step(context: typer.Context, options: BenchOptions) -> None:
     make = _maker(options)
     if options.only is not None:
         contender = make(options.only)
-        facts = {"start_seconds": contender.start_seconds, "peak_bytes": measure.peak_bytes(contender, _device())}
+        facts = {
+            "start_seconds": contender.start_seconds,
+            "peak_bytes": measure.measure_peak_bytes(contender, _device()),
+        }
         result(facts, options.json)
         return
     rows = []
-    for name in contenders.names_of(options.row):
+    for name in contenders.list_names(options.row):
         say(f"preparing: {name}")
         rows.append(make(name))
     say(f"timing {len(rows)} rows, {options.rounds} rounds")
-    times = measure.interleaved(rows, options.rounds)
+    times = measure.time_interleaved(rows, options.rounds)
     records = []
     for row in rows:
         seconds, ratios = zip(*times[row.name], strict=True)
-        record: dict[str, Any] = {"row": row.name, "seconds": measure.spread(seconds)}
-        record["ratio"] = measure.spread(ratios)
+        record: dict[str, Any] = {"row": row.name, "seconds": measure.summarise_spread(seconds)}
+        record["ratio"] = measure.summarise_spread(ratios)
         if options.alone:
             say(f"alone: {row.name}")
             record.update(_alone(options, row.name))
         records.append(record)
     facts = {"arch": options.arch, "batch": options.batch, "seq": options.seq, "dtype": options.dtype}
     result(
-        {**facts, "rounds": options.rounds, "machine": measure.machine(), "rows": records}, options.json, lines(records)
+        {**facts, "rounds": options.rounds, "machine": measure.describe_machine(), "rows": records},
+        options.json,
+        lines(records),
     )
 
 
@@ -116,12 +121,12 @@ def _maker(options: BenchOptions) -> Callable[[str], Any]:
 
     from zowrap.bench import architectures, contenders
 
-    build = functools.partial(architectures.build, options.arch, getattr(torch, options.dtype), str(_device()))
+    build = functools.partial(architectures.build_model, options.arch, getattr(torch, options.dtype), str(_device()))
     shared = functools.cache(build)
 
     def make(name: str) -> Any:
-        model = build() if contenders.changes_modules(name) else shared()
-        return contenders.make(name, model, architectures.batch_for(model, options.batch, options.seq))
+        model = build() if contenders.needs_own_model(name) else shared()
+        return contenders.make_contender(name, model, architectures.make_batch(model, options.batch, options.seq))
 
     return make
 

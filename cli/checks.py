@@ -23,10 +23,10 @@ from zowrap.cli.options import SharedOptions, TuneOptions, load_plugins, split_l
 from zowrap.errors import Option, ZOError, first_line, nearest, need_package
 from zowrap.names import python_file
 from zowrap.step.options import ENTRIES, StepOptions, check_values, values_of
-from zowrap.storage.atomic import holds, same_place
+from zowrap.storage.atomic import contains, is_same_place
 from zowrap.storage.folder import RunFolder
 from zowrap.storage.safetensors import check_directory
-from zowrap.tasks.rows import check_source, first_row, label_of, text_of
+from zowrap.tasks.rows import check_source, read_first_row, read_label, read_text
 
 SCHEDULES = ("constant", "linear", "cosine")
 PATHS = ("model", "data", "eval_data", "test_data")
@@ -119,19 +119,19 @@ def _check_rule(options: SharedOptions) -> None:
 
 def _check_first_row(file: str, options: TuneOptions) -> None:
     """Whether the columns are there, as far as the first row shows."""
-    row = first_row(file)
+    row = read_first_row(file)
     if row is None or options.task != "classification":
         return
-    label_of(row, options.label_column)
+    read_label(row, options.label_column)
     if options.template is None:
-        text_of(row, options.text_column)
+        read_text(row, options.text_column)
 
 
 def check_quantization(options: SharedOptions) -> None:
     """Raise :class:`ZOError` for options about quantisation and adapters that exclude or need one another."""
     if options.load_in_8bit and options.load_in_4bit:
         raise ZOError("--load-in-8bit and --load-in-4bit are two ways to load a model: give one")
-    one_of("--quantized", options.quantized, names.WAYS)
+    one_of("--quantized", options.quantized, names.QUANT_MODES)
     if options.load_in_4bit and options.quantized not in (None, "adapters"):
         raise ZOError(f"--quantized {options.quantized} is for 8-bit weights: 4-bit ones take adapters")
     if options.use_peft and options.quantized not in (None, "adapters"):
@@ -240,9 +240,9 @@ def _check_out(options: TuneOptions) -> None:
     out = Path(str(options.out))
     if out.exists() and not out.is_dir():
         raise ZOError(f"--out {out} is a file: give the name of a directory")
-    if same_place(out, str(options.model)):
+    if is_same_place(out, str(options.model)):
         raise ZOError(f"--out {out} is the model's own directory: the run would replace the model it starts from")
-    if options.overwrite and Path(str(options.model)).exists() and holds(out, str(options.model)):
+    if options.overwrite and Path(str(options.model)).exists() and contains(out, str(options.model)):
         raise ZOError(f"--out {out} holds the model that the run starts from, and --overwrite would remove it")
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -254,7 +254,7 @@ def check_out_is_free(options: TuneOptions) -> None:
 
     What a start that was killed in its first calls left there is nothing.
     """
-    if RunFolder(str(options.out)).holds_something() and not (options.overwrite or options.resume):
+    if RunFolder(str(options.out)).has_content() and not (options.overwrite or options.resume):
         raise ZOError(f"--out {options.out} exists and is not empty: give another, or --resume or --overwrite")
 
 

@@ -52,13 +52,13 @@ def env(context: typer.Context, options: EnvOptions) -> None:
         "devices": devices,
         "threads": torch.get_num_threads(),
         "compiler": compiler,
-        "cache": str(cache.folder()),
+        "cache": str(cache.cache_folder()),
         "works": works,
     }
     lines = [f"zowrap {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"{name:14} {version or 'not installed'}" for name, version in versions.items()]
     lines += [f"device         {device}" for device in devices]
-    lines += [f"compiler       {compiler or 'none'}", f"cache          {cache.folder()} (compiled code)"]
+    lines += [f"compiler       {compiler or 'none'}", f"cache          {cache.cache_folder()} (compiled code)"]
     lines += ["", *(f"{name:22} {answer}" for name, answer in works.items())]
     result(record, options.json, lines)
 

@@ -33,7 +33,7 @@ from zowrap.cli.paths import PATH
 from zowrap.cli.summary import spread
 from zowrap.cli.tasks import resolve_task, saved_task, say_counts
 from zowrap.errors import ZOError
-from zowrap.storage.atomic import same_place
+from zowrap.storage.atomic import is_same_place
 from zowrap.storage.folder import RunFolder
 from zowrap.storage.safetensors import check_directory, weight_files
 from zowrap.tasks.rows import check_source
@@ -108,8 +108,8 @@ def _check_predictions(options: EvalOptions) -> None:
     file = Path(options.predictions)
     if file.is_dir():
         raise ZOError(f"--predictions {file} is a directory: give the name of a file")
-    inside = file.exists() and same_place(file.parent, options.model)
-    if inside or (options.data is not None and same_place(file, options.data)):
+    inside = file.exists() and is_same_place(file.parent, options.model)
+    if inside or (options.data is not None and is_same_place(file, options.data)):
         raise ZOError(f"--predictions {file} would replace a file that is read here: give the name of a new one")
 
 
@@ -168,13 +168,13 @@ def say_failure(folder: str | Path) -> None:
 
 def _task(context: typer.Context, options: EvalOptions, saved: dict[str, Any] | None, rows: Any, source: Any) -> Any:
     """The run's own task with what the user asks otherwise, or one resolved from the options."""
-    from zowrap.tasks.resolve import from_record
+    from zowrap.tasks.resolve import restore_task
 
     if saved is None:
         return resolve_task(options, rows, source)
     fields = ("text_column", "label_column", "template", "max_length", "end_of_text")
     asked = {name: getattr(options, name) for name in fields if given(context, name) and name in saved}
-    return from_record({**saved, **asked}), f"{saved.get('kind')} as {options.model} was tuned"
+    return restore_task({**saved, **asked}), f"{saved.get('kind')} as {options.model} was tuned"
 
 
 def measure(
@@ -183,7 +183,7 @@ def measure(
     """Loss and accuracy, weighted by examples or label tokens as in training, and how sure the accuracy is."""
     import torch
 
-    from zowrap.loss.evaluation import certainty
+    from zowrap.loss.evaluation import measure_certainty
     from zowrap.storage.atomic import write_text
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -198,7 +198,7 @@ def measure(
     found = run_over(model.to(device), task, examples, source, batch_size, device, metrics)
     if predictions is not None:
         write_text(predictions, "\n".join(lines) + "\n")
-    means, interval = found.means(), certainty(found.rows())["accuracy"]["interval"]
+    means, interval = found.means(), measure_certainty(found.rows())["accuracy"]["interval"]
     record = {"loss": means["loss"], "accuracy": means["accuracy"], "accuracy_interval": interval}
     return {**record, "examples": found.examples}
 
@@ -207,11 +207,11 @@ def run_over(
     model: Any, task: Any, examples: Any, source: Any, batch_size: int, device: Any, metrics: Any
 ) -> Evaluation:
     """Evaluate a model that is on ``device`` over tokenised rows."""
-    from zowrap.loss.evaluation import run
-    from zowrap.tasks.batches import batches
+    from zowrap.loss.evaluation import run_evaluation
+    from zowrap.tasks.batches import iterate_batches
 
     on_device = (
         {name: value.to(device) for name, value in batch.items()}
-        for batch in batches(examples, task.collator(source), batch_size)
+        for batch in iterate_batches(examples, task.collator(source), batch_size)
     )
-    return run(model, on_device, task.loss_fn, metrics)
+    return run_evaluation(model, on_device, task.loss_fn, metrics)

@@ -17,8 +17,8 @@ from zowrap.cli.paths import PATH
 from zowrap.cli.tasks import check_target, recorded_base
 from zowrap.errors import ZOError
 from zowrap.storage import safetensors
-from zowrap.storage.lock import locked
-from zowrap.storage.safetensors import ADAPTER, may_be_of_the_hub, pickled_weights, weight_files
+from zowrap.storage.lock import lock_folder
+from zowrap.storage.safetensors import ADAPTER, could_be_hub_name, pickled_weights, weight_files
 
 
 @dataclasses.dataclass
@@ -49,18 +49,18 @@ def export(context: typer.Context, options: ExportOptions) -> None:
 
     source = _directory(options)
     check_target(options.to, options.overwrite, "--to", str(source), recorded_base(source))  # of the hub, too
-    with locked(options.to):
+    with lock_folder(options.to):
         _write(options, source)
 
 
 def _write(options: ExportOptions, source: Path) -> None:
     """Write the model, as the one process that writes into ``--to``, and say what came of it."""
-    from zowrap.storage.compare import output_error
+    from zowrap.storage.compare import measure_output_error
     from zowrap.storage.dequantize import is_quantized_folder
     from zowrap.storage.export import export_run
     from zowrap.storage.formats import DTYPES
     from zowrap.storage.pickles import convert_pickle
-    from zowrap.tasks.adapted import adapted
+    from zowrap.tasks.adapted import load_adapted
 
     assert options.to is not None
     say_failure(source)
@@ -70,7 +70,7 @@ def _write(options: ExportOptions, source: Path) -> None:
         from zowrap.storage.merge import export_merged
 
         files, errors = export_merged(
-            source, options.to, adapted, options.max_shard_size, options.overwrite, options.format
+            source, options.to, load_adapted, options.max_shard_size, options.overwrite, options.format
         )
     elif options.allow_pickle and pickled_weights(source) and not weight_files(source):
         _check_as_it_is(options)
@@ -83,13 +83,13 @@ def _write(options: ExportOptions, source: Path) -> None:
             options.max_shard_size,
             overwrite=options.overwrite,
             form=options.format,
-            load=adapted,
+            load=load_adapted,
         )
     size = sum(file.stat().st_size for file in files)
     record = {"to": options.to, "files": [file.name for file in files], "bytes": size}
     lines = [f"wrote {options.to}: {len(files)} files, {size / 2**20:.1f} MiB"]
     if options.format in DTYPES and (adapters or is_quantized_folder(source)):
-        error, why_not = output_error(source, options.to, options.format, adapted)
+        error, why_not = measure_output_error(source, options.to, options.format, load_adapted)
         record |= {"logit_error": error, "logit_error_why": why_not}
         if error is None:
             lines.append(f"its outputs were not compared with the tuned model's: {why_not}")
@@ -111,7 +111,7 @@ def _check(options: ExportOptions) -> None:
         raise ZOError("--format says what the weights become: leave out --dtype and --allow-pickle")
     path = Path(options.source)
     if not path.is_dir():
-        if path.exists() or not may_be_of_the_hub(options.source):
+        if path.exists() or not could_be_hub_name(options.source):
             raise ZOError(f"no such run or model directory: {options.source}")
         return check_target(options.to, options.overwrite, "--to")
     check_target(options.to, options.overwrite, "--to", options.source, recorded_base(path))

@@ -68,7 +68,7 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
     record["eps_why"], record["noise_floor"] = _why_eps(options, zm), None
     lines = [f"{options.model} in {_name(dtype)} ({why})", plan.sentence, *str(facts).splitlines()]
     lines.append(f"eps        {zm.eps:g} ({record['eps_why']})")
-    rounds = zm.job.way is not None and zm.job.way.rounds
+    rounds = zm.job.quant_mode is not None and zm.job.quant_mode.rounds
     if options.data is not None and not rounds:
         read_rows(options.data, default_split="train")  # a name that is wrong is wrong here, too
         lines.append("floor      none: no layer rounds its activations to 8 bit")
@@ -106,7 +106,7 @@ def _check(options: InspectOptions) -> None:
 
 def _open(options: InspectOptions) -> Any:
     """The model's configuration, and how its weights would be quantised."""
-    from zowrap.quant.schemes import quantization
+    from zowrap.quant.schemes import bitsandbytes_options
     from zowrap.storage.safetensors import adapters_base
     from zowrap.tasks.loading import open_source
 
@@ -114,13 +114,13 @@ def _open(options: InspectOptions) -> Any:
     if base is not None:
         raise ZOError(f"{options.model} holds adapters: inspect what they stand on, zowrap inspect {base} --use-peft")
     source = open_source(options.model, options.trust_remote_code, empty=True)
-    source.quantization = quantization(dataclasses.asdict(options))
+    source.quantization = bitsandbytes_options(dataclasses.asdict(options))
     return source
 
 
 def _wrapped(options: InspectOptions, source: Any, dtype: Any) -> tuple[Any, Any]:
     """The model's shapes, and the model wrapped as ``tune`` would wrap it."""
-    from zowrap.tasks.shapes import shapes
+    from zowrap.tasks.shapes import build_shapes
 
     window = source.window
     length = options.max_length or LENGTH
@@ -128,21 +128,23 @@ def _wrapped(options: InspectOptions, source: Any, dtype: Any) -> tuple[Any, Any
         if options.max_length:
             say(f"--max-length {length} is cut to the {window} tokens that the model reads")
         length = window
-    found = shapes(source, dtype, options.task, options.batch_size, length, options.head, split_labels(options.labels))
+    found = build_shapes(
+        source, dtype, options.task, options.batch_size, length, options.head, split_labels(options.labels)
+    )
     return found, _wrap(options, found.model, found.trainable, found.loss_fn)
 
 
 def _wrap(options: InspectOptions, model: Any, trainable: Any, loss_fn: Any) -> Any:
     """Put adapters on a model where they are to move, and wrap it, as ``tune`` does."""
+    from zowrap import rules
     from zowrap.quant import modes
-    from zowrap.rules.registry import get
     from zowrap.wrap import zo_wrap
 
     with spelled_for(options):
-        way = modes.from_options(model, dataclasses.asdict(options), seed=0)
-        if way is not None or options.use_peft:
+        mode = modes.choose_from_options(model, dataclasses.asdict(options), seed=0)
+        if mode is not None or options.use_peft:
             trainable = None
-        rule = get(options.rule, **rule_options(options))
+        rule = rules.get(options.rule, **rule_options(options))
         values = {**step_values(options), "rule": rule, "trainable": options.trainable or trainable}
         return zo_wrap(model, loss_fn=loss_fn, **values)
 
@@ -157,15 +159,15 @@ def _why_eps(options: InspectOptions, zm: Any) -> str:
 def _floor(options: InspectOptions, source: Any, dtype: Any) -> Any:
     """Load the weights and measure on a batch of ``--data`` how much of a difference of losses is rounding."""
     from zowrap.calibration.noise_floor import noise_floor
-    from zowrap.quant.schemes import quantization
-    from zowrap.tasks.batches import batches
-    from zowrap.tasks.resolve import from_record
+    from zowrap.quant.schemes import bitsandbytes_options
+    from zowrap.tasks.batches import iterate_batches
+    from zowrap.tasks.resolve import restore_task
     from zowrap.tasks.rows import read_rows
 
     assert options.data is not None
     rows, saved = read_rows(options.data, default_split="train"), saved_task(options.model)
     if options.task is None and saved is not None:
-        task = from_record(saved)
+        task = restore_task(saved)
     else:
         kind = options.task or "classification"
         task, why = resolve_task(dataclasses.replace(options, task=kind), rows, source)
@@ -174,12 +176,12 @@ def _floor(options: InspectOptions, source: Any, dtype: Any) -> Any:
     examples = task.examples(rows[: options.batch_size], source)
     if not len(examples):
         raise ZOError(f"none of the first {options.batch_size} rows of {options.data} has anything to learn from")
-    source.quantization = quantization(dataclasses.asdict(options))
+    source.quantization = bitsandbytes_options(dataclasses.asdict(options))
     model = task.build(source, dtype)
     # Compiling takes longer than the few evaluations do.
     eager = dataclasses.replace(options, engine="eager")  # type: ignore[call-arg]  # of a class that mypy cannot see
     zm = _wrap(eager, model, task.default_trainable(model), task.loss_fn)
-    (batch,) = batches(examples, task.collator(source), options.batch_size)
+    (batch,) = iterate_batches(examples, task.collator(source), options.batch_size)
     return noise_floor(zm, batch)
 
 
@@ -227,7 +229,7 @@ class _Plan:
 def _plan(options: InspectOptions, zm: Any, estimator: Any, problem: str | None) -> _Plan:
     """Let the model choose its schedule, and see whether that fits."""
     from zowrap.analysis.costs import what_helps
-    from zowrap.machine import fits, free_memory, in_words
+    from zowrap.machine import fits, format_bytes, free_memory
 
     free, found = free_memory(), None
     if estimator is None:
@@ -242,7 +244,7 @@ def _plan(options: InspectOptions, zm: Any, estimator: Any, problem: str | None)
         of_what = f"{rows} × {length} tokens, {zm.schedule.name}"
     enough = fits(needed, free)
     verdict = "fits" if enough else "does not fit"
-    sentence = f"{verdict}: needs {in_words(needed)}, {in_words(free)} free ({of_what})"
+    sentence = f"{verdict}: needs {format_bytes(needed)}, {format_bytes(free)} free ({of_what})"
     if not enough:
         itemsize = max(p.tensor.element_size() for p in zm.parameters)
         sentence += f"; what would help: {', '.join(what_helps(found, options.batch_size, itemsize))}"

@@ -72,7 +72,7 @@ def load_plugins(named: list[str]) -> None:
     if named:
         from zowrap.rules import plugins
 
-        plugins.load(named)
+        plugins.import_plugins(named)
 
 
 def split_labels(labels: str | None) -> list[str] | None:

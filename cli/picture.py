@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from zowrap.storage.atomic import writing
+from zowrap.storage.atomic import guard_write
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -60,7 +60,7 @@ def draw(path: Path, steps: list[dict[str, Any]], evaluations: list[dict[str, An
         right.set_ylabel("accuracy", color="C2")
     axes.legend(loc="upper right")
     beside = path.with_name("loss.tmp.png")
-    with writing(path, beside):
+    with guard_write(path, beside):
         figure.savefig(beside, dpi=120)
         os.replace(beside, path)
     return True

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from zowrap import telling
 from zowrap.cli.console import say
 from zowrap.cli.picture import read_metrics
-from zowrap.numerics.intervals import wilson
+from zowrap.numerics.intervals import wilson_interval
 
 # Of an exponential mean over the logs, each the mean of a hundredth of the run: it follows a twentieth of the run.
 SMOOTHING = 0.8
@@ -115,7 +115,7 @@ class Progress(TrainerCallback):
         metrics = metrics or {}
         parts = [f"{name} {metrics[f'eval_{name}']:.4f}" for name in ("loss", "accuracy") if f"eval_{name}" in metrics]
         if self.rows and "eval_accuracy" in metrics:
-            low, high = wilson(metrics["eval_accuracy"] * self.rows, self.rows)
+            low, high = wilson_interval(metrics["eval_accuracy"] * self.rows, self.rows)
             parts[-1] += f" ± {(high - low) / 2:.4f}"
         text = f"step {state.global_step}/{state.max_steps}  evaluation: {', '.join(parts)}"
         if self.bar is not None:

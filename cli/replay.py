@@ -16,7 +16,7 @@ from zowrap.cli.tasks import check_target, recorded_base
 from zowrap.errors import ZOError
 from zowrap.names import python_file
 from zowrap.storage.folder import RunFolder
-from zowrap.storage.lock import locked
+from zowrap.storage.lock import lock_folder
 from zowrap.storage.safetensors import START_VECTORS, check_directory
 
 
@@ -52,21 +52,21 @@ def replay(context: typer.Context, options: ReplayOptions) -> None:
     load_plugins(options.plugin)
     check_recorded_rule(config, run.path, [])
     from zowrap.quant import modes
-    from zowrap.quant.schemes import quantization
+    from zowrap.quant.schemes import bitsandbytes_options
     from zowrap.tasks.loading import choose_dtype, open_source
-    from zowrap.tasks.resolve import from_record
+    from zowrap.tasks.resolve import restore_task
     from zowrap.training.replay import replay_run
 
-    task = from_record(config["task"])
+    task = restore_task(config["task"])
     source = open_source(options.model, options.trust_remote_code)
     dtype, _ = choose_dtype(config["options"].get("dtype"), source)
-    source.quantization = quantization(config["options"])
+    source.quantization = bitsandbytes_options(config["options"])
     if (run.path / START_VECTORS).is_file():
         source.label_vectors = run.path / START_VECTORS
     seed = int(config["options"].get("seed") or 0)
     model = task.build(source, dtype, seed)
-    modes.from_options(model, config["options"], seed)
-    with locked(options.to):
+    modes.choose_from_options(model, config["options"], seed)
+    with lock_folder(options.to):
         zm = replay_run(model, options.run, options.to, tokenizer=source.tokenizer)
     record = {"to": options.to, "steps": zm.step_count, "rule": zm.rule.name}
     result(record, options.json, [f"wrote {options.to}: {zm.step_count} steps of {zm.rule.name} replayed"])

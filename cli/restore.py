@@ -55,7 +55,7 @@ def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions,
     if options.out is None:
         raise ZOError("which run is to go on? give --out RUN")
     run = RunFolder(options.out)
-    if not run.config_file.is_file() and run.holds_something():
+    if not run.config_file.is_file() and run.has_content():
         raise ZOError(f"{options.out} is not a run: there is no {run.config_file.name} in it")
     config = run.config() if run.config_file.is_file() else {}
     if not config.get("task"):

@@ -25,13 +25,13 @@ class RulesOptions:
 def rules(context: typer.Context, options: RulesOptions) -> None:
     """List the update rules: state, memory, forward passes, hyper-parameters and source."""
     load_plugins(options.plugin)
-    from zowrap.bench.rule_memory import extra_memory
+    from zowrap.bench.rule_memory import measure_extra_memory
     from zowrap.rules.entry_points import load_installed
     from zowrap.rules.registry import REGISTRY
 
     for sentence in load_installed():
         say(f"warning: {sentence}")
-    measured = extra_memory([entry.constructor() for entry in REGISTRY.values()])
+    measured = measure_extra_memory([entry.constructor() for entry in REGISTRY.values()])
     records = [_record(name, entry, held) for (name, entry), held in zip(REGISTRY.items(), measured, strict=True)]
     result({"rules": records}, options.json, [] if options.json else _lines(records))
 

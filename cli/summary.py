@@ -2,7 +2,7 @@
 
 The best of several evaluations on the rows that it was chosen by looks like a gain even where nothing changed. So a
 gain is claimed only where more rows got better than worse beyond chance, with the number of evaluations allowed for
-(:func:`zowrap.numerics.intervals.beyond_chance`), and figures of rows that chose nothing stand apart.
+(:func:`zowrap.numerics.intervals.is_beyond_chance`), and figures of rows that chose nothing stand apart.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from zowrap.numerics.intervals import beyond_chance
+from zowrap.numerics.intervals import is_beyond_chance
 
 FIGURES = ("loss", "accuracy")
 
@@ -47,7 +47,7 @@ def unseen_facts(before: dict[str, Any], after: dict[str, Any], rows: dict[str, 
 
     Args:
         before, after: loss and accuracy of the untuned model and of the one that was kept; empty where not known.
-        rows: how sure the latter are, see :func:`zowrap.loss.evaluation.certainty`.
+        rows: how sure the latter are, see :func:`zowrap.loss.evaluation.measure_certainty`.
     """
     facts: dict[str, Any] = {}
     for name in FIGURES:
@@ -67,9 +67,9 @@ def _change(name: str, before: float | None, after: float | None, rows: dict[str
     if before is None or after is None or better is None or worse is None:
         return None
     gain = before - after if name == "loss" else after - before
-    if gain > 0 and beyond_chance(better, worse, best_of):
+    if gain > 0 and is_beyond_chance(better, worse, best_of):
         return "better"
-    return "worse" if gain < 0 and beyond_chance(worse, better, best_of) else "noise"
+    return "worse" if gain < 0 and is_beyond_chance(worse, better, best_of) else "noise"
 
 
 def lines(record: dict[str, Any]) -> list[str]:

@@ -8,9 +8,9 @@ from typing import Any
 from zowrap.cli.console import say
 from zowrap.cli.options import split_labels
 from zowrap.errors import ZOError
-from zowrap.storage.atomic import holds
+from zowrap.storage.atomic import contains
 from zowrap.storage.folder import RunFolder
-from zowrap.storage.lock import entries
+from zowrap.storage.lock import list_entries
 from zowrap.storage.safetensors import adapters_base
 
 
@@ -67,9 +67,9 @@ def check_target(to: str, overwrite: bool, option_name: str, *kept: Any) -> None
     if path.exists() and not path.is_dir():
         raise ZOError(f"{option_name} {to} is a file: give the name of a directory")
     for folder in kept:
-        if isinstance(folder, str) and Path(folder).exists() and holds(to, folder):
+        if isinstance(folder, str) and Path(folder).exists() and contains(to, folder):
             raise ZOError(
                 f"{option_name} {to} is or holds {folder}, which would be written over: give another directory"
             )
-    if entries(path) and not overwrite:
+    if list_entries(path) and not overwrite:
         raise ZOError(f"{option_name} {to} is not empty: give a new directory, or --overwrite")

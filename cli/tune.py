@@ -23,7 +23,7 @@ from zowrap.cli.restore import restored, saved_options
 from zowrap.cli.summary import dev_facts, lines, unseen_facts
 from zowrap.cli.tasks import resolve_task, say_counts
 from zowrap.errors import ZOError
-from zowrap.storage.lock import check_one_process, locked
+from zowrap.storage.lock import check_one_process, lock_folder
 from zowrap.storage.safetensors import START_VECTORS
 
 
@@ -44,7 +44,7 @@ def tune(context: typer.Context, options: TuneOptions) -> None:
     load_plugins(options.plugin)
     check_options(options)
     assert options.out is not None
-    with locked(options.out):
+    with lock_folder(options.out):
         check_out_is_free(options)  # another process may have been at work there until now
         train(options, began)
 
@@ -154,7 +154,7 @@ def show(examples: Any, source: Any, count: int) -> None:
 def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     """Load the weights. Returns the model, and the options with the dtype resolved."""
     from zowrap.quant import modes
-    from zowrap.quant.schemes import quantization
+    from zowrap.quant.schemes import bitsandbytes_options
     from zowrap.tasks.loading import choose_dtype
 
     dtype, why = choose_dtype(options.dtype, plan.source)
@@ -162,7 +162,7 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     for asked, option in ((options.masters, "--masters"), (options.along == "evaluated", "--along evaluated")):
         if asked and name == "float32":
             raise ZOError(f"{option} is for 16-bit weights: add --dtype bfloat16, or leave it out")
-    plan.source.quantization = quantization(dataclasses.asdict(options))
+    plan.source.quantization = bitsandbytes_options(dataclasses.asdict(options))
     start = Path(str(options.out)) / START_VECTORS
     if options.resume and start.is_file():
         plan.source.label_vectors = start
@@ -170,12 +170,12 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
     say(f"{plan.source.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights in {name} ({why})")
     quantized, eps = options.quantized, options.eps
     with spelled_for(options):
-        way = modes.from_options(model, dataclasses.asdict(options), options.seed)
-    if way is not None and getattr(plan.task, "form", None) == "vectors":
+        mode = modes.choose_from_options(model, dataclasses.asdict(options), options.seed)
+    if mode is not None and getattr(plan.task, "form", None) == "vectors":
         raise ZOError(f"--head vectors is for plain weights, and those of {plan.source.name} are quantised")
-    if way is not None:
-        quantized = way.name
-        say(f"{quantized} move ({way.why})")
+    if mode is not None:
+        quantized = mode.name
+        say(f"{quantized} move ({mode.why})")
     eps = eps if eps is not None else modes.EPS_PLAIN if quantized is None else modes.EPS[quantized]
     return model, replace(options, dtype=name, quantized=quantized, eps=eps)
 
@@ -222,12 +222,12 @@ def keeps_start(trainer: Any) -> Any:
     """
     from transformers import TrainerCallback
 
-    from zowrap.storage.save import write_apart
+    from zowrap.storage.save import write_separate_part
 
     class KeepsStart(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 0:
-                write_apart(trainer.zm.model.vectors, trainer.run.path / START_VECTORS)
+                write_separate_part(trainer.zm.model.vectors, trainer.run.path / START_VECTORS)
 
     return KeepsStart()
 
@@ -264,7 +264,7 @@ def measure_test(trainer: Any, plan: Plan) -> Any:
 
 def report_test(trainer: Any, plan: Plan, options: TuneOptions) -> dict[str, Any]:
     """What ``--json`` prints of the test data: the untuned model's figures and those of the model in ``out``."""
-    from zowrap.loss.evaluation import certainty
+    from zowrap.loss.evaluation import measure_certainty
     from zowrap.training.checkpoint import load_weights
 
     before = trainer.run.before().get("test") or {}
@@ -275,7 +275,7 @@ def report_test(trainer: Any, plan: Plan, options: TuneOptions) -> dict[str, Any
         load_weights(trainer.run.path, trainer.zm)
     found = measure_test(trainer, plan)
     after = {**found.means(), "examples": found.examples}
-    return unseen_facts(before, after, certainty(found.rows(), before.get("rows")), metric)
+    return unseen_facts(before, after, measure_certainty(found.rows(), before.get("rows")), metric)
 
 
 def _metric(options: TuneOptions) -> str:

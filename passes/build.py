@@ -35,7 +35,7 @@ def build(
     if points:
         passes += [SelectTunable(job, block, kernel_key, points, scalar_names), SplitStreams(points)]
         passes += [Perturb() if job.direction.lowrank is None else PerturbLowRank()]
-        passes += [LowerQuantized()] if job.way is not None else []
+        passes += [LowerQuantized()] if job.quant_mode is not None else []
         passes += [Population()] if per_example else []
         passes += [AppendEpilogue(epilogue)]
     return run(program, passes)

@@ -21,7 +21,7 @@ import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
 from zowrap.compiler.inductor import size_oblivious
 from zowrap.compiler.program import Program
 from zowrap.errors import ZOInternalError
-from zowrap.loss.module import token_sums
+from zowrap.loss.module import sum_token_losses
 from zowrap.passes.graph import product_with
 from zowrap.passes.manager import Pass
 
@@ -84,10 +84,10 @@ def _fuse(program: Program, loss: fx.Node) -> bool:
 
 
 def _write_out(program: Program, loss: fx.Node) -> None:
-    """Put the operations of :func:`token_sums` in the mark's place."""
+    """Put the operations of :func:`sum_token_losses` in the mark's place."""
     given = cast("tuple[fx.Node, ...]", loss.args)
     with torch.no_grad(), size_oblivious(use_duck_shape=False), program.fake_mode:
-        traced = make_fx(token_sums)(*[n.meta["val"] for n in given])
+        traced = make_fx(sum_token_losses)(*[n.meta["val"] for n in given])
     copies = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
     with program.graph.inserting_before(loss):
         result = program.graph.graph_copy(traced.graph, copies)

@@ -140,7 +140,7 @@ def test_a_population_of_options_is_checked() -> None:
     model = make("llama")
     for options, words in [
         ({"rule": "meaz"}, "did you mean 'meazo'"),
-        ({"rule": 3}, "rule is a name"),
+        ({"rule": 3}, "rule must be a name"),
         ({"direction": "gausian"}, "did you mean 'gaussian'"),
         ({"estimator": "centre"}, "did you mean 'central'"),
         ({"engine": "compile"}, "did you mean 'compiled'"),

@@ -1,4 +1,4 @@
-"""What the machine has: free memory, and random generators that are to stand where they stood."""
+"""Measure the machine's free memory, and save and restore its random number generators."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What is left to others: allocators keep freed pages, and the prediction counts live bytes alone.
+# The share of free memory to leave unused: allocators keep freed pages, and predictions count live bytes only.
 MARGIN = 0.1
 
 _CGROUPS = Path("/sys/fs/cgroup")
-_UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2⁶³ where nothing limits
+_UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2⁶³ for "no limit"
 
 
 def free_memory(device: torch.device | None = None) -> int:
-    """Bytes free on ``device``, by default where a model would live: the current GPU, else main memory.
+    """Bytes free on ``device``, by default on the current GPU, or in main memory if there is none.
 
-    Of a GPU, blocks that the caching allocator holds and does not use are free, but for those in the pools of CUDA
-    graphs, which only their replays use; of main memory there is less where a cgroup limits the process.
+    On a GPU, blocks that the caching allocator holds without using them count as free, except those in the pools of
+    CUDA graphs, which only their replays can use. In main memory the limits of the process's cgroups apply.
     """
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,7 +35,7 @@ def free_memory(device: torch.device | None = None) -> int:
 
 
 def _unused_in_pools(device: torch.device) -> int:
-    """Bytes of a GPU that private pools of the caching allocator hold and do not use."""
+    """Bytes on a GPU that private pools of the caching allocator hold without using them."""
     if torch.cuda.get_allocator_backend() != "native":  # cudaMallocAsync has no such pools, and no snapshot
         return 0
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -47,7 +47,7 @@ def _unused_in_pools(device: torch.device) -> int:
 
 
 def _left_in_cgroups(root: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """What every limit on this process leaves: of its cgroup and of those above it, versions 1 and 2."""
+    """Bytes that each memory limit of this process leaves: its cgroup's and its ancestors', versions 1 and 2."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -71,7 +71,7 @@ _V2 = ("memory.max", "memory.current")
 
 
 def _number(file: Path) -> int | None:
-    """The number in a file; None where there is none (``max``), or no file."""
+    """The number in a file; None if there is no file or no number in it (``max``)."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):
@@ -79,7 +79,7 @@ def _number(file: Path) -> int | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of cached files in a cgroup's usage: they are dropped when memory is asked for."""
+    """Bytes of cached files in a cgroup's usage, which the kernel drops when memory runs short."""
     try:
         fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
@@ -88,12 +88,12 @@ def _reclaimable(folder: Path) -> int:
 
 
 def fits(needed: int, free: int) -> bool:
-    """Whether ``needed`` bytes fit into ``free`` ones with :data:`MARGIN` to spare."""
+    """Whether ``needed`` bytes fit into ``free`` bytes with :data:`MARGIN` to spare."""
     return needed <= free * (1 - MARGIN)
 
 
-def in_words(count: float) -> str:
-    """Bytes for people: ``1.2 GB``; decimal, as memory is sold."""
+def format_bytes(count: float) -> str:
+    """A number of bytes for people, in decimal units: ``1.2 GB``."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -103,26 +103,26 @@ def in_words(count: float) -> str:
 States = tuple[Tensor, ...]
 
 
-def states(device: torch.device) -> States:
-    """Where the generators for a model on ``device`` stand, for :func:`restore`."""
+def rng_states(device: torch.device) -> States:
+    """The states of torch's generators for a model on ``device``, to hand to :func:`restore_rng`."""
     cpu = torch.get_rng_state()
     return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
 
 
-def restore(device: torch.device, kept: States) -> None:
-    """Put them where they stood when :func:`states` was asked for the same ``device``."""
-    torch.set_rng_state(kept[0])
-    if len(kept) > 1:
-        torch.cuda.set_rng_state(kept[1], device)
+def restore_rng(device: torch.device, saved: States) -> None:
+    """Set torch's generators to what :func:`rng_states` returned for the same ``device``."""
+    torch.set_rng_state(saved[0])
+    if len(saved) > 1:
+        torch.cuda.set_rng_state(saved[1], device)
 
 
 @contextmanager
-def generators_kept(device: torch.device) -> Iterator[None]:
-    """Afterwards the global generators stand where they stood, that of a GPU among them."""
-    kept = random.getstate(), np.random.get_state(), states(device)
+def preserve_rng(device: torch.device) -> Iterator[None]:
+    """Restore the global generators of Python, NumPy and torch (the GPU's included) on leaving."""
+    saved = random.getstate(), np.random.get_state(), rng_states(device)
     try:
         yield
     finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-        restore(device, kept[2])
+        random.setstate(saved[0])
+        np.random.set_state(saved[1])
+        restore_rng(device, saved[2])

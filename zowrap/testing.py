@@ -1,12 +1,12 @@
-"""Properties that every update rule has, ready for the tests of a rule of your own:
+"""Check the properties that every update rule must have, in the tests of your own rule:
 
     from zowrap.testing import check_rule
 
     def test_my_rule():
         check_rule(my_rule())
 
-Each property wraps a small model, feeds it losses drawn from a fixed seed (no forward pass: a rule never sees the
-model) and looks at weights and state. They hold for the rules of zowrap itself, by the same functions.
+Each check wraps a small model, feeds it losses drawn with a fixed seed (without a forward: a rule never sees the model)
+and inspects weights and state. zowrap's own rules are tested by the same functions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from zowrap.wrap import zo_wrap
 
 STEPS = 30
 LR, EPS = 0.05, 1e-3
-# How far the engines may end apart, relative to the distance gone: they round 30 float32 steps in different orders.
+# How far apart the engines may end, relative to the distance moved: they round 30 float32 steps in different orders.
 SAME = 1e-5
 
 
@@ -41,13 +41,13 @@ class Layers(nn.Module):
 
 
 def wrap(rule: str | Rule, engine: str = "eager", dtype: torch.dtype = torch.float32, **options: Any) -> ZOModel:
-    """A small model under ``rule``; its loss is never evaluated. ``options`` as of :func:`zowrap.zo_wrap`."""
+    """Wrap a small model, whose loss is never evaluated, with ``rule`` and options of :func:`zowrap.zo_wrap`."""
     options = {"lr": LR, "eps": EPS, "seed": 3, "loss_fn": lambda model, batch: model.layers[0].bias.sum(), **options}
     return zo_wrap(Layers().to(torch.bfloat16).to(dtype), rule, engine=engine, **options)
 
 
 def draw_losses(zm: ZOModel, steps: int = STEPS, seed: int = 0) -> list[Tensor]:
-    """Losses, float32 ``[points]`` a step, whose projected gradients span four orders of magnitude."""
+    """Draw losses, float32 ``[points]`` for each step, whose projected gradients span four orders of magnitude."""
     draw = torch.Generator().manual_seed(seed)
     scales = 10 ** (4 * torch.rand(steps, generator=draw) - 2)
     return [EPS * scale * torch.randn(zm.inspect().forwards, generator=draw) for scale in scales]
@@ -57,7 +57,7 @@ def draw_losses(zm: ZOModel, steps: int = STEPS, seed: int = 0) -> list[Tensor]:
 
 
 def follows_the_eager_engine(rule: Rule, engine: str) -> None:
-    """Given the same losses, weights and state go the way of the eager engine, to 1e-5 of the distance gone."""
+    """With the same losses, weights and state equal the eager engine's, up to 1e-5 of the distance moved."""
     for blocks in (None, "layer"):
         one, other = wrap(rule, engine, blocks=blocks), wrap(rule, blocks=blocks)
         start = _weights(other)
@@ -65,7 +65,7 @@ def follows_the_eager_engine(rule: Rule, engine: str) -> None:
             one.update(losses=losses)
             other.update(losses=losses)
         if one.inspect().engine != engine:
-            _fail(rule, f"{engine} engine was asked for, {one.inspect().engine} ran")
+            _fail(rule, f"the {one.inspect().engine} engine ran instead of the {engine} engine")
         moved, apart = _distance(_weights(other), start), _distance(_weights(one), _weights(other))
         if not 0 < moved < float("inf"):
             _fail(rule, f"the weights moved by {moved} in {STEPS} steps")
@@ -78,18 +78,18 @@ def follows_the_eager_engine(rule: Rule, engine: str) -> None:
 
 
 def keeps_the_shape_of_its_state(rule: Rule, engine: str) -> None:
-    """After 30 steps the state has the names, shapes and float32 it started with."""
+    """After 30 steps the state has the same names and shapes as at first, and is still float32."""
     zm = wrap(rule, engine)
     before = {name: tensor.shape for name, tensor in _state(zm).items()}
     for losses in draw_losses(zm):
         zm.update(losses=losses)
     if {name: tensor.shape for name, tensor in _state(zm).items()} != before:
-        _fail(rule, "names or shapes of its state change from step to step")
+        _fail(rule, "the names or shapes of its state change between steps")
     _check_float32(rule, zm)
 
 
 def resumes_bitwise(rule: Rule, engine: str) -> None:
-    """Saved after 11 steps and loaded into a new model, it goes on bit for bit as if it had not stopped."""
+    """Saved after 11 steps and loaded into a new model, a run continues bit for bit as if it had not stopped."""
     for blocks in (None, "layer"):
         whole, half = wrap(rule, engine, blocks=blocks), wrap(rule, engine, blocks=blocks)
         losses = draw_losses(whole)
@@ -106,7 +106,7 @@ def resumes_bitwise(rule: Rule, engine: str) -> None:
 
 
 def keeps_the_dtype_of_the_weights(rule: Rule, engine: str) -> None:
-    """bfloat16 weights stay bfloat16 and move; the state stays float32."""
+    """bfloat16 weights move and stay bfloat16; the state stays float32."""
     zm = wrap(rule, engine, dtype=torch.bfloat16)
     start = _weights(zm)
     for losses in draw_losses(zm):
@@ -119,7 +119,7 @@ def keeps_the_dtype_of_the_weights(rule: Rule, engine: str) -> None:
 
 
 def skips_what_is_not_finite(rule: Rule, engine: str) -> None:
-    """A step whose last loss is NaN leaves weights and state as they were, bit for bit."""
+    """A step whose last loss is NaN changes neither weights nor state, bit for bit."""
     zm = wrap(rule, engine)
     *good, bad = draw_losses(zm, 4)
     for losses in good:
@@ -132,7 +132,7 @@ def skips_what_is_not_finite(rule: Rule, engine: str) -> None:
 
 
 def stops_at_a_learning_rate_of_zero(rule: Rule, engine: str) -> None:
-    """The running η counts, ``hyper["lr"]``, not the one it was built with: at 0 the weights stay as they are."""
+    """With ``hyper["lr"]`` at 0 the weights do not move: the current η counts, not the one the rule was built with."""
     zm = wrap(rule, engine)
     *some, last = draw_losses(zm, 4)
     for losses in some:
@@ -145,7 +145,7 @@ def stops_at_a_learning_rate_of_zero(rule: Rule, engine: str) -> None:
 
 
 def sees_the_scale_of_the_loss_as_registered(rule: Rule, engine: str) -> None:
-    """``scale_free`` of its registration is true of a rule with its defaults: a loss times 1024 changes nothing."""
+    """The rule is registered with the right ``scale_free``: whether a loss times 1024 gives the same weights."""
     entry = REGISTRY.get(rule.name)
     if entry is None or rule.hyper != entry.constructor().hyper:
         return
@@ -157,9 +157,9 @@ def sees_the_scale_of_the_loss_as_registered(rule: Rule, engine: str) -> None:
             zm.update(losses=scale * losses)
         ends.append(_weights(zm))
     apart = _distance(*ends) / _distance(ends[0], start)
-    if (apart < 1e-2) != entry.scale_free:  # a ζ that keeps quotients finite is felt, but less than that
+    if (apart < 1e-2) != entry.scale_free:  # the ζ that keeps quotients finite has an effect, but a smaller one
         told = "scale_free=True, but" if entry.scale_free else "scale_free=False, but"
-        _fail(rule, f"registered with {told} a loss times 1024 ends {apart:.1e} of the way apart")
+        _fail(rule, f"registered with {told} with a loss times 1024 it ends {apart:.1e} of the distance apart")
 
 
 PROPERTIES: dict[str, Callable[[Rule, str], None]] = {
@@ -180,10 +180,10 @@ def check_rule(rule: Rule, engines: Sequence[str] = ENGINES) -> None:
     """Check every property of :data:`PROPERTIES` under each engine; compiling takes 10 to 30 seconds.
 
     Args:
-        rule: as its constructor returns it; call this once for each set of hyper-parameters worth testing.
+        rule: as its constructor returns it; call this once for each set of hyper-parameters that you want to test.
 
     Raises:
-        AssertionError: naming the first property that does not hold.
+        AssertionError: names the first property that does not hold.
     """
     for engine in engines:
         for name, check in PROPERTIES.items():
@@ -195,7 +195,7 @@ def check_rule(rule: Rule, engines: Sequence[str] = ENGINES) -> None:
                 _fail(rule, f"{name} under the {engine} engine fails with {type(error).__name__}: {error}", error)
 
 
-# --- looking at weights and state ----------------------------------------------------------------------------------
+# --- inspecting weights and state ----------------------------------------------------------------------------------
 
 
 def _weights(zm: ZOModel) -> Tensor:

@@ -26,7 +26,7 @@ from zowrap.quant import adapters, modes
 from zowrap.rules.base import Rule
 from zowrap.step import blocks as block_lib
 from zowrap.step.blocks import Block
-from zowrap.step.job import Job, Way
+from zowrap.step.job import Job, QuantMode
 from zowrap.step.method import Method, build_rule, choose_method
 from zowrap.step.options import DEFAULTS, StepKeywords, StepOptions, build_options
 from zowrap.step.parameters import Parameter, select
@@ -80,7 +80,7 @@ def zo_wrap(
     options = build_options(rule, given)
     _check_model(model, loss_fn)
     method = choose_method(options)
-    mode = modes.choose(model, options.quantized)
+    mode = modes.choose_mode(model, options.quantized)
     options = _fill_in(options, method, mode)
     moving = _select(model, options, method, mode)
     loss = LossModule(model, loss_fn, method.estimator.per_example)
@@ -101,7 +101,7 @@ def _check_model(model: object, loss_fn: object) -> None:
         raise ZOError(f"loss_fn is a function of (model, batch), not {type(loss_fn).__name__}")
 
 
-def _fill_in(options: StepOptions, method: Method, mode: Way | None) -> StepOptions:
+def _fill_in(options: StepOptions, method: Method, mode: QuantMode | None) -> StepOptions:
     """The options with a value for everything that was left open; ``engine`` and ``memory`` choose at the first batch.
 
     The rule is the one that was asked for, before the direction shaped it: the same options make the same method again.
@@ -119,14 +119,14 @@ def _fill_in(options: StepOptions, method: Method, mode: Way | None) -> StepOpti
     )
 
 
-def _select(model: nn.Module, options: StepOptions, method: Method, mode: Way | None) -> _Moving:
+def _select(model: nn.Module, options: StepOptions, method: Method, mode: QuantMode | None) -> _Moving:
     """The parameters that move and their blocks; quantised layers are lowered, and given adapters where these move."""
     if mode is not None:
         assert options.eps is not None
-        modes.check(mode, method.rule, method.direction, method.estimator, method.queries, options.eps)
-        parameters = modes.parameters(model, mode, options.trainable, options.seed)
-    elif adapters.present(model):
-        parameters = adapters.parameters(model, options.trainable)
+        modes.check_mode(mode, method.rule, method.direction, method.estimator, method.queries, options.eps)
+        parameters = modes.select_parameters(model, mode, options.trainable, options.seed)
+    elif adapters.has_adapters(model):
+        parameters = adapters.select_parameters(model, options.trainable)
     else:
         parameters = select(model, options.trainable)
     blocks = block_lib.partition(parameters, options.blocks)

@@ -40,7 +40,7 @@ def main() -> None:
 
 def _keep(rows: list[dict[str, Any]], rounds: int) -> None:
     """What there is so far: a run of an hour that stops half-way loses nothing. Rows of an earlier run stay."""
-    machine = measure.machine()
+    machine = measure.describe_machine()
     path = docs.RESULTS / f"{re.sub('[^a-z0-9]+', '-', machine['gpu'].lower())}.json"
     new = {(r["case"], r["row"]) for r in rows}
     before = docs.load(path)["rows"] if path.exists() else []

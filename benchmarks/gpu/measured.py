@@ -29,7 +29,7 @@ def run(case: Case, rounds: int) -> Iterator[dict[str, Any]]:
         model = batch = None
         try:
             model = _model(case)
-            batch = architectures.batch_for(model, case.rows_of_batch, case.length)
+            batch = architectures.make_batch(model, case.rows_of_batch, case.length)
             record = _row(case, name, model, batch, rounds)
         except torch.cuda.OutOfMemoryError:
             record = {"error": "does not fit"}
@@ -41,20 +41,27 @@ def run(case: Case, rounds: int) -> Iterator[dict[str, Any]]:
 def _row(case: Case, name: str, model: Any, batch: dict[str, torch.Tensor], rounds: int) -> dict[str, Any]:
     if name in ADAPTERS:  # they take part in the plain forwards, too
         model = first_order.with_adapters(model).eval()
-    plain = contenders.make(contenders.YARDSTICK, model, batch)
+    plain = contenders.make_contender(contenders.YARDSTICK, model, batch)
     memory = {
         "resting": _held(),
-        "inference": measure.peak_bytes(contenders.make("two eager forwards", model, batch), model.device),
+        "inference": measure.measure_peak_bytes(
+            contenders.make_contender("two eager forwards", model, batch), model.device
+        ),
     }
     contender, costs = _contender(case, name, model, batch)
-    peak = measure.peak_bytes(contender, model.device)
+    peak = measure.measure_peak_bytes(contender, model.device)
     memory["peak"] = None if peak is None else _held() + peak  # held: the rule's or the optimiser's state, too
     if name in FIRST:
         # Its model trains: the plain forward would run through the very hooks that training put in.
-        return {"seconds": measure.spread(measure.seconds(contender, rounds)), **memory}
-    times = measure.interleaved([plain, contender], rounds)
+        return {"seconds": measure.summarise_spread(measure.time_steps(contender, rounds)), **memory}
+    times = measure.time_interleaved([plain, contender], rounds)
     seconds, ratios = zip(*times[contender.name], strict=True)
-    return {"seconds": measure.spread(seconds), "ratio": measure.spread(ratios), **memory, "costs": costs}
+    return {
+        "seconds": measure.summarise_spread(seconds),
+        "ratio": measure.summarise_spread(ratios),
+        **memory,
+        "costs": costs,
+    }
 
 
 def _contender(
@@ -64,7 +71,7 @@ def _contender(
     if name in FIRST:
         return first_order.make(name, model, batch, case.int8), None
     if name not in ("scales", "adapters"):
-        contender = contenders.make("gaussian" if name in ADAPTERS else name, model, batch)
+        contender = contenders.make_contender("gaussian" if name in ADAPTERS else name, model, batch)
     else:
         zm = zowrap.zo_wrap(model, "zo_sgd", lr=1e-7, engine="compiled", quantized=name)
         zm.step(**batch)
@@ -88,7 +95,7 @@ def _roofline(zm: zowrap.ZOModel, batch: dict[str, torch.Tensor]) -> dict[str, A
 
 def _model(case: Case) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = architectures.build(case.arch, getattr(torch, case.dtype), device)
+    model: Any = architectures.build_model(case.arch, getattr(torch, case.dtype), device)
     if not case.int8:
         return model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -84,7 +84,7 @@ class Cells:
         count, size = start.shape
         self.rule = rule
         self.law = directions.get(direction or rule.defaults.direction)
-        self.estimator = estimators.get(estimator or rule.defaults.estimator)
+        self.estimator = estimators.get_estimator(estimator or rule.defaults.estimator)
         self.queries = queries or rule.defaults.queries
         if rule.candidates or rule.refresh or rule.left or self.law.lowrank or self.estimator.per_example:
             raise ZOError(f"cells run rules of plain probes along full directions: {rule.name} needs more here")

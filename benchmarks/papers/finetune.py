@@ -43,7 +43,7 @@ from zowrap import rules
 from zowrap.errors import ZOError
 from zowrap.loss import evaluation
 from zowrap.rules import estimators
-from zowrap.tasks.batches import batches
+from zowrap.tasks.batches import iterate_batches
 from zowrap.tasks.loading import open_source
 from zowrap.tasks.resolve import resolve
 from zowrap.tasks.rows import Row, read_rows, sample
@@ -121,7 +121,7 @@ def rule_of(name: str, steps: int) -> rules.Rule:
 def forwards_per_step(name: str) -> int:
     """Forward passes of one step of a variant with its own estimator and queries."""
     rule = rule_of(name, 1)
-    return len((rule.points or estimators.get(rule.defaults.estimator).points)(rule.defaults.queries))
+    return len((rule.points or estimators.get_estimator(rule.defaults.estimator).points)(rule.defaults.queries))
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class Workbench:
     def _batches(self, rows: Sequence[Row]) -> list[dict[str, torch.Tensor]]:
         examples = self.task.examples(rows, self.source)
         examples.items.sort(key=lambda item: len(item["input_ids"]))
-        return list(batches(examples, self.collator, EVAL_BATCH))
+        return list(iterate_batches(examples, self.collator, EVAL_BATCH))
 
     def wrapped(self, cell: Cell) -> tuple[zowrap.ZOModel, dict[str, Any]]:
         """The wrapped model for a cell's rule and its state before the first step. The latest one is kept."""

@@ -22,10 +22,10 @@ from benchmarks.papers.llm_tasks import Example, LlmTask, Splits
 from zowrap.errors import ZOError
 from zowrap.loss import evaluation
 from zowrap.loss.module import IGNORED
-from zowrap.tasks.batches import batches
+from zowrap.tasks.batches import iterate_batches
 from zowrap.tasks.classification import Classification
 from zowrap.tasks.forms import Form
-from zowrap.tasks.loading import Source, load
+from zowrap.tasks.loading import Source, load_model
 from zowrap.tasks.resolve import resolve
 from zowrap.tasks.rows import Row
 
@@ -127,7 +127,7 @@ def _masked(source: Source, splits: Splits, dtype: torch.dtype, seed: int, lengt
     ids = [source.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
     if any(len(each) != 1 for each in ids):
         raise ZOError(f"the label words {', '.join(words)} are not one token each for {source.name}")
-    module = load(source, AutoModelForMaskedLM, dtype, seed)
+    module = load_model(source, AutoModelForMaskedLM, dtype, seed)
     model = MaskedForm(module, torch.tensor([each[0] for each in ids]), source.tokenizer.mask_token_id).eval()
     return _classification(task, model, source, parts)
 
@@ -139,7 +139,7 @@ def _classification(task: Any, model: nn.Module, source: Source, parts: Sequence
     def score() -> float:
         return (
             100
-            * evaluation.evaluate(model, _on(model, batches(test, collator, 16)), task.loss_fn, task.metrics)[
+            * evaluation.evaluate(model, _on(model, iterate_batches(test, collator, 16)), task.loss_fn, task.metrics)[
                 "accuracy"
             ]
         )
@@ -207,7 +207,7 @@ def _chosen(model: nn.Module, source: Source, lm: Any, example: Example) -> floa
     found = lm.examples(rows, source)
     if len(found) < len(rows):
         raise ZOError(f"a candidate of {example.prompt[-40:]!r} does not fit into --max-length")
-    batch = next(_on(model, batches(found, lm.collator(source), len(rows))))
+    batch = next(_on(model, iterate_batches(found, lm.collator(source), len(rows))))
     scores = mean_likelihood(model, batch)
     texts = example.answers or (example.candidates[example.gold],)
     return float(example.candidates[int(scores.argmax())] in texts)

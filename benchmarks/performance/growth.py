@@ -44,19 +44,19 @@ def one(
 ) -> dict[str, Any]:
     """One case: parameters, tokens, seconds of a step and its ratio to ``2 · queries`` forwards."""
     model = _model(width)
-    inputs = architectures.batch_for(model, *batch)
-    plain = contenders.make(contenders.YARDSTICK, model, inputs)
+    inputs = architectures.make_batch(model, *batch)
+    plain = contenders.make_contender(contenders.YARDSTICK, model, inputs)
     zm = zowrap.zo_wrap(model, "zo_sgd", lr=1e-7, engine="compiled", queries=queries, blocks=_blocks(blocks))
     sweep = len(zm.inspect().blocks)
     for _ in range(2 * sweep):
         zm.step(**inputs)
     step = contenders.Contender("step", functools.partial(_sweep, zm, inputs, sweep), per_call=sweep)
-    times = measure.interleaved([plain, step], rounds)
+    times = measure.time_interleaved([plain, step], rounds)
     seconds, ratios = zip(*times["step"], strict=True)
     ratios = tuple(r / queries for r in ratios)
     count = sum(p.numel() for p in model.parameters())
     facts = {"parameters": count, "tokens": batch[0] * batch[1], "queries": queries, "blocks": sweep}
-    return {**facts, "seconds": measure.spread(seconds), "ratio": measure.spread(ratios)}
+    return {**facts, "seconds": measure.summarise_spread(seconds), "ratio": measure.summarise_spread(ratios)}
 
 
 def _sweep(zm: zowrap.ZOModel, inputs: dict[str, torch.Tensor], steps: int) -> None:
@@ -68,7 +68,7 @@ def _model(width: int) -> torch.nn.Module:
     name = f"growth-{width}"
     sizes = architectures._opt(width, LAYERS, 4, vocabulary=VOCABULARY)
     architectures.ARCHITECTURES.setdefault(name, sizes)
-    return architectures.build(name)
+    return architectures.build_model(name)
 
 
 def _blocks(count: int | None) -> list[str] | None:
@@ -87,4 +87,4 @@ def run(rounds: int) -> dict[str, Any]:
         rows.append({"axis": axis, "value": value, **one(rounds, **options)})
         print(axis, value, rows[-1]["ratio"], flush=True)
         gc.collect()
-    return {"machine": measure.machine(), "rounds": rounds, "rows": rows}
+    return {"machine": measure.describe_machine(), "rounds": rounds, "rows": rows}

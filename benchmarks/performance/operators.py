@@ -19,7 +19,7 @@ import zowrap
 import zowrap.ops.all
 from zowrap.bench import measure
 from zowrap.compiler.inductor import compile_function
-from zowrap.loss.module import token_sums
+from zowrap.loss.module import sum_token_losses
 from zowrap.numerics import noise
 from zowrap.ops import scratch
 
@@ -79,7 +79,11 @@ LAWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def run(rounds: int) -> dict[str, Any]:
     """All tables."""
     tables = {"laws": laws, "deferred": deferred, "chunks": chunks, "stacked": stacked}
-    return {"machine": measure.machine(), "rounds": rounds, **{name: table(rounds) for name, table in tables.items()}}
+    return {
+        "machine": measure.describe_machine(),
+        "rounds": rounds,
+        **{name: table(rounds) for name, table in tables.items()},
+    }
 
 
 def laws(rounds: int) -> list[dict[str, Any]]:
@@ -158,7 +162,9 @@ def _chunks(rounds: int, tokens: int) -> list[dict[str, Any]]:
     inputs = [torch.randn(tokens, WIDTH) for _ in range(2)]
     vocabulary, labels = torch.randn(VOCABULARY, WIDTH), torch.randint(0, VOCABULARY, (8, tokens // 8))
     hidden = [torch.randn(8, tokens // 8, WIDTH) for _ in range(2)]
-    plain_head = torch.compile(lambda x: token_sums(torch.nn.functional.linear(x, vocabulary), labels), dynamic=False)
+    plain_head = torch.compile(
+        lambda x: sum_token_losses(torch.nn.functional.linear(x, vocabulary), labels), dynamic=False
+    )
     perturb_linear, perturb_head = torch.ops.zowrap.perturb_linear, torch.ops.zowrap.perturb_head
 
     def at(length: int, call: Callable[[], Any]) -> Callable[[], Any]:

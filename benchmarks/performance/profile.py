@@ -23,11 +23,11 @@ KINDS = (PRODUCTS, HEAD, ATTENTION, PERTURBATION, LOOPS, UPDATE, REST)
 
 def run(rounds: int) -> dict[str, Any]:
     """Both batch sizes of OPT-125M, Gaussian directions."""
-    model = architectures.build("opt-125m")
+    model = architectures.build_model("opt-125m")
     found = []
     for batch, length in SIZES:
-        inputs = architectures.batch_for(model, batch, length)
-        both = [contenders.make(name, model, inputs) for name in (contenders.YARDSTICK, "gaussian")]
+        inputs = architectures.make_batch(model, batch, length)
+        both = [contenders.make_contender(name, model, inputs) for name in (contenders.YARDSTICK, "gaussian")]
         for contender in both:
             contender.step()
         times: dict[str, list[Counter[str]]] = {contender.name: [] for contender in both}
@@ -37,7 +37,7 @@ def run(rounds: int) -> dict[str, Any]:
         for name, rows in times.items():
             seconds = {kind: statistics.median(row[kind] for row in rows) for kind in KINDS}
             found.append({"tokens": batch * length, "row": name, "seconds": seconds})
-    return {"machine": measure.machine(), "rounds": rounds, "profile": found}
+    return {"machine": measure.describe_machine(), "rounds": rounds, "profile": found}
 
 
 def by_kind(step: Callable[[], Any]) -> Counter[str]:

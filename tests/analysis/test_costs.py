@@ -67,7 +67,7 @@ def measure_here(kind: str, sizes: list[list[int]]) -> list[tuple[int | None, in
     for rows, length in sizes:
         given = tokens(kind, rows, length, "cpu")
         contender = Contender(kind, lambda given=given: zm.step(**given), wrapped=zm)
-        peak = measure.peak_bytes(contender, torch.device("cpu"))
+        peak = measure.measure_peak_bytes(contender, torch.device("cpu"))
         found.append((peak, sum(t.nbytes for tensors in scratch._own.kept.values() for t in tensors)))
     return found
 

@@ -29,18 +29,18 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence_before_anything_is_c
     def refuse(*_: object) -> None:
         raise AssertionError("something was compiled")
 
-    monkeypatch.setattr(contenders, "_compiled", refuse)
-    monkeypatch.setattr(contenders, "_ours", refuse)
+    monkeypatch.setattr(contenders, "_compile_loss", refuse)
+    monkeypatch.setattr(contenders, "_make_ours", refuse)
     assert main(["bench", "step", *options, "--json"]) == 2
     assert options[1].split(", ")[-1] in json.loads(capsys.readouterr().out)["error"]
 
 
 def test_a_row_that_is_given_twice_is_timed_once(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(contenders, "make", lambda name, *_: contenders.Contender(name, lambda: None))
+    monkeypatch.setattr(contenders, "make_contender", lambda name, *_: contenders.Contender(name, lambda: None))
     rows = ["--row", "classic MeZO", "--row", "meazo", "--row", "meazo"]
     assert main(["bench", "step", "--arch", "opt-tiny", "--together", "--rounds", "2", "--json", *rows]) == 0
     assert [r["row"] for r in json.loads(capsys.readouterr().out)["rows"]] == [*contenders.PLAIN, "meazo"]
-    assert contenders.names_of([]) == list(contenders.NAMES)
+    assert contenders.list_names([]) == list(contenders.NAMES)
 
 
 @pytest.mark.parametrize(
@@ -52,15 +52,15 @@ def test_a_row_that_is_given_twice_is_timed_once(capsys, monkeypatch) -> None:
     ],
 )
 def test_a_row_is_any_rule_direction_and_blocks(row, rule, direction, blocks) -> None:
-    model = architectures.build("opt-tiny")
-    zm = contenders.make(row, model, architectures.batch_for(model, 2, 8)).wrapped
+    model = architectures.build_model("opt-tiny")
+    zm = contenders.make_contender(row, model, architectures.make_batch(model, 2, 8)).wrapped
     assert (zm.rule.name, zm.job.direction.name, len(zm.job.blocks)) == (rule, direction, blocks)
     assert zm.inspect().schedule == "paired"
 
 
 def test_a_row_longer_than_the_window_is_refused() -> None:
     with pytest.raises(ZOError, match="window of 64"):
-        architectures.batch_for(architectures.build("opt-tiny"), 2, 65)
+        architectures.make_batch(architectures.build_model("opt-tiny"), 2, 65)
 
 
 def test_classic_mezo_is_the_published_step() -> None:
@@ -101,10 +101,10 @@ def test_a_ratio_is_to_the_yardstick_just_before_and_after(monkeypatch) -> None:
     yardstick = contenders.Contender(contenders.YARDSTICK, lasting(1.0, 3.0, 1.0, 1.0, 2.0, 2.0))
     first = contenders.Contender("first", lasting(4.0, 1.0))
     second = contenders.Contender("second", lasting(1.0, 8.0), per_call=4)
-    times = measure.interleaved([yardstick, first, second], 2)
+    times = measure.time_interleaved([yardstick, first, second], 2)
     assert [ratio for _, ratio in times["first"]] == [2.0, 2 / 3]
     assert times["second"] == [(0.25, 0.125), (2.0, 1.0)]
-    assert measure.spread([3.0, 1.0, 2.0])["median"] == 2.0
+    assert measure.summarise_spread([3.0, 1.0, 2.0])["median"] == 2.0
 
 
 def test_a_peak_is_that_of_steps_which_allocate_where_the_model_lies(monkeypatch) -> None:
@@ -115,11 +115,11 @@ def test_a_peak_is_that_of_steps_which_allocate_where_the_model_lies(monkeypatch
     for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device, name=name: seen.append((name, device)) or 7)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    measure.peak_bytes(contender, torch.device("cpu"), steps=1)
+    measure.measure_peak_bytes(contender, torch.device("cpu"), steps=1)
     step, gpu = ("step", None), torch.device("cuda", 1)
     assert seen == [step, step] and zm.graphs == "recorder"
     seen.clear()
-    assert measure.peak_bytes(contender, gpu, steps=1) == 0
+    assert measure.measure_peak_bytes(contender, gpu, steps=1) == 0
     before = [(name, gpu) for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated")]
     assert seen == [step, *before, step, ("synchronize", gpu), ("max_memory_allocated", gpu)]
     assert zm.graphs == "recorder"
@@ -129,10 +129,10 @@ def test_a_peak_is_that_of_steps_which_allocate_where_the_model_lies(monkeypatch
 def test_the_peak_of_graphs_that_others_recorded_is_not_known(monkeypatch, name) -> None:
     modes = []
     monkeypatch.setattr(torch, "compile", lambda function, mode, **_: modes.append(mode) or function)
-    model = architectures.build("opt-tiny")
-    batch = architectures.batch_for(model, 2, 8)
-    assert not contenders.make(name, model, batch).replays
+    model = architectures.build_model("opt-tiny")
+    batch = architectures.make_batch(model, 2, 8)
+    assert not contenders.make_contender(name, model, batch).replays
     monkeypatch.setattr(contenders, "_on_gpu", lambda model: True)
-    contender = contenders.make(name, model, batch)
+    contender = contenders.make_contender(name, model, batch)
     assert modes == [None, "reduce-overhead"]
-    assert contender.replays and measure.peak_bytes(contender, torch.device("cuda")) is None
+    assert contender.replays and measure.measure_peak_bytes(contender, torch.device("cuda")) is None

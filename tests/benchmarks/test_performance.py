@@ -26,7 +26,7 @@ def test_the_table_of_a_step_is_of_every_row(monkeypatch: pytest.MonkeyPatch, tm
     __main__.main()
     (options,) = asked
     assert options[-2:] == ("--rounds", "3") and "--row" not in options  # without --row: all
-    assert contenders.names_of([]) == list(contenders.NAMES) and len(contenders.NAMES) == 16
+    assert contenders.list_names([]) == list(contenders.NAMES) and len(contenders.NAMES) == 16
     assert (tmp_path / "step.json").exists()
 
 
@@ -87,8 +87,8 @@ def test_the_tables_of_parts_are_made_at_a_small_size(monkeypatch: pytest.Monkey
 
 
 def test_a_profile_tells_kinds_of_work_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = architectures.build
-    monkeypatch.setattr(architectures, "build", lambda name: build("opt-tiny"))
+    build = architectures.build_model
+    monkeypatch.setattr(architectures, "build_model", lambda name: build("opt-tiny"))
     monkeypatch.setattr(profile, "SIZES", ((2, 8), (2, 16)))
     found = profile.run(1)
     assert [(row["tokens"], row["row"]) for row in found["profile"]] == [

@@ -15,9 +15,9 @@ from torch import nn
 import zowrap
 from tests.support.devices import gpu_generator
 from zowrap import rules
-from zowrap.calibration.learning_rate import SHARE, tune_lr, unmoved
+from zowrap.calibration.learning_rate import SHARE, preserve_state, tune_lr
 from zowrap.errors import ZOError
-from zowrap.machine import generators_kept
+from zowrap.machine import preserve_rng
 
 HEIGHT, CURVATURE = 3.0, 0.5
 
@@ -174,7 +174,7 @@ def test_the_generator_of_a_gpu_stands_where_it_stood_too(monkeypatch):
     device, drawn = torch.device("cuda", 1), gpu_generator(monkeypatch)
     zm = bowl()
     monkeypatch.setattr(zm.job, "device", device)
-    for kept in (unmoved(zm), generators_kept(device)):
+    for kept in (preserve_state(zm), preserve_rng(device)):
         with kept:
             drawn.position += 5
     assert drawn.position == 0 and drawn.devices == {device}
@@ -230,7 +230,7 @@ def test_what_it_cannot_use_is_said(batches, steps, message):
 
 def test_parameters_without_influence_are_named_as_the_reason():
     zm = zowrap.zo_wrap(Bowl(), loss_fn=lambda model, batch: batch["x"], engine="eager", lr="auto")
-    with pytest.raises(ZOError, match="what moves does not change it"):
+    with pytest.raises(ZOError, match="check that what moves changes the loss"):
         tune_lr(zm, [{"x": torch.ones(4)}], 100)
 
 

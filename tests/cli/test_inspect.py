@@ -212,7 +212,7 @@ def told(zowrap_cli: Cli, *arguments: object) -> dict:
 @pytest.mark.parametrize(
     ("options", "way", "moving"),
     [
-        (("--load-in-8bit",), "scales move (the default of 8-bit", "log_scale"),
+        (("--load-in-8bit",), "scales move (the default for 8-bit", "log_scale"),
         (("--load-in-8bit", "--quantized", "codes"), "codes move (as asked); experimental", ".weight"),
         (("--load-in-8bit", "--use-peft"), "adapters move (the model has adapters)", "lora_"),
         (("--load-in-4bit",), "adapters move (", "lora_"),
@@ -241,7 +241,7 @@ def test_an_8_bit_checkpoint_is_known_by_its_configuration(zowrap_cli: Cli, tmp_
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
     text = zowrap_cli("inspect", tmp_path).out
-    assert "quantised  scales move (the default of 8-bit" in text and "q_proj.log_scale  [64]  float32" in text
+    assert "quantised  scales move (the default for 8-bit" in text and "q_proj.log_scale  [64]  float32" in text
     assert "eps        0.1 (the default of scales)" in text and "--data FILE measures" in text
 
 

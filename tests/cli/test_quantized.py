@@ -19,7 +19,7 @@ from tests.conftest import make_tokenizer
 from zowrap import quant
 from zowrap.quant import modes
 from zowrap.storage.formats import DTYPES
-from zowrap.tasks.adapted import adapted
+from zowrap.tasks.adapted import load_adapted
 
 
 def run_options(models, data, out) -> list[str]:
@@ -165,7 +165,7 @@ def test_a_fresh_head_moves_beside_adapters_and_is_saved(scheme, models, headles
     ids = torch.arange(5, 13).reshape(2, 4)
     with torch.no_grad():
         one, other = (model(ids).logits for model in reload)
-        mine = adapted(out)(ids).logits
+        mine = load_adapted(out)(ids).logits
     assert torch.equal(one, other) and torch.equal(one, mine)
     for form in ("bf16", "fp32"):
         exported = zowrap_cli("export", out, "--to", tmp_path / form, "--format", form, "--json")
@@ -374,4 +374,4 @@ def test_the_documented_way_to_reload_adapters(models, data, tmp_path, zowrap_cl
     with torch.no_grad():
         logits = names["model"].eval()(ids).logits
         assert logits.shape == (2, 3) and logits.dtype == torch.bfloat16
-        assert torch.equal(logits, adapted(out)(ids).logits)
+        assert torch.equal(logits, load_adapted(out)(ids).logits)

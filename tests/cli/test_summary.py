@@ -153,15 +153,15 @@ def test_test_data_that_cannot_be_used_is_refused_before_anything_is_trained(
 def test_the_evaluations_say_how_sure_they_are(
     zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path
 ) -> None:
-    from zowrap.numerics.intervals import wilson
+    from zowrap.numerics.intervals import wilson_interval
 
     command = ("tune", models["encoder"], "--data", data["train"], "--eval-data", data["test"], *QUICK)
     told = zowrap_cli(*command, "--out", tmp_path / "run", "--json")
     assert told.code == 0, told.err
     record = told.json
-    assert record["accuracy_interval"] == pytest.approx(wilson(record["accuracy"] * 10, 10))
+    assert record["accuracy_interval"] == pytest.approx(wilson_interval(record["accuracy"] * 10, 10))
     assert (record["dev_examples"], record["evaluations"], record["skipped_steps"]) == (10, 5, 0)
-    low, high = wilson(record["accuracy_before"] * 10, 10)
+    low, high = wilson_interval(record["accuracy_before"] * 10, 10)
     assert f"accuracy {record['accuracy_before']:.4f} ± {(high - low) / 2:.4f}" in told.err
     assert record["test_accuracy"] is None and record["test_accuracy_before"] is None
 

@@ -214,7 +214,7 @@ def test_models_that_cannot_be_loaded(
     shutil.copytree(models["encoder"], bare)
     for content in (b"", (bare / "model.safetensors").read_bytes()[:-10]):
         (bare / "model.safetensors").write_bytes(content)
-        assert_refused(tune(bare), "model.safetensors is not a whole safetensors file")
+        assert_refused(tune(bare), "model.safetensors is not a complete safetensors file")
     (bare / "model.safetensors").unlink()
     assert_refused(tune(bare), "no weights")
     torch.save({}, bare / "pytorch_model.bin")

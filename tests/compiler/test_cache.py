@@ -59,17 +59,17 @@ def clean(monkeypatch, tmp_path):
 
 
 def test_the_folder_is_the_users_cache_unless_one_is_named(clean, monkeypatch) -> None:
-    assert cache.folder() == clean / "home" / "zowrap"
+    assert cache.cache_folder() == clean / "home" / "zowrap"
     monkeypatch.setenv(cache.TORCHS, "/torchs")
-    assert cache.folder() == Path("/torchs")
+    assert cache.cache_folder() == Path("/torchs")
     monkeypatch.setenv(cache.OURS, str(clean / "named"))
-    assert cache.folder() == clean / "named"
-    cache.use()
+    assert cache.cache_folder() == clean / "named"
+    cache.use_cache_folder()
     assert os.environ[cache.TORCHS] == str(clean / "named")
 
 
 def test_a_folder_that_cannot_be_made_leaves_torchs_own(clean, monkeypatch) -> None:
     (clean / "file").write_text("")
     monkeypatch.setenv(cache.OURS, str(clean / "file" / "below"))
-    cache.use()
+    cache.use_cache_folder()
     assert cache.TORCHS not in os.environ

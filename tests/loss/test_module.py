@@ -16,7 +16,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from zowrap.loss.module import LossModule, probes
+from zowrap.loss.module import LossModule, make_probes
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -141,11 +141,11 @@ def test_probes_show_every_class_beside_the_first() -> None:
         num_labels = 20
 
     batch = {"input_ids": ids(3), "labels": torch.tensor([0, 0, 0])}
-    found = [probe["labels"].tolist() for probe in probes(batch, Config(), labels_are_tokens=False)]
+    found = [probe["labels"].tolist() for probe in make_probes(batch, Config(), labels_are_tokens=False)]
     assert all(labels[0] == 0 for labels in found)
     assert {label for labels in found for label in labels} == set(range(20))
     odd = {**batch, "pixels": torch.zeros(7, 2)}  # of no row in particular: what belongs to a row is not known
-    assert not list(probes(odd, Config(), labels_are_tokens=False))
+    assert not list(make_probes(odd, Config(), labels_are_tokens=False))
 
 
 def test_a_batch_without_a_label_to_learn_from_settles_nothing() -> None:

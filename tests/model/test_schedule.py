@@ -195,7 +195,7 @@ def test_what_cannot_be_captured_is_tried_once(free: Any, monkeypatch: pytest.Mo
 def test_the_choice_of_a_learning_rate_keeps_the_schedule(free: Any) -> None:
     free(0)
     zm = wrap()
-    with learning_rate.unmoved(zm):
+    with learning_rate.preserve_state(zm):
         zm.accumulate(**LARGE)
     asked = free(PLENTY)
     zm.step(**SMALL)

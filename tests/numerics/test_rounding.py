@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zowrap.numerics import noise
-from zowrap.numerics.rounding import nearest, stochastic
+from zowrap.numerics.rounding import round_stochastically, round_to_nearest
 
 IDS = torch.arange(1)
 
@@ -21,7 +21,7 @@ def bits(count: int, step: int = 0) -> torch.Tensor:
 def test_mean_is_the_value(dtype: torch.dtype, value: float) -> None:
     count = 400_000
     exact = torch.full((count,), value)
-    rounded = stochastic(exact, bits(count), dtype).double()
+    rounded = round_stochastically(exact, bits(count), dtype).double()
     values = rounded.unique()
     assert len(values) <= 2  # only the two neighbours
     error = (values.max() - values.min()).item() / 2 / count**0.5 + abs(value) * 2**-23
@@ -32,16 +32,18 @@ def test_mean_is_the_value(dtype: torch.dtype, value: float) -> None:
 def test_representable_values_stay(dtype: torch.dtype) -> None:
     values = torch.randn(5000, generator=torch.Generator().manual_seed(0)).to(dtype)
     values = torch.cat([values, torch.tensor([0.0, -0.0, 1e-7, 6e-8], dtype=torch.float32).to(dtype)])
-    assert torch.equal(stochastic(values.float(), bits(len(values)), dtype), values)
+    assert torch.equal(round_stochastically(values.float(), bits(len(values)), dtype), values)
 
 
 def test_float16_saturates_instead_of_overflowing() -> None:
-    assert stochastic(torch.tensor([1e6, -1e6]), bits(2), torch.float16).tolist() == [65504.0, -65504.0]
+    assert round_stochastically(torch.tensor([1e6, -1e6]), bits(2), torch.float16).tolist() == [65504.0, -65504.0]
 
 
 def test_not_finite_stays_not_finite() -> None:
     values = torch.tensor([float("inf"), float("-inf"), float("nan")])
-    assert torch.equal(stochastic(values, bits(3), torch.bfloat16).isfinite(), torch.zeros(3, dtype=torch.bool))
+    assert torch.equal(
+        round_stochastically(values, bits(3), torch.bfloat16).isfinite(), torch.zeros(3, dtype=torch.bool)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -54,12 +56,12 @@ def test_nearest_is_the_conversion(dtype: torch.dtype) -> None:
     edge = torch.tensor([0.0, -0.0, 65504.0, 65519.9, 65520.0, -7e4, 3.4e38, 2.0**-25, 2.0**-14, float("inf")])
     values = torch.cat([values, edge])
     wanted = values.to(dtype).float()
-    assert torch.equal(nearest(values, dtype).nan_to_num(7.0), wanted.nan_to_num(7.0))
-    assert torch.equal(nearest(values, dtype).isnan(), wanted.isnan())
+    assert torch.equal(round_to_nearest(values, dtype).nan_to_num(7.0), wanted.nan_to_num(7.0))
+    assert torch.equal(round_to_nearest(values, dtype).isnan(), wanted.isnan())
 
 
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(TypeError, match="float8"):
-        stochastic(torch.ones(2), bits(2), torch.float8_e4m3fn)
+        round_stochastically(torch.ones(2), bits(2), torch.float8_e4m3fn)
     with pytest.raises(TypeError, match="float8"):
-        nearest(torch.ones(2), torch.float8_e4m3fn)
+        round_to_nearest(torch.ones(2), torch.float8_e4m3fn)

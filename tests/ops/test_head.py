@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import zowrap
 from tests.support.families import batch, make
 from zowrap.compiler.capture import canonical_batch, capture
-from zowrap.loss.module import token_losses, token_sums
+from zowrap.loss.module import sum_token_losses, token_losses
 from zowrap.ops import head as fused
 from zowrap.ops import scratch
 from zowrap.passes.fuse_head import FuseHead
@@ -46,7 +46,7 @@ def test_the_loss_is_that_of_the_logits(labels, dtype) -> None:
     x, w, y = given(labels, dtype)
     bias = torch.randn(CLASSES).to(dtype)
     for b in (None, bias):
-        expected = token_sums(nn.functional.linear(x, w) if b is None else nn.functional.linear(x, w) + b, y)
+        expected = sum_token_losses(nn.functional.linear(x, w) if b is None else nn.functional.linear(x, w) + b, y)
         assert torch.allclose(zo.head(x, w, b, None, None, y), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -62,13 +62,13 @@ def test_labels_that_name_no_class_and_logits_that_are_not_finite_make_the_loss_
 
 def test_one_very_large_logit_is_no_overflow() -> None:
     x, w, y = given()
-    expected = token_sums(nn.functional.linear(1e4 * x, w), y)
+    expected = sum_token_losses(nn.functional.linear(1e4 * x, w), y)
     assert torch.allclose(zo.head(1e4 * x, w, None, None, None, y), expected, rtol=1e-5)
 
 
 def test_labels_may_be_a_view_with_gaps() -> None:
     x, w, y = given(length=2)
-    expected = token_sums(nn.functional.linear(x[:, 1:], w), y[:, 1:])
+    expected = sum_token_losses(nn.functional.linear(x[:, 1:], w), y[:, 1:])
     assert torch.allclose(zo.head(x[:, 1:], w, None, None, None, y[:, 1:]), expected, rtol=1e-5)
 
 
@@ -82,7 +82,7 @@ def test_low_rank_factors_join_the_logits(own, labels, bias) -> None:
     bias = None if bias is None else torch.randn(bias)
     logits = nn.functional.linear(x, w) + thin @ left.mT + (0 if bias is None else bias)
     bias = bias if bias is None or bias.ndim == 1 else bias.squeeze(1)
-    assert torch.allclose(zo.head(x, w, bias, thin, left, y), token_sums(logits, y), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(zo.head(x, w, bias, thin, left, y), sum_token_losses(logits, y), rtol=1e-5, atol=1e-5)
 
 
 def test_under_vmap_each_example_has_its_own_factors() -> None:
@@ -92,7 +92,7 @@ def test_under_vmap_each_example_has_its_own_factors() -> None:
     def one(x: Tensor, thin: Tensor, left: Tensor, y: Tensor) -> Tensor:
         return zo.head(x.unsqueeze(0), w, None, thin.unsqueeze(0), left, y.unsqueeze(0)).reshape(())
 
-    expected = token_sums(nn.functional.linear(x, w) + thin @ left.mT, y)
+    expected = sum_token_losses(nn.functional.linear(x, w) + thin @ left.mT, y)
     assert torch.allclose(torch.vmap(one)(x, thin, left, y), expected, rtol=1e-5)
 
 
@@ -104,11 +104,11 @@ def test_a_perturbed_head_is_the_head_perturbed(labels) -> None:
     kernel_key = zm.engine.kernels.key
     weights = zo.perturb(w, *noise, kernel_key)
     inputs, biases = [x, 2 * x, -x], [torch.randn(CLASSES) for _ in weights]
-    expected = [token_sums(nn.functional.linear(*each), y) for each in zip(inputs, weights, biases, strict=True)]
+    expected = [sum_token_losses(nn.functional.linear(*each), y) for each in zip(inputs, weights, biases, strict=True)]
     got = zo.perturb_head(inputs, w, biases, *noise, y, kernel_key)
     assert torch.allclose(torch.stack(got), torch.stack(expected), rtol=1e-5)
     shared = zo.perturb_head([x], w, [], *noise, y, kernel_key)
-    assert torch.allclose(shared[1], token_sums(nn.functional.linear(x, weights[1]), y), rtol=1e-5)
+    assert torch.allclose(shared[1], sum_token_losses(nn.functional.linear(x, weights[1]), y), rtol=1e-5)
 
 
 def test_only_tokens_that_count_reach_the_head() -> None:

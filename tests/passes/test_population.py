@@ -13,7 +13,7 @@ import zowrap
 from tests.support.families import FAMILIES, batch, make, snapshot, unchanged
 from zowrap.compiler import inductor
 from zowrap.errors import ZOError
-from zowrap.storage.atomic import jsonable
+from zowrap.storage.atomic import to_jsonable
 from zowrap.training import journal
 
 EPS = 1e-2
@@ -169,7 +169,7 @@ def test_replayed_and_resumed_are_bitwise(options, tmp_path) -> None:
 
 def test_what_does_not_fit_a_population_is_named() -> None:
     zm = small()
-    record = json.loads(json.dumps(jsonable(small().step(**words()).record())))
+    record = json.loads(json.dumps(to_jsonable(small().step(**words()).record())))
     del record["weights"]
     with pytest.raises(ZOError, match="weights"):
         zm.replay(record)

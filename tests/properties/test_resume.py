@@ -511,7 +511,7 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])
         trainer = trainer_in(tmp_path, max_steps=8)
-        with pytest.raises(ZOError, match=f"{name} is not a whole safetensors file"):
+        with pytest.raises(ZOError, match=f"{name} is not a complete safetensors file"):
             trainer.train(resume_from_checkpoint=True)
         file.write_bytes(content)
 

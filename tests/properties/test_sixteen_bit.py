@@ -59,7 +59,7 @@ def test_bfloat16_reaches_the_float32_loss(monkeypatch) -> None:
     mean_full, mean_stochastic = sum(full) / 3, sum(loss for loss, _ in runs) / 3
     assert mean_full < 0.9 * start
     assert abs(mean_stochastic - mean_full) <= spread
-    monkeypatch.setattr(rounding, "stochastic", lambda value, bits, dtype: value.to(dtype))
+    monkeypatch.setattr(rounding, "round_stochastically", lambda value, bits, dtype: value.to(dtype))
     nearest = [train(torch.bfloat16, seed)[0] for seed in range(3)]
     assert sum(nearest) / 3 > mean_full + 2 * spread
 

@@ -28,7 +28,7 @@ def empty(family: str, scheme: str | None = "int8", stored: bool = False) -> Any
     kind: Any = getattr(T, config.architectures[0])
     with torch.device("meta"):
         model = kind._from_config(config, dtype=torch.float32).eval()
-    return skeleton.quantized(model, None if stored or scheme is None else SCHEMES[scheme])
+    return skeleton.quantize_empty(model, None if stored or scheme is None else SCHEMES[scheme])
 
 
 def layout(model: torch.nn.Module) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def test_a_model_as_it_is_stays_as_it_is() -> None:
 def test_adapters_are_put_on_it() -> None:
     model = empty("llama", "nf4")
     adapters.attach(model, 2, 4)
-    assert adapters.present(model) and lowering.lowered(model)
+    assert adapters.has_adapters(model) and lowering.lowered_layers(model)
     assert {str(p.device) for p in model.parameters()} == {"meta"}
 
 
@@ -86,4 +86,4 @@ def test_what_a_configuration_does_not_say_is_refused(method: str, problem: str)
     with torch.device("meta"):
         model = T.OPTForCausalLM._from_config(config)
     with pytest.raises(ZOError, match=problem):
-        skeleton.quantized(model, None)
+        skeleton.quantize_empty(model, None)

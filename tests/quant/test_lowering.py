@@ -38,7 +38,7 @@ def test_a_lowered_model_is_the_original_bit_for_bit(family: str, scheme: str) -
     for inputs in inputs_of(family):
         assert torch.equal(logits(ours, inputs), logits(library, inputs))
     quant.raise_back(ours)
-    assert not lowering.lowered(ours)
+    assert not lowering.lowered_layers(ours)
     assert same(ours.state_dict(), before)
     for inputs in inputs_of(family):
         assert torch.equal(logits(ours, inputs), logits(library, inputs))
@@ -51,9 +51,9 @@ def test_raise_lower_raise_is_the_identity_on_the_state_dict(scheme: str) -> Non
     for _ in range(2):
         quant.lower(model)
         logits(model, batch("llama", 2, 5))
-        with lowering.raised(model):
+        with lowering.original_layers(model):
             assert same(model.state_dict(), before)
-        assert lowering.lowered(model)
+        assert lowering.lowered_layers(model)
         quant.raise_back(model)
         assert same(model.state_dict(), before)
 
@@ -132,7 +132,7 @@ def test_layers_of_torch_without_parameters_are_recognised() -> None:
 def test_layers_that_were_never_loaded_are_refused(kind: str) -> None:
     options = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {}
     layer = getattr(bitsandbytes.nn, kind)(64, 64, **options)
-    with pytest.raises(ZOError, match=f"0 is a {kind} that holds no quantised weights yet"):
+    with pytest.raises(ZOError, match=f"0 is a {kind} whose weights are not quantised yet"):
         quant.lower(nn.Sequential(layer))
     assert len(quant.lower(nn.Sequential(layer.to("cpu")))) == 1
 
@@ -158,7 +158,7 @@ def test_a_part_that_is_not_quantised_on_another_device_is_refused() -> None:
     model.model.decoder.embed_tokens.to("meta")  # as offloading leaves it
     with pytest.raises(ZOError, match=r"several devices \(cpu, meta\)"):
         quant.lower(model)
-    assert not lowering.lowered(model)
+    assert not lowering.lowered_layers(model)
 
 
 def test_a_model_without_quantised_layers_stays_as_it_is() -> None:

@@ -15,7 +15,7 @@ import zowrap
 from tests.support.families import batch
 from tests.support.quantized_models import SCHEMES, logits, plain, quantized
 from zowrap import names, quant
-from zowrap.calibration.noise_floor import NoiseFloor, slope_and_floor
+from zowrap.calibration.noise_floor import NoiseFloor, estimate_slope_and_floor
 from zowrap.errors import ZOError, ZOWarning
 from zowrap.model.zo_model import ZOModel
 from zowrap.numerics import codes, noise
@@ -23,7 +23,7 @@ from zowrap.quant import lowering, modes
 from zowrap.quant.layers import Int8Linear
 from zowrap.training import journal
 
-WAYS = names.WAYS
+WAYS = names.QUANT_MODES
 
 
 def wrap(way: str | None, engine: str | None = "eager", scheme: str = "int8", **options: Any) -> ZOModel:
@@ -32,7 +32,7 @@ def wrap(way: str | None, engine: str | None = "eager", scheme: str = "int8", **
 
 
 def int8_codes(model: nn.Module) -> dict[str, Tensor]:
-    return {name: layer.weight.clone() for name, layer in lowering.lowered(model).items()}
+    return {name: layer.weight.clone() for name, layer in lowering.lowered_layers(model).items()}
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -82,7 +82,7 @@ def test_the_points_of_a_step_read_the_codes_once(pair) -> None:
     compiled.discard()
     (program,) = (e.program for key, e in compiled.engine.executables.items() if key[2] == 2)
     targets = [str(node.target) for node in program.graph.nodes]
-    layers = len(lowering.lowered(compiled.model))
+    layers = len(lowering.lowered_layers(compiled.model))
     expected = "zowrap.codes_points.default" if way == "codes" else "zowrap.int8_points.default"
     assert targets.count(expected) + targets.count("zowrap.int8_linear.default") == layers
     assert targets.count(expected) >= layers - 3  # adapters: the first layer's inputs are one for both points
@@ -112,7 +112,7 @@ def test_scales_move_and_stay_positive_and_codes_stay() -> None:
     assert {p.name.rsplit(".", 1)[1] for p in zm.parameters} == {"log_scale"}
     for g in (200.0, -5.0):
         zm.update(projected_grad=torch.tensor(g).clamp(-1, 1))
-    layers = lowering.lowered(zm.model)
+    layers = lowering.lowered_layers(zm.model)
     assert all((layer.scale() > 0).all() for layer in layers.values())  # type: ignore[operator]
     assert all(torch.equal(before[name], layer.weight) for name, layer in layers.items())
     assert all(layer.log_scale.abs().max() > 0 for layer in layers.values())
@@ -166,7 +166,7 @@ def test_rounding_of_codes_is_unbiased() -> None:
     for seed in range(keys):
         key = noise.derive_keys(seed, 5, 0, torch.tensor([11]), noise.TAG_ROUNDING)[0]  # as the epilogue draws them
         bits = noise.hash_bits(*noise.split_index(torch.arange(6)), key).reshape(2, 3)
-        total += codes.written(stored, change, unit, bits, torch.tensor(True)).float()
+        total += codes.add_change(stored, change, unit, bits, torch.tensor(True)).float()
     exact = stored.float() + change / unit.unsqueeze(1)
     fraction = exact - exact.floor()
     error = (fraction * (1 - fraction) / keys).sqrt()
@@ -176,10 +176,10 @@ def test_rounding_of_codes_is_unbiased() -> None:
 def test_codes_end_at_127_and_full_rows_are_counted() -> None:
     stored = torch.tensor([[126, -127, 0, 1]], dtype=torch.int8)
     change = torch.tensor([[5.0, -5.0, 5.0, 0.0]])
-    new = codes.written(stored, change, torch.ones(1), torch.zeros(1, 4, dtype=torch.int32), torch.tensor(True))
+    new = codes.add_change(stored, change, torch.ones(1), torch.zeros(1, 4, dtype=torch.int32), torch.tensor(True))
     assert new.tolist() == [[127, -127, 5, 1]]
-    assert modes.saturated_rows(new) == 1
-    assert modes.saturated_rows(torch.zeros(3, 4, dtype=torch.int8)) == 0
+    assert modes.count_saturated_rows(new) == 1
+    assert modes.count_saturated_rows(torch.zeros(3, 4, dtype=torch.int8)) == 0
 
 
 def test_a_freshly_quantised_row_is_not_full_however_short_it_is() -> None:
@@ -187,30 +187,30 @@ def test_a_freshly_quantised_row_is_not_full_however_short_it_is() -> None:
     for columns in (3, 32, 50, 384):
         rows = torch.randint(-60, 60, (40, columns), generator=draw).to(torch.int8)
         rows[:, 1] = 127
-        assert modes.saturated_rows(rows) == 0
+        assert modes.count_saturated_rows(rows) == 0
         rows[:7] = -127
-        assert modes.saturated_rows(rows) == 7
+        assert modes.count_saturated_rows(rows) == 7
 
 
 def test_rows_are_counted_on_demand_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     zm = wrap("codes", queries=modes.CODE_QUERIES)
     zm.update(projected_grad=torch.zeros(modes.CODE_QUERIES))
-    monkeypatch.setattr(modes, "saturated_rows", lambda codes: 1)
-    report, layers = zm.inspect(), len(lowering.lowered(zm.model))
+    monkeypatch.setattr(modes, "count_saturated_rows", lambda codes: 1)
+    report, layers = zm.inspect(), len(lowering.lowered_layers(zm.model))
     assert report.full_rows == (layers, sum(len(p.tensor) for p in zm.parameters))
     assert report.as_dict()["full_rows"] == layers and f"; {layers} of " in str(report)
 
     def refuse(codes: Tensor) -> int:
         raise AssertionError("all codes were read")
 
-    monkeypatch.setattr(modes, "saturated_rows", refuse)
+    monkeypatch.setattr(modes, "count_saturated_rows", refuse)
     assert journal.environment(zm)["engine"] == "eager" and zm.inspect().quantized.startswith("codes move")
 
 
 def test_a_row_of_zeros_keeps_them() -> None:
     stored = torch.zeros(1, 2, dtype=torch.int8)
     bits = torch.full((1, 2), -1, dtype=torch.int32)
-    assert codes.written(stored, torch.ones(1, 2), torch.zeros(1), bits, torch.tensor(True)).tolist() == [[0, 0]]
+    assert codes.add_change(stored, torch.ones(1, 2), torch.zeros(1), bits, torch.tensor(True)).tolist() == [[0, 0]]
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_a_tuned_model_reloads_with_the_same_logits(way: str, tmp_path) -> None:
 
 
 def test_the_default_is_chosen_and_explained() -> None:
-    assert "scales move (the default of 8-bit" in str(wrap(None).inspect())
+    assert "scales move (the default for 8-bit" in str(wrap(None).inspect())
     assert wrap(None, scheme="nf4").inspect().quantized.startswith("adapters move (the scales of")
     assert "experimental" in wrap("codes").inspect().quantized
     assert zowrap.zo_wrap(nn.Linear(2, 2), "zo_sgd", loss_fn=lambda m, b: b["x"].sum()).inspect().quantized is None
@@ -253,7 +253,7 @@ def test_the_default_is_chosen_and_explained() -> None:
         ({"way": "scales", "masters": True}, "masters=True is for 16-bit weights"),
         ({"way": "scales", "along": "evaluated"}, "along='evaluated' is for 16-bit weights"),
         ({"way": "codes", "along": "evaluated"}, "and what moves here is int8"),
-        ({"way": "codes", "direction": "sparse"}, "no weights in floating point"),
+        ({"way": "codes", "direction": "sparse"}, "reads weights in floating point"),
         ({"way": "scales", "trainable": ["nowhere"]}, "nothing is left to tune"),
         ({"way": "codes", "trainable": ["nowhere"]}, "nothing is left to tune"),
     ],
@@ -292,7 +292,7 @@ def test_an_eps_below_the_rounding_of_activations_is_warned_of() -> None:
 
 
 def test_codes_are_warned_of_unless_many_directions_share_a_write() -> None:
-    with pytest.warns(ZOWarning, match="rounding outgrows the progress"):
+    with pytest.warns(ZOWarning, match="rounding outweighs progress"):
         wrap("codes")
     with warnings.catch_warnings():
         warnings.simplefilter("error", ZOWarning)
@@ -338,10 +338,10 @@ def test_tuned_scales_are_not_left_under_adapters() -> None:
 
 
 def test_where_rounding_outweighs_the_slope_there_is_no_floor() -> None:
-    slope, floor = slope_and_floor(0.5, 0.3, 0.1)
+    slope, floor = estimate_slope_and_floor(0.5, 0.3, 0.1)
     assert slope == pytest.approx(2.0) and floor == pytest.approx(0.075)
     for whole in (0.42, 0.3, 0.1):  # 2εs below n, nothing, less than nothing
-        assert all(math.isnan(value) for value in slope_and_floor(whole, 0.3, 0.1))
+        assert all(math.isnan(value) for value in estimate_slope_and_floor(whole, 0.3, 0.1))
     found = NoiseFloor(1e-3, math.nan, 0.3, math.nan, 0.5, 3e-4)
     assert found.hidden and found.record()["floor"] is None
 
@@ -363,8 +363,8 @@ def test_what_moves_beside_adapters_is_saved_with_them(tmp_path) -> None:
 @pytest.mark.parametrize(
     "trainable, problem",
     [
-        (["*lora_*", "*fc1.bias"], r"fc1\.bias would move"),
-        (["*lora_*", "*embed_tokens*"], r"embed_tokens\.weight would move"),
+        (["*lora_*", "*fc1.bias"], r"fc1\.bias cannot be saved"),
+        (["*lora_*", "*embed_tokens*"], r"embed_tokens\.weight cannot be saved"),
         (["*lora_*", "*fc1.weigth"], "matches none"),
         (["*fc1.weight"], "matches none"),
     ],

@@ -37,14 +37,14 @@ def wrap(way: str | None = None, engine: str = "eager", **options: Any) -> ZOMod
 
 def test_tuned_scales_are_saved_and_reloaded_by_the_library(tmp_path) -> None:
     zm, inputs = wrap(), batch("opt", 4, 9)
-    assert zm.quantized == "scales" and zm.eps == 0.1 and not zm.job.way.rounds  # type: ignore[union-attr]
-    before = {name: layer.weight.clone() for name, layer in lowering.lowered(zm.model).items()}
+    assert zm.quantized == "scales" and zm.eps == 0.1 and not zm.job.quant_mode.rounds  # type: ignore[union-attr]
+    before = {name: layer.weight.clone() for name, layer in lowering.lowered_layers(zm.model).items()}
     untouched = logits(zm.model, inputs)
     for g in (2.0, -1.0):
         zm.update(projected_grad=torch.tensor(g))
     tuned = logits(zm.model, inputs)
     assert not torch.equal(tuned, untouched)
-    assert all(torch.equal(before[name], layer.weight) for name, layer in lowering.lowered(zm.model).items())
+    assert all(torch.equal(before[name], layer.weight) for name, layer in lowering.lowered_layers(zm.model).items())
     zm.save_pretrained(str(tmp_path))
     assert torch.equal(logits(load(tmp_path), inputs), tuned)
     other = wrap()

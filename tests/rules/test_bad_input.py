@@ -256,9 +256,13 @@ def renamed_slot(file: Path) -> None:
 
 STATE, TENSORS, TRAINER = "zo_state.json", "zo_state.safetensors", "trainer_state.json"
 DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
-    *((name, act, "not a whole safetensors file") for name in (TENSORS, "model.safetensors") for act in (cut, empty)),
-    (TENSORS, garbled, "not a whole safetensors file"),
-    (TENSORS, huge_header, "not a whole safetensors file"),
+    *(
+        (name, act, "not a complete safetensors file")
+        for name in (TENSORS, "model.safetensors")
+        for act in (cut, empty)
+    ),
+    (TENSORS, garbled, "not a complete safetensors file"),
+    (TENSORS, huge_header, "not a complete safetensors file"),
     (TENSORS, Path.unlink, "scalars/all/warmup is missing"),
     (TENSORS, renamed_slot, "slots/m/.* is missing"),
     *((name, act, "not valid JSON") for name in (STATE, TRAINER) for act in (cut, empty)),

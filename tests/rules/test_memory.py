@@ -40,12 +40,14 @@ LOW_RANK = ("lozo", "lozo_m")
 
 
 def test_low_rank_rules_hold_less_than_a_hundredth_of_a_matrix_of_2048() -> None:
-    assert all(0 < held < 0.01 for held in rule_memory.extra_memory([rules.get(name) for name in LOW_RANK], side=2048))
+    assert all(
+        0 < held < 0.01 for held in rule_memory.measure_extra_memory([rules.get(name) for name in LOW_RANK], side=2048)
+    )
 
 
 def test_each_rule_holds_what_its_algorithm_needs() -> None:
     cases = [(e.constructor(), EXPECTED[name]) for name, e in rules.REGISTRY.items() if name not in LOW_RANK] + VARIANTS
-    held = rule_memory.extra_memory([rule for rule, _ in cases])
+    held = rule_memory.measure_extra_memory([rule for rule, _ in cases])
     for (rule, expected), found in zip(cases, held, strict=True):
         assert expected <= found < expected + 0.01, rule.describe()
 
@@ -64,7 +66,7 @@ def test_what_a_rule_hides_from_its_slots_is_counted_too() -> None:
 
     honest = rules.zo_sgd()
     rule = Rule(name="hoarder", lr=1e-6, hyper={}, scalars=honest.scalars, leaf=hoarding)
-    assert rule_memory.extra_memory([rule]) == pytest.approx([1.0], abs=0.01)
+    assert rule_memory.measure_extra_memory([rule]) == pytest.approx([1.0], abs=0.01)
 
 
 def allocated(act: Any) -> tuple[int, int]:

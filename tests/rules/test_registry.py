@@ -57,7 +57,7 @@ def mine(*, lr: float = 1e-3, beta: float = 0.9) -> Rule:
 
 
 def test_the_example_is_its_formula() -> None:
-    plugins.load([str(EXAMPLE)])
+    plugins.import_plugins([str(EXAMPLE)])
     zm = testing.wrap("zo_lion")
     w, m = testing._weights(zm), 0.0
     for losses in testing.draw_losses(zm, 5):
@@ -122,7 +122,7 @@ def test_the_command_line_takes_it_up_and_never_by_itself(zowrap_cli, models, da
     replay = ("replay", models["encoder"], run, "--to", tmp_path / "to")
     refused = zowrap_cli(*replay)
     assert refused.code == 2 and refused.err.count("error: ") == 1
-    assert "made by the rule 'zo_lion', which is not registered here" in refused.err
+    assert "trained with the rule 'zo_lion', which is not registered here" in refused.err
     assert f"--plugin (then: {EXAMPLE})" in refused.err and "zo_lion" not in rules.REGISTRY
     with pytest.raises(ZOError, match="import it first in Python"):
         replay_run(torch.nn.Linear(1, 1), run)
@@ -168,10 +168,10 @@ def test_it_can_be_a_module(zowrap_cli, monkeypatch) -> None:
     ("text", "words"),
     [
         (None, "there is no such file"),
-        ("x = 1\n", "registers no rule: call zowrap.rules.register"),
+        ("x = 1\n", "registers no rule (call zowrap.rules.register"),
         ("def (\n", "SyntaxError"),
         ("import no_such_module\n", "No module named 'no_such_module'"),
-        ("from zowrap import rules\nrules.register('meazo', rules.fzoo, paper='x')\n", "a rule 'meazo' already"),
+        ("from zowrap import rules\nrules.register('meazo', rules.fzoo, paper='x')\n", "already a rule 'meazo'"),
     ],
 )
 def test_a_plugin_that_cannot_be_used_is_named(zowrap_cli, tmp_path, text, words) -> None:
@@ -186,7 +186,7 @@ def test_a_plugin_that_cannot_be_used_is_named(zowrap_cli, tmp_path, text, words
 
 def test_a_module_that_is_not_there_is_named(zowrap_cli) -> None:
     refused = zowrap_cli("rules", "--plugin", "no.such.module")
-    assert refused.code == 2 and "no file and no module of that name" in refused.err
+    assert refused.code == 2 and "no file or module of that name" in refused.err
 
 
 # --- installed packages --------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_an_installed_package_is_found_when_its_rule_is_asked_for(tmp_path, monk
 def test_an_installed_package_that_fails_is_left_out_and_named(tmp_path, monkeypatch, zowrap_cli) -> None:
     installed(tmp_path, monkeypatch, "raise OSError('no licence')\n")
     told = zowrap_cli("rules")
-    assert told.code == 0 and "warning: the rules of my-rules (my_rule) are left out: OSError: no licence" in told.err
+    assert told.code == 0 and "warning: cannot load the rules of my-rules (my_rule): OSError: no licence" in told.err
     monkeypatch.setattr(entry_points, "_installed_loaded", False)
     with pytest.warns(ZOWarning, match="my-rules"), pytest.raises(ZOError, match="unknown rule 'zo_lion'"):
         rules.get("zo_lion")
@@ -281,12 +281,12 @@ def not_plain(*, lr: float = 1e-3, beta: tuple = (0.9, 0.99)) -> Rule:
 @pytest.mark.parametrize(
     ("name", "constructor", "words"),
     [
-        ("meazo", mine, "there is a rule 'meazo' already"),
-        ("meazo", rules.meazo, "there is a rule 'meazo' already"),
-        ("mezo", mine, "another name of zo_sgd"),
-        ("Mine", mine, "small letters"),
-        ("", mine, "small letters"),
-        (3, mine, "small letters"),
+        ("meazo", mine, "there is already a rule 'meazo'"),
+        ("meazo", rules.meazo, "there is already a rule 'meazo'"),
+        ("mezo", mine, "an alias of zo_sgd"),
+        ("Mine", mine, "lowercase letters"),
+        ("", mine, "lowercase letters"),
+        (3, mine, "lowercase letters"),
         ("mine", "mine", "must be a function that returns a rule"),
         ("mine", mine(), "must be a function that returns a rule"),
         ("mine", dict, "must be a Python function|keyword-only"),
@@ -296,8 +296,8 @@ def not_plain(*, lr: float = 1e-3, beta: tuple = (0.9, 0.99)) -> Rule:
         ("mine", bare, "needs a docstring"),
         ("mine", failing, "fails without arguments .KeyError: 'beta'."),
         ("mine", no_rule, "must return a zowrap.rules.Rule, got str"),
-        ("yours", mine, "is called 'mine'"),
-        ("mine", unsaid, r"Rule.hyper=....\ must hold gamma"),
+        ("yours", mine, "a rule called 'mine'"),
+        ("mine", unsaid, r"Rule.hyper=....\ must contain gamma"),
         ("mine", other, "its constructor must take beta"),
         ("mine", not_plain, "must be numbers, strings, flags or None"),
     ],
@@ -311,7 +311,7 @@ def test_what_cannot_be_registered_is_named_and_nothing_is(name, constructor, wo
 
 @pytest.mark.parametrize("paper", ["", " ", None, 3])
 def test_a_rule_says_where_it_is_from(paper) -> None:
-    with pytest.raises(ZOError, match="paper must say where the rule is from"):
+    with pytest.raises(ZOError, match="paper must name the rule's source"):
         rules.register("mine", mine, paper=paper)
     assert "mine" not in rules.REGISTRY
 
@@ -319,4 +319,4 @@ def test_a_rule_says_where_it_is_from(paper) -> None:
 def test_costs_are_read_off_the_rule() -> None:
     for name, entry in rules.REGISTRY.items():
         rule = entry.constructor()
-        assert validation.forwards(rule) == entry.forwards, name
+        assert validation.describe_forwards(rule) == entry.forwards, name

@@ -266,7 +266,7 @@ def test_weights_that_are_cut_off_are_told(tmp_path, kept):
     file = tmp_path / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     for use in (require_safetensors, read_metadata, lambda _: export_run(tmp_path / "model", tmp_path / "out")):
-        with pytest.raises(ZOError, match=r"model\.safetensors is not a whole safetensors file \("):
+        with pytest.raises(ZOError, match=r"model\.safetensors is not a complete safetensors file \("):
             use(file if use is read_metadata else file.parent)
     assert not (tmp_path / "out").exists()
 

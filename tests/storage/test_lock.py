@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.tiny_run import trainer_in
 from zowrap.errors import ZOError
-from zowrap.storage.lock import LOCK, check_one_process, entries, locked
+from zowrap.storage.lock import LOCK, check_one_process, list_entries, lock_folder
 
 HOLDS = """
 import sys, time
@@ -38,32 +38,32 @@ def test_a_second_process_is_refused_until_the_owner_dies_however_it_dies(tmp_pa
     for name in ("run", "other_name"):
         with (
             pytest.raises(ZOError, match=f"another process trains in .*{owner.pid} on {socket.gethostname()}"),
-            locked(tmp_path / name),
+            lock_folder(tmp_path / name),
         ):
             pass
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     assert (tmp_path / "run" / LOCK).exists()  # what a kill leaves behind locks nothing
-    with locked(tmp_path / "run"):
+    with lock_folder(tmp_path / "run"):
         pass
     assert not (tmp_path / "run" / LOCK).exists()
 
 
 def test_the_same_process_may_lock_again(tmp_path: Path) -> None:
-    with locked(tmp_path):
-        with locked(tmp_path):
-            assert not entries(tmp_path)
+    with lock_folder(tmp_path):
+        with lock_folder(tmp_path):
+            assert not list_entries(tmp_path)
         assert (tmp_path / LOCK).exists()
     assert not (tmp_path / LOCK).exists()
 
 
 def test_a_folder_made_for_the_lock_goes_if_nothing_is_put_there(tmp_path: Path) -> None:
-    with locked(tmp_path / "a" / "b"):
+    with lock_folder(tmp_path / "a" / "b"):
         pass
     assert not (tmp_path / "a").exists()
-    with locked(tmp_path / "a" / "b"):
+    with lock_folder(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "kept").touch()
-    assert [entry.name for entry in entries(tmp_path / "a" / "b")] == ["kept"]
+    assert [entry.name for entry in list_entries(tmp_path / "a" / "b")] == ["kept"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -81,7 +81,7 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_parent_that_is_gone(tmp_path
         until = time.monotonic() + 10  # the child forgets the lock right after the fork, maybe after the parent's end
         while True:
             try:
-                with locked(tmp_path):
+                with lock_folder(tmp_path):
                     break
             except ZOError:
                 assert time.monotonic() < until, "the child holds the lock"

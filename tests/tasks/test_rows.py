@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from zowrap.errors import ZOError
-from zowrap.tasks.rows import Row, label_index, label_names, label_of, read_rows, sample, text_of
+from zowrap.tasks.rows import Row, collect_labels, label_index, read_label, read_rows, read_text, sample
 
 ROWS = [{"text": "a, b\nc", "label": "x"}, {"text": "naïve “quotes”\u2028here", "label": "y"}]
 
@@ -80,15 +80,15 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
 
 def test_labels_may_be_strings_integers_or_booleans() -> None:
     rows = [Row({"label": value}, "here") for value in (10, 9, 10)]
-    assert label_names(rows, "label") == ["9", "10"]
-    assert [label_of(Row({"label": v}, "here"), "label") for v in (True, 3, " x ")] == ["true", "3", "x"]
+    assert collect_labels(rows, "label") == ["9", "10"]
+    assert [read_label(Row({"label": v}, "here"), "label") for v in (True, 3, " x ")] == ["true", "3", "x"]
     for value in (True, "1", 1):
         assert label_index(Row({"label": value}, "here"), "label", ["no", "yes"], numbered=True) == 1
         with pytest.raises(ZOError, match=r"here: label '(true|1)' is not one of the labels of training \('no', 'yes'"):
             label_index(Row({"label": value}, "here"), "label", ["no", "yes"])
     for value, message in ((None, "null"), (1.5, r"number 1\.5"), ("", "empty"), ([1], "a list")):
         with pytest.raises(ZOError, match=message):
-            label_of(Row({"label": value}, "here"), "label")
+            read_label(Row({"label": value}, "here"), "label")
     with pytest.raises(ZOError, match="here: label 'z' is not one of the labels of training"):
         label_index(Row({"label": "z"}, "here"), "label", ["x", "y"])
 
@@ -97,11 +97,11 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine \\ud83d\\ude00", "label": "x"}\n{"text": "a\\ud83d", "label": "\\ude00"}\n')
     whole, half = read_rows(str(path))
-    assert text_of(whole, "text") == "fine \U0001f600" and label_of(whole, "label") == "x"
+    assert read_text(whole, "text") == "fine \U0001f600" and read_label(whole, "label") == "x"
     with pytest.raises(ZOError, match=r"a\.jsonl line 2: column 'text' holds \\ud83d, half of a surrogate pair"):
-        text_of(half, "text")
+        read_text(half, "text")
     with pytest.raises(ZOError, match=r"a\.jsonl line 2: label 'label' holds \\ude00"):
-        label_of(half, "label")
+        read_label(half, "label")
 
 
 def test_rows_know_their_number(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_text_must_be_there_and_be_text() -> None:
         ("no", "has no column 'no'"),
     ):
         with pytest.raises(ZOError, match=message):
-            text_of(row, column)
+            read_text(row, column)
 
 
 def test_a_sample_is_fixed_and_in_order() -> None:

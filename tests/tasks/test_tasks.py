@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from tests.conftest import make_model, make_tokenizer, reviews
 from zowrap.errors import ZOError
-from zowrap.tasks.batches import Collator, even_lengths, fit
+from zowrap.tasks.batches import Collator, even_lengths, truncate
 from zowrap.tasks.lm import LanguageModelling
 from zowrap.tasks.loading import Source, open_source
-from zowrap.tasks.resolve import from_record, resolve
+from zowrap.tasks.resolve import resolve, restore_task
 from zowrap.tasks.rows import Row
 
 
@@ -40,7 +40,7 @@ def test_the_form_follows_from_the_checkpoint(models: dict[str, Path], kind: str
     task, why = resolve("classification", rows_of(reviews(4)), source)
     assert task.form == form
     assert source.architectures[0] in why
-    assert from_record(task.record()) == task
+    assert restore_task(task.record()) == task
 
 
 @pytest.mark.parametrize("kind", ["sequence", "causal", "encoder"])
@@ -71,12 +71,12 @@ def test_words_score_the_likelihood_of_the_labels_tokens(models: dict[str, Path]
 
 
 def test_a_label_that_begins_another_is_closed() -> None:
-    from zowrap.tasks.classification import _continuations
+    from zowrap.tasks.classification import _tokenize_continuations
 
     tokenizer = make_tokenizer("causal")
-    rows = _continuations(tokenizer, ["good", "good movie"])
+    rows = _tokenize_continuations(tokenizer, ["good", "good movie"])
     assert [row[-1] for row in rows] == [tokenizer.eos_token_id] * 2
-    assert all(tokenizer.eos_token_id not in row for row in _continuations(tokenizer, ["good", "bad movie"]))
+    assert all(tokenizer.eos_token_id not in row for row in _tokenize_continuations(tokenizer, ["good", "bad movie"]))
 
 
 def test_sentences_are_compared_with_the_names_of_labels(models: dict[str, Path]) -> None:
@@ -152,7 +152,7 @@ def test_templates_name_columns(models: dict[str, Path]) -> None:
         ("{label} {text}", "must end with {label}"),
         ("{label}", "no field for the text"),
         ("{text", "malformed"),
-        ("{} {label}", "a field is a column's name"),
+        ("{} {label}", "a field must be a column's name"),
     ):
         with pytest.raises(ZOError, match=message):
             resolve("classification", rows, source, template=template)
@@ -247,11 +247,11 @@ def test_rows_with_nothing_to_learn_are_dropped_and_counted() -> None:
 
 def test_fit_cuts_the_prompt_then_the_end() -> None:
     ids, labels = [1, 2, 3, 4, 5], [-100, -100, 3, 4, 5]
-    assert fit(ids, labels, 5, 1) == (ids, labels)
-    assert fit(ids, labels, 4, 1) == ([1, 3, 4, 5], [-100, 3, 4, 5])
-    assert fit(ids, labels, 4) == ([2, 3, 4, 5], [-100, 3, 4, 5])
-    assert fit(ids, labels, 2) == ([3, 4], [3, 4])
-    assert fit(ids, ids, 2, 1) == ([1, 2], [1, 2])
+    assert truncate(ids, labels, 5, 1) == (ids, labels)
+    assert truncate(ids, labels, 4, 1) == ([1, 3, 4, 5], [-100, 3, 4, 5])
+    assert truncate(ids, labels, 4) == ([2, 3, 4, 5], [-100, 3, 4, 5])
+    assert truncate(ids, labels, 2) == ([3, 4], [3, 4])
+    assert truncate(ids, ids, 2, 1) == ([1, 2], [1, 2])
 
 
 CHAT = (

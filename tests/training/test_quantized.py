@@ -23,7 +23,7 @@ from zowrap.quant import adapters, lowering, merge
 from zowrap.storage import compare
 from zowrap.storage.export import export_run
 from zowrap.storage.merge import export_merged
-from zowrap.tasks.adapted import adapted
+from zowrap.tasks.adapted import load_adapted
 from zowrap.training.checkpoint import load_checkpoint, load_weights
 from zowrap.training.config import ZOConfig
 from zowrap.training.replay import replay_run
@@ -126,7 +126,7 @@ def test_dequantised_checkpoints_are_plain_ones(scheme: str, form: str, dtype: t
     assert (weight - exact).norm() < (0.02 if scheme == "int8" else 0.2) * exact.norm()
     if scheme == "int8" and form == "fp32":
         layer = quant.lower(model)["model.layers.0.mlp.up_proj"]
-        assert torch.equal(weight, codes.values(layer.weight, codes.unit_of(layer.SCB)))
+        assert torch.equal(weight, codes.dequantize(layer.weight, codes.unit_of(layer.SCB)))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4 twice"])
@@ -142,7 +142,7 @@ def test_layers_that_hold_their_weight_the_other_way_round_stay_so(scheme: str, 
     exact, copied = (T.GPT2LMHeadModel.from_pretrained(tmp_path / name) for name in ("plain", "fp32"))
     for name, weight in exact.named_parameters():
         assert (copied.get_parameter(name) - weight).norm() <= 0.2 * weight.norm(), name
-    error, why_not = compare.output_error(tmp_path / "model", tmp_path / "fp32", "fp32")
+    error, why_not = compare.measure_output_error(tmp_path / "model", tmp_path / "fp32", "fp32")
     assert why_not is None and error is not None and error < 0.1
     quant.lower(model)
     quant.lowering.dequantize(model, torch.float32)
@@ -157,8 +157,8 @@ def test_a_copy_that_is_not_the_whole_model_is_not_called_one(tmp_path) -> None:
     tensors = load_file(file)
     del tensors["model.norm.weight"]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ZOError, match=r"not the whole model: model\.norm\.weight"):
-        compare.output_error(tmp_path / "model", tmp_path / "plain", "fp32")
+    with pytest.raises(ZOError, match=r"is incomplete: model\.norm\.weight"):
+        compare.measure_output_error(tmp_path / "model", tmp_path / "plain", "fp32")
 
 
 def test_outputs_that_cannot_be_compared_are_said_to_be_so(tmp_path) -> None:
@@ -166,7 +166,7 @@ def test_outputs_that_cannot_be_compared_are_said_to_be_so(tmp_path) -> None:
     export_run(tmp_path / "model", tmp_path / "plain", form="fp32")
     settings = json.loads((tmp_path / "plain" / "config.json").read_text())
     (tmp_path / "plain" / "config.json").write_text(json.dumps({**settings, "architectures": ["MyModel"]}))
-    found = compare.output_error(tmp_path / "model", tmp_path / "plain", "fp32")
+    found = compare.measure_output_error(tmp_path / "model", tmp_path / "plain", "fp32")
     assert found == (None, "transformers has no class MyModel")
 
 
@@ -183,7 +183,7 @@ def test_merging_adapters_requantises_and_says_what_it_lost() -> None:
     tuned = logits(model, inputs)
     errors = merge.merge(model)
     assert len(errors) == 12 and all(0 < error < 1 for error in errors.values())
-    assert not adapters.present(model)
+    assert not adapters.has_adapters(model)
     spread = (logits(model, inputs) - tuned).abs().mean() / tuned.std()
     assert 0 < spread < 0.1
     with pytest.raises(ZOError, match="no adapters to merge"):
@@ -198,7 +198,7 @@ def test_what_merging_lost_is_of_the_change(tmp_path) -> None:
         model = peft.get_peft_model(plain("opt", dtype), peft.LoraConfig(r=2, target_modules=["fc1"]))
         first, _ = (module for module in model.modules() if hasattr(module, "lora_B"))
         torch.nn.init.normal_(first.lora_B["default"].weight)
-        exact = first.base_layer.weight.double() + merge.lora_change(first, "default").double()
+        exact = first.base_layer.weight.double() + merge.lora_delta(first, "default").double()
         errors[dtype] = merge.merge(model)
         assert errors[dtype].pop(next(n for n in errors[dtype] if ".1." in n)) == 0.0
         tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
@@ -279,18 +279,18 @@ def test_a_trainers_run_of_adapters_says_how_its_base_was_loaded(tmp_path) -> No
     trainer = ZOTrainer(model, args, train_dataset=Rows())
     trainer.train()
     tuned = logits(model, inputs)
-    _, errors = export_merged(tmp_path / "run", tmp_path / "merged", adapted)
+    _, errors = export_merged(tmp_path / "run", tmp_path / "merged", load_adapted)
     assert all(0 < error < 1 for error in errors.values())
     merged = type(model).from_pretrained(tmp_path / "merged")
     assert merged.is_quantized
     assert (logits(merged, inputs) - tuned).norm() < 0.2 * tuned.norm()
-    export_run(tmp_path / "run", tmp_path / "fp32", form="fp32", load=adapted)
+    export_run(tmp_path / "run", tmp_path / "fp32", form="fp32", load=load_adapted)
     exact = type(model).from_pretrained(tmp_path / "fp32")
     assert not getattr(exact, "is_quantized", False)
     assert (logits(exact, inputs) - tuned).norm() < 0.2 * tuned.norm()
     layer = "model.decoder.layers.0.fc1"
     lora = trainer.model.get_submodule(layer)
-    wanted = lowering.lowered(model)[f"{layer}.base_layer"].dequantized() + merge.lora_change(lora, "default")
+    wanted = lowering.lowered_layers(model)[f"{layer}.base_layer"].dequantize() + merge.lora_delta(lora, "default")
     assert torch.equal(exact.get_submodule(layer).weight, wanted)
 
 
@@ -301,4 +301,4 @@ def test_adapters_of_another_kind_are_not_merged() -> None:
     quant.lower(around)
     with pytest.raises(ZOError, match="DoRA"):
         merge.merge(around)
-    assert adapters.present(around)
+    assert adapters.has_adapters(around)

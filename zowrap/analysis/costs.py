@@ -20,7 +20,7 @@ from zowrap.analysis.program import Laid, Sizes
 from zowrap.custom_op import Operator
 from zowrap.engines.compiled import CompiledEngine
 from zowrap.errors import ZOCaptureError
-from zowrap.loss.module import Batch, rows_of
+from zowrap.loss.module import Batch, count_rows
 from zowrap.machine import MARGIN
 from zowrap.ops.scratch import MOST_ELEMENTS
 from zowrap.passes.epilogue import update_operator
@@ -232,7 +232,7 @@ class Estimator:
 
     def _directions(self) -> int:
         """How many directions a step has."""
-        return rows_of(self.batch) if self.per_example else self.job.queries
+        return count_rows(self.batch) if self.per_example else self.job.queries
 
     def _factors(self, block: int) -> int:
         """Bytes of the factors of low-rank directions, which live as long as the step does."""

@@ -20,7 +20,7 @@ from zowrap.analysis.program import Laid
 from zowrap.analysis.region import Analysis
 from zowrap.compiler.program import Program
 from zowrap.compiler.regions import Region, layer_of
-from zowrap.machine import in_words
+from zowrap.machine import format_bytes
 
 SHARED, ALL = "shared", "all"
 
@@ -93,7 +93,7 @@ def _lane(
     name = _layer_name(region.nodes)
     times = f" and {len(same) - 1} more like it" if len(same) > 1 else ""
     work = analysis.work
-    moved, held = in_words(work.bytes), in_words(analysis.peak)
+    moved, held = format_bytes(work.bytes), format_bytes(analysis.peak)
     told = f"{len(region.nodes)} nodes, {work.flops:.3g} FLOPs, {moved} moved, {held} held"
     counts = {kind: 0 for kind in [SHARED, ALL, *(f"s{p}" for p in range(len(columns) - 1))]}
     for node in region.nodes:

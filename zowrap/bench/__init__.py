@@ -1,6 +1,7 @@
-"""Measuring a training step: ``zowrap bench step``.
+"""Measure training steps, for ``zowrap bench step``.
 
-``architectures``  models by name, with random weights
-``contenders``     what is compared: plain forwards, the classic MeZO step, this library's
-``measure``        times interleaved in one process, peak memory, machine
+``architectures``  builds models by name, with random weights
+``contenders``     builds the steps to compare: plain forwards, the classic MeZO step and zowrap's
+``measure``        measures times and peak memory
+``rule_memory``    measures the memory that rules hold between steps
 """

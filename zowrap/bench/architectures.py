@@ -1,4 +1,4 @@
-"""Causal language models by name, with random weights: their sizes are the published ones, nothing is downloaded."""
+"""Build causal language models of published sizes by name, with random weights and without a download."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, vocabulary: int = 3
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "opt-tiny": _opt(32, 4, 4, vocabulary=160, positions=64),  # for trying the command out
+    "opt-tiny": _opt(32, 4, 4, vocabulary=160, positions=64),  # to try out the command
     "opt-125m": _opt(768, 12, 12),
     "opt-1.3b": _opt(2048, 24, 32),
     "opt-2.7b": _opt(2560, 32, 32),
@@ -35,11 +35,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.nn.Module:
-    """The model in evaluation mode, the same weights every time.
+def build_model(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.nn.Module:
+    """Build a model in evaluation mode, with the same weights every time.
 
     Raises:
-        ZOError: unknown name.
+        ZOError: the name is unknown.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -53,11 +53,11 @@ def build(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
     return model.eval()
 
 
-def batch_for(model: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Random token ids as inputs and labels; int64 ``[rows, length]``.
+def make_batch(model: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Make a batch of random token ids as inputs and labels: int64 ``[rows, length]``.
 
     Raises:
-        ZOError: longer than the model's window.
+        ZOError: ``length`` exceeds the model's window.
     """
     window = model.config.max_position_embeddings
     if length > window:

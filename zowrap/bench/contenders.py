@@ -1,4 +1,4 @@
-"""What ``zowrap bench step`` compares. Each contender is one callable that makes one step."""
+"""Build the contenders of ``zowrap bench step``, each a callable that makes one step."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Contender:
 
     Attributes:
         step: makes one step on the batch.
-        per_call: how many steps one call makes (a sweep over all blocks counts as so many).
-        start_seconds: from the model to the end of the first step, with compilation; None where nothing is compiled.
-        wrapped: the model of a row of ours.
-        replays: its steps are CUDA graphs that others recorded.
+        per_call: the number of steps that one call makes (a sweep over all blocks makes one per block).
+        start_seconds: from the model to the end of the first step, with compilation; None if nothing is compiled.
+        wrapped: the wrapped model, if the contender is zowrap's.
+        replays: its steps replay CUDA graphs that torch.compile recorded.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Row:
-    """How to make a contender of this library."""
+    """The options of a zowrap contender."""
 
     name: str
     options: dict[str, Any]
@@ -71,41 +71,42 @@ YARDSTICK = "two compiled forwards"
 NAMES = (*PLAIN, *(row.name for row in OURS))
 
 
-def names_of(rows: Sequence[str]) -> list[str]:
-    """The names of a table with these rows, each once, the plain forwards first; without any, of the whole table.
+def list_names(rows: Sequence[str]) -> list[str]:
+    """List the names of a table with these rows, without repetition and with the plain steps first; by default all.
 
     Raises:
-        ZOError: unknown name.
+        ZOError: a name is unknown.
     """
     found = list(dict.fromkeys([*PLAIN, *rows])) if rows else list(NAMES)
     for name in found[len(PLAIN) :]:
-        _row(name)
+        _find_row(name)
     return found
 
 
-def make(name: str, model: torch.nn.Module, batch: Batch) -> Contender:
-    """The contender of that name around ``model``, which moves.
+def make_contender(name: str, model: torch.nn.Module, batch: Batch) -> Contender:
+    """Build the contender called ``name`` on ``model``, whose weights it moves.
 
     Raises:
-        ZOError: unknown name.
+        ZOError: the name is unknown.
     """
     if name == "two eager forwards":
-        return Contender(name, lambda: (_loss(model, batch), _loss(model, batch)))
+        return Contender(name, lambda: (_compute_loss(model, batch), _compute_loss(model, batch)))
     if name in PLAIN:
-        compiled, seconds = _compiled(model, batch)
+        compiled, seconds = _compile_loss(model, batch)
         facts: dict[str, Any] = {"start_seconds": seconds, "replays": _on_gpu(model)}
         if name == YARDSTICK:
             return Contender(name, lambda: (compiled(batch), compiled(batch)), **facts)
         mezo = ClassicMeZO(model, lambda: compiled(batch))
         return Contender(name, mezo.step, **facts)
-    return _ours(_row(name), model, batch)
+    return _make_ours(_find_row(name), model, batch)
 
 
-def _row(name: str) -> Row:
-    """A row of :data:`OURS`, or one made of a rule's name and, after commas, a direction and ``one layer per step``.
+def _find_row(name: str) -> Row:
+    """Find a row of :data:`OURS`, or make one from a rule's name followed by an optional direction and ``one layer per
+    step``, separated by commas.
 
     Raises:
-        ZOError: it is neither.
+        ZOError: the name is neither.
     """
     for row in OURS:
         if row.name == name:
@@ -121,16 +122,16 @@ def _row(name: str) -> Row:
     return Row(name, options)
 
 
-def changes_modules(name: str) -> bool:
-    """Whether that contender needs a model of its own."""
+def needs_own_model(name: str) -> bool:
+    """Whether a contender changes the model's modules, and so cannot share it with others."""
     return any(row.lora for row in OURS if row.name == name)
 
 
-def _ours(row: Row, model: torch.nn.Module, batch: Batch) -> Contender:
+def _make_ours(row: Row, model: torch.nn.Module, batch: Batch) -> Contender:
     if row.lora:
         model = _with_adapters(model)
     start = time.perf_counter()
-    # A row is one schedule, whatever memory there is.
+    # Fix the schedule, so that a row does not depend on the free memory.
     zm = zowrap.zo_wrap(model, lr=1e-7, engine="compiled", **{"memory": "paired", **row.options})
     blocks = len(zm.inspect().blocks)
     for _ in range(blocks):
@@ -154,7 +155,7 @@ def _with_adapters(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def _loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def _compute_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return model(**batch, use_cache=False).loss
 
 
@@ -162,11 +163,11 @@ def _on_gpu(model: torch.nn.Module) -> bool:
     return next(model.parameters()).is_cuda
 
 
-def _compiled(model: torch.nn.Module, batch: Batch) -> tuple[Callable[[Batch], torch.Tensor], float]:
-    """The plain loss by torch.compile, for this very batch size, and the seconds its first call took."""
-    cache.use()  # the yardstick's code is kept where ours is, and no warmer
+def _compile_loss(model: torch.nn.Module, batch: Batch) -> tuple[Callable[[Batch], torch.Tensor], float]:
+    """Compile the plain loss with torch.compile for this batch size; also return the seconds of its first call."""
+    cache.use_cache_folder()  # keep the yardstick's code in the same cache as ours, for a fair start time
     module = LossModule(model)
-    # On a GPU with CUDA graphs, as ours: without them small batches wait for launches.
+    # On a GPU use CUDA graphs, as we do: without them small batches wait for kernel launches.
     mode = "reduce-overhead" if _on_gpu(module) else None
     function = torch.compile(lambda b: torch.sum(module(b)[0]), dynamic=False, mode=mode)
 
@@ -182,9 +183,9 @@ def _compiled(model: torch.nn.Module, batch: Batch) -> tuple[Callable[[Batch], t
 
 @dataclass
 class ClassicMeZO:
-    """The published algorithm as its pseudo-code reads (2305.17333, Algorithm 1): weights perturbed in place.
+    """The published algorithm (2305.17333, Algorithm 1), which perturbs the weights in place.
 
-    Noise comes from torch's generator under one seed a step and is drawn four times: +ε, −2ε, +ε, update.
+    Noise comes from torch's generator with one seed per step, and is drawn four times: +ε, −2ε, +ε, update.
     """
 
     model: torch.nn.Module
@@ -199,6 +200,7 @@ class ClassicMeZO:
 
     @torch.no_grad()
     def step(self) -> None:
+        """Make one step."""
         self._move(self.eps)
         higher = self.loss()
         self._move(-2 * self.eps)

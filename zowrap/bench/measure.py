@@ -1,8 +1,8 @@
-"""Times and memory of contenders, measured so that they can be compared.
+"""Measure the times and peak memory of contenders so that they can be compared.
 
-Times are taken in one process, round after round. Each contender's step stands between two of the yardstick's, and its
-ratio is to their mean, so that a slow second of the machine slows both; reported is the median over the rounds. Peak
-memory is the process's, in a process of its own per contender, above what it held before its first step.
+Times are taken in one process, round after round. Each contender's step is between two of the yardstick's, and its
+ratio is to their mean, so that a slow moment of the machine affects both; the report is the median over rounds. Peak
+memory is measured in a separate process per contender, above what it held before its first step.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ import torch
 from zowrap.bench.contenders import YARDSTICK, Contender
 
 
-def interleaved(contenders: Sequence[Contender], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """For each contender and round: seconds per step, and their ratio to the yardstick's beside it."""
+def time_interleaved(contenders: Sequence[Contender], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Time all contenders in turn: for each one and round, seconds per step and their ratio to the yardstick's."""
     yardstick = next(c for c in contenders if c.name == YARDSTICK)
     others = [c for c in contenders if c is not yardstick]
     found: dict[str, list[tuple[float, float]]] = {c.name: [] for c in contenders}
     for _ in range(rounds):
-        before = _seconds(yardstick)
+        before = _time_step(yardstick)
         for contender in others:
-            own = _seconds(contender)
-            after = _seconds(yardstick)
+            own = _time_step(contender)
+            after = _time_step(yardstick)
             found[contender.name].append((own, 2 * own / (before + after)))
             found[YARDSTICK].append((after, 1.0))
             before = after
     return found
 
 
-def seconds(contender: Contender, rounds: int) -> list[float]:
-    """Seconds per step, one round after another."""
-    return [_seconds(contender) for _ in range(rounds)]
+def time_steps(contender: Contender, rounds: int) -> list[float]:
+    """Measure the seconds per step in each round."""
+    return [_time_step(contender) for _ in range(rounds)]
 
 
-def _seconds(contender: Contender) -> float:
-    """Of one step."""
+def _time_step(contender: Contender) -> float:
+    """Measure the seconds of one step."""
     _synchronise()
     start = time.perf_counter()
     contender.step()
@@ -52,38 +52,38 @@ def _seconds(contender: Contender) -> float:
     return (time.perf_counter() - start) / contender.per_call
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
+def summarise_spread(values: Sequence[float]) -> dict[str, float]:
+    """The median and quartiles of ``values``."""
     if len(values) < 2:
         return {"median": values[0], "low": values[0], "high": values[0]}
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high}
 
 
-def peak_bytes(contender: Contender, device: torch.device, steps: int = 3) -> int | None:
-    """Most memory held at once during some steps, above what is held between them; None where that is not known.
+def measure_peak_bytes(contender: Contender, device: torch.device, steps: int = 3) -> int | None:
+    """Measure the peak memory of a step above what is held between steps; None if it cannot be measured.
 
-    On Linux it is the resident set, with the allocator's free pages returned first; on CUDA the allocator's own peak.
-    The replay of a CUDA graph allocates nothing there: a step of ours is not recorded meanwhile, and of a contender
-    that replays graphs of its own nothing is known.
+    On Linux this is the resident set, after returning the allocator's free pages; on CUDA the allocator's own peak.
+    Replaying a CUDA graph allocates nothing there, so our own steps run without graphs meanwhile, and a contender that
+    replays graphs of torch.compile cannot be measured.
 
     Args:
-        device: where the contender's model lies.
+        device: of the contender's model.
     """
     if contender.replays:
         return None
     zm = contender.wrapped
     if zm is None:
-        return _peak_bytes(contender, device, steps)
+        return _measure_peak_bytes(contender, device, steps)
     recorder, zm.graphs = zm.graphs, None
     try:
-        return _peak_bytes(contender, device, steps)
+        return _measure_peak_bytes(contender, device, steps)
     finally:
         zm.graphs = recorder
 
 
-def _peak_bytes(contender: Contender, device: torch.device, steps: int) -> int | None:
-    """Of steps that allocate what they need."""
+def _measure_peak_bytes(contender: Contender, device: torch.device, steps: int) -> int | None:
+    """Measure the peak memory of steps without CUDA graphs."""
     contender.step()
     gc.collect()
     if device.type == "cuda":
@@ -99,24 +99,24 @@ def _peak_bytes(contender: Contender, device: torch.device, steps: int) -> int |
         return None
     ctypes.CDLL(None).malloc_trim(0)
     try:
-        reset.write_text("5")  # forgets the peak of the resident set
+        reset.write_text("5")  # resets the peak of the resident set
     except OSError:
         return None
-    before = _resident("VmRSS")
+    before = _read_status("VmRSS")
     for _ in range(steps):
         contender.step()
-    return _resident("VmHWM") - before
+    return _read_status("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def _read_status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+def describe_machine() -> dict[str, Any]:
+    """Describe the machine that the measurements ran on."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -1,6 +1,6 @@
-"""What is measured by forward passes before a run.
+"""Measure, with forward passes before a run, how to set its options.
 
-``learning_rate`` ``lr='auto'``
-``simulation``    a rule rehearsed on a quadratic
-``noise_floor``   how small ε may be on 8-bit activations
+``learning_rate`` chooses the learning rate for ``lr='auto'``
+``simulation``    simulates a rule on a quadratic
+``noise_floor``   measures how small ε may be with 8-bit activations
 """

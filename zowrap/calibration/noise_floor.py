@@ -1,8 +1,8 @@
-"""How small ε may be when activations are rounded to 8 bit.
+"""Measure how small ε may be when activations are rounded to 8 bits.
 
-Each quantised layer rounds its inputs anew, so the loss is a step function at a fine scale: f(θ + εz) − f(θ − εz) holds
-a part n that does not shrink with ε beside the part 2εs that the slope s gives. At an ε a hundred times smaller only n
-is left; what ε itself shows beyond it is the slope. Where 2εs = n the rounding hides as much as the loss tells.
+Each quantised layer rounds its inputs, so on a fine scale the loss is a step function: f(θ + εz) − f(θ − εz) is the sum
+of 2εs, with the slope s, and a rounding part n that does not shrink with ε. At an ε a hundred times smaller only n is
+left, so s follows from the difference at ε itself. At 2εs = n, the slope and the rounding contribute equally.
 """
 
 from __future__ import annotations
@@ -14,29 +14,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zowrap.checks import check_positive
-from zowrap.errors import ZOError
+from zowrap.errors import Option, ZOError
 from zowrap.step.step_directions import StepDirections
 
 if TYPE_CHECKING:
     from zowrap.model.zo_model import ZOModel
 
-SMALLER = 100.0
-# Signs are set against those at an ε this much smaller: curvature, which grows with ε, and rounding, which counts more
-# the smaller ε is, both turn some. Ten times larger, the default of scales would be a factor of e.
-AGAINST = 3.0
+ROUNDING_RATIO = 100.0  # rounding is measured at an ε this much smaller
+# Signs are compared with those at an ε this much smaller, because curvature, which grows with ε, and rounding, which
+# matters more at a smaller ε, each change some of them. A larger ε would be no comparison: ten times the default of
+# scales, 0.1, multiplies them by a factor of e.
+COMPARED_RATIO = 3.0
 
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """What :func:`noise_floor` measured, root mean squares over directions.
+    """The result of :func:`noise_floor`, in root mean squares over directions.
 
     Attributes:
         eps: ε.
-        slope: s, of the loss along a direction; NaN where 2εs is not above the rounding: both are chance then.
-        rounding: n, of the difference of two losses.
-        floor: the ε at which both count the same, n / 2s; NaN where there is no slope.
-        agreement: share of directions on which the sign at ε is that at ``against``.
-        against: another ε.
+        slope: s, the slope of the loss along a direction; NaN if 2εs is not above n, for then it is only chance.
+        rounding: n, the part of the difference of two losses that is due to rounding.
+        floor: n / 2s, the ε at which slope and rounding contribute equally; NaN without a slope.
+        agreement: the share of directions on which the differences at ``eps`` and ``against`` have the same sign.
+        against: the other ε.
     """
 
     eps: float
@@ -48,11 +49,11 @@ class NoiseFloor:
 
     @property
     def hidden(self) -> bool:
-        """Whether the rounding hides what the loss does at ε."""
+        """Whether rounding hides the slope of the loss at ε."""
         return math.isnan(self.floor) and self.rounding > 0
 
     def record(self) -> dict[str, float | None]:
-        """Ready for JSON: NaN as None."""
+        """The result as JSON types, with None for NaN."""
         return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
 
 
@@ -60,28 +61,29 @@ class NoiseFloor:
 def noise_floor(
     zm: ZOModel, batch: dict[str, Any], eps: float | None = None, directions: int = 8, against: float | None = None
 ) -> NoiseFloor:
-    """Measure how much of a difference of losses at ε is rounding; nothing moves. Costs 6 forwards a direction.
+    """Measure how much of a difference of losses at ε is rounding, with 6 forwards per direction; nothing moves.
 
     Args:
         eps: by default the model's own.
-        directions: other ones than those of any step.
-        against: the ε whose signs are compared with; by default a third of ``eps``.
+        directions: the number of directions to average over; they differ from those of all steps.
+        against: the ε whose signs are compared; by default a third of ``eps``.
 
     Raises:
-        ZOError: a model that rounds no activations, a population, whose differences are each example's own, or a
-            number that is not positive.
+        ZOError: the model rounds no activations, it evaluates a population, or a number is not positive.
     """
-    if zm.job.way is None or not zm.job.way.rounds:
-        raise ZOError("no layer of this model rounds its activations to 8 bit: nothing puts a floor under eps")
+    if zm.job.quant_mode is None or not zm.job.quant_mode.rounds:
+        raise ZOError("no layer of this model rounds its activations to 8 bits, so there is no noise floor to measure")
     if directions < 1:
         raise ZOError(f"directions must be at least 1, got {directions}")
     if zm.job.estimator.per_example:
-        raise ZOError("noise_floor looks at the loss of a whole batch: wrap the model with estimator='central'")
+        raise ZOError(
+            "noise_floor needs the loss of a whole batch: wrap the model with ", Option("estimator", "central")
+        )
     eps = zm.eps if eps is None else eps
-    against = eps / AGAINST if against is None else against
+    against = eps / COMPARED_RATIO if against is None else against
     check_positive("noise_floor", eps=eps, against=against)
     inputs, job = zm.prepare(dict(batch)), zm.job
-    found: dict[float, list[float]] = {eps / SMALLER: [], eps: [], against: []}
+    found: dict[float, list[float]] = {eps / ROUNDING_RATIO: [], eps: [], against: []}
     for number in range(directions):
         streams = StepDirections(job, zm.engine, zm.job.ids, zm.seed, -1 - number, block=number % len(job.blocks))
         signs = torch.tensor([1.0, -1.0], device=job.device)
@@ -90,14 +92,14 @@ def noise_floor(
             losses = sums.double().sum(-1) / weights.double().sum()
             differences.append(float(losses[0] - losses[1]))
         streams.undo()
-    rounding, whole = _rms(found[eps / SMALLER]), _rms(found[eps])
-    slope, floor = slope_and_floor(whole, rounding, eps)
+    rounding, whole = _rms(found[eps / ROUNDING_RATIO]), _rms(found[eps])
+    slope, floor = estimate_slope_and_floor(whole, rounding, eps)
     same = [a * b > 0 for a, b in zip(found[eps], found[against], strict=True)]
     return NoiseFloor(eps, slope, rounding, floor, sum(same) / len(same), against)
 
 
-def slope_and_floor(whole: float, rounding: float, eps: float) -> tuple[float, float]:
-    """s and n / 2s from a difference of losses at ±ε and the rounding in it; NaN where 2εs is not above n."""
+def estimate_slope_and_floor(whole: float, rounding: float, eps: float) -> tuple[float, float]:
+    """Estimate s and n / 2s from a difference of losses at ±ε and the rounding in it; NaN if 2εs is not above n."""
     along = math.sqrt(max(whole**2 - rounding**2, 0.0))
     if not along > rounding:
         return math.nan, math.nan

@@ -1,13 +1,13 @@
-"""How far a rule carries the weights: rehearsed on a small stand-in, without a forward of the model.
+"""Simulate how far a rule moves the weights in a run, on a small surrogate and without any forward of the model.
 
-A rule turns projected gradients into steps in its own way (momentum, normalisation, warm-up, sign, comparison of
-losses). What that comes to over a run is not derived rule by rule, it is tried: the rule itself, with the run's
-directions, queries, estimator, blocks and ε, takes the run's steps on a few thousand weights whose loss
+Each rule turns projected gradients into steps in its own way (momentum, normalisation, warm-up, sign, comparison of
+losses). Instead of deriving the effect over a run for each rule, we run it: the rule itself, with the run's directions,
+queries, estimator, blocks and ε, takes the run's steps on a few thousand weights with the loss
 
-    f(x) = a·(x − x₀) + ½ h ‖x − x₀‖²        a fresh in every step: as noisy as batches can be
+    f(x) = a·(x − x₀) + ½ h ‖x − x₀‖²        with a new random a in every step: as noisy as batches can be
 
-gives projected gradients as large as the model's and the model's curvature along a direction. The result is the
-distance gone, in units of the perturbation: σ_T says that the run moves the weights like a perturbation with ε = σ_T.
+whose projected gradients and curvature along a direction are as large as the model's. The result is the distance moved,
+in units of the perturbation: with σ_T, the run moves the weights as far as a perturbation with ε = σ_T does.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from zowrap.model.zo_model import ZOModel
 from zowrap.step.options import values_of
 
-SIDE = 32  # of the square matrices that stand for the weights, one per block: 1024 weights average out to 3 %
-STEPS = 200  # more are scaled up as the square root: from here on a run is a random walk
+SIDE = 32  # of the square matrices that replace the weights, one per block: with 1024 weights averages vary by 3 %
+STEPS = 200  # longer runs are extrapolated by the square root, because beyond this a run is a random walk
 
 
-class StandIn(nn.Module):
-    """One matrix per block; far enough from 0 for rules that look at the weights themselves.
+class Surrogate(nn.Module):
+    """A model with one matrix per block; its weights are not near 0, for rules that read the weights themselves.
 
     Attributes:
         start: x₀, float32 ``[blocks · SIDE²]``.
@@ -43,39 +43,40 @@ class StandIn(nn.Module):
         self.register_buffer("start", self.flat().detach().clone())
 
     def flat(self) -> Tensor:
+        """All weights, float32 ``[blocks · SIDE²]``."""
         return torch.cat([matrix.reshape(-1) for matrix in self.block])
 
 
-def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """float32 ``[rows]`` losses; ``batch``: ``slope`` ``[rows, blocks · SIDE²]`` is a, ``curvature`` 0-d is h."""
-    assert isinstance(model, StandIn)
+def surrogate_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The losses, float32 ``[rows]``. In ``batch``, ``slope`` ``[rows, blocks · SIDE²]`` is a, ``curvature`` is h."""
+    assert isinstance(model, Surrogate)
     moved = model.flat() - model.start
     return batch["slope"] @ moved + batch["curvature"] / 2 * moved.square().sum()
 
 
-class Rehearsal:
-    """A rule and its options on the stand-in.
+class Simulation:
+    """Runs a rule with its options on the surrogate.
 
     Args:
-        zm: the wrapped model whose rule and options are rehearsed.
+        zm: the wrapped model whose rule and options are simulated.
         projected_grad: root mean square of the projected gradients.
         curvature: zᵀHz along a direction.
-        rows: examples of a batch, where each has its own direction.
+        rows: examples of a batch if each has its own direction, else 1.
     """
 
     def __init__(self, zm: ZOModel, projected_grad: float, curvature: float, rows: int = 1) -> None:
         self.zm = zm
         self.rows = rows
         self._generator = torch.Generator().manual_seed(1)
-        probe, model = self._wrapped(1.0)
+        probe, model = self._wrap_surrogate(1.0)
         self.norm = self._direction_norm(probe, model)
-        # ‖a‖ such that a·z is as large as asked on average.
+        # With this ‖a‖, a·z has the given root mean square.
         self.slope = projected_grad / self.norm
         self.curvature = curvature / self.norm**2
 
     def distance(self, lr: float, steps: int, schedule: Callable[[int], float]) -> float:
-        """σ_T after ``steps`` steps at ``lr``, the rate of step t being ``lr · schedule(t)``."""
-        zm, model = self._wrapped(lr)
+        """Simulate ``steps`` steps, with the rate ``lr · schedule(t)`` at step t, and return σ_T."""
+        zm, model = self._wrap_surrogate(lr)
         tried = min(steps, STEPS * len(model.block))
         for t in range(tried):
             zm.lr = lr * schedule(t * steps // tried)
@@ -83,8 +84,8 @@ class Rehearsal:
         moved = (model.flat() - model.start).detach().double().norm().item()
         return moved / (self.norm * math.sqrt(len(model.block))) * math.sqrt(steps / tried)
 
-    def _wrapped(self, lr: float) -> tuple[ZOModel, StandIn]:
-        """A fresh stand-in under a fresh state of the rule."""
+    def _wrap_surrogate(self, lr: float) -> tuple[ZOModel, Surrogate]:
+        """Wrap a new surrogate with a new state of the rule."""
         from zowrap.wrap import zo_wrap
 
         zm, count = self.zm, len(self.zm.job.blocks)
@@ -103,17 +104,17 @@ class Rehearsal:
             masters=False,
             along="drawn",
         )
-        model = StandIn(count)
-        wrapped = zo_wrap(model, loss_fn=loss_of, **values_of(options))
+        model = Surrogate(count)
+        wrapped = zo_wrap(model, loss_fn=surrogate_loss, **values_of(options))
         return wrapped, model
 
-    def _batch(self, model: StandIn) -> dict[str, Any]:
+    def _batch(self, model: Surrogate) -> dict[str, Any]:
         size = model.start.numel()
         slope = torch.randn(self.rows, size, generator=self._generator) * self.slope
         return {"slope": slope, "curvature": torch.tensor(self.curvature)}
 
-    def _direction_norm(self, zm: ZOModel, model: StandIn) -> float:
-        """‖z‖ of a direction (of one block), from the loss ½‖x − x₀‖² along it."""
+    def _direction_norm(self, zm: ZOModel, model: Surrogate) -> float:
+        """Measure ‖z‖ of a direction (of one block) from the loss ½‖x − x₀‖² along it."""
         zm.accumulate(slope=torch.zeros(self.rows, model.start.numel()), curvature=torch.tensor(1.0))
         losses, _ = zm.peek()
         zm.discard()

@@ -1,10 +1,10 @@
-"""From a model to machine code.
+"""Compile the loss of a model to machine code.
 
-``capture``   a model's loss as a graph, for every batch and length
-``recurrent`` recurrent layers as one operator of it
-``program``   the graph with its inputs, and what must hold of it
-``guards``    which batches it is good for
-``regions``   repeated layers, compiled once
-``inductor``  a thin layer over torch's Inductor
-``cache``     compiled code kept between processes
+``capture``   captures the loss as a program for every batch size and length
+``recurrent`` captures recurrent layers as a single operator
+``program``   defines programs, and the invariants they keep
+``guards``    decides which batches a captured program is valid for
+``regions``   compiles repeated layers once
+``inductor``  calls torch's Inductor
+``cache``     keeps compiled code between processes
 """

@@ -1,7 +1,7 @@
-"""Where compiled code is kept between processes: a second start of the same job compiles nothing.
+"""Keep compiled code between processes, so that a second start of the same job compiles nothing.
 
-The folder is ``$ZOWRAP_CACHE_DIR``, or ``zowrap`` in the user's cache folder; a ``$TORCHINDUCTOR_CACHE_DIR`` that is
-set already stays in force. It may be deleted at any time.
+The folder is ``$ZOWRAP_CACHE_DIR``, or ``zowrap`` in the user's cache folder, unless ``$TORCHINDUCTOR_CACHE_DIR`` is
+set already. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from pathlib import Path
 OURS, TORCHS = "ZOWRAP_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"
 
 
-def folder() -> Path:
-    """The folder in use. Torch's own lies among the temporary files, which a restart of the machine empties."""
+def cache_folder() -> Path:
+    """The folder for compiled code; not torch's default, a temporary folder that is lost when the machine restarts."""
     if OURS not in os.environ and os.environ.get(TORCHS):
         return Path(os.environ[TORCHS])
     named = os.environ.get(OURS)
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zowrap"
 
 
-def use() -> None:
-    """Have torch keep its compiled code there. A folder that cannot be written to leaves torch's own in force."""
-    chosen = folder()
+def use_cache_folder() -> None:
+    """Make torch keep compiled code in :func:`cache_folder`, or in its own default if that cannot be written."""
+    chosen = cache_folder()
     try:
         chosen.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -1,9 +1,9 @@
-"""From a model and its loss to a program, by ``torch.export``.
+"""Capture a model and its loss as a program, with ``torch.export``.
 
-The example batch that export sees is brought to fixed canonical sizes first, never the sizes of whatever batch came
-first: compilers take hints from it, and a resumed run must compile the same code. A model that does something else at
-other sizes is captured there with a batch as it comes: what it compiles then, down to the last bits of a loss, may be
-another thing in a run that is resumed between such batches.
+The example batch for export always has fixed canonical sizes, not those of the first batch: compilers take hints from
+it, and a resumed run must compile the same code. A model that behaves differently at other sizes is captured there with
+the batch that comes up; a run that is resumed between such batches may then compile slightly different code, with
+different last bits of the loss.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch.export.graph_signature import InputKind, OutputKind
 from zowrap.compiler.guards import Guards
 from zowrap.compiler.inductor import size_oblivious
 from zowrap.compiler.program import Input, Program
-from zowrap.compiler.recurrent import recurrent_layers
+from zowrap.compiler.recurrent import capture_recurrent_layers
 from zowrap.errors import ZOCaptureError, ZOError, ZOWarning, first_line
 from zowrap.loss.evaluation_mode import evaluation_mode
 from zowrap.loss.module import Batch, LossModule
 
-# Typical of fine-tuning on short texts; they are hints, every size runs. Both differ from 1 so that nothing
-# specialises, and from each other so that no two sizes are taken for the same one.
+# Typical of fine-tuning on short texts; they are only hints, every size runs. Neither is 1, so that nothing
+# specialises, and they differ, so that export does not take two sizes for the same one.
 CANONICAL_ROWS = 8
 CANONICAL_LENGTH = 48
 
@@ -41,16 +41,17 @@ _SEQUENCES = {
 }  # fmt: skip
 
 
-def signature(batch: Batch) -> tuple:
-    """What decides which program a batch needs: names, dtypes, ranks and constants, never batch size or length.
+def batch_signature(batch: Batch) -> tuple:
+    """The key that decides which program a batch needs: names, dtypes, ranks and constants, but no sizes.
 
     Raises:
-        ZOCaptureError: the batch holds something else than tensors, numbers and texts.
+        ZOCaptureError: the batch holds something other than tensors, numbers and strings.
     """
     for name, value in batch.items():
         if not isinstance(value, Tensor | bool | int | float | str):
             raise ZOCaptureError(
-                f"the batch's {name!r} is a {type(value).__name__}, and only tensors, numbers and texts can be captured"
+                f"the batch's {name!r} is a {type(value).__name__}, and only tensors, numbers and strings can be "
+                "captured"
             )
     return tuple(
         (name, value.dtype, value.ndim) if isinstance(value, Tensor) else (name, repr(value))
@@ -59,13 +60,13 @@ def signature(batch: Batch) -> tuple:
 
 
 def canonical_batch(batch: Batch, model: torch.nn.Module) -> Batch:
-    """``batch`` tiled or cut to the canonical sizes wherever its dimensions are known to be rows or length."""
+    """Tile or cut ``batch`` to the canonical sizes in all dimensions that are known to be rows or length."""
     tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.ndim]
     same_rows = len({v.shape[0] for v in tensors}) == 1
     window = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     length = CANONICAL_LENGTH
     if isinstance(window, int) and window > 2:
-        length = min(length, window - 1)  # at the window itself a slice of the positions is the whole: a fixed size
+        length = min(length, window - 1)  # a batch of the full window would fix the length of the position table
     result: Batch = {}
     for name, value in batch.items():
         if isinstance(value, Tensor):
@@ -86,8 +87,10 @@ def _tile(value: Tensor, dim: int, size: int) -> Tensor:
     return value.index_select(dim, index)
 
 
-def _dynamic(batch: Batch, floats_too: bool, lengths: bool) -> dict[str, Any]:
-    """Which dimensions of the inputs vary: rows always; others of integer inputs; others of float inputs if asked."""
+def _dynamic_shapes(batch: Batch, floats_too: bool, lengths: bool) -> dict[str, Any]:
+    """Mark the dimensions of the inputs that vary: rows always, others if ``lengths``, those of floats if
+    ``floats_too`` or if they are sequences.
+    """
     shapes: dict[str, Any] = {}
     for name, value in batch.items():
         if not isinstance(value, Tensor):
@@ -99,10 +102,10 @@ def _dynamic(batch: Batch, floats_too: bool, lengths: bool) -> dict[str, Any]:
 
 
 def capture(loss: LossModule, batch: Batch) -> Program:
-    """The program of ``loss`` for every batch that looks like ``batch``.
+    """Capture ``loss`` as a program for every batch with the signature of ``batch``.
 
     Args:
-        loss: its model's weights stay where they are; the program refers to them by name.
+        loss: its model's weights are not copied; the program refers to them by name.
         batch: usually a :func:`canonical_batch`; tensors on the model's device; other values become constants.
 
     Raises:
@@ -110,8 +113,8 @@ def capture(loss: LossModule, batch: Batch) -> Program:
     """
     problem: Exception | None = None
     tried: list[tuple[Any, bool]] = []
-    # Every size dynamic where export can do it, else those of integer inputs, else the number of rows alone. Two sizes
-    # that happen to be equal here (source and target length) are different symbols, unless the model needs them equal.
+    # Try all sizes dynamic, then only those of integer inputs, then only the number of rows. Two sizes that happen to
+    # be equal here (source and target length) are different symbols, unless the model needs them to be equal.
     for lengths, floats, equal in (
         (True, True, False),
         (True, False, False),
@@ -119,8 +122,8 @@ def capture(loss: LossModule, batch: Batch) -> Program:
         (False, False, False),
         (False, False, True),
     ):
-        shapes = (_dynamic(batch, floats, lengths),)
-        if (shapes, equal) in tried:  # where no input is a float, or none has more than rows
+        shapes = (_dynamic_shapes(batch, floats, lengths),)
+        if (shapes, equal) in tried:  # happens if no input is a float, or none has a length
             continue
         tried.append((shapes, equal))
         sizes = size_oblivious(use_duck_shape=equal)
@@ -130,8 +133,8 @@ def capture(loss: LossModule, batch: Batch) -> Program:
                 torch.no_grad(),
                 sizes,
                 evaluation_mode(loss),
-                recurrent_layers(),
-                _hushed(),
+                capture_recurrent_layers(),
+                _silence_export(),
             ):
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(loss, (dict(batch),), dynamic_shapes=shapes, strict=False)
@@ -142,7 +145,7 @@ def capture(loss: LossModule, batch: Batch) -> Program:
         except Exception as error:
             problem = problem or error
             continue
-        return _program(exported)
+        return _build_program(exported)
     text = first_line(problem, "")
     raise ZOCaptureError(
         f"torch.export cannot capture this model ({type(problem).__name__}: {text[:200]})"
@@ -150,10 +153,10 @@ def capture(loss: LossModule, batch: Batch) -> Program:
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Each failed attempt of export prints its graph, twice, and logs: what failed is said by us, in one sentence.
+def _silence_export() -> Iterator[None]:
+    """Silence what export prints and logs on each failed attempt: :func:`capture` reports the failure in one sentence.
 
-    ``ZOWRAP_DEBUG=1`` leaves everything as it is.
+    ``ZOWRAP_DEBUG=1`` lets everything through.
     """
     if os.environ.get("ZOWRAP_DEBUG"):
         yield
@@ -161,7 +164,7 @@ def _hushed() -> Iterator[None]:
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level, names = log.level, vars(trace)
     log.setLevel(logging.ERROR)
-    names["print"] = lambda *_, **__: None  # in that module alone: what a forward prints is the user's
+    names["print"] = lambda *_, **__: None  # in that module only: what a forward prints is the user's
     try:
         yield
     finally:
@@ -170,7 +173,7 @@ def _hushed() -> Iterator[None]:
 
 
 def _needs_functionalising(exported: torch.export.ExportedProgram) -> bool:
-    """Whether the graph writes to tensors or holds subgraphs; most models' do not, and tracing again takes seconds."""
+    """Whether the graph writes to tensors or holds subgraphs. Most do not, and tracing them again takes seconds."""
     for node in exported.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if node.op == "get_attr" or (schema is not None and schema.is_mutable):
@@ -180,7 +183,7 @@ def _needs_functionalising(exported: torch.export.ExportedProgram) -> bool:
     return False
 
 
-def _program(exported: torch.export.ExportedProgram) -> Program:
+def _build_program(exported: torch.export.ExportedProgram) -> Program:
     kinds = {
         InputKind.PARAMETER: "parameter",
         InputKind.BUFFER: "buffer",
@@ -189,7 +192,7 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
     }
     for node in exported.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise ZOCaptureError(f"the model holds a graph of its own ({node.target.name()}), which is not supported")
+            raise ZOCaptureError(f"the model contains a subgraph ({node.target.name()}), which is not supported")
     inputs, constants = [], {}
     names = iter(_batch_names(exported))
     for spec in exported.graph_signature.input_specs:
@@ -209,7 +212,7 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
 
 
 def _batch_names(exported: torch.export.ExportedProgram) -> list[str]:
-    """Batch keys in placeholder order: the pytree of the one positional argument, a dict."""
+    """The batch's keys in the order of the placeholders, which is that of the dict that export got as argument."""
     (example,), _ = exported.example_inputs
     return list(example)
 
@@ -222,7 +225,7 @@ def _fake_mode(exported: torch.export.ExportedProgram) -> Any:
 
 
 def _drop_mutations(program: Program, exported: torch.export.ExportedProgram) -> None:
-    """A forward that writes to its buffers (running statistics, counters) must not do so at perturbed points."""
+    """Remove writes to buffers (running statistics, counters), which must not happen at perturbed points."""
     outputs = exported.graph_signature.output_specs
     kept, dropped = [], []
     for spec, value in zip(outputs, program.graph.output_node().args[0], strict=True):  # type: ignore[arg-type]
@@ -236,7 +239,7 @@ def _drop_mutations(program: Program, exported: torch.export.ExportedProgram) ->
     if dropped:
         program.notes["capture"] = f"writes to buffers dropped: {', '.join(dropped)}"
         warnings.warn(
-            f"the model's forward updates its buffers ({', '.join(dropped)}); they stay as they are during tuning",
+            f"the model's forward updates its buffers ({', '.join(dropped)}): they do not change during tuning",
             ZOWarning,
             stacklevel=2,
         )

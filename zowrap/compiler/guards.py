@@ -1,7 +1,8 @@
-"""For which sizes of a batch a captured program is right.
+"""Decide for which batch sizes a captured program is valid.
 
-Capture follows one way through the model's Python. What the model asked of its sizes there (``n > 32``, ``n == m``) is
-kept: where it is false for a batch, Python would have gone another way, and the batch needs a program of its own.
+Capture follows one path through the model's Python code. The conditions on sizes that it met on the way (``n > 32``,
+``n == m``) are kept as guards: if one is false for a batch, Python would take another path, and the batch needs its own
+program.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import torch
 
 
 class Guards:
-    """What a program asks of the sizes of a batch.
+    """The conditions of a program on the sizes of a batch.
 
     Args:
-        sizes: of each tensor of the batch, by name; symbolic where they vary.
-        shape_env: where capture noted what was asked of the symbols.
+        sizes: the sizes of each tensor of the batch, by name; symbolic where they vary.
+        shape_env: the environment in which capture recorded the conditions; None for no conditions.
     """
 
     def __init__(self, sizes: Mapping[str, Sequence[int | torch.SymInt]], shape_env: Any) -> None:
-        # Taken now: compiling asks more, which it checks itself.
+        # Copy the guards now: compiling adds more, which it checks itself.
         self._sizes = {
             name: [size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size) for size in shape]
             for name, shape in sizes.items()
@@ -31,14 +32,14 @@ class Guards:
         self._known: dict[tuple, bool] = {}
 
     def hold(self, batch: Mapping[str, Any]) -> bool:
-        """Whether the program is right for the sizes of ``batch``, of the names and ranks of the captured one."""
+        """Whether the program is valid for ``batch``, which has the names and ranks of the captured one."""
         sizes = self._sizes_of(batch)
         if sizes not in self._known:
             self._known[sizes] = self._fit(sizes)
         return self._known[sizes]
 
     def accept(self, batch: Mapping[str, Any]) -> None:
-        """Take the program as right for the sizes of the very batch that it was captured with."""
+        """Accept the sizes of ``batch``, because the program was captured with it."""
         self._known[self._sizes_of(batch)] = True
 
     def _sizes_of(self, batch: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
@@ -54,7 +55,7 @@ class Guards:
         for expression, size in pairs:
             if isinstance(expression, sympy.Symbol):
                 values.setdefault(expression, sympy.Integer(size))
-        # What depends on a symbol that is no tensor's own size stays open: neither is then true or false.
+        # A condition on a symbol that is not the size of any tensor stays undecided, and counts as met.
         wrong = (sympy.Eq(expression, size).xreplace(values) for expression, size in pairs)
         unmet = (expression.xreplace(values) for expression in self._asked)
         return not any(found == sympy.false for found in (*wrong, *unmet))

@@ -1,8 +1,8 @@
-"""From an fx graph to machine code, once: a thin layer over torch's Inductor.
+"""Compile fx graphs to machine code, in a thin layer over torch's Inductor.
 
-Dynamo is not involved, so there are no guards and nothing can recompile behind our back: a graph with symbolic sizes
-becomes one callable for every size, 0 and 1 included (``backed_size_oblivious``), and :data:`compile_count` counts.
-What was compiled is kept between processes (:mod:`zowrap.compiler.cache`).
+Dynamo is not involved, so there are no guards and nothing recompiles unnoticed: a graph with symbolic sizes becomes one
+callable for every size, including 0 and 1 (``backed_size_oblivious``), and :data:`compile_count` counts it. Compiled
+code is kept between processes (:mod:`zowrap.compiler.cache`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from zowrap.compiler import cache
 from zowrap.errors import ZOCaptureError, first_line
 
-compile_count = 0  # graphs and kernels made ready by this process, from the cache or not
-cache.use()
+compile_count = 0  # graphs and kernels that this process compiled or loaded from the cache
+cache.use_cache_folder()
 
 
 @dataclass
@@ -35,8 +35,8 @@ class Compiled:
     """A compiled graph. Call it with the graph's inputs in order; it returns a sequence of tensors.
 
     Attributes:
-        seconds: how long that took.
-        cached: whether the machine code was there from an earlier process.
+        seconds: the time that compiling took.
+        cached: whether the machine code came from an earlier process.
     """
 
     call: Callable[..., Sequence[Any]]
@@ -48,7 +48,7 @@ class Compiled:
 
 
 def size_oblivious(**options: Any) -> Any:
-    """Context in which a symbolic size may turn out to be 0 or 1 at run time."""
+    """Enter a context in which symbolic sizes may be 0 or 1 at run time."""
     patch: Any = symbolic_config.patch  # type: ignore[attr-defined]  # installed at import, unknown to checkers
     return patch(backed_size_oblivious=True, **options)
 
@@ -61,23 +61,23 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compil
         inputs: fake tensors (symbolic where sizes vary).
 
     Raises:
-        ZOCaptureError: the compiler refused; the message says what is missing where that can be told.
+        ZOCaptureError: compiling failed; the message says what is missing, if that is known.
     """
     global compile_count
     start, misses = time.perf_counter(), _misses()
     try:
         mode = next(x.fake_mode for x in inputs if isinstance(x, FakeTensor))
-        context = torch._guards.TracingContext(mode)  # symbols keep the ranges that capture found for them
+        context = torch._guards.TracingContext(mode)  # keeps the ranges that capture found for symbols
         with torch.no_grad(), size_oblivious(use_duck_shape=False), torch._guards.tracing(context):
             call = standalone_compile(graph_module, list(inputs), dynamic_shapes="from_tracing_context")
     except Exception as error:
-        raise ZOCaptureError(_why_not_compiled(error)) from error
+        raise ZOCaptureError(_explain_failure(error)) from error
     compile_count += 1
     return Compiled(call, time.perf_counter() - start, cached=_misses() == misses)
 
 
 def _misses() -> int:
-    """How often torch's cache has failed to help so far; a graph that cannot be cached counts as well."""
+    """The number of misses of torch's cache so far, including graphs that cannot be cached."""
     found = counters["aot_autograd"]
     return found["autograd_cache_miss"] + found["autograd_cache_bypass"]
 
@@ -128,9 +128,9 @@ def _masked_fill(x: Tensor, mask: Tensor, value: Any) -> Tensor:
 
 
 aten = torch.ops.aten
-# Operations that torch's compiler makes one fused instruction of, or not, as device and version have it: in steps that
-# round one by one, as it would do for a CPU. So a rule that uses them has the same bits everywhere.
-_WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
+# Operations that torch's compiler may or may not fuse into one instruction, depending on device and version. Split into
+# steps that each round, as on a CPU, they give a rule the same bits everywhere.
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: _add,
     aten.sub.Tensor: _sub,
     aten.addcmul.default: _addcmul,
@@ -145,10 +145,10 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
 def trace(
     function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int], fixed: Sequence[int] = ()
 ) -> tuple[fx.GraphModule, list]:
-    """Record ``function`` as an fx graph.
+    """Trace ``function`` to an fx graph, and return it with its fake inputs.
 
-    Every size of the inputs listed in ``dynamic`` is symbolic, except those listed in ``fixed``; equal sizes of the
-    examples become one symbol. What would round once or twice as a compiler sees fit is written out.
+    All sizes of the inputs whose numbers are in ``dynamic`` are symbolic, except the sizes in ``fixed``; equal sizes of
+    the examples become one symbol. Operations that a compiler may fuse with different rounding are decomposed.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with torch.no_grad(), size_oblivious():
@@ -159,11 +159,11 @@ def trace(
             ]
             context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
             source = ConstantSource(f"input{i}")
-            example = torch.empty_like(example)  # one tensor given twice would become one input
+            example = torch.empty_like(example)  # otherwise the same tensor passed twice would become one input
             fakes.append(mode.from_tensor(example, symbolic_context=context, source=source))
         with mode:
-            traced = make_fx(function, decomposition_table=_WRITTEN_OUT)(*fakes)
-    # An empty tuple would be written as an annotation that torch's compile cache cannot read: nothing would be kept.
+            traced = make_fx(function, decomposition_table=_DECOMPOSITIONS)(*fakes)
+    # An empty tuple would become an annotation that torch's compile cache cannot read, and nothing would be cached.
     traced.graph.output_node().type = None
     traced.recompile()
     return traced, fakes
@@ -172,11 +172,11 @@ def trace(
 def compile_function(
     function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int], fixed: Sequence[int] = ()
 ) -> Compiled:
-    """:func:`trace`, then :func:`compile_graph`. ``function`` may write into its inputs and returns a tuple."""
+    """Trace and compile ``function``, which may write into its inputs and returns a tuple. See :func:`trace`."""
     return compile_graph(*trace(function, examples, dynamic, fixed))
 
 
-def _why_not_compiled(error: Exception) -> str:
+def _explain_failure(error: Exception) -> str:
     name = type(error).__name__
     cause: BaseException | None = error
     text = ""

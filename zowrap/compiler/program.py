@@ -1,8 +1,8 @@
-"""A program: a functional fx graph of tensors, with every input named and accounted for.
+"""Define programs: functional fx graphs whose inputs are all named.
 
-It starts as the captured loss and ends as the perturbed evaluations of a step; each pass turns one program into
-another. Programs print as Python, headed by the passes that made them, and run as they are (``program(inputs)``),
-which is how every pass is tested against the one before it.
+A program starts as the captured loss and ends as the perturbed evaluations of a step; each pass turns one program into
+another. Programs print as Python, headed by the passes that made them, and can be run uncompiled (``program(inputs)``),
+so that tests compare every pass with the one before it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from zowrap.compiler.guards import Guards
 from zowrap.compiler.inductor import size_oblivious
 from zowrap.errors import ZOInternalError
 
-CHECK_SHAPES = (
-    False  # recompute all shapes after every pass (the tests do): catches a broken pass at once, costs seconds
-)
+# Recompute all shapes after every pass, as the tests do: it detects a broken pass at once, but takes seconds.
+CHECK_SHAPES = False
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Input:
     """One placeholder.
 
     Attributes:
-        kind: ``"parameter"``, ``"buffer"``, ``"constant"``, ``"batch"``, or ``"stream"`` for what the passes add
+        node: the placeholder's name in the graph.
+        kind: ``"parameter"``, ``"buffer"``, ``"constant"``, ``"batch"``, or ``"stream"`` for the inputs that passes add
             (keys, scale, coefficients, rule state).
         target: state-dict name in the loss module, key of the batch, or name of the stream input.
     """
@@ -43,17 +43,17 @@ class Input:
 
 @dataclass
 class Program:
-    """See the module.
+    """A functional graph of tensors with named inputs.
 
     Attributes:
         graph_module: placeholders in the order of ``inputs``; output ``(sums_0, …, sums_{points-1}, weights)``.
         constants: tensors lifted out of the model's code, by target.
         fake_mode: holds the symbolic sizes.
-        points: how many evaluations the program makes.
+        points: the number of evaluations in the program.
         history: ``(pass name, program as Python)`` after each pass.
-        notes: what the passes did, for people.
+        notes: reports of the passes, for people.
         epilogue: the update that follows the evaluations, once attached.
-        guards: for which sizes of a batch the captured program is right.
+        guards: decides for which batch sizes the program is valid.
     """
 
     graph_module: fx.GraphModule
@@ -71,7 +71,7 @@ class Program:
         return self.graph_module.graph
 
     def placeholder(self, kind: str, target: str) -> fx.Node | None:
-        """The placeholder of that input, or None."""
+        """The placeholder of an input, or None if there is none."""
         for node, given in zip(self.graph.find_nodes(op="placeholder"), self.inputs, strict=True):
             if given.kind == kind and given.target == target:
                 return node
@@ -87,13 +87,14 @@ class Program:
         return node
 
     def fakes(self) -> list[Any]:
+        """The fake values of the placeholders, in order."""
         return [node.meta["val"] for node in self.graph.find_nodes(op="placeholder")]
 
     def finish(self, name: str) -> None:
-        """Close a pass: drop dead nodes, recompile the Python, remember it; recompute shapes with ``CHECK_SHAPES``.
+        """Finish a pass: drop dead nodes, recompile the Python and add it to the history.
 
         Raises:
-            ZOInternalError: the graph is malformed or its shapes do not fit together.
+            RuntimeError: the graph is malformed or, with ``CHECK_SHAPES``, its shapes are inconsistent.
         """
         self.graph.eliminate_dead_code()
         self.graph.lint()
@@ -103,16 +104,16 @@ class Program:
         self.history.append((name, str(self.graph_module.code)))
 
     def propagate_shapes(self) -> None:
-        """Recompute every node's symbolic shape from the inputs'; an inconsistent graph raises."""
+        """Recompute every node's symbolic shape from the inputs; an inconsistent graph raises an error."""
         with torch.no_grad(), size_oblivious(), self.fake_mode:
             FakeTensorProp(self.graph_module, self.fake_mode).propagate_dont_convert_inputs(*self.fakes())
 
     def accepts(self, batch: dict[str, Any]) -> bool:
-        """Whether the program is right for the sizes of a batch of its kind."""
+        """Whether the program is valid for the sizes of ``batch``, which has its signature."""
         return self.guards.hold(batch)
 
     def clone(self) -> Program:
-        """A copy that passes may rewrite; tensors and symbolic sizes are shared."""
+        """Copy the program so that passes may rewrite it; tensors and symbolic sizes are shared."""
         graph = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         output = graph.graph_copy(self.graph, mapping)
@@ -123,7 +124,7 @@ class Program:
         )
 
     def code(self) -> str:
-        """The program as Python, with shapes."""
+        """The program as Python with shapes, headed by the passes that made it."""
         self.propagate_shapes()
         text = f"# {len(self.graph.nodes)} nodes after: {' → '.join(name for name, _ in self.history)}\n"
         text += self.graph_module.print_readable(print_output=False)
@@ -132,7 +133,7 @@ class Program:
         return text
 
     def fingerprint(self) -> str:
-        """Hash of what the program computes: its operations, shapes and constants' names."""
+        """Hash what the program computes: its operations, shapes and the names of its constants."""
         digest = hashlib.blake2b(digest_size=8)
         for node in self.graph.nodes:
             target = getattr(node.target, "__qualname__", str(node.target)) if callable(node.target) else node.target
@@ -150,11 +151,11 @@ class Program:
 
 
 def verify(program: Program) -> None:
-    """The invariants every program keeps.
+    """Check the invariants of every program.
 
     Raises:
-        ZOInternalError: a placeholder is unaccounted for, a node writes into a tensor, or the outputs are not
-            ``points`` loss rows and one weight row.
+        ZOInternalError: the placeholders differ from ``inputs``, a node writes into a tensor or calls a module, or the
+            outputs are not ``points`` losses and the weights.
     """
     placeholders = program.graph.find_nodes(op="placeholder")
     if [n.name for n in placeholders] != [given.node for given in program.inputs]:

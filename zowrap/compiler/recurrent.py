@@ -1,7 +1,7 @@
-"""Recurrent layers are captured as one operator.
+"""Capture recurrent layers as one operator.
 
-torch unrolls an LSTM to learn its shapes, which fixes the length of every batch, and tags it as drawing random
-numbers for the sake of its dropout.
+Without it, torch unrolls an LSTM to learn its shapes, which fixes the length of every batch, and marks it as random
+because of its dropout.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def recurrent(
     bidirectional: bool,
     batch_first: bool,
 ) -> list[Tensor]:
-    """torch's recurrent layers without dropout, for any batch and length.
+    """Run one of torch's recurrent layers without dropout, for any batch size and length.
 
     Args:
         kind: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` or ``"rnn_relu"``.
         x: ``[length, rows, inputs]``; ``[rows, length, inputs]`` with ``batch_first``.
-        states: the first one of each layer and direction, ``[layers · directions, rows, size]``; two of an LSTM.
-        weights: as :class:`torch.nn.RNNBase` lists them.
+        states: the initial states, ``[layers · directions, rows, size]``; two for an LSTM, else one.
+        weights: in the order of :class:`torch.nn.RNNBase`.
 
     Returns:
-        The outputs, laid out like ``x``, and the last states.
+        The outputs, in the layout of ``x``, and the final states.
     """
     first = states if kind == "lstm" else states[0]
     rest = (has_biases, layers, 0.0, False, bidirectional, batch_first)
@@ -53,21 +53,21 @@ _KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 @contextmanager
-def recurrent_layers() -> Iterator[None]:
-    """Within, :class:`torch.nn.RNNBase` calls ``zowrap.compiler.recurrent`` where its dropout is inactive."""
+def capture_recurrent_layers() -> Iterator[None]:
+    """Make :class:`torch.nn.RNNBase` call :func:`recurrent` while inside, if its dropout is inactive."""
     plain = {kind: getattr(torch._VF, kind) for kind in _KINDS}
     try:
         for kind in _KINDS:
-            setattr(torch._VF, kind, _instead(kind, plain[kind]))
+            setattr(torch._VF, kind, _make_replacement(kind, plain[kind]))
         yield
     finally:
         for kind in _KINDS:
             setattr(torch._VF, kind, plain[kind])
 
 
-def _instead(kind: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+def _make_replacement(kind: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def layer(*args: Any) -> Any:
-        packed = not isinstance(args[3], bool)  # then batch_sizes come second
+        packed = not isinstance(args[3], bool)  # then the second argument is batch_sizes
         if packed or (args[5] and args[6]):
             return plain(*args)
         x, state, weights, biases, layers, _, _, both_ways, batch_first = args

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zowrap.compiler.capture import canonical_batch, capture, signature
+from zowrap.compiler.capture import batch_signature, canonical_batch, capture
 from zowrap.compiler.program import Program
 from zowrap.compiler.regions import MIN_LAYERS, Kind, Regions, compile_regions
 from zowrap.engines.compile_time import compile_seconds
@@ -169,7 +169,7 @@ class CompiledEngine:
         Raises:
             ZOCaptureError: the model cannot be captured.
         """
-        kind = signature(batch)
+        kind = batch_signature(batch)
         if kind not in self._captured and len(self._captured) == MAX_KINDS:
             raise ZOCaptureError(_too_many(list(self._captured)))
         programs = self._captured.setdefault(kind, [])

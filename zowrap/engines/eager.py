@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zowrap import machine
 from zowrap.errors import Option, ZOError
-from zowrap.loss.evaluation_mode import evaluation_mode, unwritten
-from zowrap.loss.module import Batch, example, rows_of
+from zowrap.loss.evaluation_mode import evaluation_mode, forbid_writes
+from zowrap.loss.module import Batch, count_rows, select_example
 from zowrap.numerics import codes, noise
 from zowrap.numerics.dtypes import at_least_float32, is_16_bit
 from zowrap.step import lowrank
@@ -66,17 +66,17 @@ class EagerEngine:
                 return sums.unsqueeze(0), weights
             if not stream.per_example:
                 return self._along(batch, stream, coefficients, 0)
-            examples = [example(batch, b) for b in range(rows_of(batch))]
+            examples = [select_example(batch, b) for b in range(count_rows(batch))]
             pairs = [self._along(one, stream, coefficients, b) for b, one in enumerate(examples)]
             return torch.cat([sums for sums, _ in pairs], dim=1), torch.cat([weights for _, weights in pairs])
 
     def _along(self, batch: Batch, stream: DirectionNoise, coefficients: Tensor, which: int) -> tuple[Tensor, Tensor]:
         rows = []
-        kept = machine.states(self.job.device)
+        kept = machine.rng_states(self.job.device)
         weights = torch.zeros(())
         for coefficient in coefficients:
             # A model that draws random numbers draws the same ones at every point.
-            machine.restore(self.job.device, kept)
+            machine.restore_rng(self.job.device, kept)
             copies = {}
             for i, p in self.active(stream.block):
                 if p.codes:  # the layer adds what the weights of its codes are moved by
@@ -85,7 +85,7 @@ class EagerEngine:
                     continue
                 copy = perturbed(p.tensor, self.direction(stream, i, which), coefficient)
                 copies.update({f"model.{name}": copy for name in self._places[i]})
-            with unwritten(copies.items()):  # else a model would pass or fail by what is perturbed
+            with forbid_writes(copies.items()):  # else a model would pass or fail by what is perturbed
                 sums, weights = torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=False)
             rows.append(sums)
         return torch.stack(rows), weights
@@ -141,7 +141,7 @@ class EagerEngine:
             bits = None
             if parameter.scale is not None and parameter.codes:
                 unit = codes.unit_of(parameter.scale)
-                w = old = codes.values(parameter.tensor, unit)
+                w = old = codes.dequantize(parameter.tensor, unit)
             if parameter.codes or is_16_bit(w):
                 index = torch.arange(w.numel(), dtype=torch.int64, device=w.device)
                 bits = noise.hash_bits(*noise.split_index(index), rounding_keys[i]).reshape(w.shape)
@@ -158,7 +158,7 @@ class EagerEngine:
                 job.decays and parameter.decays,
             )
             if parameter.codes and bits is not None:
-                new_w = codes.written(parameter.tensor, new_w - old, unit, bits, conclusion.apply)
+                new_w = codes.add_change(parameter.tensor, new_w - old, unit, bits, conclusion.apply)
             parameter.tensor.copy_(new_w)
             for name, value in new_slots.items():
                 slots[name].copy_(value)

@@ -1,7 +1,7 @@
-"""The loss of a model, as it is captured, evaluated and averaged.
+"""Compute the loss of a model, for steps and for evaluations.
 
-``module``          a model and its loss as one module; rows, weights and heads
-``captured``        the operator that stands for it while a model is captured
-``evaluation_mode`` nothing changes between two evaluations
-``evaluation``      loss and metrics over a set, batch by batch
+``module``          wraps a model and its loss into one module that returns sums and weights per row
+``captured``        defines the operator that represents the loss of label tokens in a captured program
+``evaluation_mode`` keeps a model unchanged between two evaluations
+``evaluation``      averages loss and metrics over a set, batch by batch
 """

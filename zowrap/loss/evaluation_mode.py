@@ -1,4 +1,4 @@
-"""Evaluation mode for a while: a zeroth-order step compares two losses, so nothing may change between them."""
+"""Keep a model unchanged while it is evaluated: a zeroth-order step compares losses, so nothing may change between."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from torch import Tensor, nn
 
 from zowrap.errors import ZOError
 
-RESTORED = 1 << 16  # running statistics and counters are smaller
+MAX_RESTORED = 1 << 16  # elements; running statistics and counters are smaller
 
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """``module.eval()`` inside; every submodule's own training flag and what the forward wrote to buffers are restored.
+    """Put ``module`` into evaluation mode while inside; restore training flags and small buffers on leaving.
 
-    Parameters, and buffers of more than ``RESTORED`` elements (weights or tables), are too large to keep copies of.
+    Parameters, and buffers of more than ``MAX_RESTORED`` elements (weights or tables), are too large to copy, so
+    writing to one is an error.
 
     Raises:
-        ZOError: on leaving, if one of those was written to, see :func:`unwritten`.
+        ZOError: on leaving, if one of those was written to, see :func:`forbid_writes`.
     """
     training = [child for child in module.modules() if child.training]
-    buffers = [b for b in module.buffers() if b.numel() <= RESTORED]
-    large = [*module.named_parameters(), *((name, b) for name, b in module.named_buffers() if b.numel() > RESTORED)]
+    buffers = [b for b in module.buffers() if b.numel() <= MAX_RESTORED]
+    large = [*module.named_parameters(), *((name, b) for name, b in module.named_buffers() if b.numel() > MAX_RESTORED)]
     before = [(b, b._version, b.clone()) for b in buffers]
     for child in training:
         child.training = False
     try:
-        with unwritten(large):
+        with forbid_writes(large):
             yield
     finally:
         for child in training:
@@ -41,19 +42,19 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def unwritten(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
-    """Nothing inside may write to any of the (name in the loss module, tensor).
+def forbid_writes(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+    """Check on leaving that nothing wrote to any of the given (name in the loss module, tensor) pairs.
 
     Raises:
-        ZOError: on leaving, names the first that was written to. A write through ``.data`` goes unnoticed.
+        ZOError: something did; the message names the first such tensor. Writes through ``.data`` go unnoticed.
     """
-    # Inference tensors count no versions.
+    # Inference tensors have no version counter.
     before = [(name, tensor, tensor._version) for name, tensor in tensors if not tensor.is_inference()]
     yield
     for name, tensor, version in before:
         if tensor._version != version:
             raise ZOError(
                 f"the model's forward writes to {name.removeprefix('model.')} (of shape {tuple(tensor.shape)}) in "
-                f"evaluation mode, where a model must stay as it is: let it write in training mode only, or not at "
+                f"evaluation mode, which must not change a model: let it write in training mode only, or not at "
                 f"all (an embedding with max_norm writes to its weight)"
             )

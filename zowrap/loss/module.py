@@ -1,9 +1,9 @@
-"""The loss of a batch as per-row sums and weights.
+"""Compute the loss of a batch as sums and weights per row.
 
-Everything downstream needs the loss in two parts: ``sums`` and ``weights``, one entry per example, with
-f = Σ sums / Σ weights. Micro-batches then combine exactly (a mean of means is wrong when lengths differ) and a
-population reads each example's own loss. For the known heads we compute them from the logits in float32; a model whose
-own loss is something else keeps its own, as one row.
+The loss has two parts, ``sums`` and ``weights``, with one entry per example and f = Σ sums / Σ weights. This way
+micro-batches combine exactly (a mean of means is wrong when lengths differ) and a population gets each example's own
+loss. For known heads both are computed from the logits in float32; a model with any other loss keeps its own, as a
+single row.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ IGNORED = -100  # torch's and transformers' ignore_index
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy per row, :func:`token_sums`, and float32 ``[rows]`` numbers of counted positions."""
+    """The cross-entropy per row (:func:`sum_token_losses`) and the number of counted positions, float32 ``[rows]``."""
     counts = (labels != IGNORED).sum(-1).float()
     if torch.compiler.is_exporting():  # one node, which passes.fuse_head joins with the head or writes out
         return torch.ops.zowrap.token_losses(logits, labels), counts
-    return token_sums(logits, labels), counts
+    return sum_token_losses(logits, labels), counts
 
 
-def token_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy per row, in float32.
+def sum_token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum the cross-entropy of each row, in float32.
 
     Args:
         logits: ``[rows, positions, classes]`` of any float dtype.
-        labels: int64 ``[rows, positions]``; ``-100`` is ignored; a label that names no class makes the loss NaN (an
-            index error would end the process inside compiled code).
+        labels: int64 ``[rows, positions]``; ``-100`` is ignored. A label outside the classes makes the loss NaN,
+            because an index error inside compiled code would end the process.
 
     Returns:
         float32 ``[rows]`` sums over the positions.
@@ -50,15 +50,15 @@ def token_sums(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.sum(-1)
 
 
-def _causal(output: Any, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
+def _causal_loss(output: Any, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
     return token_losses(output.logits[:, :-1], batch["labels"][:, 1:])
 
 
-def _aligned(output: Any, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
+def _aligned_loss(output: Any, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
     return token_losses(output.logits, batch["labels"])
 
 
-def _classes(output: Any, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
+def _class_loss(output: Any, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
     logits, labels = output.logits.float(), batch["labels"]
     if not labels.is_floating_point() and logits.shape[-1] > 1:
         return token_losses(logits.unsqueeze(1), labels.reshape(-1, 1))
@@ -70,81 +70,83 @@ def _classes(output: Any, batch: Batch, model: nn.Module) -> tuple[Tensor, Tenso
     return losses, torch.ones_like(losses)
 
 
-# Which head a class name announces, in the vocabulary of transformers; anything else keeps its own loss.
+# The head by the ending of a transformers class name; models of any other class keep their own loss.
 _HEADS: tuple[tuple[str, Callable[..., tuple[Tensor, Tensor]]], ...] = (
-    ("ForConditionalGeneration", _aligned),
-    ("ForMaskedLM", _aligned),
-    ("ForTokenClassification", _aligned),
-    ("ForSequenceClassification", _classes),
-    ("ForCausalLM", _causal),
-    ("LMHeadModel", _causal),
+    ("ForConditionalGeneration", _aligned_loss),
+    ("ForMaskedLM", _aligned_loss),
+    ("ForTokenClassification", _aligned_loss),
+    ("ForSequenceClassification", _class_loss),
+    ("ForCausalLM", _causal_loss),
+    ("LMHeadModel", _causal_loss),
 )
+# The names by which runs record the head, see LossModule.form.
+_FORMS = {_causal_loss: "causal", _aligned_loss: "aligned", _class_loss: "classes"}
 
 
-def _head_of(model: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+def _find_head(model: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     inner = _without_adapters(model)
     if not hasattr(inner, "config"):
         return None
     names = [base.__name__ for base in type(inner).__mro__]
     head = next((head for name in names for ending, head in _HEADS if name.endswith(ending)), None)
-    if head is _aligned and any(n.endswith("ForConditionalGeneration") for n in names):
-        return _aligned if getattr(inner.config, "is_encoder_decoder", False) else _causal
+    if head is _aligned_loss and any(n.endswith("ForConditionalGeneration") for n in names):
+        return _aligned_loss if getattr(inner.config, "is_encoder_decoder", False) else _causal_loss
     return head
 
 
-def labels_out_of_range(labels: Tensor, classes: int) -> Tensor:
-    """bool, shaped as the labels: which name no class."""
+def find_invalid_labels(labels: Tensor, classes: int) -> Tensor:
+    """Find the labels that are neither a class nor ignored: bool, in the shape of ``labels``."""
     return ((labels < 0) & (labels != IGNORED)) | (labels >= classes)
 
 
-def rows_of(batch: Batch) -> int:
-    """Number of examples: the first dimension of the labels, or else of the first tensor that has one."""
+def count_rows(batch: Batch) -> int:
+    """Count the examples of a batch: the first dimension of the labels, or else of the first tensor that has one."""
     labels = batch.get("labels")
     tensors = [v for v in (labels, *batch.values()) if isinstance(v, Tensor) and v.ndim]
     return tensors[0].shape[0] if tensors else 1
 
 
 def per_example_names(batch: Batch) -> set[str]:
-    """Which tensors of a population's batch have a row for each example.
+    """The names of the tensors in a population's batch that have one row per example; examples share the others.
 
-    All examples share the others: what has no dimension, or one row. Any other number of rows would be the number of
-    examples in some batch by chance, and mean another thing there.
+    A shared tensor must be 0-d or have a single row: any other number of rows would, in some batch, happen to equal
+    the number of examples and be misread.
 
     Raises:
         ZOError: a tensor has another number of rows.
     """
-    rows = rows_of(batch)
+    rows = count_rows(batch)
     sizes = {name: v.shape[0] for name, v in batch.items() if isinstance(v, Tensor) and v.ndim}
     for name, size in sizes.items():
         if size not in (1, rows):
             raise ZOError(
-                f"in a population every tensor of the batch has a row for each example, or one row that all share: "
-                f"{name!r} has {size} for {rows} example{'s' * (rows != 1)} (counted by the labels, or else by the "
-                f"first tensor)"
+                f"in a population every tensor of the batch must have a row for each example, or one row that all "
+                f"share: {name!r} has {size} for {rows} example{'s' * (rows != 1)} (the number of rows of the labels, "
+                f"or else of the first tensor)"
             )
     return {name for name, size in sizes.items() if size == rows}
 
 
-def example(batch: Batch, row: int) -> Batch:
-    """One example as a batch of one; what does not have a row for each example is shared by all."""
+def select_example(batch: Batch, row: int) -> Batch:
+    """Select one example as a batch of its own, with the tensors that all examples share."""
     own = per_example_names(batch)
     return {name: v[row : row + 1] if name in own else v for name, v in batch.items()}
 
 
-# --- is the model's own loss the one that its head announces? ------------------------------------------------------
+# --- comparing the model's own loss with that of its head ----------------------------------------------------------
 
-# What transformers' models read beside labels. Anything else that a model of another class reads may be in its loss.
+# The inputs of transformers models apart from labels. Any other input of a custom model may be part of its loss.
 _INPUTS = {
     *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "pixel_values", "labels"),
     *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
 }
-PROBE_ROWS = 8  # of a probe's batch: one class that all probes share, and seven others
-# Beyond this many classes probes would cost more than a first step; the model's own loss then stays.
+PROBE_ROWS = 8  # rows of a probe: the class that all probes share, and seven others
+# With more classes than this, probes would cost more than a first step; the model then keeps its own loss.
 MOST_CLASSES = 1024
 
 
 def _is_transformers_own(model: nn.Module) -> bool:
-    """Whether the loss is computed by transformers' code alone: its class as it is, and nothing put in its place."""
+    """Whether only transformers' code computes the loss: an original class, without hooks or replaced methods."""
     inner = _without_adapters(model)
     places = (type(inner).__module__, getattr(type(inner).forward, "__module__", ""))
     replaced = {"forward", "loss_function", "_loss_function"} & {*vars(inner), *inner._modules}
@@ -153,31 +155,31 @@ def _is_transformers_own(model: nn.Module) -> bool:
 
 
 def _without_adapters(model: nn.Module) -> Any:
-    """The model inside peft's, which computes the loss."""
+    """The model inside a peft model, which computes the loss."""
     inner: Any = model
     while type(inner).__name__.startswith("PeftModel") and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     return inner
 
 
-def _first_rows(batch: Batch, count: int) -> Batch:
+def _take_rows(batch: Batch, count: int) -> Batch:
     return {name: v[:count] if isinstance(v, Tensor) and v.ndim else v for name, v in batch.items()}
 
 
-def probes(batch: Batch, config: Any, labels_are_tokens: bool) -> Iterator[Batch]:
-    """Batches with labels that tell a loss of weighted, smoothed or masked labels from the plain one.
+def make_probes(batch: Batch, config: Any, labels_are_tokens: bool) -> Iterator[Batch]:
+    """Make batches whose labels distinguish a loss with class weights, smoothing or masking from the plain one.
 
-    Of class labels each probe holds class 0 beside others, until every class was there: what weighs one of them
-    otherwise changes a mean. Token labels become random tokens, and the special ones. Floating-point labels are given
-    as they are, and as their distance from 1.
+    For class labels, each probe holds class 0 and some others, until every class has appeared: a different weight for
+    one of them changes a mean. Token labels become random tokens and special tokens. Floating-point labels appear
+    unchanged, and as their distance from 1.
 
     Args:
-        batch: with ``labels``; its inputs are used over and over.
-        config: of the model, which names the classes and the special tokens.
-        labels_are_tokens: labels of more than one position are token ids, and not classes of tokens.
+        batch: with ``labels``; its inputs are repeated as needed.
+        config: of the model, for its classes and special tokens.
+        labels_are_tokens: labels with more than one position are token ids, and not classes of tokens.
 
     Yields:
-        Nothing where the labels have no kind that probes are known for, or a tensor has no row for each example.
+        Batches; none if there are no probes for this kind of labels, or a tensor has no row for each example.
     """
     labels = batch["labels"]
     if not isinstance(labels, Tensor) or not labels.ndim:
@@ -211,7 +213,7 @@ def probes(batch: Batch, config: Any, labels_are_tokens: bool) -> Iterator[Batch
             return
         counted = wide["labels"] != IGNORED
         draw = torch.Generator().manual_seed(0)
-        for special in ([], _special_tokens(text) if labels_are_tokens else []):
+        for special in ([], _find_special_tokens(text) if labels_are_tokens else []):
             drawn = torch.randint(size, wide["labels"].shape, generator=draw).to(labels.device, labels.dtype)
             if special:
                 of = torch.tensor(special, dtype=labels.dtype, device=labels.device)
@@ -219,7 +221,7 @@ def probes(batch: Batch, config: Any, labels_are_tokens: bool) -> Iterator[Batch
             yield {**wide, "labels": torch.where(counted, drawn, IGNORED)}
 
 
-def _special_tokens(config: Any) -> list[int]:
+def _find_special_tokens(config: Any) -> list[int]:
     found = []
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"):
         value = getattr(config, name, None)
@@ -228,12 +230,16 @@ def _special_tokens(config: Any) -> list[int]:
 
 
 class LossModule(nn.Module):
-    """``forward(batch) -> (sums, weights)`` around a model and its loss: what is captured, and what the oracle runs.
+    """Wraps a model and its loss: ``forward(batch) -> (sums, weights)``, which engines capture or run.
 
     Args:
-        model: evaluated as it is; the caller puts it in evaluation mode.
-        loss_fn: ``loss_fn(model, batch)`` returning a 0-d loss, or ``[batch]`` per-example losses.
-        per_example: each example's own loss is needed, so a given ``loss_fn`` must return them.
+        model: the caller puts it into evaluation mode.
+        loss_fn: ``loss_fn(model, batch)`` returning a 0-d loss, or per-example losses ``[batch]``.
+        per_example: each example's own loss is needed, so ``loss_fn`` must return them.
+
+    Attributes:
+        head: computes the loss from the logits; None if the model's own loss or ``loss_fn`` does.
+        settled: whether the choice of ``head`` is final, see :meth:`settle`.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn | None = None, per_example: bool = False) -> None:
@@ -242,7 +248,7 @@ class LossModule(nn.Module):
         self.model = model
         self.loss_fn = loss_fn
         self.settled = False
-        self.head = None if loss_fn is not None else _head_of(model)
+        self.head = None if loss_fn is not None else _find_head(model)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.loss_fn is not None:
@@ -258,27 +264,27 @@ class LossModule(nn.Module):
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if loss is None:
             raise ZOError(
-                "the model returned no loss: put 'labels' in the batch or give loss_fn=(lambda model, batch: ...)"
+                "the model returned no loss: put 'labels' into the batch, or give loss_fn=(lambda model, batch: ...)"
             )
         return self._as_rows(loss, batch)
 
     @property
     def form(self) -> str:
-        """Which loss this is, to be kept with a run: ``"own"``, ``"given"``, ``"unsettled"`` or a head's name."""
+        """The kind of loss that a run records: ``"own"``, ``"given"``, ``"unsettled"`` or a head's name."""
         if self.loss_fn is not None:
             return "given"
         if not self.settled:
             return "unsettled"
-        return "own" if self.head is None else self.head.__name__.strip("_")
+        return "own" if self.head is None else _FORMS[self.head]
 
     @property
     def classes(self) -> int | None:
-        """How many classes a label may name, numbered from 0; None where the loss is not a known head's."""
+        """The number of classes, whose labels count from 0; None unless the loss is that of a known head."""
         config = getattr(self.model, "config", None)
         if self.head is None or config is None:
             return None
         kinds = [base.__name__ for base in type(self.model).__mro__]
-        if self.head is _classes or any(kind.endswith("ForTokenClassification") for kind in kinds):
+        if self.head is _class_loss or any(kind.endswith("ForTokenClassification") for kind in kinds):
             count = getattr(config, "num_labels", None)
             return count if isinstance(count, int) and count > 1 else None
         model: Any = self.model
@@ -288,26 +294,25 @@ class LossModule(nn.Module):
             return None
 
     def settle_as(self, form: str) -> None:
-        """Take the loss that a run was started with (:attr:`form`), whatever the next batch suggests."""
+        """Use the loss that a run was started with (:attr:`form`), whatever the next batch suggests."""
         if self.loss_fn is None and form != "unsettled":
             self.settled = True
-            self.head = None if form == "own" else _head_of(self.model)
+            self.head = None if form == "own" else _find_head(self.model)
 
     def _logits(self, batch: Batch) -> Any:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         config = getattr(self.model, "config", None)
         if getattr(config, "is_encoder_decoder", False):
             if "decoder_input_ids" not in inputs:
-                inputs["decoder_input_ids"] = shift_right(batch["labels"], config)
+                inputs["decoder_input_ids"] = shift_labels_right(batch["labels"], config)
             return self.model(**inputs, use_cache=False)
         if hasattr(config, "use_cache"):
             inputs["use_cache"] = False
         return self.model(**inputs)
 
     def _as_rows(self, loss: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A loss as (sums, weights): ``[batch]`` counts each example once; a 0-d mean weighs as what it averages.
-
-        That is the label tokens (less the first of each row where the model is causal), or else the examples.
+        """Convert a loss to (sums, weights). Per-example losses have weight 1; a 0-d mean has the weight of what it
+        averages: the label tokens (without the first of each row in a causal model), or else the examples.
         """
         if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.ndim > 1:
             kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -317,7 +322,7 @@ class LossModule(nn.Module):
             return loss, torch.ones_like(loss)
         labels = batch.get("labels")
         if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
-            if _head_of(self.model) is _causal:
+            if _find_head(self.model) is _causal_loss:
                 labels = labels[:, 1:]
             weight = (labels != IGNORED).sum().float().reshape(1)
         else:
@@ -327,49 +332,48 @@ class LossModule(nn.Module):
 
     @torch.no_grad()
     def settle(self, batch: Batch) -> None:
-        """Keep the model's own loss where ours from the logits is not the same function.
+        """Decide between our loss from the logits and the model's own, on the first batch with usable labels.
 
-        A head may add a regulariser, weigh classes, smooth or shift labels in its own way. The two are compared on the
-        batch's own labels and, unless the loss is one that transformers itself computes, on labels made to tell them
-        apart (:func:`probes`): a weight of a class shows only beside another class. Where the probes cannot tell, the
-        model's own loss stays. Where its own loss cannot be had (it needs values the batch lacks), ours stands. Done
-        once, on the first batch with labels on which the loss can be had.
+        A model may add a regulariser, weigh classes, or smooth or shift labels in its own way. Both losses are compared
+        on the batch's own labels and, unless transformers itself computes the loss, on labels made to distinguish them
+        (:func:`make_probes`): a class weight shows only next to another class. If the probes cannot tell, the model
+        keeps its own loss. If its own loss cannot be computed (it needs values that the batch lacks), ours is used.
         """
         if self.settled or (self.head is not None and "labels" not in batch):
             return
         self.settled = self.head is None or self._compare(batch)
 
     def _compare(self, batch: Batch) -> bool:
-        """Give up our loss where the model's own is another number, or may be on other labels.
+        """Drop our loss if the model's own differs, or might differ on other labels.
 
         Returns:
-            Whether the batch told: one without a label to learn from has no loss to compare.
+            Whether the batch could decide: one without any label has no loss to compare.
         """
         labels = batch["labels"]
         if isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all()):
             return False
         with evaluation_mode(self):
-            few = _first_rows(batch, 2)
+            few = _take_rows(batch, 2)
             if isinstance(labels, Tensor) and labels.ndim and bool((few["labels"] == IGNORED).all()):
                 few = batch
             same = self._agrees(few)
             if same and not _is_transformers_own(self.model):
                 if any(isinstance(value, Tensor) and name not in _INPUTS for name, value in batch.items()):
-                    same = False  # weights of rows, say: what is in this batch need not be what comes later
+                    same = False  # row weights, for example, which later batches may set differently
                 names = [base.__name__ for base in type(_without_adapters(self.model)).__mro__]
                 tokens = not any(name.endswith("ForTokenClassification") for name in names)
-                tried = probes(batch, getattr(self.model, "config", None), labels_are_tokens=tokens)
-                found = [self._agrees(probe, told_apart=True) for probe in tried]
+                tried = make_probes(batch, getattr(self.model, "config", None), labels_are_tokens=tokens)
+                found = [self._agrees(probe, distinct_rows=True) for probe in tried]
                 same = same and bool(found) and all(found)
         if same is False:
             self.head = None
         return True
 
-    def _agrees(self, batch: Batch, told_apart: bool = False) -> bool | None:
-        """Whether the model's own loss of a batch is ours; None where its own cannot be had.
+    def _agrees(self, batch: Batch, distinct_rows: bool = False) -> bool | None:
+        """Whether the model's own loss of a batch equals ours; None if its own cannot be computed.
 
         Args:
-            told_apart: the rows' losses must differ, so that a mean that weighs them otherwise is another number.
+            distinct_rows: the rows' losses must differ, so that a mean with other weights would be another number.
         """
         sums, weights = self(batch)
         try:
@@ -380,16 +384,16 @@ class LossModule(nn.Module):
         if own is None or own.ndim:
             return None
         ours = sums.sum() / weights.sum()
-        # A model in 16 bit computes its own loss from rounded numbers; in float32 the two agree to rounding.
+        # A 16-bit model computes its own loss from rounded numbers; in float32 both agree up to rounding.
         rtol = 1e-4 if all(p.dtype == torch.float32 for p in self.model.parameters()) else 2e-2
         each = sums / weights.clamp(min=1)
-        if told_apart and not (each.max() - each.min()) > 10 * rtol * ours.abs():
+        if distinct_rows and not (each.max() - each.min()) > 10 * rtol * ours.abs():
             return False
         return torch.allclose(ours, own.float(), rtol=rtol, atol=1e-6, equal_nan=True)
 
 
-def shift_right(labels: Tensor, config: Any) -> Tensor:
-    """Decoder inputs of an encoder–decoder from its labels: start token first, ``-100`` replaced by padding."""
+def shift_labels_right(labels: Tensor, config: Any) -> Tensor:
+    """Make the decoder inputs of an encoder–decoder from its labels: start token first, ``-100`` becomes padding."""
     start = getattr(config, "decoder_start_token_id", None)
     pad = getattr(config, "pad_token_id", None)
     pad = 0 if pad is None else pad

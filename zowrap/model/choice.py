@@ -30,7 +30,7 @@ from torch import Tensor
 from zowrap import telling
 from zowrap.engines.compile_time import compile_seconds
 from zowrap.engines.eager import EagerEngine
-from zowrap.loss.module import Batch, rows_of
+from zowrap.loss.module import Batch, count_rows
 
 if TYPE_CHECKING:
     from zowrap.model.zo_model import ZOModel
@@ -58,7 +58,7 @@ def settle_engine(zm: ZOModel, batch: Batch, planned: Planned) -> bool:
     """
     engine, job = zm.engine, zm.job
     open_still = getattr(engine, "fall_back", False) and not getattr(engine, "executables", None)
-    if not open_still or job.device.type != "cpu" or job.way is not None or zm.schedule.asked == "sequential":
+    if not open_still or job.device.type != "cpu" or job.quant_mode is not None or zm.schedule.asked == "sequential":
         return False
     copied = sum(p.tensor.numel() * p.tensor.element_size() for p in job.parameters)
     takes, saves = compile_seconds(job), saved_seconds(zm, batch, planned)
@@ -77,7 +77,7 @@ def saved_seconds(zm: ZOModel, batch: Batch, planned: Planned) -> float:
     """How much longer the planned steps take on the eager engine."""
     job, points = zm.job, len(zm.points)
     moving = sum(p.tensor.numel() for p in job.parameters) / len(job.blocks)
-    examples = rows_of(batch) if zm.job.estimator.per_example else 1  # which the eager engine evaluates one by one
+    examples = count_rows(batch) if zm.job.estimator.per_example else 1  # which the eager engine evaluates one by one
     draws = moving * (points * examples + job.queries)
     modules = sum(1 for _ in job.loss.model.modules()) * points * examples
     weights = sum(p.numel() for p in job.loss.model.parameters() if p.ndim > 1)

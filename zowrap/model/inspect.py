@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zowrap.errors import ZOCaptureError
-from zowrap.machine import in_words
+from zowrap.machine import format_bytes
 from zowrap.model.schedule import Schedule
 from zowrap.numerics.dtypes import is_16_bit
 from zowrap.quant import modes
@@ -174,12 +174,12 @@ def _cost_lines(costs: Costs) -> list[str]:
     sizes = " × ".join(str(n) for n in next(iter(costs.sizes.values()), ()))
     return [
         f"a step     {step.flops:.3g} FLOPs, {flops:.2f} of two plain forwards', for a batch of {sizes}",
-        f"           {in_words(step.bytes)} moved, {moved:.2f} of theirs: weights "
-        f"{in_words(step.weight_bytes)}, activations {in_words(step.activation_bytes)}, update "
-        f"{in_words(step.update_bytes)}; {step.noise:,.0f} random numbers",
-        f"memory     {in_words(memory.peak)} at the peak: weights {in_words(memory.weights)}, state "
-        f"{in_words(memory.state)}, scratch {in_words(memory.scratch)}, activations {in_words(memory.transient)} "
-        f"(one forward: {in_words(costs.forward_transient)})",
+        f"           {format_bytes(step.bytes)} moved, {moved:.2f} of theirs: weights "
+        f"{format_bytes(step.weight_bytes)}, activations {format_bytes(step.activation_bytes)}, update "
+        f"{format_bytes(step.update_bytes)}; {step.noise:,.0f} random numbers",
+        f"memory     {format_bytes(memory.peak)} at the peak: weights {format_bytes(memory.weights)}, state "
+        f"{format_bytes(memory.state)}, scratch {format_bytes(memory.scratch)}, activations "
+        f"{format_bytes(memory.transient)} (one forward: {format_bytes(costs.forward_transient)})",
     ]
 
 
@@ -229,8 +229,8 @@ def report(
         compile_seconds=facts.get("compile_seconds", 0.0),
         cached=facts.get("cached", 0),
         trace_seconds=facts.get("trace_seconds", 0.0),
-        quantized=None if job.way is None else modes.explain(job.way, job.parameters),
-        count_full=functools.partial(modes.full_rows, job.parameters),
+        quantized=None if job.quant_mode is None else modes.explain(job.quant_mode, job.parameters),
+        count_full=functools.partial(modes.count_full_rows, job.parameters),
         paper=REGISTRY[job.rule.name].paper if job.rule.name in REGISTRY else None,
         estimate=estimate,
     )

@@ -18,7 +18,7 @@ from zowrap import machine
 from zowrap.checks import check_name
 from zowrap.errors import ZOCaptureError
 from zowrap.loss.module import Batch
-from zowrap.machine import fits, in_words
+from zowrap.machine import fits, format_bytes
 from zowrap.names import MEMORY
 from zowrap.step.job import Engine, Job
 
@@ -129,8 +129,11 @@ def choose_memory(paired: int, sequential: int, free: int) -> tuple[str, str]:
     if fits(paired, free):
         return "paired", "it is faster, and fits"
     if sequential >= paired:
-        return "paired", f"sequential would need no less than its {in_words(paired)}"
-    needs = f"paired needs {in_words(paired)} and {in_words(free)} are free, sequential needs {in_words(sequential)}"
+        return "paired", f"sequential would need no less than its {format_bytes(paired)}"
+    needs = (
+        f"paired needs {format_bytes(paired)} and {format_bytes(free)} are free, sequential needs "
+        f"{format_bytes(sequential)}"
+    )
     if fits(sequential, free):
         return "sequential", needs
     return "sequential", f"{needs}: neither fits, it comes closest"

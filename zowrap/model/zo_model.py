@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from zowrap.checks import check_positive
 from zowrap.engines.eager import EagerEngine
-from zowrap.errors import ZOError
-from zowrap.loss.module import LossModule, per_example_names, rows_of
+from zowrap.errors import Option, ZOError
+from zowrap.loss.module import LossModule, count_rows, per_example_names
 from zowrap.model.accumulator import Accumulator, Measurement
 from zowrap.model.cuda_graphs import build_graph_cache
 from zowrap.model.inputs import check_losses, check_weights, move_batch, name_batch
@@ -120,7 +120,8 @@ class ZOModel:
         job, per_example, points = self.job, self.job.estimator.per_example, len(self.job.points)
         if math.isnan(self.lr):
             raise ZOError(
-                "lr='auto' is not chosen yet: zowrap.tune_lr(zm, batches, steps=...) chooses it, before step 1"
+                Option("lr", "auto"),
+                " is not chosen yet: zowrap.tune_lr(zm, batches, steps=...) chooses it, before step 1",
             )
         if losses is None and self.accumulator.sums is not None:
             losses, weights = self.accumulator.losses(), self.accumulator.shares() if per_example else None
@@ -236,7 +237,7 @@ class ZOModel:
         self.schedule.settle(self.job, self.engine, batch, self._choose_engine)
         if per_example:
             first = self.accumulator.examples
-            streams = [self.directions.population(range(first, first + rows_of(batch)))]
+            streams = [self.directions.population(range(first, first + count_rows(batch)))]
         else:
             streams = self.directions.queries
         sums: list[Tensor] = []
@@ -338,7 +339,7 @@ class ZOModel:
     @property
     def quantized(self) -> str | None:
         """How the model's quantised weights move, see :mod:`zowrap.quant.modes`; None where it has none."""
-        return None if self.job.way is None else self.job.way.name
+        return None if self.job.quant_mode is None else self.job.quant_mode.name
 
     @property
     def masters(self) -> bool:

@@ -1,7 +1,8 @@
-"""Numbers: pure functions that give the same bits on every device.
+"""Pure functions over numbers. Those of tensors give the same bits on every device.
 
-``noise``    the counter-based generator of all directions
-``rounding`` 16-bit numbers from float32 ones, stochastically or to the nearest
-``codes``    integer codes: how a weight is read from them, and how a change of it is written
-``dtypes``   floating-point types by name, and how the 16-bit ones are treated
+``noise``     generates the noise of all directions from counters
+``rounding``  rounds float32 to 16-bit floats, stochastically or to nearest
+``codes``     reads weights from integer codes and adds changes to them
+``dtypes``    names the floating-point dtypes
+``intervals`` computes confidence intervals and significance
 """

@@ -1,4 +1,4 @@
-"""Which floating-point types there are, and how the 16-bit ones are treated."""
+"""Name the floating-point dtypes of weights, and tell the 16-bit ones apart."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 def is_16_bit(w: Tensor) -> bool:
+    """Whether ``w`` is stored in bfloat16 or float16."""
     return w.dtype in SIXTEEN_BIT
 
 
 def at_least_float32(w: Tensor) -> Tensor:
-    """16-bit weights are computed with in float32, float64 weights in float64."""
+    """``w`` in the dtype that arithmetic on it uses: float64 stays float64, anything narrower becomes float32."""
     return w if w.dtype == torch.float64 else w.float()

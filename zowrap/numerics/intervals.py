@@ -1,6 +1,6 @@
-"""How sure a measured figure is: intervals, and whether two measurements on the same rows differ beyond chance.
+"""Compute confidence intervals, and test whether two measurements on the same rows differ by more than chance.
 
-Plain Python: what is reported needs neither torch nor a package of statistics.
+Plain Python, so that a report needs neither torch nor a statistics package.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ Z = 1.959963984540054  # 97.5 % of a normal distribution lie below: two-sided 95
 LEVEL = 0.05
 
 
-def wilson(right: float, count: float) -> tuple[float, float]:
-    """The 95 % interval of a share of which ``right`` of ``count`` rows were seen (Wilson's score interval)."""
+def wilson_interval(right: float, count: float) -> tuple[float, float]:
+    """The 95 % interval of a proportion, observed as ``right`` out of ``count`` (Wilson's score interval)."""
     share, square = right / count, Z * Z / count
     centre = (share + square / 2) / (1 + square)
     half = Z * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % interval of Σ sums / Σ counts over rows that were drawn independently; None for fewer than two rows.
+def ratio_interval(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of Σ sums / Σ counts over independent rows.
 
-    The rows are what is independent, not the tokens in them: the standard error is that of a ratio of sums.
+    Rows are independent, the tokens within one are not, so this uses the standard error of a ratio of sums.
+
+    Returns:
+        (low, high); None for fewer than two rows, or where a sum is not finite.
     """
     rows, total = len(sums), math.fsum(counts)
     if rows < 2 or not total or not all(map(math.isfinite, sums)):
@@ -34,17 +37,19 @@ def ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]
     return mean - half, mean + half
 
 
-def interval(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float] | None:
-    """Of rows that are right or wrong :func:`wilson`, of any other figure :func:`ratio`."""
+def confidence_interval(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of Σ sums / Σ counts: :func:`wilson_interval` if every row is right or wrong (1 or 0, counted
+    once), else :func:`ratio_interval`.
+    """
     if sums and all(count == 1 for count in counts) and all(value in (0, 1) for value in sums):
-        return wilson(math.fsum(sums), len(sums))
-    return ratio(sums, counts)
+        return wilson_interval(math.fsum(sums), len(sums))
+    return ratio_interval(sums, counts)
 
 
 def sign_test(better: int, worse: int) -> float:
-    """How often chance alone gives counts at least this far from half and half: exact, two-sided.
+    """The exact two-sided p-value of a sign test: how often chance gives counts at least this far from half and half.
 
-    Of rows that were right before or after, and not both, this is McNemar's test.
+    Applied to the rows that were right before or after but not both, this is McNemar's test.
     """
     trials, few = better + worse, min(better, worse)
     if 2 * few >= trials:
@@ -54,10 +59,11 @@ def sign_test(better: int, worse: int) -> float:
     return min(1.0, 2 * math.fsum(terms))
 
 
-def beyond_chance(better: int, worse: int, best_of: int = 1) -> bool:
-    """Whether more rows got better than worse, beyond chance at the 5 % level.
+def is_beyond_chance(better: int, worse: int, best_of: int = 1) -> bool:
+    """Whether more rows got better than worse, significantly at the 5 % level.
 
-    ``best_of`` evaluations were made and the best one is asked about, which must not pay: the level is divided by their
-    number (Bonferroni), which bounds the chance that any of so many would look like a gain where there is none.
+    Args:
+        best_of: how many evaluations this one was picked from as the best. The level is divided by it (Bonferroni),
+            since the best of many looks like a gain more easily.
     """
     return better > worse and sign_test(better, worse) * max(1, best_of) < LEVEL

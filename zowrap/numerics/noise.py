@@ -1,4 +1,4 @@
-"""Counter-based noise: random numbers that are a pure function of what they are for.
+"""Generate random numbers as a pure function of a key and an element's index (counter-based noise).
 
 Every random number in zowrap is ``law(hash(key, element))``. The 64-bit *key* is derived from (run seed, step,
 direction, parameter id); the 64-bit *element* is the row-major index in the full tensor. Nothing is stored and
@@ -26,7 +26,7 @@ from torch import Tensor
 _M1, _M2, _M3 = 0x7FEB352D, 0x846CA68B, 0x9E3779B1
 _GOLDEN64 = 0x9E3779B97F4A7C15
 
-# Domain tags keep noise for different purposes apart under one seed.
+# Domain tags separate the noise of different purposes under one seed.
 TAG_DIRECTION = 0x5A4F0001  # the raw noise u of a direction
 TAG_ROUNDING = 0x5A4F0002  # stochastic rounding of 16-bit weights
 TAG_BLOCKS = 0x5A4F0003  # random block orders
@@ -68,7 +68,7 @@ def hash_bits(element_low: Tensor, element_high: Tensor | int, key: Tensor) -> T
 
 
 def split_index(index: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 element indices → (low, high) int32 halves."""
+    """Split int64 element indices into (low, high) int32 halves."""
     low = (index & 0xFFFFFFFF).to(torch.int64)
     low = torch.where(low >= 2**31, low - 2**32, low).to(torch.int32)
     return low, (index >> 32).to(torch.int32)
@@ -87,12 +87,12 @@ def _mix64(x: Tensor) -> Tensor:
 
 
 def parameter_id(name: str) -> int:
-    """Signed 64-bit id of a parameter: a hash of its canonical state-dict name, whatever else is tunable."""
+    """Signed 64-bit id of a parameter: a hash of its state-dict name alone, so it does not depend on the others."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def derive_keys(seed: int | Tensor, step: int | Tensor, direction: int | Tensor, ids: Tensor, tag: int) -> Tensor:
-    """Keys of one direction at one step.
+    """Derive the keys of one direction at one step, one per parameter.
 
     Every field passes through a full 64-bit mix before the next enters, so keys such as (2, 7) and (3, 1) cannot
     collide the way sums and products of seeds do.
@@ -170,7 +170,7 @@ def uniform16(bits: Tensor) -> Tensor:
 
 
 def draw(law: str, key: Tensor, shape: torch.Size | tuple[int, ...], *, start: int = 0) -> Tensor:
-    """The reference: float32 noise of ``shape`` for elements ``start, start+1, …`` under ``key`` (int32 ``[2]``)."""
+    """Draw float32 noise of ``shape`` for the elements from ``start`` on under ``key`` (int32 ``[2]``): the oracle."""
     count = 1
     for size in shape:
         count *= size

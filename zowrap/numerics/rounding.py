@@ -1,4 +1,4 @@
-"""Rounding of float32 results to 16-bit weights: stochastic, and to the nearest in float32 arithmetic.
+"""Round float32 results to 16-bit weights, stochastically or to nearest.
 
 A zeroth-order update of one element is usually far below half a unit in the last place of a 16-bit weight:
 round-to-nearest would drop it (99 % of the updates at |Δw| = 1e-6 in bfloat16). Rounding up with probability equal to
@@ -15,13 +15,13 @@ from torch import Tensor
 from zowrap.numerics.noise import uniform16
 
 
-def stochastic(value: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+def round_stochastically(value: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float32 ``value`` to ``dtype``, up or down with the exact probabilities (in steps of 2⁻¹⁶ or finer).
 
     Args:
         value: float32.
         bits: int32 random bits, same shape.
-        dtype: float32 and float64 are returned by a plain conversion; bfloat16 and float16 are rounded stochastically.
+        dtype: bfloat16 or float16; float32 and float64 are plain conversions.
 
     Raises:
         TypeError: any other dtype.
@@ -38,10 +38,10 @@ def stochastic(value: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     raise TypeError(f"weights of {dtype} cannot be updated by stochastic rounding")
 
 
-def nearest(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 ``value`` rounded to the nearest number of ``dtype``, ties to even, and kept in float32.
+def round_to_nearest(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 ``value`` to the nearest number of ``dtype``, ties to even; the result stays float32.
 
-    ``value.to(dtype).float()`` in exact steps: a compiler may drop a conversion that it sees undone, these it may not.
+    It equals ``value.to(dtype).float()``, which a compiler may drop as a round trip; these integer steps it may not.
 
     Raises:
         TypeError: a dtype other than float32, bfloat16 and float16.
@@ -49,17 +49,17 @@ def nearest(value: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32:
         return value
     if dtype == torch.bfloat16:
-        return _nearest_mantissa(value, 16)
+        return _round_mantissa(value, 16)
     if dtype == torch.float16:
-        normal = _nearest_mantissa(value, 13)
+        normal = _round_mantissa(value, 13)
         normal = torch.where(normal.abs() > 65504.0, value * math.inf, normal)
         grid = torch.round(value * 2.0**24) * 2.0**-24  # below 2⁻¹⁴ float16 is a fixed-point grid
         return torch.where(value.abs() < 2.0**-14, grid, normal)
     raise TypeError(f"{dtype} is not a dtype of weights that are rounded")
 
 
-def _nearest_mantissa(value: Tensor, dropped: int) -> Tensor:
-    """Half a unit of what is kept, less one bit where the kept part is even, is added before the cut."""
+def _round_mantissa(value: Tensor, dropped: int) -> Tensor:
+    """Round half to even: add half a unit of the last kept bit (less one where that bit is 0), then truncate."""
     raw = value.view(torch.int32)
     odd = (raw >> dropped) & 1
     rounded = (raw + ((1 << (dropped - 1)) - 1) + odd) & ~((1 << dropped) - 1)
@@ -67,7 +67,7 @@ def _nearest_mantissa(value: Tensor, dropped: int) -> Tensor:
 
 
 def _truncate_mantissa(value: Tensor, random: Tensor, dropped: int) -> Tensor:
-    """Add ``dropped`` random bits below the kept mantissa, then cut: exact, because magnitude bits are ordered."""
+    """Add ``dropped`` random bits below the kept mantissa, then truncate: exact, since magnitude bits are ordered."""
     raw = value.view(torch.int32)
     rounded = (raw + random) & ~((1 << dropped) - 1)
     return torch.where(value.isfinite(), rounded, raw).view(torch.float32)

@@ -151,7 +151,7 @@ def update_codes_(
     for first, last in chunks(outputs, columns):
         start, end = first * columns, last * columns
         size = end - start
-        old[:size].copy_(integer.values(codes[first:last], unit[first:last]).view(-1))
+        old[:size].copy_(integer.dequantize(codes[first:last], unit[first:last]).view(-1))
         new[:size].copy_(old[:size])
         kernel.update.write(new[:size], args.part(start, end), along, start)
         shape = (last - first, columns)
@@ -194,7 +194,7 @@ def _write(
         codes, old, new, rows, unit, key, apply = inputs
         columns = torch.arange(codes.shape[1], dtype=torch.int64, device=codes.device)
         bits = noise.hash_bits(*noise.split_index(rows.unsqueeze(1) * codes.shape[1] + columns), key)
-        codes.copy_(integer.written(codes, new - old, unit, bits, apply))
+        codes.copy_(integer.add_change(codes, new - old, unit, bits, apply))
         return ()
 
     arrays = [codes, old, new, rows, unit[first : first + codes.shape[0]]]

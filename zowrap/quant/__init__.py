@@ -1,12 +1,12 @@
-"""Quantised models: lowering to plain modules, and the ways their weights move.
+"""Tune quantised models: lower their layers to plain modules, and choose what moves.
 
-``layers``    lowered layers
-``lowering``  the library's layers ⇄ lowered ones
-``schemes``   which schemes are supported, and what each needs
-``empty``     a quantised model without its weights
-``adapters``  LoRA on a quantised base
-``merge``     adapters merged into their base
-``modes``     scales, codes or adapters: what moves
+``layers``    defines the lowered layers
+``lowering``  replaces the library's layers by lowered ones, and back
+``schemes``   checks which quantisation schemes are supported
+``empty``     builds a quantised model without weights
+``adapters``  attaches LoRA to a quantised base
+``merge``     merges adapters into their base
+``modes``     chooses between scales, codes and adapters, and selects what moves
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_options", "lower", "noise_floor", "raise_back"]
 
-# Documented under this name, and at home in rooms that need this one.
+# Public under zowrap.quant, but defined in rooms that import this one.
 _ABOVE = {"load_options": "zowrap.storage.base_options", "noise_floor": "zowrap.calibration.noise_floor"}
 
 

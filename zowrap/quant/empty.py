@@ -1,11 +1,11 @@
-"""A quantised model without its weights: lowered layers on the ``meta`` device, as large as loading would make them.
+"""Build a quantised model without its weights: lowered layers on the ``meta`` device, of the size that loading gives.
 
-The library replaces the linear layers of the empty model, as it does before it loads weights; what quantising would
-then make of each follows from its shape:
+The library replaces the linear layers of the empty model, as it does before it loads weights. The quantised tensors
+of each layer then follow from its shape:
 
     8-bit   codes int8 [outputs, inputs]; float32 scales [outputs]
-    4-bit   two codes to a byte; the largest magnitude of each block, in 8 bit with statistics of its own where that is
-            quantised twice, in bfloat16 in the layout of processors with bfloat16 instructions
+    4-bit   two codes per byte and the largest magnitude of each block: 8-bit with its own statistics under double
+            quantisation, bfloat16 in the layout for processors with bfloat16 instructions
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from zowrap.quant.layers import Nf4Linear
 from zowrap.quant.lowering import lower
 from zowrap.quant.schemes import check_scheme
 
-_NESTED_BLOCK = 256  # statistics that share one of their own, where they are quantised too
+_NESTED_BLOCK = 256  # the number of block statistics that are quantised together
 
 
-def quantized(model: nn.Module, asked: Mapping[str, Any] | None) -> nn.Module:
-    """``model``, empty, lowered as loading it would be: by its configuration, else by ``asked``.
+def quantize_empty(model: nn.Module, asked: Mapping[str, Any] | None) -> nn.Module:
+    """Quantise and lower an empty ``model`` by its own configuration, or else by ``asked``.
 
     Args:
-        asked: arguments of ``BitsAndBytesConfig``; None loads a checkpoint as it is.
+        asked: arguments of ``BitsAndBytesConfig``; None keeps the checkpoint as it is.
 
     Raises:
-        ZOError: a scheme that cannot be tuned, or of which the configuration says too little.
+        ZOError: the scheme cannot be tuned, or its configuration does not determine the shapes.
     """
     config: Any = model.config
     said = getattr(config, "quantization_config", None)
@@ -48,8 +48,8 @@ def quantized(model: nn.Module, asked: Mapping[str, Any] | None) -> nn.Module:
         elif kind == "Linear4bit":
             _empty_4bit(module)
     for layer in lower(model).values():
-        if isinstance(layer, Nf4Linear) and _turns(layer):
-            _turn(layer)
+        if isinstance(layer, Nf4Linear) and _would_repack(layer):
+            _repack(layer)
     return model
 
 
@@ -59,17 +59,17 @@ def _settings(given: Any) -> Any:
     values = dict(given) if isinstance(given, Mapping) else given.to_dict()
     if values.get("quant_method", "bitsandbytes") != "bitsandbytes":
         raise ZOError(
-            f"what {values['quant_method']} makes of each weight does not follow from a configuration: such a model "
-            "is tuned, but not inspected without its weights"
+            f"a {values['quant_method']} model cannot be inspected without its weights, because its configuration does "
+            "not determine their shapes; it can be tuned"
         )
     return BitsAndBytesConfig.from_dict(values)
 
 
 def _replace_layers(model: Any, settings: Any, stored: bool) -> None:
-    """Let the library put its layers in place, on the ``meta`` device.
+    """Let bitsandbytes replace the linear layers, on the ``meta`` device.
 
     Raises:
-        ZOError: it is not installed.
+        ZOError: bitsandbytes is not installed.
     """
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -120,14 +120,14 @@ def _empty_4bit(layer: Any) -> None:
     layer.quant_state = state
 
 
-def _turns(layer: Nf4Linear) -> bool:
-    """Whether the processor here would take the codes of such a layer in its own layout."""
+def _would_repack(layer: Nf4Linear) -> bool:
+    """Whether bitsandbytes would repack the codes of such a layer for this machine's processor."""
     rows, columns = layer.shape
     fits = rows % 32 == 0 and columns % layer.blocksize == 0
     return not torch.cuda.is_available() and bool(layer.original.support_avx512bf16_for_cpu) and fits
 
 
-def _turn(layer: Nf4Linear) -> None:
+def _repack(layer: Nf4Linear) -> None:
     rows, columns = layer.shape
     layer.weight = nn.Parameter(_empty(rows, columns // 2, dtype=torch.uint8), requires_grad=False)
     layer.absmax = _empty(columns // layer.blocksize, rows, dtype=torch.bfloat16)

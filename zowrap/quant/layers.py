@@ -1,8 +1,8 @@
-"""Lowered layers: a quantised linear layer as a plain module of tensors and library operators.
+"""Represent quantised linear layers as plain modules of tensors and library operators (*lowered* layers).
 
-A lowered layer keeps the library's layer beside it and shares its tensors, so nothing is copied, and going back is
-putting that layer back. Its outputs are the library's in evaluation mode, bit for bit. torchao is imported nowhere:
-its tensors are known by what they hold.
+A lowered layer keeps a reference to the library's layer and shares its tensors, so nothing is copied, and lowering is
+undone by putting that layer back. Its outputs equal the library's in evaluation mode, bit for bit. torchao is never
+imported: its tensors are recognised by their attributes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Lowered(nn.Module):
 
     Attributes:
         original: the library's layer; not a submodule.
-        scheme: the name of its kind of quantisation.
+        scheme: the name of its quantisation scheme.
     """
 
     scheme = ""
@@ -38,19 +38,19 @@ class Lowered(nn.Module):
         self.training = False
 
     def write_back(self) -> None:
-        """Give the original layer the values that this one has now."""
+        """Write the current values into the original layer."""
 
-    def take_again(self) -> None:
-        """After :meth:`write_back`: as it was before, for the original is to be set aside again."""
+    def detach_again(self) -> None:
+        """Undo :meth:`write_back`, so that this layer can take the original's place again."""
 
-    def dequantized(self) -> Tensor:
-        """float32 ``[outputs, inputs]``: the weight that the codes stand for now."""
+    def dequantize(self) -> Tensor:
+        """The weight that the codes currently represent: float32 ``[outputs, inputs]``."""
         raise NotImplementedError
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """The library's own names and present values: a lowered model's ``save_pretrained`` then loses nothing.
+        """Save under the library's names with current values, so that ``save_pretrained`` works on a lowered model.
 
-        Who asks for the variables themselves (``keep_vars``, as ``torch.export`` does) gets those of this layer.
+        ``keep_vars``, as ``torch.export`` uses it, asks for the variables themselves and gets those of this layer.
         """
         if keep_vars:
             super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -59,7 +59,7 @@ class Lowered(nn.Module):
         try:
             self.original._save_to_state_dict(destination, prefix, keep_vars)
         finally:
-            self.take_again()
+            self.detach_again()
 
 
 class Int8Linear(Lowered):
@@ -68,8 +68,8 @@ class Int8Linear(Lowered):
     Attributes:
         weight: the codes, int8 ``[outputs, inputs]``.
         SCB: float32 ``[outputs]``, the largest magnitude of each row; the weight is codes · SCB / 127.
-        log_scale: float32 ``[outputs]`` where the scales move: they are SCB · exp(log_scale). Else None.
-        delta: what an engine adds to the dequantised weight, float32 ``[outputs, inputs]``. Else None.
+        log_scale: float32 ``[outputs]`` if the scales move, which then are SCB · exp(log_scale); else None.
+        delta: float32 ``[outputs, inputs]`` that an engine adds to the dequantised weight; else None.
         threshold: see :func:`zowrap.ops.int8.products`.
     """
 
@@ -90,7 +90,7 @@ class Int8Linear(Lowered):
         self.threshold = float(original.state.threshold)
 
     def scale(self) -> Tensor:
-        """float32 ``[outputs]``: the scales as they are now."""
+        """The current scales: float32 ``[outputs]``."""
         return self.SCB if self.log_scale is None else self.SCB * self.log_scale.exp()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,14 +108,14 @@ class Int8Linear(Lowered):
 
     @torch.no_grad()
     def fix_scales(self) -> None:
-        """Take the scales as they are now for good: they no longer move."""
+        """Make the current scales permanent: they no longer move."""
         if self.log_scale is not None:
             self.SCB.copy_(self.scale())
             self.log_scale = None
 
     @torch.no_grad()
     def requantize(self, weight: Tensor) -> None:
-        """Take the codes and scales that are nearest to ``weight``, float32 ``[outputs, inputs]``."""
+        """Set codes and scales to those nearest to ``weight``, float32 ``[outputs, inputs]``."""
         largest = weight.abs().amax(dim=1)
         steps = torch.where(largest > 0, weight.t() * codes.LARGEST / largest, 0.0).t()
         self.weight.copy_(steps.round().to(torch.int8))
@@ -127,15 +127,15 @@ class Int8Linear(Lowered):
     def write_back(self) -> None:
         self.original.state.SCB = self.scale().detach()
 
-    def take_again(self) -> None:
+    def detach_again(self) -> None:
         self.original.state.SCB = self.SCB
 
     @torch.no_grad()
-    def dequantized(self) -> Tensor:
-        return codes.values(self.weight, codes.unit_of(self.scale()))
+    def dequantize(self) -> Tensor:
+        return codes.dequantize(self.weight, codes.unit_of(self.scale()))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Take the library's names: the scales of the file, from which the logarithms then start at 0."""
+        """Load from the library's names: the file's scales become ``SCB``, and ``log_scale`` restarts at 0."""
         state_dict.pop(f"{prefix}weight_format", None)
         if self.log_scale is not None:
             state_dict.setdefault(f"{prefix}log_scale", torch.zeros_like(self.log_scale))
@@ -145,15 +145,15 @@ class Int8Linear(Lowered):
 class Nf4Linear(Lowered):
     """bitsandbytes' ``Linear4bit``, NF4 or FP4, double quantisation included.
 
-    A processor with bfloat16 instructions multiplies another layout of the codes, with rounded block scales; the
-    library turns its layer into that at the first forward and forgets the exact scales. This one does not forget: the
-    codes are turned (no information is in their order), the exact scales are kept for the way back.
+    On a processor with bfloat16 instructions the library repacks a layer at its first forward, with rounded block
+    scales, and forgets the exact scales. This class repacks the codes as well (their order carries no information),
+    but keeps the exact scales to restore the original layer.
 
     Attributes:
-        weight: the codes, two to a byte, uint8.
-        absmax: the largest magnitude of each block of the weight, 8-bit codes of it where quantised twice.
-        code: float32 ``[16]``, the values that codes stand for.
-        absmax_scale, absmax_code, absmax_offset: how ``absmax`` is read where quantised twice; else None.
+        weight: uint8, two codes per byte.
+        absmax: the largest magnitude of each block of the weight, as 8-bit codes under double quantisation.
+        code: float32 ``[16]``, the value of each code.
+        absmax_scale, absmax_code, absmax_offset: how to read ``absmax`` under double quantisation; else None.
     """
 
     scheme = "bitsandbytes 4-bit"
@@ -165,12 +165,12 @@ class Nf4Linear(Lowered):
         fix_4bit_weight_quant_state_from_module(original)
         self.exact = state = original.weight.quant_state
         stored = original.weight.data
-        self.turned = False
-        if _takes_packed(original, state) and not getattr(state, "packing_format_for_cpu", False):
+        self.repacked = False
+        if _would_repack(original, state) and not getattr(state, "packing_format_for_cpu", False):
             from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
             stored, state = _convert_weight_packed_for_cpu(stored, copy.copy(state))
-            self.turned = True
+            self.repacked = True
         self.packed = bool(getattr(state, "packing_format_for_cpu", False))
         self.shape, self.blocksize, self.quant_type = list(state.shape), state.blocksize, state.quant_type
         self.compute_dtype, self.safe_dtypes = original.compute_dtype, not original.compute_type_is_set
@@ -182,7 +182,7 @@ class Nf4Linear(Lowered):
         self.register_buffer("absmax_code", state.state2.code if nested else None)
         self.register_buffer("absmax_offset", state.offset if nested else None)
         self.state = state
-        if self.turned:
+        if self.repacked:
             original.weight.data = stored
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,51 +213,51 @@ class Nf4Linear(Lowered):
         return y.to(x.dtype)
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        """As the library settles it at the first forward: the input's own where that is safe to compute in."""
+        """The dtype that the library picks at the first forward: the input's own if it is safe to compute in."""
         if self.safe_dtypes and x.dtype in (torch.float32, torch.bfloat16):
             return x.dtype
         return self.compute_dtype or x.dtype
 
     def write_back(self) -> None:
-        if self.turned:
+        if self.repacked:
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
             self.original.weight.data, _ = _convert_weight_packed_for_cpu_inverse(
                 self.weight.data, copy.copy(self.state)
             )
-        # A copy where the library is to turn the codes itself on saving: it then changes the state it is given.
-        state = copy.copy(self.exact) if self.packed and not self.turned else self.exact
+        # If the library repacked the codes, it unpacks them on saving and modifies this state: give it a copy.
+        state = copy.copy(self.exact) if self.packed and not self.repacked else self.exact
         self.original.weight.quant_state = self.original.quant_state = state
 
-    def take_again(self) -> None:
+    def detach_again(self) -> None:
         self.original.weight.data = self.weight.data
 
     @torch.no_grad()
-    def dequantized(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
 
         stored, state = self.weight.data, self.state
         if self.packed:
             stored, state = _convert_weight_packed_for_cpu_inverse(stored, copy.copy(state))
-        return dequantize_4bit(stored, self.exact if self.turned else state).float()
+        return dequantize_4bit(stored, self.exact if self.repacked else state).float()
 
 
-def _takes_packed(original: Any, state: Any) -> bool:
-    """Whether the library would turn this layer's codes at its first forward, and can."""
+def _would_repack(original: Any, state: Any) -> bool:
+    """Whether the library would repack this layer's codes at its first forward."""
     rows, columns = state.shape
     fits = rows % 32 == 0 and columns % state.blocksize == 0
     return original.weight.device.type == "cpu" and bool(original.support_avx512bf16_for_cpu) and fits
 
 
 def is_int8_weight_only(weight: Any) -> bool:
-    """Whether a weight is torchao's ``Int8Tensor``: symmetric codes, a scale by row, inputs in their own dtype."""
+    """Whether a weight is torchao's ``Int8Tensor`` with symmetric codes, one scale per row and unquantised inputs."""
     if type(weight).__name__ != "Int8Tensor" or not type(weight).__module__.startswith("torchao"):
         return False
     by_row = tuple(weight.scale.shape) == (weight.qdata.shape[0], 1)
-    return by_row and weight.act_quant_kwargs is None and not _shifted(weight)
+    return by_row and weight.act_quant_kwargs is None and not _has_zero_point(weight)
 
 
-def _shifted(weight: Any) -> bool:
+def _has_zero_point(weight: Any) -> bool:
     return weight.zero_point is not None and bool(weight.zero_point.any())
 
 
@@ -267,7 +267,7 @@ class TorchaoLinear(Lowered):
     Attributes:
         weight: the codes, int8 ``[outputs, inputs]``.
         row_scale: ``[outputs, 1]`` in the dtype that the model computes in.
-        log_scale: float32 ``[outputs]`` where the scales move: they are row_scale · exp(log_scale). Else None.
+        log_scale: float32 ``[outputs]`` if the scales move, which then are row_scale · exp(log_scale); else None.
     """
 
     scheme = "torchao int8"
@@ -281,7 +281,7 @@ class TorchaoLinear(Lowered):
         self.register_parameter("log_scale", None)
 
     def scale(self) -> Tensor:
-        """``[outputs, 1]``: the scales as they are now."""
+        """The current scales: ``[outputs, 1]``."""
         if self.log_scale is None:
             return self.row_scale
         return (self.row_scale.float() * self.log_scale.exp().unsqueeze(1)).to(self.row_scale.dtype)
@@ -303,9 +303,9 @@ class TorchaoLinear(Lowered):
     def write_back(self) -> None:
         self.original.weight.scale = self.scale().detach()
 
-    def take_again(self) -> None:
+    def detach_again(self) -> None:
         self.original.weight.scale = self.row_scale
 
     @torch.no_grad()
-    def dequantized(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         return self.weight.float() * self.scale().float()

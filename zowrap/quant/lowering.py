@@ -1,10 +1,10 @@
-"""Lowering: quantised layers of a model ⇄ plain modules that can be captured and tuned, in place.
+"""Lower the quantised layers of a model, in place, to plain modules that can be captured and tuned; and undo it.
 
     before                                     after
     (q_proj): Linear8bitLt                     (q_proj): Int8Linear       the same codes and scales, as tensors
 
-No weight is copied and nothing of the library is changed; :func:`raise_back` puts the library's layers back, with the
-values that tuning left, so that the model saves and loads as the library's own.
+No weight is copied and the library is not patched. :func:`raise_back` puts the library's layers back with the tuned
+values, so that the model saves and loads as the library's own.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from zowrap.errors import ZOError
 from zowrap.quant.layers import Int8Linear, Lowered, Nf4Linear, TorchaoLinear, is_int8_weight_only
-from zowrap.quant.schemes import _from, check_scheme
+from zowrap.quant.schemes import _is_from, check_scheme
 from zowrap.step.parameters import canonical_name
 
 
-def lowered(model: nn.Module) -> dict[str, Lowered]:
-    """The lowered layers of a model by name; one that stands in several places, by the first."""
+def lowered_layers(model: nn.Module) -> dict[str, Lowered]:
+    """The lowered layers of a model by name; a shared layer appears under its first name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Lowered)}
 
 
@@ -31,42 +31,42 @@ def is_quantized(model: nn.Module) -> bool:
     """Whether any layer of the model is quantised, lowered or not.
 
     Raises:
-        ZOError: it is, in a way that is not supported.
+        ZOError: it is, by a scheme that is not supported.
     """
-    return bool(kinds(model))
+    return bool(quantized_kinds(model))
 
 
 def is_quantized_layer(module: nn.Module) -> bool:
-    """Whether a module is itself a quantised layer of a supported kind, not lowered."""
-    return _lowering_of(module) is not None
+    """Whether a module is itself a quantised layer of a supported kind that is not lowered."""
+    return _lowered_class(module) is not None
 
 
-def kinds(model: nn.Module) -> set[type[Lowered]]:
-    """The kinds of a model's quantised layers, lowered or not. Nothing is changed.
+def quantized_kinds(model: nn.Module) -> set[type[Lowered]]:
+    """The lowered classes of a model's quantised layers, whether they are lowered yet or not.
 
     Raises:
-        ZOError: one is quantised in a way that is not supported.
+        ZOError: a layer is quantised by a scheme that is not supported.
     """
     check_scheme(model)
     found: set[type[Lowered]] = set()
     for module in model.modules():
-        kind = type(module) if isinstance(module, Lowered) else _lowering_of(module)
+        kind = type(module) if isinstance(module, Lowered) else _lowered_class(module)
         if kind is not None:
             found.add(kind)
     return found
 
 
 def lower(model: nn.Module) -> dict[str, Lowered]:
-    """Put a plain module in the place of every quantised layer. Returns all lowered layers by name.
+    """Replace every quantised layer by a plain module, in place, and return all lowered layers by name.
 
     Raises:
-        ZOError: a scheme that is not supported, or layers on several devices.
+        ZOError: the scheme is not supported, or layers are on several devices.
     """
     check_scheme(model)
     made: dict[int, Lowered] = {}
 
     def replacement(module: nn.Module) -> nn.Module | None:
-        lowering = _lowering_of(module)
+        lowering = _lowered_class(module)
         if lowering is None:
             return None
         if id(module) not in made:
@@ -74,73 +74,73 @@ def lower(model: nn.Module) -> dict[str, Lowered]:
         return made[id(module)]
 
     if replacement(model) is not None:
-        raise ZOError("the model is a single quantised layer: put it into a module, which lowering can change")
-    _swap(model, replacement)
-    found = lowered(model)
+        raise ZOError("the model is a single quantised layer, which cannot be replaced in place: wrap it in a module")
+    _replace_modules(model, replacement)
+    found = lowered_layers(model)
     devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
     if found and len(devices) > 1:
         raise_back(model)
         where = ", ".join(devices)
-        raise ZOError(f"the layers of this quantised model lie on several devices ({where}): load the model onto one")
+        raise ZOError(f"the layers of this quantised model are on several devices ({where}): load the model onto one")
     return found
 
 
 def raise_back(model: nn.Module) -> None:
-    """Put the library's own layers back, with the present values. The inverse of :func:`lower`."""
-    for module in lowered(model).values():
+    """Put the library's own layers back with the current values: the inverse of :func:`lower`."""
+    for module in lowered_layers(model).values():
         module.write_back()
-    _swap(model, lambda module: module.original if isinstance(module, Lowered) else None)
+    _replace_modules(model, lambda module: module.original if isinstance(module, Lowered) else None)
 
 
 @contextmanager
-def raised(model: nn.Module) -> Iterator[None]:
-    """The library's own layers inside, as for saving; afterwards the very same lowered ones."""
-    again = {id(module.original): module for module in lowered(model).values()}
+def original_layers(model: nn.Module) -> Iterator[None]:
+    """Put the library's own layers back while inside, to save the model; restore the same lowered layers on leaving."""
+    again = {id(module.original): module for module in lowered_layers(model).values()}
     raise_back(model)
     try:
         yield
     finally:
         for module in again.values():
-            module.take_again()
-        _swap(model, lambda module: again.get(id(module)))
+            module.detach_again()
+        _replace_modules(model, lambda module: again.get(id(module)))
 
 
 def plain_layer(layer: Lowered, weight: Tensor, dtype: torch.dtype) -> nn.Module:
-    """An ordinary layer in the place of a lowered one, of the class that the model had before it was quantised.
+    """Build the ordinary layer for a lowered one, of the class that the model had before it was quantised.
 
     Args:
-        weight: float ``[outputs, inputs]``; GPT-2's family has layers that hold it the other way round.
+        weight: float ``[outputs, inputs]``; layers of the GPT-2 family store its transpose.
     """
-    turned = is_turned(getattr(layer.original, "source_cls", nn.Linear))
+    transposed = is_transposed(getattr(layer.original, "source_cls", nn.Linear))
     with torch.device("meta"):
         made: Any
-        if turned:
+        if transposed:
             made = layer.original.source_cls(layer.out_features, layer.in_features)
         else:
             made = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    made.weight = nn.Parameter((weight.t().contiguous() if turned else weight).to(dtype), requires_grad=False)
+    made.weight = nn.Parameter((weight.t().contiguous() if transposed else weight).to(dtype), requires_grad=False)
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
     return made
 
 
-def is_turned(kind: type) -> bool:
-    """Whether layers of a class are transformers' ``Conv1D``: linear ones with a weight ``[inputs, outputs]``."""
+def is_transposed(kind: type) -> bool:
+    """Whether a class is transformers' ``Conv1D``: a linear layer with a weight ``[inputs, outputs]``."""
     return any(base.__name__ == "Conv1D" and base.__module__.startswith("transformers") for base in kind.__mro__)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make a lowered model a plain one: every floating-point weight in ``dtype``, and nothing says it was quantised."""
+    """Make a lowered model plain, in place: all weights in ``dtype``, no trace of quantisation in its attributes."""
     made: dict[int, nn.Module] = {}
 
     def replacement(module: nn.Module) -> nn.Module | None:
         if not isinstance(module, Lowered):
             return None
         if id(module) not in made:
-            made[id(module)] = plain_layer(module, module.dequantized(), dtype)
+            made[id(module)] = plain_layer(module, module.dequantize(), dtype)
         return made[id(module)]
 
-    _swap(model, replacement)
+    _replace_modules(model, replacement)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     for module in model.modules():
@@ -151,12 +151,12 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def mark_fresh(model: nn.Module, names: Iterable[str]) -> None:
-    """Note which weights of a model its checkpoint did not have: they start random, and move by default."""
+    """Record which weights were missing from a model's checkpoint: they start random, and move by default."""
     model.fresh_weights = tuple(sorted(names))  # type: ignore[assignment]
 
 
 def fresh_weights(model: nn.Module) -> set[str]:
-    """Canonical names of the weights noted by :func:`mark_fresh`."""
+    """The canonical names of the weights recorded by :func:`mark_fresh`."""
     return {
         canonical_name(f"{name}.{fresh}" if name else fresh)
         for name, module in model.named_modules()
@@ -165,10 +165,10 @@ def fresh_weights(model: nn.Module) -> set[str]:
 
 
 @contextmanager
-def accepted_by_the_trainer(model: nn.Module) -> Iterator[None]:
-    """Inside, a quantised model does not say that it is: ``transformers.Trainer`` refuses those without adapters.
+def hide_quantization(model: nn.Module) -> Iterator[None]:
+    """Hide while inside that a model is quantised, because ``transformers.Trainer`` refuses those without adapters.
 
-    What it refuses them for, a gradient of integers, is not needed here.
+    It refuses them because integers have no gradient, which zeroth-order steps do not need.
     """
     said = model.__dict__.get("is_quantized")
     if said:
@@ -180,7 +180,7 @@ def accepted_by_the_trainer(model: nn.Module) -> Iterator[None]:
             model.is_quantized = said
 
 
-def _swap(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
+def _replace_modules(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             other = None if child is None else replacement(child)
@@ -191,9 +191,9 @@ def _swap(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]
 # --- schemes --------------------------------------------------------------------------------------------------------
 
 
-def _lowering_of(module: nn.Module) -> type[Lowered] | None:
+def _lowered_class(module: nn.Module) -> type[Lowered] | None:
     name = type(module).__name__
-    if _from(module, "bitsandbytes") or name in ("Linear8bitLt", "Linear4bit"):
+    if _is_from(module, "bitsandbytes") or name in ("Linear8bitLt", "Linear4bit"):
         import bitsandbytes.nn as library
 
         if isinstance(module, library.Linear8bitLt):

@@ -1,12 +1,12 @@
-"""The ways in which quantised weights move, and which one a model gets.
+"""Choose how the quantised weights of a model move, and select the parameters that do.
 
     scales      the scale of each row moves, by its logarithm: W = codes · scale · exp(s) / 127       codes stay
     codes       the integer codes move, by stochastic rounding (:mod:`zowrap.numerics.codes`)      scales stay
     adapters    LoRA on the quantised base moves (:mod:`zowrap.quant.adapters`)                       both stay
 
 *Scales* is QZO (2505.13430) in relative form: the probe scale · exp(±εz) and the update scale · exp(−η·clip(g, ±C)·z)
-keep every scale positive. The paper's own form, scale ± εz, does not. s is a tunable parameter like any other, so every
-rule applies. *Codes* is after QuZO (2502.12346).
+keep every scale positive, which the paper's own form, scale ± εz, does not. s is a tunable parameter like any other, so
+every rule applies. *Codes* follows QuZO (2502.12346).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from zowrap.errors import ZOError, ZOWarning, nearest
-from zowrap.names import WAYS
+from zowrap.errors import Option, ZOError, ZOWarning, nearest
+from zowrap.names import QUANT_MODES
 from zowrap.numerics.codes import LARGEST
 from zowrap.numerics.noise import parameter_id
 from zowrap.ops.scratch import chunks
 from zowrap.quant import adapters
 from zowrap.quant.layers import Int8Linear, Lowered, TorchaoLinear
-from zowrap.quant.lowering import fresh_weights, kinds, lower
-from zowrap.step.job import Way
+from zowrap.quant.lowering import fresh_weights, lower, quantized_kinds
+from zowrap.step.job import QuantMode
 from zowrap.step.parameters import Parameter, TrainableSpec, canonical_name, check_patterns, matches, select
 
 if TYPE_CHECKING:
@@ -33,14 +33,15 @@ if TYPE_CHECKING:
     from zowrap.rules.estimators import Estimator
     from zowrap.step.directions import Direction
 
-# A row has one code of ±127 when it is freshly quantised; with this share of them beside it there is no room left.
+# A freshly quantised row has one code at ±127. With this share of its other codes there too, a row counts as full.
 SATURATED = 0.02
 
 
-def saturated_rows(codes: Tensor) -> int:
-    """Rows of which at least :data:`SATURATED` of the codes stand at ±127, the first one aside: updates end there.
+def count_saturated_rows(codes: Tensor) -> int:
+    """Count the rows of ``codes`` (int8 ``[rows, columns]``) with at least :data:`SATURATED` of them at ±127, beyond
+    the first one. Updates are cut off there.
 
-    Rows are looked at a few at a time, so that what is held beside the codes is small.
+    It reads a few rows at a time, to keep temporary memory small.
     """
     outputs, columns = codes.shape
     full = 0
@@ -51,100 +52,114 @@ def saturated_rows(codes: Tensor) -> int:
     return full
 
 
-# On TREC with MiniLM (docs/quantized.md): scales gain seven times what they gain with a tenth of this. Of the other two
-# differences of losses are four to five times the rounding of 8-bit activations, and signs agree with those at a
-# neighbouring ε on 11 of 12 directions; a larger ε meets curvature, a smaller one the rounding.
+# Measured on TREC with MiniLM (docs/quantized.md). Scales gain seven times as much as with a tenth of this ε. For codes
+# and adapters, the loss differences are four to five times the rounding of 8-bit activations, and their signs agree
+# with those at a neighbouring ε on 11 of 12 directions; a larger ε meets curvature, a smaller one rounding.
 EPS = {"scales": 1e-1, "codes": 3e-3, "adapters": 3e-2}
 EPS_PLAIN = 1e-3  # in units of the weights: the field's choice for full tuning in float32
-# Of scales, where the rounding of 8-bit activations is as large as the slope's part, on MiniLM with a batch of 16; of
-# the other two a third of the default, below which signs agree on half of the directions to two thirds.
+# Scales: where the rounding of 8-bit activations is as large as the effect of the slope, on MiniLM with a batch of 16.
+# Codes and adapters: a third of the default, below which signs agree on only half to two thirds of the directions.
 EPS_FLOOR = {"scales": 2e-2, "codes": 1e-3, "adapters": 1e-2}
 CLIP = 100.0  # C of the paper
-CODE_QUERIES = 64  # from here on a quadratic descends in codes nearly as in exact arithmetic; with 8 it does not
+CODE_QUERIES = 64  # with this many, codes descend a quadratic nearly as exact arithmetic does; with 8 they do not
 
 
-def choose(model: nn.Module, asked: str | None) -> Way | None:
-    """The way for a model; None where nothing in it is quantised.
+def choose_mode(model: nn.Module, asked: str | None) -> QuantMode | None:
+    """Choose the mode for a model, without changing it; None if nothing in it is quantised.
+
+    Args:
+        asked: the ``quantized`` option; None chooses by the model's scheme.
 
     Raises:
-        ZOError: the way is unknown or not possible for the model's scheme, or the scheme is not supported. Nothing of
-            the model is changed either way.
+        ZOError: the mode is unknown or impossible for the model's scheme, or the scheme is not supported.
     """
-    if asked is not None and (not isinstance(asked, str) or asked not in WAYS):
-        raise ZOError(f"unknown quantized {asked!r}{nearest(str(asked), WAYS)}")
-    found = kinds(model)
+    if asked is not None and (not isinstance(asked, str) or asked not in QUANT_MODES):
+        raise ZOError(f"unknown quantized {asked!r}{nearest(str(asked), QUANT_MODES)}")
+    found = quantized_kinds(model)
     if not found:
         if asked is not None:
             raise ZOError(
-                f"quantized={asked!r} says how quantised weights move, and this model has none: load it with "
-                "quantization_config=BitsAndBytesConfig(load_in_8bit=True), or leave quantized out"
+                Option("quantized", asked),
+                " is for quantised weights, and this model has none: load it with ",
+                Option("load_in_8bit", True, python="quantization_config=BitsAndBytesConfig(load_in_8bit=True)"),
+                ", or leave quantized out",
             )
         return None
     rounds = any(issubclass(kind, Int8Linear) for kind in found)
     fixed = sorted({kind.scheme for kind in found if not hasattr(kind, "free_scales")})
-    adapted = adapters.present(model)
+    adapted = adapters.has_adapters(model)
     if asked is None:
         if adapted:
-            return Way("adapters", "the model has adapters", rounds)
+            return QuantMode("adapters", "the model has adapters", rounds)
         if fixed:
-            return Way("adapters", f"the scales of {fixed[0]} weights are themselves rounded, and cannot move", rounds)
+            return QuantMode(
+                "adapters", f"the scales of {fixed[0]} weights are themselves rounded, and cannot move", rounds
+            )
         why = "the default of 8-bit weights: one number per row moves, and the codes stay as they are"
-        return Way("scales", why, rounds, CLIP)
+        return QuantMode("scales", why, rounds, CLIP)
     if adapted and asked != "adapters":
         raise ZOError(
-            f"quantized={asked!r} on a model with adapters would be lost: it is saved as its adapters alone. Use "
-            "quantized='adapters', or load the model without them"
+            Option("quantized", asked),
+            " would be lost on a model with adapters, because only its adapters are saved: use ",
+            Option("quantized", "adapters"),
+            ", or load the model without them",
         )
     if asked == "scales" and fixed:
         raise ZOError(
-            f"quantized='scales' needs exact scales, and those of {fixed[0]} weights are rounded to 8 or 16 bit when "
-            "saved or computed with: use quantized='adapters'"
+            Option("quantized", "scales"),
+            f" needs exact scales, and those of {fixed[0]} weights are rounded to 8 or 16 bits: use ",
+            Option("quantized", "adapters"),
         )
     if asked == "codes" and any(issubclass(kind, TorchaoLinear) for kind in found):
         raise ZOError(
-            "quantized='codes' writes the codes of bitsandbytes 8-bit weights, and these are torchao's: use "
-            "quantized='scales' or 'adapters', or load the model with BitsAndBytesConfig(load_in_8bit=True)"
+            Option("quantized", "codes"),
+            " needs bitsandbytes 8-bit weights, and these are torchao's: use ",
+            Option("quantized", "scales"),
+            " or 'adapters', or load the model with ",
+            Option("load_in_8bit", True, python="BitsAndBytesConfig(load_in_8bit=True)"),
         )
     if asked == "codes" and not all(issubclass(kind, Int8Linear) for kind in found):
         raise ZOError(
-            "quantized='codes' is for bitsandbytes 8-bit weights: one step of a 4-bit code is up to a quarter of the "
-            "largest weight of its block, and rounding to it drowns any update; use quantized='adapters'"
+            Option("quantized", "codes"),
+            " is for bitsandbytes 8-bit weights: one step of a 4-bit code is up to a quarter of the largest "
+            "weight of its block, so rounding would drown any update; use ",
+            Option("quantized", "adapters"),
         )
-    return Way(asked, "as asked", rounds, CLIP if asked == "scales" else None)
+    return QuantMode(asked, "as asked", rounds, CLIP if asked == "scales" else None)
 
 
-def parameters(model: nn.Module, way: Way, trainable: TrainableSpec, seed: int = 0) -> list[Parameter]:
-    """What moves, in state-dict order; the model's quantised layers are lowered.
+def select_parameters(model: nn.Module, mode: QuantMode, trainable: TrainableSpec, seed: int = 0) -> list[Parameter]:
+    """Lower the model's quantised layers and select the parameters that move, in state-dict order.
 
-    Without ``trainable``: the scales, codes or adapters, and what its checkpoint did not have, such as a fresh head.
-    Where adapters are to move and there are none, fresh ones are put on the model, drawn by ``seed``. A pattern that
-    names a quantised weight means its scales or codes; unquantised weights move along where named.
+    Without ``trainable``, these are the scales, codes or adapters and the weights missing from the checkpoint, such as
+    a new head. In mode ``adapters``, a model without adapters gets new ones, drawn with ``seed``. A pattern that names
+    a quantised weight selects its scales or codes; it may name unquantised weights too.
 
     Raises:
-        ZOError: nothing is left to tune, or it has no place in what is saved.
+        ZOError: nothing is left to tune, or a parameter that moves cannot be saved.
     """
     layers = lower(model)
-    if way.name == "adapters":
+    if mode.name == "adapters":
         tuned = {name: getattr(layer, "log_scale", None) for name, layer in layers.items()}
         for name, log_scale in tuned.items():
             if log_scale is not None and bool(log_scale.any()):
                 raise ZOError(
-                    f"the scales of {name} were tuned, and adapters are saved without what they stand on: save the "
-                    "model and load that, then put adapters on it"
+                    f"the scales of {name} were tuned, and saving adapters does not save them: save the model, load "
+                    "that, then attach adapters to it"
                 )
-        if not adapters.present(model):
+        if not adapters.has_adapters(model):
             adapters.attach(model, seed=seed)
-        return adapters.parameters(model, trainable)
-    if way.name == "scales":
+        return adapters.select_parameters(model, trainable)
+    if mode.name == "scales":
         freed = {f"{name}.log_scale": (name, layer.free_scales()) for name, layer in layers.items()}  # type: ignore[operator]
-        chosen = _chooser(model, layers, trainable)
+        chosen = _selector(model, layers, trainable)
         found = select(model, lambda name, tensor: tensor.is_floating_point() and chosen(name))
         scales = {id(tensor): layers[name].get_buffer("SCB" if isinstance(layers[name], Int8Linear) else "row_scale")
                   for name, tensor in freed.values()}  # fmt: skip
         return [Parameter(p.name, p.names, p.tensor, p.id, scales.get(id(p.tensor))) for p in found]
     for layer in layers.values():
         layer.fix_scales()  # type: ignore[operator]
-    chosen, moving = _chooser(model, layers, trainable), []
+    chosen, moving = _selector(model, layers, trainable), []
     for name, layer in layers.items():
         full = canonical_name(f"{name}.weight")
         if chosen(full):
@@ -157,20 +172,20 @@ def parameters(model: nn.Module, way: Way, trainable: TrainableSpec, seed: int =
     return sorted([*moving, *floats], key=lambda p: order[p.names[0]])
 
 
-def from_options(model: nn.Module, options: Mapping[str, Any], seed: int) -> Way | None:
-    """The way that the options of a command ask for; fresh adapters are on the model where these are to move.
+def choose_from_options(model: nn.Module, options: Mapping[str, Any], seed: int) -> QuantMode | None:
+    """Choose the mode by the options of a command, and attach new adapters to the model if they are to move.
 
     Raises:
-        ZOError: see :func:`choose` and :func:`zowrap.quant.adapters.attach`.
+        ZOError: see :func:`choose_mode` and :func:`zowrap.quant.adapters.attach`.
     """
     asked = options.get("quantized")
-    if options.get("use_peft") and asked is None and kinds(model):
+    if options.get("use_peft") and asked is None and quantized_kinds(model):
         asked = "adapters"
-    way = choose(model, asked)
-    if options.get("use_peft") or (way is not None and way.name == "adapters" and not adapters.present(model)):
+    mode = choose_mode(model, asked)
+    if options.get("use_peft") or (mode is not None and mode.name == "adapters" and not adapters.has_adapters(model)):
         rank, alpha, targets = (options.get(f"lora_{name}") for name in ("r", "alpha", "target_modules"))
         adapters.attach(model, rank or adapters.RANK, alpha or adapters.ALPHA, targets, seed)
-    return way
+    return mode
 
 
 def _select_or_none(model: nn.Module, predicate: Callable[[str, Tensor], bool]) -> list[Parameter]:
@@ -179,8 +194,8 @@ def _select_or_none(model: nn.Module, predicate: Callable[[str, Tensor], bool]) 
     return select(model, predicate)
 
 
-def _chooser(model: nn.Module, layers: dict[str, Lowered], trainable: TrainableSpec) -> Callable[[str], bool]:
-    """Whether a parameter of that canonical name moves; ``log_scale`` answers to ``weight`` as well.
+def _selector(model: nn.Module, layers: dict[str, Lowered], trainable: TrainableSpec) -> Callable[[str], bool]:
+    """Build the predicate that tells by canonical name whether a parameter moves; ``weight`` also names ``log_scale``.
 
     Raises:
         ZOError: a pattern matches nothing.
@@ -202,40 +217,53 @@ def _chooser(model: nn.Module, layers: dict[str, Lowered], trainable: TrainableS
     return chosen
 
 
-def check(way: Way, rule: Rule, law: Direction, estimator: Estimator, queries: int, eps: float) -> None:
-    """Raise :class:`ZOError` for what a way cannot do; warn of an ε or a write that rounding drowns."""
-    if way.name == "codes":
+def check_mode(mode: QuantMode, rule: Rule, law: Direction, estimator: Estimator, queries: int, eps: float) -> None:
+    """Check the options against the mode, and warn if rounding would drown the probes or the updates.
+
+    Raises:
+        ZOError: the mode does not support an option.
+    """
+    if mode.name == "codes":
         if law.lowrank is not None or estimator.per_example:
-            raise ZOError(f"quantized='codes' moves along directions of full rank: {law.name} is not one of them")
+            raise ZOError(
+                Option("quantized", "codes"), f" needs directions of full rank, and {law.name} is not one of them"
+            )
         if rule.refresh is not None:
-            raise ZOError(f"quantized='codes' has no weights in floating point, which {rule.name} looks at")
+            raise ZOError(
+                f"{rule.name} reads weights in floating point, and ",
+                Option("quantized", "codes"),
+                " has none: use another rule or direction",
+            )
         if estimator.exact:
-            raise ZOError(f"integer codes have no derivative: estimator {estimator.name!r} does not apply")
+            raise ZOError(
+                f"integer codes have no derivative: use an estimator other than {estimator.name!r} with ",
+                Option("quantized", "codes"),
+            )
         if queries < CODE_QUERIES:
             warnings.warn(
-                f"quantized='codes' rounds every write, and with queries={queries} the rounding outgrows the progress: "
-                f"take fewer, better steps, queries={CODE_QUERIES} or more (docs/quantized.md)",
+                f"quantized='codes' rounds every update, and with queries={queries} rounding outweighs progress: use "
+                f"queries={CODE_QUERIES} or more, and fewer steps (docs/quantized.md)",
                 ZOWarning,
                 stacklevel=4,
             )
-    floor = EPS_FLOOR[way.name]
-    if way.rounds and eps < floor:
+    floor = EPS_FLOOR[mode.name]
+    if mode.rounds and eps < floor:
         warnings.warn(
-            f"eps={eps:g} with quantized={way.name!r} is below {floor:g}, where the rounding of 8-bit activations "
-            "hides what the loss does: zowrap.quant.noise_floor (zowrap inspect --data FILE) measures it",
+            f"eps={eps:g} with quantized={mode.name!r} is below {floor:g}, where the rounding of 8-bit activations "
+            "hides changes of the loss: measure it with zowrap.quant.noise_floor (zowrap inspect --data FILE)",
             ZOWarning,
             stacklevel=4,
         )
 
 
-def explain(way: Way, moving: Sequence[Parameter]) -> str:
-    """One sentence for ``inspect``: what moves, and why so."""
-    return f"{way.name} move ({way.why})" + ("; experimental" if any(p.codes for p in moving) else "")
+def explain(mode: QuantMode, moving: Sequence[Parameter]) -> str:
+    """One sentence for ``inspect`` that says what moves, and why."""
+    return f"{mode.name} move ({mode.why})" + ("; experimental" if any(p.codes for p in moving) else "")
 
 
-def full_rows(moving: Sequence[Parameter]) -> tuple[int, int] | None:
-    """Of moving codes, rows that have no room left, and all rows; None where no codes move or none are at hand."""
+def count_full_rows(moving: Sequence[Parameter]) -> tuple[int, int] | None:
+    """Count the full rows and all rows of the codes that move; None if no codes move, or the model has no weights."""
     matrices = [p.tensor for p in moving if p.codes and not p.tensor.is_meta]
     if not matrices:
         return None
-    return sum(map(saturated_rows, matrices)), sum(map(len, matrices))
+    return sum(map(count_saturated_rows, matrices)), sum(map(len, matrices))

@@ -1,4 +1,4 @@
-"""Which quantisation schemes are supported, what a configuration says of its own, and what each needs."""
+"""Check which quantisation schemes are supported, and read the settings of a configuration."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from zowrap.errors import ZOError
+from zowrap.errors import Option, ZOError
 from zowrap.quant.layers import Lowered, is_int8_weight_only
 
 
-def quantization(options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """``load_in_8bit`` or ``load_in_4bit`` of a command as arguments of ``BitsAndBytesConfig``; None for neither.
+def bitsandbytes_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments of ``BitsAndBytesConfig`` for a command's ``load_in_8bit`` or ``load_in_4bit``; None for neither.
 
-    Threshold 0 rounds all activations: the outlier path is slower and its set of columns differs between the two
-    sides of a direction. 4-bit weights are nf4, quantised twice, as QLoRA (2305.14314) recommends.
+    Threshold 0 rounds all activations: the outlier path is slower, and its columns differ between the two sides of a
+    direction. 4-bit weights are nf4 with double quantisation, as QLoRA (2305.14314) recommends.
     """
     if options.get("load_in_8bit"):
         return {"load_in_8bit": True, "llm_int8_threshold": 0.0}
@@ -26,7 +26,7 @@ def quantization(options: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 SUPPORTED = "bitsandbytes 8-bit (load_in_8bit) and 4-bit (load_in_4bit: nf4, fp4), torchao int8 weight-only"
-# Packages of other schemes, by the module that their layers come from.
+# The names of unsupported schemes, by the package of their layers.
 _OTHERS = {
     "optimum.quanto": "Quanto",
     "torch.ao.nn.quantized": "torch.ao's dynamic or static quantisation",
@@ -43,33 +43,33 @@ _OTHERS = {
 }
 
 
-def _from(module: nn.Module, package: str) -> bool:
+def _is_from(module: nn.Module, package: str) -> bool:
     return any(f"{base.__module__}.".startswith(f"{package}.") for base in type(module).__mro__)
 
 
-def check_settings(config: Any) -> None:
-    """Raise :class:`ZOError` where a model's configuration names a scheme that is not supported."""
-    name = str(quantization_of(config).get("quant_method") or "")
+def check_config(config: Any) -> None:
+    """Raise :class:`ZOError` if a model's configuration names a scheme that is not supported."""
+    name = str(quantization_settings(config).get("quant_method") or "")
     if name and name.lower() not in ("bitsandbytes", "torchao"):
         raise _unsupported(name.upper() if len(name) <= 5 else name)
 
 
-def quantization_of(config: Any) -> dict[str, Any]:
-    """What a model's configuration says of its quantisation; empty where it is not quantised."""
+def quantization_settings(config: Any) -> dict[str, Any]:
+    """The quantisation settings in a model's configuration; empty if it is not quantised."""
     said = getattr(config, "quantization_config", None)
     found = dict(said if isinstance(said, dict) else said.to_dict()) if said else {}
     method = found.get("quant_method")
     return {**found, "quant_method": getattr(method, "value", method)} if found else {}
 
 
-def check_asked(name: str, config: Any, asked: Mapping[str, Any] | None) -> None:
-    """Raise :class:`ZOError` where a checkpoint is quantised already, in another way than loading it is to.
+def check_requested(name: str, config: Any, asked: Mapping[str, Any] | None) -> None:
+    """Raise :class:`ZOError` if a checkpoint is already quantised to another width than ``asked``.
 
     Args:
         name: of the checkpoint.
-        asked: arguments of ``BitsAndBytesConfig``; None loads it as it is.
+        asked: arguments of ``BitsAndBytesConfig``; None loads the checkpoint as it is.
     """
-    said = quantization_of(config)
+    said = quantization_settings(config)
     if asked is None or not said:
         return
     wanted, found = (
@@ -78,21 +78,21 @@ def check_asked(name: str, config: Any, asked: Mapping[str, Any] | None) -> None
     )
     if wanted and wanted != found:
         raise ZOError(
-            f"{name} is quantised already, by {said.get('quant_method')}{f' to {found}' if found else ''}, and cannot "
-            f"be loaded in {wanted}: leave out --load-in-{wanted}, or give the model it was made of"
+            f"{name} is already quantised by {said.get('quant_method')}{f' to {found}' if found else ''}, and cannot "
+            f"be loaded in {wanted}: leave out --load-in-{wanted}, or name the unquantised model"
         )
 
 
 def check_scheme(model: nn.Module) -> None:
     """Raise :class:`ZOError`, naming the scheme, unless every quantised layer is of a supported kind."""
-    check_settings(getattr(model, "config", None))
+    check_config(getattr(model, "config", None))
     for where, module in model.named_modules():
         for package, scheme in _OTHERS.items():
-            if _from(module, package):
+            if _is_from(module, package):
                 raise _unsupported(scheme, where)
         if not module._parameters and not module._buffers:
             continue
-        if _from(module, "bitsandbytes"):
+        if _is_from(module, "bitsandbytes"):
             _check_bitsandbytes(where, module)
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             kind = type(tensor)
@@ -110,18 +110,20 @@ def _check_bitsandbytes(where: str, module: Any) -> None:
         raise _unsupported(f"bitsandbytes {kind}", where)
     if hasattr(module, "state") and getattr(module.state, "has_fp16_weights", False):
         raise ZOError(
-            f"{where} keeps 16-bit weights (llm_int8_has_fp16_weight) and rounds them in each forward: load the model "
-            "with BitsAndBytesConfig(load_in_8bit=True) alone"
+            f"{where} keeps 16-bit weights (llm_int8_has_fp16_weight) and rounds them in each forward: "
+            "load the model with ",
+            Option("load_in_8bit", True, python="BitsAndBytesConfig(load_in_8bit=True)"),
+            " and without that option",
         )
     if not _holds_codes(module):
         raise ZOError(
-            f"{where or kind} is a {kind} that holds no quantised weights yet: load the model with from_pretrained, or "
-            "move it to its device first, which quantises it"
+            f"{where or kind} is a {kind} whose weights are not quantised yet: load the model with from_pretrained, or "
+            "move it to its device first, which quantises them"
         )
 
 
 def _holds_codes(module: Any) -> bool:
-    """Whether a layer's weights were loaded or quantised: the library builds it with those of a plain one."""
+    """Whether a layer's weights were loaded or quantised; the library first builds it with plain weights."""
     weight = getattr(module, "weight", None)
     if weight is None or weight.is_meta or weight.dtype == torch.int8:
         return True
@@ -131,6 +133,6 @@ def _holds_codes(module: Any) -> bool:
 def _unsupported(scheme: str, where: str = "") -> ZOError:
     at = f" ({where})" if where else ""
     return ZOError(
-        f"this model is quantised by {scheme}{at}, which cannot be tuned here; these can: {SUPPORTED}. Or load it in "
-        "16 bit, or dequantise it first"
+        f"this model is quantised by {scheme}{at}, which is not supported: load it in one of the supported schemes "
+        f"({SUPPORTED}) or in 16 bits, or dequantise it first"
     )

@@ -1,12 +1,12 @@
-"""Update rules, one file each, and the table of them.
+"""Define the update rules, one per file, and the registry of them.
 
-``base``          the protocol of a rule
-``estimators``    at which points a step evaluates the loss, and what projected gradients follow
-``registry``      the table; ``get`` a rule by name, ``register`` one of your own
-``entry``         one line of the table
-``validation``    what a constructor must be like to be registered
-``entry_points``  rules of installed packages
-``plugins``       rules in files and modules of one's own
+``base``          defines the protocol of a rule
+``estimators``    lists the points of a step and turns their losses into projected gradients
+``registry``      looks rules up by name (``get``) and adds yours (``register``)
+``entry``         defines one line of the registry
+``validation``    checks a constructor before it is registered
+``entry_points``  loads the rules of installed packages
+``plugins``       loads rules from your own files and modules
 """
 
 from __future__ import annotations

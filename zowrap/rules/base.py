@@ -1,11 +1,11 @@
-"""The protocol of an update rule: a handful of pure functions over tensors.
+"""Define the protocol of an update rule: a handful of pure functions over tensors.
 
-A rule never sees the model, the noise generator or the engine. It says which points a step evaluates, how the
-projected gradients become coefficients, and what happens to one parameter; the engines call those functions either
+A rule never sees the model, the noise generator or the engine. It decides which points a step evaluates, how the
+projected gradients become coefficients, and how one parameter is updated; the engines call those functions either
 directly (eager) or after tracing them together with the noise into one fused kernel per parameter (compiled).
 
     points(queries)                     → the evaluations of a step             default: the estimator's
-    refresh(w, step)                    → numbers kept per parameter            default: none
+    refresh(w, step)                    → one number per parameter              default: none
     reduce(slots)                       → exact global sums over all parameters default: none
     direction(u, w, slots, scalars)     → z from raw noise u                    default: z = u
     scalars(state, probe, hyper)        → new scalar state, coefficients        once per step
@@ -14,8 +14,8 @@ directly (eager) or after tracing them together with the noise into one fused ke
 
 where ``g`` is ĝ = Σ_i c["g"][i] · z_i, formed in registers from regenerated noise: no gradient buffer exists. A leaf
 that needs more than ĝ (HiZOO: Σ_i c_i z_i²) takes the z_i themselves (``leaf_takes_directions``).
-All tensors a rule sees are float32 whatever the weights' dtype; rounding, weight decay and the skipping of
-non-finite steps are done around it, the same for every rule.
+A rule sees only float32 tensors, whatever the dtype of the weights. Rounding, weight decay and the skipping of
+non-finite steps happen outside it, in the same way for every rule.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ import torch
 from torch import Tensor
 
 from zowrap.checks import check_count, check_flag, check_fraction, check_positive  # noqa: F401 (for rules of one's own)
-from zowrap.errors import ZOError
+from zowrap.errors import Option, ZOError
 from zowrap.numerics.dtypes import SIXTEEN_BIT
 from zowrap.rules.estimators import Point
 
 Scalars = dict[str, Tensor]
-MASTER = "master"  # the slot of what 16-bit weights are rounded from, see :func:`with_masters`
+MASTER = "master"  # the slot that holds the float32 originals of 16-bit weights, see :func:`with_masters`
 
 
 class Probe(NamedTuple):
-    """What one step measured.
+    """The measurements of one step.
 
     Attributes:
         losses: float32 ``[points]``, the loss at each evaluation, in the order of the points.
         projected_grad: float32 ``[directions]``.
         step: 0-d float32, the number of steps done before this one.
-        weights: float32 ``[directions]``, what each direction counts in ĝ; they add up to 1. 1/q for q queries, the
+        weights: float32 ``[directions]``, the weight of each direction in ĝ; they add up to 1. 1/q for q queries, the
             example's share of the label tokens for a population.
         candidates: float32 ``[candidates]``, the losses at the rule's ``candidates``; empty for most rules.
     """
@@ -60,13 +60,13 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class Slot:
-    """State of a rule that is kept per parameter, in float32.
+    """One state tensor of a rule for each parameter, in float32.
 
     Attributes:
         kind: ``"element"`` (the parameter's shape), ``"parameter"`` (one number, which ``refresh`` sets and
             ``direction`` reads) or ``"left"`` (the shape of a low-rank direction's left factor: ``[rows, rank]`` for a
             matrix, ``[elements, 1]`` for a vector).
-        initial: the value it starts from.
+        initial: the value of every element before the first step.
     """
 
     kind: Literal["element", "parameter", "left"] = "element"
@@ -74,7 +74,11 @@ class Slot:
 
 
 class Choice(NamedTuple):
-    """How a step probes. The user's options, over what the rule states as its own default; ``blocks`` counts them."""
+    """How a step probes the loss: the user's options, with the rule's defaults for those not given.
+
+    Attributes:
+        blocks: the number of blocks.
+    """
 
     direction: str = "gaussian"
     estimator: str = "central"
@@ -96,25 +100,25 @@ class Rule:
     """An update rule. Build one with a constructor of :mod:`zowrap.rules`, not directly.
 
     Attributes:
-        name: the field's name for it.
-        lr: default learning rate η; the running one arrives in ``hyper["lr"]``.
-        hyper: every keyword the constructor took, for records and for :meth:`describe`.
+        name: the rule's usual name in the literature.
+        lr: default learning rate η; the current one arrives in ``hyper["lr"]``.
+        hyper: every keyword argument of the constructor except ``lr``, for the journal and :meth:`describe`.
         scalars: ``scalars(state, probe, hyper) -> (state, coefficients)``; ``coefficients["g"]`` is ``[queries]``.
         leaf: ``leaf(w, g, slots, c, hyper) -> (w, slots)``.
         leaf_takes_directions: ``leaf`` gets the list of z_i in place of ``g``.
         state: initial scalar state, by name.
         slots: state per parameter, by name.
-        defaults: direction, estimator and queries where the user names none.
+        defaults: direction, estimator and queries to use if the user names none.
         check: raises :class:`ZOError` for a choice of them that makes no sense for this rule.
         points: overrides the estimator's points (HiZOO also evaluates θ), with ``project`` to match.
         project: ``project(losses, eps) -> [queries]``.
         direction: ``direction(u, w, slots, scalars) -> z`` from the noise and the unperturbed weights; with
             ``direction_slots`` naming the slots it reads and ``direction_scalars(state, sums, hyper)`` the numbers.
-        refresh: ``refresh(w, step) -> {slot: 0-d value}`` of the ``"parameter"`` slots, at the start of a step, or
-            ``None`` where they stay as they are.
+        refresh: ``refresh(w, step) -> {slot: 0-d value}`` sets the ``"parameter"`` slots at the start of a step;
+            ``None`` leaves them unchanged.
         left: ``left(slot, g_left, c) -> slot`` of the ``"left"`` slot, from Σ_i c["g"][i] · (left factor of z_i); the
-            update then goes along slot · (right factor)ᵀ in place of ĝ. Needs a direction whose right factor is
-            shared and lazily resampled; ``state["epoch"]`` names the sample that the slot is expressed in.
+            update then uses slot · (right factor)ᵀ in place of ĝ. Needs a direction whose right factor is shared
+            and lazily resampled; ``state["epoch"]`` is the number of the sample that the slot is expressed in.
         candidates: ``candidates(g, hyper) -> coefficients``: further points θ + coefficient · z, evaluated once g is
             known (one direction only); their losses arrive in the probe.
         reduce: ``reduce(slots) -> {name: per-element summand}``, summed over every tunable element before the probes.
@@ -144,21 +148,21 @@ class Rule:
     origin: Hashable = field(default_factory=object, init=False, repr=False, compare=False)
 
     def slot_names(self, kind: str) -> list[str]:
-        """The slots of that kind, in order."""
+        """The names of the slots of ``kind``, in order."""
         return [name for name, slot in self.slots.items() if slot.kind == kind]
 
     def element_slots(self, dtype: torch.dtype) -> list[str]:
-        """The ``"element"`` slots of a weight of ``dtype``, in order: only 16-bit ones have a master."""
+        """The names of the ``"element"`` slots for weights of ``dtype``: only 16-bit weights have a master."""
         names = self.slot_names("element")
         return names if dtype in SIXTEEN_BIT else [name for name in names if name != MASTER]
 
     @property
     def shapes_directions(self) -> bool:
-        """Whether the rule works on each element of a direction, so that a low-rank one would lose its form."""
+        """Whether the rule changes directions element by element, so that a low-rank direction would not stay one."""
         return self.direction is not identity or self.leaf_takes_directions
 
     def describe(self) -> str:
-        """``meazo(beta=0.99, zeta=1e-08)``"""
+        """The rule as a constructor call: ``meazo(beta=0.99, zeta=1e-08)``."""
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.hyper.items())})"
 
 
@@ -190,23 +194,27 @@ def known(constructor: Callable[P, Rule]) -> Callable[P, Rule]:
 
 @known
 def with_masters(rule: Rule) -> Rule:
-    """The rule for 16-bit weights that are the rounded copies of float32 ones, which are part of its state.
+    """Add a slot for float32 masters to ``rule``: 16-bit weights are then rounded copies of those.
 
     Raises:
-        ZOError: the rule has state of that name.
+        ZOError: the rule already has a slot called ``"master"``.
     """
     if MASTER in rule.slots:
-        raise ZOError(f"{rule.name} has state called {MASTER!r} of its own: masters=True keeps its weights under that")
+        raise ZOError(
+            f"{rule.name} has a slot called {MASTER!r}, which ",
+            Option("masters", True),
+            " needs: rename the rule's slot",
+        )
     return replace(rule, slots={**rule.slots, MASTER: Slot()})
 
 
 def mean_gradient(probe: Probe) -> Tensor:
-    """Coefficients of the plain estimate ĝ = Σ w_i g_i z_i: float32 ``[directions]``."""
+    """The coefficients w_i g_i of the plain estimate ĝ = Σ w_i g_i z_i: float32 ``[directions]``."""
     return probe.projected_grad * probe.weights
 
 
 def combine(coefficients: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Σ_i coefficients[i] · tensors[i], added in this order."""
+    """Compute Σ_i coefficients[i] · tensors[i], adding in this order."""
     total = coefficients[0] * tensors[0]
     for i in range(1, len(tensors)):
         total = total + coefficients[i] * tensors[i]
@@ -214,8 +222,8 @@ def combine(coefficients: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def received_share(beta: float, n: Tensor) -> Tensor:
-    """1 − βⁿ, the weight of what an average with memory β has received after n values: Adam's bias correction.
+    """1 − βⁿ, the total weight of the n values in a running average with memory β: Adam's bias correction.
 
-    Through expm1, because 1 − 0.999 in float32 has an error of 3e-5.
+    It uses expm1, because 1 − 0.999 in float32 has an error of 3e-5.
     """
     return -torch.expm1(n * (math.log(beta) if beta else -math.inf))

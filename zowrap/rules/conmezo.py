@@ -1,4 +1,4 @@
-"""ConMeZO: directions drawn from a cone around the momentum.
+"""ConMeZO draws directions from a cone around the momentum.
 
     z = √d cosθ · m / ‖m‖ + sinθ · u,   θ ← θ − η ĝ,   m ← β m + (1 − β) ĝ,   ĝ = g z
 
@@ -8,8 +8,8 @@ active block). While ‖m‖ < 1e-8, as at the first step, z = u. Source: 2511.0
 β warm-up over T steps: with t = 1, 2, … the step, β_t = 0.1 while t ≤ T/100; then β − (β − 0.1)/(1 + 8p)³ with
 p = ((t − T/100)/(0.09 T))^1.8 until T/10; then β. T is kept in the rule's state.
 
-The cone is a direction, so it serves other rules too: ``direction="cone"`` gives them its momentum (of the plain ĝ,
-whatever the rule makes of it), and ``conmezo`` is ``zo_sgd`` along it.
+The cone is a direction, so other rules can use it too: ``direction="cone"`` gives them its momentum (of the plain ĝ,
+whatever the rule does with ĝ), and ``conmezo`` is ``zo_sgd`` with that direction.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ import torch
 from torch import Tensor
 
 from zowrap.checks import check_fraction, check_positive
-from zowrap.errors import ZOError
+from zowrap.errors import Option, ZOError
 from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, combine, identity, known, mean_gradient
 from zowrap.rules.zo_sgd import zo_sgd
 
-NO_MOMENTUM = 1e-8  # ‖m‖ below which there is no cone yet: the official code's
+NO_MOMENTUM = 1e-8  # below this ‖m‖ there is no cone yet; the value of the official code
 BETA_START = 0.1
 
 
 @known
 def conmezo(*, lr: float = 1e-6, theta: float = 1.35, beta: float = 0.99, warmup: bool | int = False) -> Rule:
-    """MeZO that looks within an angle of its own momentum.
+    """MeZO with directions within an angle of its own momentum.
 
     Args:
         lr: η. 1e-6 as for ``zo_sgd``: the directions have the same length.
         theta: θ in (0, π/2], the half-angle of the cone in radians; π/2 is MeZO exactly. 1.35 is the paper's.
         beta: β in [0, 1), the memory of m. 0.99 is the paper's for OPT; it uses 0.95 for RoBERTa-large.
-        warmup: T, the number of steps planned, over which β warms up; False keeps β constant.
+        warmup: T, the planned number of steps, over which β warms up; False keeps β constant.
 
     Raises:
         ZOError: a value outside its range.
     """
     check_positive("conmezo", lr=lr)
-    along = along_cone(zo_sgd(lr=lr), theta=theta, beta=beta, warmup=warmup, slot="m", name="conmezo")
+    along = with_cone_directions(zo_sgd(lr=lr), theta=theta, beta=beta, warmup=warmup, slot="m", name="conmezo")
     return dataclasses.replace(along, name="conmezo", hyper={"theta": theta, "beta": beta, "warmup": warmup})
 
 
 @known
-def along_cone(
+def with_cone_directions(
     rule: Rule,
     *,
     theta: float = 1.35,
@@ -58,24 +58,28 @@ def along_cone(
     slot: str = "cone",
     name: str = "direction 'cone'",
 ) -> Rule:
-    """``rule`` with directions from the cone around its own momentum.
+    """Make ``rule`` draw its directions from the cone around its own momentum.
 
     Args:
         theta, beta, warmup: see :func:`conmezo`.
-        slot: what the momentum is called in the rule's state.
-        name: what errors call this.
+        slot: the name of the momentum in the rule's state.
+        name: the subject of error messages.
 
     Raises:
         ZOError: a value outside its range, or a rule that shapes its directions itself.
     """
     check_cone(name, theta, beta, warmup)
     if rule.direction is not identity:
-        raise ZOError(f"{rule.name} shapes its directions itself: it cannot look along a cone as well")
+        raise ZOError(f"{rule.name} shapes its directions itself, so it cannot use ", Option("direction", "cone"))
     along, across = math.sin(math.pi / 2 - theta), math.sin(theta)  # cosθ, exactly 0 at π/2
 
     def check(choice: Choice) -> None:
         if choice.direction == "unit_sphere":
-            raise ZOError(f"{name} mixes its momentum with directions of length √d: use direction='sphere'")
+            raise ZOError(
+                f"{name} mixes its momentum with directions of length √d: use ",
+                Option("direction", "sphere"),
+                " instead",
+            )
         rule.check(choice)
 
     def reduce(slots: Scalars) -> Scalars:

@@ -1,4 +1,4 @@
-"""One line of the table of rules."""
+"""Define :class:`Entry`, one line of the registry of rules."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from zowrap.rules.base import Rule
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the table of rules.
+    """One line of the registry of rules.
 
     Attributes:
         constructor: keyword arguments only, all with defaults; returns a :class:`Rule`.
-        paper: arXiv number; of a registered rule any source.
+        paper: arXiv number; for a rule registered from elsewhere, any source.
         memory: state in units of the tunable parameters (float32).
         forwards: forward passes per step, in terms of q queries.
         scale_free: whether multiplying the loss by a constant leaves the step unchanged.
@@ -29,9 +29,9 @@ class Entry:
     scale_free: bool
 
     def summary(self) -> str:
-        """First line of the constructor's docstring."""
+        """The first line of the constructor's docstring."""
         return (inspect.getdoc(self.constructor) or "").split("\n")[0]
 
     def defaults(self) -> dict[str, Any]:
-        """Keyword arguments and their defaults."""
+        """The constructor's keyword arguments and their defaults."""
         return {n: p.default for n, p in inspect.signature(self.constructor).parameters.items()}

@@ -1,6 +1,6 @@
-"""Rules of installed packages: the entry points of the group ``zowrap.rules``.
+"""Load the rules of installed packages from the entry points of the group ``zowrap.rules``.
 
-The module that an entry point names calls :func:`zowrap.rules.register` when imported.
+An entry point names a module that calls :func:`zowrap.rules.register` when it is imported.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ _installed_loaded = False
 
 
 def load_installed() -> list[str]:
-    """Import what installed packages name in the group ``zowrap.rules``; once.
+    """Import the modules that installed packages name in the group ``zowrap.rules``, once per process.
 
     Returns:
-        A sentence for each that failed; its rules are left out.
+        One sentence for each that failed; its rules are not registered.
     """
     global _installed_loaded
     if _installed_loaded:
@@ -28,5 +28,5 @@ def load_installed() -> list[str]:
             point.load()
         except Exception as error:
             package = point.dist.name if point.dist else point.name
-            failed.append(f"the rules of {package} ({point.value}) are left out: {type(error).__name__}: {error}")
+            failed.append(f"cannot load the rules of {package} ({point.value}): {type(error).__name__}: {error}")
     return failed

@@ -1,4 +1,4 @@
-"""Estimators: at which points a step evaluates the loss, and what projected gradients follow.
+"""Define the estimators: the points at which a step evaluates the loss, and the projected gradients they give.
 
 A point is θ + coefficient · ε · z_direction. With f the loss on one minibatch, the same for every point of a step:
 
@@ -12,8 +12,9 @@ forward_gradient  θ                           ∇f(θ)·z_i, exactly           
 ================  ==========================  ==================================  ===========
 
 and ĝ = mean over i of g_i z_i (n-SPSA; Spall 1992, Malladi et al. 2305.17333). In a population every example of the
-batch has its own direction and its own loss f_b, and counts by its share of the label tokens. ``forward_gradient``
-(Baydin et al. 2202.08587) is a reference without the error of ε: it runs on the eager engine, in forward mode.
+batch has its own direction and its own loss f_b, weighted by its share of the label tokens. ``forward_gradient``
+(Baydin et al. 2202.08587) is a reference without the error of ε: it runs on the eager engine, by forward-mode
+differentiation.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimator:
-    """How projected gradients come from losses.
+    """How losses give projected gradients.
 
     Attributes:
-        name: as the user writes it.
+        name: the name of the option.
         points: ``points(queries)`` lists the evaluations of one step, in order.
         project: ``project(losses, eps) -> [directions]`` projected gradients; ``losses`` float32 ``[points]``, or
             ``[points, examples]`` with ``per_example``.
-        per_example: every example has a direction of its own.
-        exact: the engine differentiates along the directions; losses alone do not give the projected gradients.
+        per_example: each example has its own direction.
+        exact: the engine differentiates along the directions, because losses alone do not give projected gradients.
     """
 
     name: str
@@ -80,7 +81,7 @@ def _exact_points(queries: int) -> list[Point]:
 
 
 def _exact_project(losses: Tensor, eps: Tensor) -> Tensor:
-    return torch.full_like(losses, torch.nan)  # only ever given: no difference of losses stands for it
+    return torch.full_like(losses, torch.nan)  # the engine supplies them; no difference of losses does
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -94,11 +95,11 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
-def get(name: str) -> Estimator:
-    """The estimator of that name.
+def get_estimator(name: str) -> Estimator:
+    """The estimator called ``name``.
 
     Raises:
-        ZOError: unknown name (the message names the nearest one).
+        ZOError: there is none; the message suggests the nearest name.
     """
     if not isinstance(name, str) or name not in ESTIMATORS:
         raise ZOError("unknown ", Option("estimator"), f" {name!r}{nearest(str(name), ESTIMATORS)}")
@@ -106,5 +107,5 @@ def get(name: str) -> Estimator:
 
 
 def mean_loss(losses: Tensor) -> Tensor:
-    """What a step reports: the mean over its evaluations (f(θ+εz) alone would be biased). 0-d float32."""
+    """The loss that a step reports: the mean over its evaluations (f(θ+εz) alone would be biased). 0-d float32."""
     return losses.to(torch.float32).mean()

@@ -1,11 +1,11 @@
-"""FZOO: one-sided probes along signs, normalised by the spread of their losses.
+"""FZOO normalises one-sided probes along random signs by the spread of their losses.
 
     θ ← θ − η Σ_i (l_i − l_0) u_i / (ε q σ),   l_0 = f(θ),  l_i = f(θ + ε u_i),  u_i ∈ {−1, 1}^d
 
 with σ the standard deviation of l_1 … l_q (divided by q − 1); σ = 0 skips the step. Source: 2506.09034, Algorithm 1.
 
-In terms of the projected gradients g_i = (l_i − l_0)/ε, σ is ε times their standard deviation; computed so, the rule
-holds for central differences as well.
+In terms of the projected gradients g_i = (l_i − l_0)/ε, σ is ε times their standard deviation. Computed this way, the
+rule works with central differences as well.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from zowrap.rules.base import Choice, Probe, Rule, Scalars, known, mean_gradient
 def fzoo(*, lr: float = 3e-7) -> Rule:
     """Zeroth-order descent whose step adapts to the spread of one batch of losses.
 
-    By default with rademacher directions (cheap, and the derivation's), the forward estimator and 8 queries: q + 1
-    forwards a step.
+    It defaults to rademacher directions (cheap, and those of the derivation), the forward estimator and 8 queries:
+    q + 1 forwards per step.
 
     Args:
         lr: η. Each weight moves about η/(ε√q) in a step whatever the loss's scale: 3e-7 makes that the 1e-4 of
@@ -33,16 +33,21 @@ def fzoo(*, lr: float = 3e-7) -> Rule:
 
     def check(choice: Choice) -> None:
         if choice.estimator == "population":
-            raise ZOError("fzoo compares directions on the same examples: a population gives each example its own")
+            raise ZOError(
+                "fzoo compares directions on the same examples, but a population gives each example its own: use "
+                "another estimator or rule"
+            )
         if choice.queries < 2:
-            raise ZOError(f"fzoo needs the spread of at least 2 losses: queries must be from 2, got {choice.queries}")
+            raise ZOError(
+                f"fzoo needs the spread of at least 2 losses: queries must be 2 or more, got {choice.queries}"
+            )
 
     def scalars(state: Scalars, probe: Probe, hyper: Scalars) -> tuple[Scalars, Scalars]:
         g = probe.projected_grad
-        off = g - g[0]  # exactly 0 where all are equal, which the mean of equal numbers need not be
+        off = g - g[0]  # exactly 0 if all are equal; subtracting their mean alone might leave a rounding error
         off = off - off.mean()
         sigma = hyper["eps"] * (off.square().sum() / (g.shape[0] - 1)).sqrt()
-        return state, {"g": mean_gradient(probe) / sigma}  # σ = 0: not finite, and so skipped
+        return state, {"g": mean_gradient(probe) / sigma}  # σ = 0 gives a non-finite step, which is skipped
 
     def leaf(w, g, slots: Scalars, c: Scalars, hyper: Scalars):
         return w - hyper["lr"] * g, slots

@@ -1,9 +1,10 @@
-"""LOZO: low-rank directions whose right factor stays for a while, so that the updates of ν steps share a subspace.
+"""LOZO draws low-rank directions and keeps their right factor for ν steps, whose updates then share a subspace.
 
     Z = U Vᵀ per matrix,   θ ← θ − η g U Vᵀ / r          vectors: z gaussian, θ ← θ − η g z / r
 
-with U drawn at every step and V at every ν-th, each from its own stream, so that the update is along the very probe,
-at resampling steps too. Source: 2410.07698, Algorithm 1; the official code omits the 1/r (``scale="code"``).
+with U drawn at every step and V at every ν-th. Each has its own random stream, so the update follows exactly the
+probed direction, at resampling steps too. Source: 2410.07698, Algorithm 1; the official code omits the 1/r
+(``scale="code"``).
 
 LOZO-M keeps a momentum in the factored form (same paper, Algorithm 2), one matrix of U's shape:
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from zowrap.checks import check_count, check_fraction, check_positive
-from zowrap.errors import ZOError, nearest
+from zowrap.errors import Option, ZOError, nearest
 from zowrap.rules.base import Choice, Probe, Rule, Scalars, Slot, known
 from zowrap.rules.zo_sgd import zo_sgd
 
@@ -29,12 +30,12 @@ SCALES = ("paper", "code")
 
 @known
 def lozo(*, lr: float = 1e-6, rank: int = 2, nu: int = 50, scale: str = "paper") -> Rule:
-    """MeZO along low-rank directions that stay in one subspace for ν steps.
+    """MeZO with low-rank directions that stay in one subspace for ν steps.
 
     Args:
         lr: η. 1e-6 as for ``zo_sgd``; the paper's grid is 1e-7 to 1e-6.
-        rank: r of every matrix. 2 is the paper's for most tasks (1 to 4).
-        nu: ν, steps between draws of V. 50 is the paper's (50 or 100).
+        rank: r of every matrix. The paper uses 1 to 4, for most tasks 2.
+        nu: ν, the number of steps between draws of V. The paper uses 50 or 100.
         scale: ``"paper"`` divides the update by r; ``"code"`` does not.
 
     Raises:
@@ -42,7 +43,7 @@ def lozo(*, lr: float = 1e-6, rank: int = 2, nu: int = 50, scale: str = "paper")
     """
     check_positive("lozo", lr=lr)
     return dataclasses.replace(
-        _along_factors(zo_sgd(lr=lr), "lozo", rank, nu, scale),
+        _with_lowrank_directions(zo_sgd(lr=lr), "lozo", rank, nu, scale),
         name="lozo",
         hyper={"rank": rank, "nu": nu, "scale": scale},
     )
@@ -50,7 +51,7 @@ def lozo(*, lr: float = 1e-6, rank: int = 2, nu: int = 50, scale: str = "paper")
 
 @known
 def lozo_m(*, lr: float = 1e-6, rank: int = 2, nu: int = 50, scale: str = "paper", beta1: float = 0.9) -> Rule:
-    """LOZO with a momentum that is kept in factored form: one matrix of U's shape.
+    """LOZO with momentum in factored form: one matrix of U's shape.
 
     Args:
         lr, rank, nu, scale: as for ``lozo``.
@@ -71,7 +72,7 @@ def lozo_m(*, lr: float = 1e-6, rank: int = 2, nu: int = 50, scale: str = "paper
         return beta1 * n + (1 - beta1) * g_left
 
     return dataclasses.replace(
-        _along_factors(plain, "lozo_m", rank, nu, scale),
+        _with_lowrank_directions(plain, "lozo_m", rank, nu, scale),
         name="lozo_m",
         hyper={"rank": rank, "nu": nu, "scale": scale, "beta1": beta1},
         scalars=scalars,
@@ -81,7 +82,7 @@ def lozo_m(*, lr: float = 1e-6, rank: int = 2, nu: int = 50, scale: str = "paper
     )
 
 
-def _along_factors(rule: Rule, name: str, rank: int, nu: int, scale: str) -> Rule:
+def _with_lowrank_directions(rule: Rule, name: str, rank: int, nu: int, scale: str) -> Rule:
     check_count(name, rank=rank, nu=nu)
     if scale not in SCALES:
         raise ZOError(f"{name}: unknown scale {scale!r}{nearest(scale, SCALES)}")
@@ -90,13 +91,15 @@ def _along_factors(rule: Rule, name: str, rank: int, nu: int, scale: str) -> Rul
     def check(choice: Choice) -> None:
         if choice.estimator == "population":
             raise ZOError(
-                f"{name} scales and keeps the factors of one direction: use another rule for a population, for "
-                f"example zo_sgd with direction='lowrank({rank}, nu={nu})'"
+                f"{name} keeps the factors of a single direction, so it cannot run a population: use another "
+                "rule, for example zo_sgd with ",
+                Option("direction", f"lowrank({rank}, nu={nu})"),
             )
         if choice.direction != own:
             raise ZOError(
-                f"{name} draws its own low-rank directions, by its rank and nu: leave direction out, or use another "
-                f"rule with direction={choice.direction!r}"
+                f"{name} draws its own low-rank directions, with its rank and nu: leave direction out, or use "
+                "another rule with ",
+                Option("direction", choice.direction),
             )
 
     return dataclasses.replace(rule, defaults=Choice(direction=own), check=check)

@@ -1,18 +1,20 @@
-"""MEAZO: Adam's scale freedom from one scalar of state.
+"""MEAZO normalises steps as Adam does, with one scalar of state.
 
     v ← β v + (1 − β) s,   v̂ = v / (1 − βⁿ),   θ ← θ − η / (√v̂ + ζ) · ĝ
 
-with n the number of values v has received and s = Σ_i (w_i g_i)², which is (mean_i g_i²) / q for q queries (w_i = 1/q;
-for a population, the example's share). With blocks, v and n are each block's own. Source: 2605.03869, the algorithm
-box. It prints v̂ = v/(1 − β^(t−1)), undefined at t = 1; ``literal=True`` reads that as max(n − 1, 1). It prints
-s = (mean_i g_i)², which for q > 1 can be near 0 while the g_i are not (first steps a thousand times too long were
-measured); ``moment="printed"`` gives that form. For q = 1 both agree and the first step is η·sign(g)·z.
+with n the number of values in v and s = Σ_i (w_i g_i)², which is (mean_i g_i²) / q for q queries (w_i = 1/q; for a
+population, the example's share). With blocks, each block has its own v and n.
+
+Source: 2605.03869, the algorithm box. The paper prints v̂ = v/(1 − β^(t−1)), which is undefined at t = 1;
+``literal=True`` reads that as max(n − 1, 1). It also prints s = (mean_i g_i)², which for q > 1 can be near 0 while the
+g_i are not (we measured first steps a thousand times too long); ``moment="printed"`` uses that form. For q = 1 both
+agree and the first step is η·sign(g)·z.
 """
 
 from __future__ import annotations
 
 from zowrap.checks import check_flag, check_fraction, check_positive
-from zowrap.errors import ZOError, nearest
+from zowrap.errors import Option, ZOError, nearest
 from zowrap.rules.base import Choice, Probe, Rule, Scalars, known, mean_gradient, received_share
 
 MOMENTS = ("mean", "printed")
@@ -37,8 +39,8 @@ def meazo(
         zeta: ζ > 0 keeps the quotient finite on a flat loss.
         moment: ``"mean"`` or ``"printed"``, see above.
         literal: the printed bias correction.
-        groups: insist on a v for each group of parameters. Groups are the ``blocks`` of ``zo_wrap``, which always keep
-            their own; without blocks it is refused.
+        groups: require a v for each group of parameters. Groups are the ``blocks`` of ``zo_wrap``, each of which has
+            its own v in any case; without blocks this raises an error.
 
     Raises:
         ZOError: a value outside its range; ``groups`` without blocks.
@@ -52,8 +54,9 @@ def meazo(
     def check(choice: Choice) -> None:
         if groups and choice.blocks == 1:
             raise ZOError(
-                "meazo: groups need probes of their own: one joint probe gives every group the same v. Add "
-                "blocks='layer' or a list of name patterns"
+                "meazo: groups=True needs blocks, because one joint probe gives every group the same v: add ",
+                Option("blocks", "layer"),
+                " or a list of name patterns",
             )
 
     def scalars(state: Scalars, probe: Probe, hyper: Scalars) -> tuple[Scalars, Scalars]:

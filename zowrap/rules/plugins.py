@@ -1,5 +1,6 @@
-"""Rules in files and modules of one's own, named by ``--plugin``: that is the user's doing, and nothing that a run,
-a checkpoint or a journal names is ever imported.
+"""Import the files and modules that the user names with ``--plugin``, so that they register their rules.
+
+Only the command line can name them: what a run, a checkpoint or a journal names is never imported.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ from zowrap.errors import ZOError
 from zowrap.names import python_file
 
 
-def load(plugins: Sequence[str]) -> None:
-    """Import modules or Python files that register rules, as ``--plugin`` names them. One loaded before is left alone.
+def import_plugins(plugins: Sequence[str]) -> None:
+    """Import the modules or Python files that ``--plugin`` names, each of which registers rules.
+
+    One that was imported before is not imported again.
 
     Raises:
-        ZOError: there is no such file or module, it fails, or it registers no rule.
+        ZOError: there is no such file or module, it raises an error, or it registers no rule.
     """
     for plugin in plugins:
         file = python_file(plugin)
         name = plugin if file is None else f"zowrap_plugin_{file.stem}"
         known = sys.modules.get(name)
         if known is None or (file is not None and Path(str(known.__file__)).resolve() != file.resolve()):
-            _load_first(plugin, name, None if file is None else file.resolve())
+            _import_plugin(plugin, name, None if file is None else file.resolve())
 
 
-def _load_first(plugin: str, name: str, file: Path | None) -> None:
+def _import_plugin(plugin: str, name: str, file: Path | None) -> None:
     from zowrap.rules.registry import REGISTRY
 
     before = dict(REGISTRY)
@@ -38,13 +41,13 @@ def _load_first(plugin: str, name: str, file: Path | None) -> None:
         else:
             _run_file(name, file)
         if before == REGISTRY:
-            raise ZOError("it registers no rule: call zowrap.rules.register in it")
+            raise ZOError("it registers no rule (call zowrap.rules.register in it)")
     except Exception as error:
         REGISTRY.clear()
         REGISTRY.update(before)
         sys.modules.pop(name, None)
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
-            raise ZOError(f"--plugin {plugin}: there is no file and no module of that name") from error
+            raise ZOError(f"--plugin {plugin}: there is no file or module of that name") from error
         said = str(error) if isinstance(error, ZOError) else f"{type(error).__name__}: {error}"
         raise ZOError(f"--plugin {plugin} cannot be used: {said}") from error
 

@@ -1,13 +1,13 @@
-"""R-AdaZO: the second moment is taken of the first moment, whose variance is smaller than the estimate's.
+"""R-AdaZO computes the second moment from the first moment, whose variance is smaller than the estimate's.
 
     m ← β1 m + (1 − β1) ĝ,  v ← β2 v + (1 − β2) m²,  θ ← θ − η m / √(v + ζ)
 
-with the m just updated in v, and no bias correction. Source: 2502.01014, Algorithm 1; unlike its official code, one
-joint direction over all parameters and one update after all evaluations. ζ stands inside the root: a floor of √ζ on the
-denominator, so the rule is not free of the loss's scale where |m| is near 1e-4.
+where v uses the m just updated, without bias correction. Source: 2502.01014, Algorithm 1. Unlike its official code,
+this uses one joint direction over all parameters and one update after all evaluations. ζ is inside the root, so the
+denominator is at least √ζ and the rule does depend on the loss's scale where |m| is near 1e-4.
 
-With independent directions Var(m) = (1 − β1)/(1 + β1) · Var(ĝ): at the same η this steps √((1 + β1)/(1 − β1)) times
-longer than ZO-AdaMM, 4.36 for β1 = 0.9. Compare the two at their own best η, not at a common one only.
+With independent directions Var(m) = (1 − β1)/(1 + β1) · Var(ĝ), so at the same η its steps are √((1 + β1)/(1 − β1))
+times longer than ZO-AdaMM's, 4.36 for β1 = 0.9. Compare the two each at its own best η, not only at a common one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
-"""Update rules. Adding one touches its own file, its import here and one line of :data:`zowrap.names.RULES`, from which
-:data:`REGISTRY` is made: it feeds the command line's choices, the documentation's table and the tests' parameter lists.
-A rule from elsewhere joins by :func:`register`."""
+"""Look up update rules by name, and register new ones.
+
+To add a rule to the package, write its file, import it here and add its line to :data:`zowrap.names.RULES`, from which
+:data:`REGISTRY` is built. The registry feeds the command line's choices, the documentation's table and the tests'
+parameter lists. A rule from outside the package joins by :func:`register`.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from zowrap import names
-from zowrap.errors import (
-    ZOError,
-    ZOWarning,
-    nearest,
-)
+from zowrap.errors import ZOError, ZOWarning, nearest
 from zowrap.rules import entry_points, validation
 from zowrap.rules.base import Rule
 from zowrap.rules.conmezo import conmezo  # noqa: F401 (looked up by name)
@@ -40,41 +39,44 @@ ALIASES = names.RULE_ALIASES
 
 
 def register(name: str, constructor: Callable[..., Rule], *, paper: str, scale_free: bool = False) -> None:
-    """Add a rule from elsewhere to :data:`REGISTRY`: every command, ``zo_wrap`` and the trainer know it from then on.
+    """Add a rule from outside the package to :data:`REGISTRY`, for every command, ``zo_wrap`` and the trainer.
 
-    Registering the same constructor again, a reloaded module's for example, replaces it. How much state the rule keeps
-    and how many forwards a step takes are read off the rule itself.
+    Registering the same constructor again (from a reloaded module, for example) replaces it. The amount of state and
+    the number of forwards per step are derived from the rule itself.
 
     Args:
-        name: what users write, ``my_rule``; also the name of the :class:`Rule` that the constructor returns.
-        constructor: keyword arguments only, all with defaults, ``lr`` among them; the first line of its docstring is
-            what ``zowrap rules`` prints. Called without arguments it must return a rule whose ``hyper`` holds the
-            value of every other keyword, plain enough for JSON: a journal records them and builds the rule again.
-        paper: where the rule is from: an arXiv number, a title, your own name.
+        name: the name users write, such as ``my_rule``; also the name of the :class:`Rule` that the constructor
+            returns.
+        constructor: takes keyword arguments only, all with defaults, ``lr`` among them; ``zowrap rules`` prints the
+            first line of its docstring. Called without arguments, it must return a rule whose ``hyper`` holds the
+            value of every other keyword, as JSON can represent it: a journal records them to build the rule again.
+        paper: the source of the rule: an arXiv number, a title, your own name.
         scale_free: whether multiplying the loss by a constant leaves the step unchanged.
 
     Raises:
-        ZOError: the name is taken, or the constructor is not as above; nothing is registered then.
+        ZOError: the name is taken or the constructor does not meet the above; nothing is registered then.
     """
     validation.check_name(name, REGISTRY, ALIASES, constructor)
     rule = validation.check_constructor(name, constructor)
     if not isinstance(paper, str) or not paper.strip():
-        raise ZOError(f"{name} cannot be registered: paper must say where the rule is from, got {paper!r}")
-    REGISTRY[name] = Entry(constructor, paper, validation.memory(rule), validation.forwards(rule), bool(scale_free))
+        raise ZOError(f"{name} cannot be registered: paper must name the rule's source, got {paper!r}")
+    REGISTRY[name] = Entry(
+        constructor, paper, validation.describe_memory(rule), validation.describe_forwards(rule), bool(scale_free)
+    )
 
 
 def get(rule: str | Rule, **hyper: Any) -> Rule:
-    """The rule of that name with its defaults and ``hyper`` over them; a :class:`Rule` passes through.
+    """Build the rule called ``rule`` with ``hyper`` in place of its defaults; return a :class:`Rule` as it is.
 
     Raises:
-        ZOError: unknown name, or a hyper-parameter that the rule does not have or that is out of range.
+        ZOError: an unknown name, or a hyper-parameter that the rule does not have or that is out of range.
     """
     if isinstance(rule, Rule):
         if hyper:
             raise ZOError(f"{rule.name} is already built: give {', '.join(hyper)} to its constructor")
         return rule
     if not isinstance(rule, str):
-        raise ZOError(f"rule is a name or a rule of zowrap.rules, got {type(rule).__name__}")
+        raise ZOError(f"rule must be a name or a rule built by zowrap.rules, got {type(rule).__name__}")
     entry = find(rule)
     name = ALIASES.get(rule, rule)
     known = entry.defaults()
@@ -85,10 +87,10 @@ def get(rule: str | Rule, **hyper: Any) -> Rule:
 
 
 def find(name: str) -> Entry:
-    """The registered rule of that name or alias; installed packages are asked for one that is not known yet.
+    """Find the entry of a rule by name or alias; load the rules of installed packages if it is not known yet.
 
     Raises:
-        ZOError: there is none.
+        ZOError: there is no such rule.
     """
     known = ALIASES.get(name, name)
     if known not in REGISTRY:
@@ -100,20 +102,20 @@ def find(name: str) -> Entry:
 
 
 def find_recorded(name: str, where: object, named: Sequence[str] = ()) -> Entry:
-    """:func:`find` for a rule that a run on disk was made by.
+    """Find the entry of the rule that a run on disk was trained with.
 
     Args:
         where: the run, for the message.
-        named: the plugins that it was made with, for the message alone: what a run names is never imported.
+        named: the plugins that the run was trained with, for the message only: they are never imported from here.
 
     Raises:
-        ZOError: the rule is not registered here; the message says what to do.
+        ZOError: the rule is not registered; the message says what to do.
     """
     try:
         return find(name)
     except ZOError:
         given = f" (then: {', '.join(named)})" if named else ""
         raise ZOError(
-            f"{where} was made by the rule {name!r}, which is not registered here: give the file or module that "
-            f"registers it by --plugin{given}, or import it first in Python; what a run names is not imported by itself"
+            f"{where} was trained with the rule {name!r}, which is not registered here: name the file or module that "
+            f"registers it with --plugin{given}, or import it first in Python; zowrap never imports what a run names"
         ) from None

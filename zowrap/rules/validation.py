@@ -1,4 +1,4 @@
-"""What a constructor must be like to be registered as a rule, and what is read off its rule."""
+"""Check a constructor before it is registered, and describe the rule that it builds."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 def check_name(
     name: str, registry: Mapping[str, Entry], aliases: Mapping[str, str], constructor: Callable[..., Rule]
 ) -> None:
-    """Raise :class:`ZOError` unless ``name`` is well formed and free, or held by this constructor loaded before."""
+    """Raise :class:`ZOError` unless ``name`` is well formed and free, or taken by an earlier load of this module."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ZOError(f"the name of a rule is made of small letters, digits and _, such as my_rule, not {name!r}")
+        raise ZOError(f"a rule's name must consist of lowercase letters, digits and _, such as my_rule, not {name!r}")
     if name in aliases:
-        raise ZOError(f"there is a rule {name!r} already (another name of {aliases[name]}): register yours by another")
+        raise ZOError(
+            f"there is already a rule {name!r} (an alias of {aliases[name]}): register yours under another name"
+        )
     if name not in registry:
         return
     place = _place(registry[name].constructor)
     if place != _place(constructor) or str(place[0]).startswith("zowrap.rules."):
-        raise ZOError(f"there is a rule {name!r} already: register yours by another name")
+        raise ZOError(f"there is already a rule {name!r}: register yours under another name")
 
 
 def _place(constructor: Callable[..., Any]) -> tuple[Any, Any]:
-    """What stays the same when a module is loaded again."""
+    """The constructor's module and name, which stay the same when its module is reloaded."""
     return getattr(constructor, "__module__", None), getattr(constructor, "__qualname__", constructor)
 
 
 def check_constructor(name: str, constructor: Callable[..., Rule]) -> Rule:
-    """The rule with its defaults.
+    """Build the rule with its defaults, checking everything that :func:`zowrap.rules.register` requires.
 
     Raises:
-        ZOError: the constructor is not one that a user can give hyper-parameters by name, or a journal can repeat.
+        ZOError: users could not pass every hyper-parameter by name, or a journal could not record and repeat it.
     """
 
     def refuse(why: str) -> ZOError:
@@ -60,7 +62,7 @@ def check_constructor(name: str, constructor: Callable[..., Rule]) -> Rule:
                 f"{parameter} must be a keyword-only argument with a default: def {name}(*, {parameter.name}=...)"
             )
     if not inspect.getdoc(constructor):
-        raise refuse("its constructor needs a docstring, whose first line zowrap rules prints")
+        raise refuse("its constructor needs a docstring: zowrap rules prints its first line")
     try:
         rule = constructor()
     except Exception as error:
@@ -68,14 +70,14 @@ def check_constructor(name: str, constructor: Callable[..., Rule]) -> Rule:
     if not isinstance(rule, Rule):
         raise refuse(f"its constructor must return a zowrap.rules.Rule, got {type(rule).__name__}")
     if rule.name != name:
-        raise refuse(f"the rule that its constructor returns is called {rule.name!r}")
+        raise refuse(f"its constructor returns a rule called {rule.name!r}")
     given, held = set(parameters), {"lr", *rule.hyper}
     if given != held:
         missing, extra = sorted(given - held), sorted(held - given)
         raise refuse(
-            f"Rule(hyper=...) must hold {missing[0]}, which the constructor takes"
+            f"Rule(hyper=...) must contain {missing[0]}, which the constructor takes"
             if missing
-            else f"its constructor must take {extra[0]}, which its Rule(lr=..., hyper=...) has"
+            else f"its constructor must take {extra[0]}, which its Rule(lr=..., hyper=...) contains"
         )
     try:
         kept = json.loads(json.dumps(dict(rule.hyper))) == dict(rule.hyper)
@@ -86,15 +88,15 @@ def check_constructor(name: str, constructor: Callable[..., Rule]) -> Rule:
     return rule
 
 
-def memory(rule: Rule) -> str:
-    """State in units of the tunable parameters, from the rule's slots."""
+def describe_memory(rule: Rule) -> str:
+    """The size of the rule's state in units of the tunable parameters, such as ``"2"``, from its slots."""
     text = str(len(rule.slot_names("element")))
     return text + " (and r per row)" if rule.slot_names("left") else text
 
 
-def forwards(rule: Rule) -> str:
-    """Forward passes of a step in terms of its q queries, such as ``"2q"`` or ``"q + 1"``, from its points."""
-    points = rule.points or estimators.get(rule.defaults.estimator).points
+def describe_forwards(rule: Rule) -> str:
+    """The forward passes of a step in terms of its q queries, such as ``"2q"`` or ``"q + 1"``, from its points."""
+    points = rule.points or estimators.get_estimator(rule.defaults.estimator).points
     few, more = len(points(2)), len(points(3))
     slope, rest = more - few, few - 2 * (more - few)
     per_query = {0: "", 1: "q"}.get(slope, f"{slope}q")

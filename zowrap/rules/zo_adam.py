@@ -1,8 +1,8 @@
-"""ZO-Adam: Adam fed with the zeroth-order estimate.
+"""ZO-Adam runs Adam on the zeroth-order estimate.
 
     m ← β1 m + (1 − β1) ĝ,  v ← β2 v + (1 − β2) ĝ²,  θ ← θ − η m̂ / (√v̂ + ζ)
 
-with m̂ = m / (1 − β1ⁿ), v̂ = v / (1 − β2ⁿ) and n the number of estimates received. Kingma & Ba (1412.6980), Algorithm 1,
+with m̂ = m / (1 − β1ⁿ), v̂ = v / (1 − β2ⁿ) and n the number of estimates so far. Kingma & Ba (1412.6980), Algorithm 1,
 with ĝ in place of the gradient; ZO-AdaMM (1910.06513) discusses the family.
 """
 

@@ -1,9 +1,9 @@
-"""ZO-AdaMM: the AMSGrad form of ZO-Adam.
+"""ZO-AdaMM is the AMSGrad form of ZO-Adam.
 
     m ← β1 m + (1 − β1) ĝ,  v ← β2 v + (1 − β2) ĝ²,  s ← max(s, v),  θ ← θ − η m / (√s + ζ)
 
-without bias correction. Chen et al. (1910.06513), Algorithm 1, unconstrained. ``amsgrad=False`` uses s = v: the
-baseline that R-AdaZO (2502.01014) compares with.
+without bias correction. Chen et al. (1910.06513), Algorithm 1, unconstrained. ``amsgrad=False`` uses s = v, which is
+the baseline of R-AdaZO (2502.01014).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def zo_adamm(
         lr: η, about how far each weight moves in one step whatever the loss's scale; 1e-4 as for ``meazo``.
         beta1: β1 in [0, 1), the memory of m.
         beta2: β2 in [0, 1), the memory of v. With 0.9 and 0.99 the first step is (1 − β1)/√(1 − β2) = 1 times
-            η·sign(ĝ), so no bias correction is missed; they are also the values R-AdaZO compares at.
+            η·sign(ĝ), so the rule does without bias correction; R-AdaZO compares at these values too.
         zeta: ζ > 0 keeps the quotient finite where v is 0.
-        amsgrad: keep the maximum, a third buffer.
+        amsgrad: keep the running maximum of v, a third buffer.
 
     Raises:
         ZOError: a value outside its range.

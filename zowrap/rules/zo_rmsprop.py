@@ -1,9 +1,10 @@
-"""ZO-RMSProp: ZO-Adam without the first moment (β1 = 0).
+"""ZO-RMSProp is ZO-Adam without the first moment (β1 = 0).
 
     v ← β2 v + (1 − β2) ĝ²,  θ ← θ − η ĝ / (√v̂ + ζ),   v̂ = v / (1 − β2ⁿ)
 
-with n the number of estimates received. Tieleman & Hinton (2012) with ĝ in place of the gradient and Adam's bias
-correction, without which the first step would be 1/√(1 − β2) times too long; the baseline of 1910.06513 and 2502.01014.
+with n the number of estimates so far. Tieleman & Hinton (2012) with ĝ in place of the gradient and Adam's bias
+correction, without which the first step would be 1/√(1 − β2) times too long. 1910.06513 and 2502.01014 use it as a
+baseline.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ZO-SGD, known as MeZO.
+"""ZO-SGD, known as MeZO, is gradient descent on the zeroth-order estimate.
 
     θ ← θ − η ĝ                         momentum=μ:        b ← μ b + ĝ,  θ ← θ − η b
                                         sign="scalar":      θ ← θ − η mean_i sign(g_i) z_i
@@ -27,14 +27,14 @@ def zo_sgd(*, lr: float = 1e-6, momentum: float = 0.0, sign: str | None = None, 
     """Plain zeroth-order gradient descent.
 
     Args:
-        lr: η. 1e-6 is the paper's for full tuning of OPT and RoBERTa-large; adapters take about 1e-4.
+        lr: η. 1e-6 is the paper's for full tuning of OPT and RoBERTa-large; adapters need about 1e-4.
         momentum: μ in [0, 1); 0 keeps no state, otherwise one float32 buffer of the parameters' size.
         sign: ``None``, ``"scalar"`` (sign of each projected gradient) or ``"elementwise"`` (sign of ĝ).
-        conservative: three more forwards a step, at θ and at the end of the step either way; the lowest loss wins,
-            θ first among equals. One query, without momentum or elementwise signs.
+        conservative: evaluate three more points per step, θ and the end of the step in either sense, and keep the one
+            with the lowest loss (θ if it ties). One query only, without momentum or elementwise signs.
 
     Raises:
-        ZOError: a value outside its range, or a combination that conservative steps cannot take.
+        ZOError: a value outside its range, or an option that conservative steps do not support.
     """
     check_positive("zo_sgd", lr=lr)
     check_flag("zo_sgd", conservative=conservative)
@@ -43,11 +43,13 @@ def zo_sgd(*, lr: float = 1e-6, momentum: float = 0.0, sign: str | None = None, 
         raise ZOError(f"zo_sgd: unknown sign {sign!r}{nearest(sign, SIGNS)}")
 
     if conservative and (momentum or sign == "elementwise"):
-        raise ZOError("zo_sgd: conservative steps lie on the direction: without momentum and sign='elementwise'")
+        raise ZOError("zo_sgd: conservative=True works with neither momentum nor sign='elementwise'")
 
     def check(choice: Choice) -> None:
         if conservative and (choice.queries > 1 or choice.estimator == "population"):
-            raise ZOError("zo_sgd: conservative steps compare losses along one direction: queries must be 1")
+            raise ZOError(
+                "zo_sgd: conservative=True compares losses along one direction: use queries=1 and no population"
+            )
 
     def length(g: Tensor) -> Tensor:
         return g.sign() if sign == "scalar" else g

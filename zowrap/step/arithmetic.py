@@ -100,7 +100,7 @@ def update_leaf(
     g = directions if rule.leaf_takes_directions else combine(coefficients["g"], directions)
     value, master = at_least_float32(w), slots.get(MASTER)
     if master is not None:
-        value = torch.where(rounding.nearest(master, w.dtype) == value, master, value)
+        value = torch.where(rounding.round_to_nearest(master, w.dtype) == value, master, value)
     if decay:
         value = value * (1 - hyper["lr"] * hyper["weight_decay"])
     own = {name: slot for name, slot in slots.items() if name != MASTER}
@@ -108,9 +108,9 @@ def update_leaf(
     if master is not None:
         new_slots = {**new_slots, MASTER: value}
         largest = torch.finfo(w.dtype).max
-        rounded = rounding.nearest(value, w.dtype).clamp(-largest, largest).to(w.dtype)
+        rounded = rounding.round_to_nearest(value, w.dtype).clamp(-largest, largest).to(w.dtype)
     else:
-        rounded = value.to(w.dtype) if bits is None else rounding.stochastic(value, bits, w.dtype)
+        rounded = value.to(w.dtype) if bits is None else rounding.round_stochastically(value, bits, w.dtype)
     kept = {name: torch.where(apply, new_slots[name].to(slots[name].dtype), slots[name]) for name in slots}
     return torch.where(apply, rounded, w), kept
 
@@ -150,5 +150,5 @@ def taken(w: Tensor, z: Tensor, eps: Tensor, other: float | None) -> Tensor:
     if other is None or not is_16_bit(w):
         return z
     value, step = w.float(), eps * z
-    plus, minus = (rounding.nearest(value + sign * step, w.dtype) for sign in (1.0, other))
+    plus, minus = (rounding.round_to_nearest(value + sign * step, w.dtype) for sign in (1.0, other))
     return (plus - minus) / ((1 - other) * eps)

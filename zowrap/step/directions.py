@@ -33,8 +33,8 @@ from zowrap.checks import check_count
 from zowrap.errors import Option, ZOError, nearest
 from zowrap.numerics import noise
 from zowrap.rules.base import Rule
-from zowrap.rules.conmezo import along_cone, check_cone
-from zowrap.rules.sparse_mezo import along_sparse, check_sparse
+from zowrap.rules.conmezo import check_cone, with_cone_directions
+from zowrap.rules.sparse_mezo import check_sparse, with_sparse_directions
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def lowrank(rank: int = 1, nu: int | None = None) -> Direction:
 def sparse(sparsity: float = 0.75, refresh: int = 1) -> Direction:
     """Gaussian on the smallest weights of each parameter, zero elsewhere; see :mod:`zowrap.rules.sparse_mezo`."""
     check_sparse("direction 'sparse'", sparsity, refresh)
-    along = functools.partial(along_sparse, sparsity=float(sparsity), refresh=refresh)
+    along = functools.partial(with_sparse_directions, sparsity=float(sparsity), refresh=refresh)
     return _ours(
         Direction(f"sparse({float(sparsity)}" + (f", refresh={refresh})" if refresh != 1 else ")"), shape=along)
     )
@@ -127,7 +127,7 @@ def sparse(sparsity: float = 0.75, refresh: int = 1) -> Direction:
 def cone(theta: float = 1.35, beta: float = 0.99, warmup: bool | int = False) -> Direction:
     """Gaussian within an angle of the momentum; see :mod:`zowrap.rules.conmezo`."""
     check_cone("direction 'cone'", theta, beta, warmup)
-    along = functools.partial(along_cone, theta=float(theta), beta=float(beta), warmup=warmup)
+    along = functools.partial(with_cone_directions, theta=float(theta), beta=float(beta), warmup=warmup)
     extra = f", warmup={warmup}" if warmup is not False else ""
     return _ours(Direction(f"cone(theta={float(theta)}, beta={float(beta)}{extra})", shape=along))
 

@@ -28,11 +28,11 @@ Project = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Way:
+class QuantMode:
     """How the quantised weights of a model move.
 
     Attributes:
-        name: one of :data:`zowrap.names.WAYS`.
+        name: one of :data:`zowrap.names.QUANT_MODES`.
         why: the reason, in words, where it was not asked for.
         rounds: whether some layers round their inputs to 8 bit, which puts a floor under ε.
         largest_slope: projected gradients are cut to ± this; None leaves them as they are.
@@ -56,7 +56,7 @@ class Job:
         states: scalar state of the rule, 0-d float32 tensors by name, for each block.
         hyper: 0-d float32 tensors ``lr``, ``eps``, ``weight_decay``; their values change, the tensors stay.
         decays: whether a weight decay was asked for at all.
-        way: how quantised weights move; None where the model has none.
+        quant_mode: how quantised weights move; None where the model has none.
         second_point: what 16-bit weights' updates go along, see :func:`zowrap.step.arithmetic.taken`.
     """
 
@@ -73,7 +73,7 @@ class Job:
     hyper: Scalars
     decays: bool
     device: torch.device
-    way: Way | None = None
+    quant_mode: QuantMode | None = None
     second_point: float | None = None
 
     @staticmethod
@@ -83,7 +83,7 @@ class Job:
         options: StepOptions,
         parameters: list[Parameter],
         blocks: list[Block],
-        way: Way | None,
+        quant_mode: QuantMode | None,
     ) -> Job:
         """Put a run together, with its rule's state at the beginning.
 
@@ -96,7 +96,7 @@ class Job:
             parameters=parameters,
             rule=rule,
             estimator=method.estimator,
-            project=_clip(method.project, None if way is None else way.largest_slope),
+            project=_clip(method.project, None if quant_mode is None else quant_mode.largest_slope),
             direction=method.direction,
             queries=method.queries,
             blocks=blocks,
@@ -105,7 +105,7 @@ class Job:
             hyper={name: torch.tensor(value, device=device) for name, value in hyper_of(options).items()},
             decays=options.weight_decay > 0,
             device=device,
-            way=way,
+            quant_mode=quant_mode,
             second_point=method.second_point,
         )
 

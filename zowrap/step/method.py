@@ -62,7 +62,7 @@ def choose_method(options: StepOptions) -> Method:
     """
     rule = build_rule(options)
     lr = rule.lr if options.lr is None else options.lr
-    estimator = estimators.get(options.estimator or rule.defaults.estimator)
+    estimator = estimators.get_estimator(options.estimator or rule.defaults.estimator)
     queries = options.queries or rule.defaults.queries
     usual = "lowrank(1)" if estimator.per_example else rule.defaults.direction
     direction = directions.get(usual if options.direction is None else options.direction)

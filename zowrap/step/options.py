@@ -174,7 +174,7 @@ class StepOptions:
         "How quantised weights move: scales, codes or adapters.",
         group=MODEL,
         identity=True,
-        check=_one_of(names.WAYS),
+        check=_one_of(names.QUANT_MODES),
     )
     # False: stochastic rounding is unbiased without a copy of the weights.
     masters: bool = option(

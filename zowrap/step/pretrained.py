@@ -23,7 +23,7 @@ def saved_part(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def _is_saved_with_it(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters()) and not hasattr(module, "saved_apart")
+    return any(True for _ in module.parameters()) and not hasattr(module, "separate_file")
 
 
 def _has_pretrained(model: nn.Module) -> bool:

@@ -1,7 +1,7 @@
-"""Files that are whole or absent: every write goes beside its target and is renamed into place.
+"""Write files atomically: each one is written beside its target and then renamed into place.
 
-A reader never sees half a file, and a full disk leaves what was there before. Names ending in ``.tmp`` are the
-writer's own: readers ignore them, and the next writer removes what a kill left behind.
+A reader never sees a partial file, and a full disk leaves the previous file intact. Names ending in ``.tmp`` belong to
+the writer: readers ignore them, and the next writer removes any that a killed process left behind.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str], *leftovers: str | os.PathLike[str]) -> Iterator[None]:
-    """Around a write of ``path``: a failure removes ``leftovers`` and is told in one sentence.
+def guard_write(path: str | os.PathLike[str], *leftovers: str | os.PathLike[str]) -> Iterator[None]:
+    """Guard a write of ``path``: on failure, remove ``leftovers`` and raise an error that a user understands.
 
     Raises:
-        ZOError: the disk is full, or the place cannot be written.
+        ZOError: the disk is full, or the path cannot be written. Other errors pass through.
     """
     try:
         yield
@@ -42,21 +42,21 @@ def writing(path: str | os.PathLike[str], *leftovers: str | os.PathLike[str]) ->
 
 
 def _explain(error: BaseException, path: str | os.PathLike[str]) -> str | None:
-    # safetensors and tokenizers, written in Rust, report the system's error number only in their text.
+    # safetensors and tokenizers are written in Rust and report the system's error number only in their message.
     if "(os error 28)" in str(error) or (isinstance(error, OSError) and error.errno in _FULL):
-        return f"the disk is full: {os.fspath(path)} was not written; what was there before is untouched"
+        return f"the disk is full: {os.fspath(path)} was not written, and its previous contents are unchanged"
     if isinstance(error, OSError) and error.errno in _FORBIDDEN:
         return f"{os.fspath(path)} cannot be written: {os.strerror(error.errno or 0).lower()}"
     return None
 
 
-def holds(folder: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Whether ``other`` is the folder, or lies in it, by whatever names."""
-    return same_place(folder, other) or Path(os.path.realpath(other)).is_relative_to(os.path.realpath(folder))
+def contains(folder: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether ``other`` is the folder or is inside it, with links resolved."""
+    return is_same_place(folder, other) or Path(os.path.realpath(other)).is_relative_to(os.path.realpath(folder))
 
 
-def same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Whether two paths name one file or folder, by whatever links and detours; also where it is not there yet."""
+def is_same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths name the same file or folder, with links resolved; it need not exist yet."""
     if os.path.realpath(one) == os.path.realpath(other):
         return True
     try:
@@ -66,7 +66,7 @@ def same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bo
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-    """Remove a file or a directory tree if it is there."""
+    """Remove a file or a directory tree if it exists."""
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -75,10 +75,10 @@ def remove(path: str | os.PathLike[str]) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Replace ``path`` by ``text`` (UTF-8) in one move."""
+    """Replace ``path`` by ``text`` (UTF-8) atomically."""
     path = Path(path)
     beside = path.with_name(path.name + TMP)
-    with writing(path, beside):
+    with guard_write(path, beside):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "w", encoding="utf-8") as file:
             file.write(text)
@@ -88,15 +88,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Replace ``path`` by ``value`` as indented JSON."""
-    write_text(path, json.dumps(jsonable(value), indent=2, ensure_ascii=False) + "\n")
+    """Replace ``path`` by ``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The JSON value in ``path``.
+    """Read the JSON value in ``path``.
 
     Raises:
-        ZOError: it is not there, or not JSON.
+        ZOError: the file cannot be read or is not JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -106,31 +106,31 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ZOError(f"{os.fspath(path)} is not valid JSON: {error}") from None
 
 
-def jsonable(value: Any) -> Any:
-    """``value`` with what JSON lacks replaced: non-finite numbers by null, unknown objects by their name."""
+def to_jsonable(value: Any) -> Any:
+    """Convert ``value`` to JSON types: non-finite numbers become null, unknown objects their name."""
     if isinstance(value, bool | int | str) or value is None:
         return str(value) if type(value) not in (bool, int, str, type(None)) and isinstance(value, str) else value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
+        return {str(key): to_jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [jsonable(item) for item in value]
+        return [to_jsonable(item) for item in value]
     if hasattr(value, "tolist"):  # numpy and torch numbers
-        return jsonable(value.tolist())
+        return to_jsonable(value.tolist())
     return getattr(value, "__name__", None) or str(value)
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Have the system put a file's contents on the disk, so that a rename after it never names an empty file."""
+    """Flush a file's contents to disk, so that a later rename never leaves an empty file under the new name."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def move_into(source: Path, target: Path) -> None:
-    """Rename every file of ``source`` (one level of folders deep) into ``target``, weights first, indices last.
+    """Rename every file below ``source`` into ``target``, weights first and JSON files last, and remove ``source``.
 
-    A reader that opens ``target`` meanwhile finds either file of a name, never half of one.
+    A reader of ``target`` meanwhile finds either the old or the new file of a name, never a partial one.
     """
     entries = sorted(source.rglob("*"), key=lambda p: (p.suffix == ".json", p.name))
     for entry in entries:

@@ -1,6 +1,6 @@
-"""How the base of a folder of adapters was loaded.
+"""Record how the base of a folder of adapters was loaded, and load it the same way.
 
-A folder of adapters does not say so itself. The header of its weights does, as ``base_options``.
+peft's configuration does not say so; zowrap stores it in the header of the adapters' weights, as ``base_options``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import nn
 
 from zowrap.quant import schemes
 from zowrap.storage.atomic import read_json
-from zowrap.storage.safetensors import ADAPTER, Path_, read_metadata
+from zowrap.storage.safetensors import ADAPTER, StrPath, read_metadata
 
 
-def base_options(model: nn.Module) -> dict[str, str]:
-    """For the header of a file of adapters: of what class their base is, and how it was loaded."""
+def describe_base(model: nn.Module) -> dict[str, str]:
+    """Describe the base of ``model``'s adapters, its class and how it was loaded, for the header of their file."""
     config: Any = getattr(model, "config", None)
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     facts: dict[str, Any] = {"architecture": type(inner).__name__}
@@ -27,23 +27,25 @@ def base_options(model: nn.Module) -> dict[str, str]:
         facts["num_labels"] = config.num_labels
     if isinstance(getattr(inner, "dtype", None), torch.dtype):
         facts["dtype"] = str(inner.dtype).removeprefix("torch.")
-    settings = schemes.quantization_of(config)
-    if settings.get("quant_method") == "bitsandbytes":  # others are quantised on the disk already
+    settings = schemes.quantization_settings(config)
+    if settings.get("quant_method") == "bitsandbytes":  # other schemes are quantised on disk already
         facts["quantization"] = settings
     return {"base_options": json.dumps(facts, default=str)}
 
 
-def read_base_options(folder: Path_) -> dict[str, Any]:
-    """What :func:`base_options` wrote into a folder of adapters; of one that does not say, what its run's options say.
+def read_base_options(folder: StrPath) -> dict[str, Any]:
+    """Read what :func:`describe_base` wrote into a folder of adapters; without that, use the options of its run.
 
-    ``"quantization"``, where there is one, holds arguments of ``BitsAndBytesConfig``.
+    Returns:
+        ``"dtype"``, ``"num_labels"``, ``"architecture"`` and ``"quantization"`` (arguments of
+        ``BitsAndBytesConfig``), each as far as it is known.
     """
-    from zowrap.quant.schemes import quantization
+    from zowrap.quant.schemes import bitsandbytes_options
 
     facts = json.loads(read_metadata(Path(folder) / ADAPTER).get("base_options", "{}"))
-    options = _run_of(folder).get("options") or {}
+    options = read_run_config(folder).get("options") or {}
     if not facts:
-        facts = {"dtype": options.get("dtype"), "quantization": quantization(options)}
+        facts = {"dtype": options.get("dtype"), "quantization": bitsandbytes_options(options)}
     if facts.get("quantization"):
         from transformers import BitsAndBytesConfig
 
@@ -52,14 +54,14 @@ def read_base_options(folder: Path_) -> dict[str, Any]:
     return facts
 
 
-def load_options(folder: Path_) -> dict[str, Any]:
-    """Arguments with which ``from_pretrained`` loads a folder of adapters as they were tuned: how their base is loaded.
+def load_options(folder: StrPath) -> dict[str, Any]:
+    """The arguments with which ``from_pretrained`` loads a folder of adapters on the same base as in tuning.
 
     ``AutoModelForSequenceClassification.from_pretrained(RUN, **load_options(RUN))``
 
     Returns:
-        ``dtype``, ``num_labels`` and ``quantization_config``, as far as they are known; nothing for a folder with a
-        whole model, whose configuration says all that.
+        ``dtype``, ``num_labels`` and ``quantization_config``, as far as they are known; empty for a folder with a
+        full model, whose own configuration holds them.
     """
     if not (Path(folder) / ADAPTER).is_file():
         return {}
@@ -76,7 +78,7 @@ def load_options(folder: Path_) -> dict[str, Any]:
     return options
 
 
-def _run_of(folder: Path_) -> dict[str, Any]:
-    """``zowrap.json`` of a RUN; empty for any other folder."""
+def read_run_config(folder: StrPath) -> dict[str, Any]:
+    """Read ``zowrap.json`` of a RUN; empty for any other folder."""
     file = Path(folder) / "zowrap.json"
     return read_json(file) if file.is_file() else {}

@@ -1,4 +1,4 @@
-"""Copies of models on disk: out of a RUN, in another precision, or their adapters alone."""
+"""Copy a model out of a RUN or another folder, converting its precision or taking only its adapters if asked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zowrap.numerics.dtypes import DTYPES
 from zowrap.storage import formats
 from zowrap.storage.atomic import read_json, write_json
 from zowrap.storage.dequantize import is_quantized_folder, write_dequantized
-from zowrap.storage.lock import entries
+from zowrap.storage.lock import list_entries
 from zowrap.storage.merge import export_merged
 from zowrap.storage.safetensors import (
     ADAPTER,
@@ -23,21 +23,21 @@ from zowrap.storage.safetensors import (
     LABEL_VECTORS,
     WEIGHTS,
     Load,
-    Path_,
+    StrPath,
     add_metadata,
     check_model,
     check_target,
-    opened,
+    open_safetensors,
     read_metadata,
     weight_files,
     write_tensors,
 )
-from zowrap.storage.save import MAX_SHARD_SIZE, _copy_settings, fresh_files
+from zowrap.storage.save import MAX_SHARD_SIZE, copy_settings, replace_files
 
 
 def export_run(
-    run: Path_,
-    to: Path_,
+    run: StrPath,
+    to: StrPath,
     dtype: str | None = None,
     max_shard_size: int | str | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -48,25 +48,23 @@ def export_run(
     """Copy the model out of a RUN, or of any model folder: weights, config, tokenizer, generation settings.
 
     Args:
-        run: the folder; of a RUN, what its root holds (the best model by evaluation, else the last).
+        run: the folder. A RUN's own folder holds its best model by evaluation, or else its last.
         to: a new or empty folder.
-        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, rounded to nearest; by default as it is.
-        max_shard_size: split the weights anew.
-        metadata: strings to add to the header.
-        overwrite: allow ``to`` to hold files already.
-        form: ``"same"`` quantisation, ``"bf16"``, ``"fp32"``, ``"adapters"`` or ``"merged"``, see
-            :mod:`zowrap.storage.dequantize`. The second and third are whole plain models: quantised weights are
-            dequantised, adapters merged.
-
-        load: loads the model of a folder of adapters, where they are to be merged:
-            :func:`zowrap.tasks.adapted.adapted`.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, rounded to nearest; by default unchanged.
+        max_shard_size: split the weights into new shards of at most this size.
+        metadata: strings to add to the header of the weight files.
+        overwrite: allow files in ``to``.
+        form: one of :data:`zowrap.names.FORMATS`. ``"same"`` keeps the quantisation; ``"bf16"`` and ``"fp32"`` write a
+            plain model, with quantised weights dequantised and adapters merged; ``"adapters"`` writes the adapters
+            only; ``"merged"`` merges them in the base's own precision.
+        load: loads the model of a folder of adapters, to merge them: :func:`zowrap.tasks.adapted.load_adapted`.
 
     Returns:
-        The files written.
+        All files in ``to``.
 
     Raises:
-        ZOError: no weights, an unknown form or dtype, a dtype for quantised weights, ``to`` is not empty, or the disk
-            is full.
+        ZOError: there are no weights, the form or dtype is unknown, a dtype was given for quantised weights, ``to`` is
+            not empty, or the disk is full.
     """
     run, to = Path(run), Path(to)
     formats.check_format(form)
@@ -78,28 +76,28 @@ def export_run(
     check_model(run)
     if dtype is not None and is_quantized_folder(run):
         raise ZOError(
-            f"{run} is quantised, and a dtype would round its scales too: --format bf16 or fp32 makes it a plain model"
+            f"{run} is quantised, and --dtype would round its scales too: use --format bf16 or fp32 for a plain model"
         )
     if form in formats.DTYPES and (run / ADAPTER).is_file():
         return export_merged(run, to, load, max_shard_size, overwrite, form, metadata)[0]
-    with fresh_files(to) as beside:
+    with replace_files(to) as beside:
         _write_copy(run, beside, form, DTYPES.get(dtype or ""), max_shard_size)
         for file in sorted(beside.glob("*.safetensors")) if metadata else []:
             add_metadata(file, metadata or {})
-    return [p for p in entries(to) if p.is_file()]
+    return [p for p in list_entries(to) if p.is_file()]
 
 
 def _write_copy(run: Path, to: Path, form: str, dtype: torch.dtype | None, max_shard_size: int | str | None) -> None:
     if form == "adapters":
         return copy_adapters(run, to)
-    _copy_settings(run, to)
+    copy_settings(run, to)
     if form != "same" and is_quantized_folder(run):
         write_dequantized(run, to, form, max_shard_size or MAX_SHARD_SIZE)
     elif form == "same" and dtype is None and max_shard_size is None:
         for file in _weights_and_index(run):
             shutil.copyfile(file, to / file.name)
     else:
-        _rewrite(run, to, formats.DTYPES.get(form, dtype), max_shard_size or MAX_SHARD_SIZE)
+        _convert(run, to, formats.DTYPES.get(form, dtype), max_shard_size or MAX_SHARD_SIZE)
 
 
 def _weights_and_index(run: Path) -> list[Path]:
@@ -107,11 +105,11 @@ def _weights_and_index(run: Path) -> list[Path]:
     return weight_files(run) + index
 
 
-def _rewrite(run: Path, to: Path, dtype: torch.dtype | None, max_shard_size: int | str) -> None:
+def _convert(run: Path, to: Path, dtype: torch.dtype | None, max_shard_size: int | str) -> None:
     tensors: dict[str, Tensor] = {}
     files = weight_files(run)
     for file in files:
-        with opened(file) as stored:
+        with open_safetensors(file) as stored:
             for name in stored.keys():  # noqa: SIM118 (not a dict)
                 tensor = stored.get_tensor(name)
                 tensors[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
@@ -125,15 +123,15 @@ def _rewrite(run: Path, to: Path, dtype: torch.dtype | None, max_shard_size: int
         write_json(config, {**settings, "dtype": str(dtype).removeprefix("torch.")})
 
 
-def copy_adapters(folder: Path_, to: Path) -> None:
+def copy_adapters(folder: StrPath, to: Path) -> None:
     """Copy the adapters of a folder: their weights and their configuration.
 
     Raises:
-        ZOError: it holds none.
+        ZOError: there are none.
     """
     for name in (ADAPTER, ADAPTER_CONFIG):
         if not (Path(folder) / name).is_file():
-            raise ZOError(f"{folder} holds no adapters: there is no {name} in it")
+            raise ZOError(f"{folder} holds no adapters: it has no {name}")
         shutil.copyfile(Path(folder) / name, to / name)
     if (Path(folder) / LABEL_VECTORS).is_file():
         shutil.copyfile(Path(folder) / LABEL_VECTORS, to / LABEL_VECTORS)

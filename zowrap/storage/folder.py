@@ -1,4 +1,4 @@
-"""The folder of a run as far as it can be read without torch: what run it is, and how far it came."""
+"""Read a run's configuration and status from its folder, without importing torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from zowrap.errors import ZOError
 from zowrap.storage.atomic import TMP, read_json
-from zowrap.storage.lock import entries
+from zowrap.storage.lock import list_entries
 
-# What a kill can leave of files that were being written; a user's own notes.tmp is none of them.
+# The files that a killed process can leave half-written; a user's own notes.tmp is not one of them.
 LEFTOVER = re.compile(
     r"^(zowrap\.json|journal\.jsonl|before\.json|model|checkpoint-\d+)" + re.escape(TMP) + r"$|^loss\.tmp\.png$"
 )
 
 
 class RunFolder:
-    """See :class:`zowrap.training.run_folder.Run`, which also writes.
+    """A run's folder, read-only; :class:`zowrap.training.run_folder.Run` also writes.
 
     Attributes:
         path: the folder.
@@ -36,27 +36,27 @@ class RunFolder:
         return self.path / "journal.jsonl"
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration.
+        """Read the resolved configuration.
 
         Raises:
-            ZOError: this folder is not a RUN.
+            ZOError: the folder is not a RUN.
         """
         if not self.config_file.is_file():
             raise ZOError(f"{self.path} is not a run: there is no {self.config_file.name} in it")
         return read_json(self.config_file)
 
     def status(self) -> dict[str, Any]:
-        """How far the run came: ``state``, ``step``, ``max_steps`` …
+        """Read the run's progress: ``state``, ``step``, ``max_steps`` …
 
         The state is ``running``, ``interrupted``, ``finished`` or ``failed``, the last with a ``reason``.
         """
         return dict(read_json(self.config_file).get("status") or {}) if self.config_file.is_file() else {}
 
     def failure(self) -> str | None:
-        """Why the run failed, as a clause with the step; None where it did not."""
+        """The reason why the run failed, as a clause with the step; None if it did not fail."""
         status = self.status()
         return str(status.get("reason")) if status.get("state") == "failed" else None
 
-    def holds_something(self) -> bool:
-        """Whether the folder holds more than a start that was killed in its first calls leaves behind."""
-        return not all(LEFTOVER.match(entry.name) for entry in entries(self.path))
+    def has_content(self) -> bool:
+        """Whether the folder holds more than the leftovers of a run that was killed right at its start."""
+        return not all(LEFTOVER.match(entry.name) for entry in list_entries(self.path))

@@ -1,4 +1,4 @@
-"""Append-only files of JSON objects, one a line."""
+"""Append JSON objects to a file, one per line, and read them back."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from zowrap.errors import ZOError
-from zowrap.storage.atomic import jsonable, writing
+from zowrap.storage.atomic import guard_write, to_jsonable
 
 
 class Lines:
-    """An append-only file of JSON objects, one a line.
+    """An append-only file of JSON objects, one per line.
 
     Attributes:
         path: the file.
@@ -24,32 +24,32 @@ class Lines:
         self._file: int | None = None
 
     def append(self, *values: dict[str, Any]) -> None:
-        """Write lines in one call to the system: after it, a kill of the process cannot lose them.
+        """Append objects in one system call; once it returns, killing the process cannot lose them.
 
         Raises:
-            ZOError: the disk is full.
+            ZOError: the disk is full; nothing is appended then.
         """
-        text = "".join(json.dumps(jsonable(value)) + "\n" for value in values)
+        text = "".join(json.dumps(to_jsonable(value)) + "\n" for value in values)
         if not text:
             return
         data = text.encode()
-        with writing(self.path):
+        with guard_write(self.path):
             if self._file is None:
                 self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             size = os.fstat(self._file).st_size
             try:
                 written = os.write(self._file, data)
-                while written < len(data):  # a nearly full disk takes a part, then refuses
+                while written < len(data):  # a nearly full disk accepts a part, then fails
                     written += os.write(self._file, data[written:])
             except OSError:
                 self.cut(size)
                 raise
 
     def read(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """(first byte, byte after the last, object) of every whole line.
+        """Yield (first byte, byte after the last, object) for every complete line.
 
         Raises:
-            ZOError: a line before the last is not a JSON object.
+            ZOError: a line other than the last is not a JSON object.
         """
         if not self.path.exists():
             return
@@ -66,22 +66,23 @@ class Lines:
                 if isinstance(value, dict):
                     yield start, start + len(line), value
                 else:
-                    damaged = number  # torn by a kill if it is the last
+                    damaged = number  # if it is the last line, the process was killed while writing it
                 start += len(line)
 
     def cut(self, offset: int) -> None:
-        """Drop everything from byte ``offset`` on."""
+        """Truncate the file to ``offset`` bytes."""
         self.close()
         if self.path.is_file() and self.path.stat().st_size > offset:
             os.truncate(self.path, offset)
 
     def sync(self) -> None:
-        """Have the system put the lines on the disk."""
+        """Flush the lines to disk."""
         if self._file is not None:
-            with writing(self.path):
+            with guard_write(self.path):
                 os.fsync(self._file)
 
     def close(self) -> None:
+        """Close the file; the next :meth:`append` opens it again."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

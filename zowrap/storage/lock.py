@@ -1,7 +1,7 @@
-"""One process at a time trains into a folder: an advisory lock that the system releases when its owner dies.
+"""Lock a run's folder, so that only one process at a time trains into it.
 
-The lock is ``flock`` on a small file in the folder, which names the owner for the sentence that a second process gets.
-Whoever only reads the folder needs no lock.
+The lock is an advisory ``flock`` on a small file in the folder, which the system releases when its owner dies. The file
+names the owner, for the error that a second process gets. Reading the folder needs no lock.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ except ImportError:  # Windows: no advisory locks of this kind
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".zowrap.lock"
-# What launchers set for each of their processes; the names that accelerate itself looks for.
+# The variables that launchers set for each of their processes, as accelerate looks for them.
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-# A file system without locks says one of these.
+# The errors of a file system without locks.
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 def check_one_process() -> None:
-    """Refuse to be one of several processes of a launcher: each would train the whole run, into the same folder.
+    """Check that no launcher started several processes: each would train the whole run into the same folder.
 
     Raises:
         ZOError: ``torchrun``, ``accelerate launch`` or MPI started more than one process.
@@ -40,7 +40,8 @@ def check_one_process() -> None:
         size = os.environ.get(name, "")
         if size.strip().isdigit() and int(size) > 1:
             raise ZOError(
-                f"several processes (torchrun, accelerate launch) are not supported, and {name} is {size}: start one"
+                f"several processes (torchrun, accelerate launch) are not supported, and {name} is {size}: start a "
+                "single one"
             )
 
 
@@ -49,9 +50,9 @@ class _Held:
     """A lock that this process holds.
 
     Attributes:
-        descriptor: of the open lock file; closing it releases the lock. None where the file system has no locks.
-        count: how many :func:`locked` are inside one another.
-        made: folders that were made for the lock, innermost first.
+        descriptor: of the open lock file; closing it releases the lock. None if the file system has no locks.
+        made: folders that were created for the lock, innermost first.
+        count: the number of nested :func:`lock_folder` contexts.
     """
 
     descriptor: int | None
@@ -63,7 +64,7 @@ _held: dict[tuple[int, int], _Held] = {}
 
 
 def _forget() -> None:
-    """In a child of ``fork``: the lock is the parent's, and must not outlive it in this process."""
+    """Drop all locks in a child of ``fork``: they are the parent's, and the child must not keep them alive."""
     for held in _held.values():
         if held.descriptor is not None:
             os.close(held.descriptor)
@@ -75,24 +76,24 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def locked(folder: str | os.PathLike[str], made: bool = False) -> Iterator[None]:
-    """Hold the lock of a folder, which is made if it is not there; again within the same process is allowed.
+def lock_folder(folder: str | os.PathLike[str], made: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder while inside, creating the folder if needed. The lock is reentrant within a process.
 
-    A folder that was made and stays empty is removed again.
+    A folder that was created for this and is still empty at the end is removed.
 
     Args:
-        made: the caller made the folder, for what it does under the lock.
+        made: the caller has just created the folder for the work under this lock.
 
     Raises:
-        ZOError: another process holds it, or the folder cannot be made.
+        ZOError: another process holds the lock, or the folder cannot be created.
     """
     path = Path(folder)
     while True:
-        created = _make(path) or ([path] if made else [])
+        created = _make_folder(path) or ([path] if made else [])
         try:
             facts = os.stat(path)
             break
-        except FileNotFoundError:  # whoever made it has just removed it
+        except FileNotFoundError:  # the process that created it has just removed it
             continue
     key = (facts.st_dev, facts.st_ino)
     if key in _held:
@@ -108,22 +109,22 @@ def locked(folder: str | os.PathLike[str], made: bool = False) -> Iterator[None]
         yield
     finally:
         held.count -= 1
-        if not held.count and _held.pop(key, None) is not None:  # gone already in a forked child
+        if not held.count and _held.pop(key, None) is not None:  # a forked child has dropped it already
             _release(path, held)
 
 
-def entries(folder: Path) -> list[Path]:
-    """What a folder holds beside its lock, sorted; nothing where there is no folder."""
+def list_entries(folder: Path) -> list[Path]:
+    """List the entries of a folder except its lock, sorted; empty if there is no folder."""
     return sorted(entry for entry in folder.iterdir() if entry.name != LOCK) if folder.is_dir() else []
 
 
-def _make(path: Path) -> list[Path]:
-    """Make a folder and those above it. Returns the made ones, innermost first."""
+def _make_folder(path: Path) -> list[Path]:
+    """Create a folder and its parents. Returns those that were created, innermost first."""
     missing = [each for each in (path, *path.parents) if not each.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ZOError(f"{path} cannot be made: {os.strerror(error.errno or 0).lower()}") from error
+        raise ZOError(f"{path} cannot be created: {os.strerror(error.errno or 0).lower()}") from error
     return missing
 
 
@@ -134,7 +135,7 @@ def _acquire(path: Path) -> int | None:
     while True:
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # whoever made the folder has just removed it
+        except FileNotFoundError:  # the process that created the folder has just removed it
             path.mkdir(parents=True, exist_ok=True)
             continue
         except OSError as error:
@@ -146,7 +147,7 @@ def _acquire(path: Path) -> int | None:
             os.close(descriptor)
             if error.errno in _UNSUPPORTED:
                 warnings.warn(
-                    f"{path} lies on a file system without locks: take care that one process alone trains there",
+                    f"{path} is on a file system without locks: make sure that only one process trains there",
                     ZOWarning,
                     stacklevel=5,
                 )
@@ -154,10 +155,10 @@ def _acquire(path: Path) -> int | None:
             if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
                 raise ZOError(f"{path} cannot be locked: {os.strerror(error.errno or 0).lower()}") from error
             raise ZOError(
-                f"another process trains in {path} ({owner}): wait for its end, or give another folder"
+                f"another process trains in {path} ({owner}): wait until it ends, or use another folder"
             ) from None
-        # The last owner may have removed the file after it was opened here: then the lock is of a file that is gone.
-        if _is_there(file, descriptor):
+        # The last owner may have removed the file after we opened it: then this lock is on a deleted file.
+        if _is_same_file(file, descriptor):
             break
         os.close(descriptor)
     os.ftruncate(descriptor, 0)
@@ -165,7 +166,7 @@ def _acquire(path: Path) -> int | None:
     return descriptor
 
 
-def _is_there(file: Path, descriptor: int) -> bool:
+def _is_same_file(file: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(os.stat(file, follow_symlinks=False), os.fstat(descriptor))
     except FileNotFoundError:
@@ -173,12 +174,12 @@ def _is_there(file: Path, descriptor: int) -> bool:
 
 
 def _owner(descriptor: int) -> str:
-    """``process 4711 on host``, as the owner wrote it; it may not have written it yet."""
+    """``process 4711 on host``, as the owner wrote it, which it may not have done yet."""
     try:
         facts = json.loads(os.pread(descriptor, 4096, 0))
         pid, host = int(facts["pid"]), str(facts["host"])
     except (OSError, ValueError, KeyError, TypeError):
-        return "it has not said which"
+        return "unknown which"
     return f"process {pid} on {host if host.isprintable() else repr(host)}"
 
 
@@ -193,5 +194,5 @@ def _remove_empty(made: list[Path]) -> None:
     for folder in made:
         try:
             folder.rmdir()
-        except OSError:  # it holds something by now, or is gone
+        except OSError:  # it is no longer empty, or is gone
             return

@@ -1,4 +1,4 @@
-"""Pickled weights turned into safetensors, without running any code in them."""
+"""Convert pickled weights to safetensors without running any code in them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from zowrap.errors import ZOError, first_line
-from zowrap.storage.lock import entries
-from zowrap.storage.safetensors import ADAPTER, WEIGHTS, Path_, check_target, pickled_weights, write_tensors
-from zowrap.storage.save import MAX_SHARD_SIZE, _copy_settings, fresh_files
+from zowrap.storage.lock import list_entries
+from zowrap.storage.safetensors import ADAPTER, WEIGHTS, StrPath, check_target, pickled_weights, write_tensors
+from zowrap.storage.save import MAX_SHARD_SIZE, copy_settings, replace_files
 from zowrap.version import __version__
 
 
-def convert_pickle(model_dir: Path_, to: Path_, overwrite: bool = False) -> list[Path]:
-    """Copy a model folder whose weights are pickled, with the weights as safetensors.
+def convert_pickle(model_dir: StrPath, to: StrPath, overwrite: bool = False) -> list[Path]:
+    """Copy a model folder whose weights are pickled, converting the weights to safetensors.
 
-    The pickle is read by ``torch.load(weights_only=True)``, which admits tensors and plain containers and nothing
-    that runs code.
+    The pickle is read by ``torch.load(weights_only=True)``, which accepts only tensors and plain containers and runs no
+    code.
 
     Raises:
-        ZOError: no pickled weights, one that holds anything else than named tensors, or a full disk.
+        ZOError: there are no pickled weights, a pickle holds anything but named tensors, or the disk is full.
     """
     source, to = Path(model_dir), Path(to)
     if not source.is_dir():
@@ -36,14 +36,14 @@ def convert_pickle(model_dir: Path_, to: Path_, overwrite: bool = False) -> list
     for file in pickles:
         if file.name.startswith("adapter_model") == adapter:
             tensors.update(_unpickle(file))
-    with fresh_files(to) as beside:
-        _copy_settings(source, beside)
+    with replace_files(to) as beside:
+        copy_settings(source, beside)
         facts = {"format": "pt", "zowrap": __version__, "converted_from": pickles[0].name}
         if adapter:
             write_tensors(tensors, beside, ADAPTER, None, facts)
         else:
             write_tensors(tensors, beside, WEIGHTS, MAX_SHARD_SIZE, facts)
-    return [p for p in entries(to) if p.is_file()]
+    return [p for p in list_entries(to) if p.is_file()]
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:
@@ -53,12 +53,14 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0].rstrip(". ")
-        raise ZOError(f"{file} holds more than tensors, and loading that could run code: refused ({reason})") from None
+        raise ZOError(
+            f"{file} was refused: it holds more than tensors, so loading it could run code ({reason})"
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise ZOError(f"{file} cannot be read as weights: {first_line(error)}") from None
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ZOError(f"{file} is not a state dict: it holds other things than named tensors")
-    # Copies of tied weights keep every name loadable; a pickle may also hold a small view of a large storage.
+        raise ZOError(f"{file} is not a state dict: it holds objects other than named tensors")
+    # Clone, so that tied weights are saved under every name, and a small view does not keep a large storage.
     return {str(name): tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in loaded.items()}

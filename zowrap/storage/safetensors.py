@@ -1,4 +1,4 @@
-"""Weight files in a model folder: safetensors, their headers, and how to tell pickles from them."""
+"""Read, write and check the safetensors files of a model folder, and recognise pickles."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from zowrap.errors import ZOError
-from zowrap.storage.atomic import TMP, read_json, same_place, write_json, writing
+from zowrap.storage.atomic import TMP, guard_write, is_same_place, read_json, write_json
 from zowrap.storage.folder import RunFolder
-from zowrap.storage.lock import entries
+from zowrap.storage.lock import list_entries
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Load = Callable[[str | os.PathLike[str]], Any]  # a folder of adapters → its model
-Path_ = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 
 WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 INDEX = WEIGHTS + ".index.json"
-LABEL_VECTORS = "label_vectors.safetensors"  # what a classification adds to an encoder, beside the encoder's own files
-START_VECTORS = "start_vectors.safetensors"  # of a run: the label vectors that it began with
+LABEL_VECTORS = "label_vectors.safetensors"  # the label vectors that a classification adds to an encoder
+START_VECTORS = "start_vectors.safetensors"  # the label vectors that a run began with
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PICKLED_WEIGHTS = ("pytorch_model", "adapter_model", "model", "consolidated")
-# What a model folder holds beside its weights: configuration, tokenizer, code, notes.
+# The other files of a model folder: configuration, tokenizer, code, notes.
 SETTINGS = (".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".spm", ".vocab")
 
 # --- the header of a safetensors file ----------------------------------------------------------------------------
@@ -38,30 +38,32 @@ SETTINGS = (".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".sp
 
 
 @contextmanager
-def opened(file: Path_) -> Iterator[Any]:
-    """A safetensors file, open for reading.
+def open_safetensors(file: StrPath) -> Iterator[Any]:
+    """Open a safetensors file for reading.
 
     Raises:
-        ZOError: it is empty, cut off, or something else.
+        ZOError: the file is empty, truncated or not a safetensors file.
     """
     try:
         with safe_open(os.fspath(file), framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
-        raise ZOError(f"{os.fspath(file)} is not a whole safetensors file ({reason}): get it anew") from error
+        raise ZOError(
+            f"{os.fspath(file)} is not a complete safetensors file ({reason}): download or export it again"
+        ) from error
 
 
-def read_metadata(file: Path_) -> dict[str, str]:
-    """``__metadata__`` of a safetensors file."""
-    with opened(file) as tensors:
+def read_metadata(file: StrPath) -> dict[str, str]:
+    """Read ``__metadata__`` from the header of a safetensors file."""
+    with open_safetensors(file) as tensors:
         return dict(tensors.metadata() or {})
 
 
 def add_metadata(file: Path, metadata: Mapping[str, str]) -> None:
-    """Add strings to a safetensors file's header; the tensors' bytes are copied as they are."""
+    """Add strings to the header of a safetensors file; the tensors' bytes do not change."""
     beside = file.with_name(file.name + TMP)
-    with writing(file, beside), open(file, "rb") as source:
+    with guard_write(file, beside), open(file, "rb") as source:
         (length,) = struct.unpack("<Q", source.read(8))
         header = json.loads(source.read(length))
         header["__metadata__"] = {**header.get("__metadata__", {}), **{k: str(v) for k, v in metadata.items()}}
@@ -73,17 +75,17 @@ def add_metadata(file: Path, metadata: Mapping[str, str]) -> None:
         os.replace(beside, file)
 
 
-# --- what is in a folder -----------------------------------------------------------------------------------------
+# --- model folders -----------------------------------------------------------------------------------------------
 
 
-def adapters_base(directory: Path_) -> str | None:
+def adapters_base(directory: StrPath) -> str | None:
     """The base model that a folder of adapters names; None for any other folder."""
     file = Path(directory) / ADAPTER_CONFIG
     named = read_json(file).get("base_model_name_or_path") if file.is_file() else None
     return named if named and not (Path(directory) / "config.json").is_file() else None
 
 
-def check_adapter_settings(directory: Path_) -> None:
+def check_adapter_settings(directory: StrPath) -> None:
     """Refuse adapters whose settings name code: peft imports the module that ``megatron_core`` names.
 
     Raises:
@@ -97,55 +99,54 @@ def check_adapter_settings(directory: Path_) -> None:
         raise ZOError(f"{file} is damaged: it holds no JSON object")
     if settings.get("megatron_config") is not None or settings.get("megatron_core") not in (None, _MEGATRON):
         raise ZOError(
-            f"{file} names a module to import (megatron_config, megatron_core), and nothing that a folder names is "
-            f"imported: remove these two entries if the adapters are yours"
+            f"{file} names a module to import (megatron_config, megatron_core), and zowrap imports nothing that a "
+            f"folder names: remove these two entries if the adapters are yours"
         )
-    if _asks_for_code(settings):
+    if _asks_for_remote_code(settings):
         raise ZOError(
-            f"{file} asks for trust_remote_code, and a folder cannot ask for that: remove the entry if the adapters "
-            f"are yours"
+            f"{file} asks for trust_remote_code, which a folder may not: remove the entry if the adapters are yours"
         )
 
 
 _MEGATRON = "megatron.core"  # peft's default, which it writes into every configuration and imports for none
 
 
-def _asks_for_code(settings: Any) -> bool:
+def _asks_for_remote_code(settings: Any) -> bool:
     """Whether ``trust_remote_code`` is set anywhere in the settings."""
     if isinstance(settings, list):
-        return any(map(_asks_for_code, settings))
+        return any(map(_asks_for_remote_code, settings))
     if not isinstance(settings, dict):
         return False
-    return bool(settings.get("trust_remote_code")) or any(map(_asks_for_code, settings.values()))
+    return bool(settings.get("trust_remote_code")) or any(map(_asks_for_remote_code, settings.values()))
 
 
-def weight_files(directory: Path_) -> list[Path]:
-    """The safetensors files of a model folder: one, its shards by the index, or an adapter."""
+def weight_files(directory: StrPath) -> list[Path]:
+    """List the safetensors files of a model folder: a single file, the shards that the index names, or an adapter."""
     directory = Path(directory)
     if (directory / INDEX).is_file():
         names = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
-            raise ZOError(f"{directory} lacks {missing[0]}, a part of the weights that {INDEX} names")
+            raise ZOError(f"{directory} is incomplete: {missing[0]}, which {INDEX} names, is missing")
         return [directory / name for name in names]
     return [directory / name for name in (WEIGHTS, ADAPTER) if (directory / name).is_file()][:1]
 
 
-def pickled_weights(directory: Path_) -> list[Path]:
-    """Weight files of a model folder that are pickles."""
+def pickled_weights(directory: StrPath) -> list[Path]:
+    """List the weight files of a model folder that are pickles."""
     found = (p for p in Path(directory).iterdir() if p.is_file() and p.suffix in PICKLES)
     return sorted(p for p in found if p.name.startswith(PICKLED_WEIGHTS))
 
 
-def require_safetensors(model_dir: Path_, whole: bool = True) -> None:
-    """Check that a local folder holds weights that can be loaded without running what they contain.
+def require_safetensors(model_dir: StrPath, whole: bool = True) -> None:
+    """Check that a local folder holds weights that can be loaded without running code in them.
 
     Args:
-        whole: open each file, for which torch is imported.
+        whole: also open each file, which imports torch.
 
     Raises:
-        ZOError: there are no weights, damaged ones, or only pickled ones (the message has the command that converts
-            them).
+        ZOError: there are no weights, they are damaged, or they are all pickled (the message has the command that
+            converts them).
     """
     directory = Path(model_dir)
     if not directory.is_dir():
@@ -153,27 +154,27 @@ def require_safetensors(model_dir: Path_, whole: bool = True) -> None:
     check_adapter_settings(directory)
     files = weight_files(directory) or list(directory.glob("*.safetensors"))
     for file in files if whole else ():
-        with opened(file):
+        with open_safetensors(file):
             pass
     if files:
         return
     pickles = pickled_weights(directory)
     if pickles:
         raise ZOError(
-            f"{directory} holds its weights only as a pickle ({pickles[0].name}), which can run code when loaded; "
-            f"convert it once with: zowrap export {directory} --to DIR --allow-pickle"
+            f"{directory} holds its weights only as a pickle ({pickles[0].name}), which can run code when loaded: "
+            f"convert it once with zowrap export {directory} --to DIR --allow-pickle"
         )
-    raise ZOError(f"{directory} holds no weights: there is no {WEIGHTS} in it")
+    raise ZOError(f"{directory} holds no weights: it has no {WEIGHTS}")
 
 
-def check_model(run: Path_, whole: bool = True) -> None:
-    """Raise :class:`ZOError` where a RUN, or another folder, holds no model; ``whole`` as in require_safetensors."""
+def check_model(run: StrPath, whole: bool = True) -> None:
+    """Raise :class:`ZOError` unless a RUN or another folder holds a model; ``whole`` as in require_safetensors."""
     run = Path(run)
     if (run / "zowrap.json").is_file() and not weight_files(run):
         reason = RunFolder(run).failure()
         if reason:
             raise ZOError(f"{run} holds no tuned model, because its run failed: {reason}")
-        raise ZOError(f"{run} holds no finished model yet: go on with its training, or export one of its checkpoints")
+        raise ZOError(f"{run} holds no finished model yet: resume its training, or export one of its checkpoints")
     require_safetensors(run, whole)
 
 
@@ -181,16 +182,18 @@ def check_target(source: Path, to: Path, overwrite: bool) -> None:
     """Raise :class:`ZOError` unless a model of the folder ``source`` can be written to the folder ``to``."""
     if to.exists() and not to.is_dir():
         raise ZOError(f"{to} is a file: give the name of a folder")
-    if same_place(to, source):
+    if is_same_place(to, source):
         raise ZOError(f"{to} is the folder to copy from: give another one")
-    if entries(to) and not overwrite:
-        raise ZOError(f"{to} is not empty: give a new folder, or --overwrite")
+    if list_entries(to) and not overwrite:
+        raise ZOError(f"{to} is not empty: give a new folder, or add --overwrite")
 
 
 def check_directory(name: str, weights: bool = True, whole: bool = True) -> None:
-    """Raise :class:`ZOError` for a path that cannot be a model, without ``weights`` too; a hub name passes.
+    """Raise :class:`ZOError` unless ``name`` can be a model's folder or its name on the hub.
 
-    ``whole`` as in :func:`require_safetensors`.
+    Args:
+        weights: require weights in a folder.
+        whole: as in :func:`require_safetensors`.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -200,20 +203,20 @@ def check_directory(name: str, weights: bool = True, whole: bool = True) -> None
         if weights:
             require_safetensors(path, whole)
     elif path.exists():
-        raise ZOError(f"{name} is a file; give the model's directory or its name on the hub")
-    elif not may_be_of_the_hub(name):
+        raise ZOError(f"{name} is a file: give the model's directory, or its name on the hub")
+    elif not could_be_hub_name(name):
         raise ZOError(f"no such model directory: {name}")
 
 
-def may_be_of_the_hub(name: str) -> bool:
-    """Whether ``name`` has the form of a model's name on the hub, and not only that of a path."""
+def could_be_hub_name(name: str) -> bool:
+    """Whether ``name`` has the form of a model's name on the hub."""
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
 def write_tensors(
     tensors: dict[str, Tensor], to: Path, name: str, max_shard_size: int | str | None, metadata: dict[str, str]
 ) -> None:
-    """Write tensors as one file, or in shards of at most ``max_shard_size`` with an index."""
+    """Write tensors as one file if ``max_shard_size`` is None, else in shards of at most that size with an index."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 

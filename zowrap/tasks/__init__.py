@@ -1,13 +1,13 @@
-"""What a row of data becomes, and what is computed from it.
+"""Turn rows of data into examples, batches, losses and metrics.
 
-``rows``           reading data files
-``resolve``        the task that options and data describe
-``classification`` classes: by a head, label words or label names
-``lm``             language modelling
-``forms``          how a classification becomes a loss
-``templates``      rows as text
-``batches``        token lists as batches
-``loading``        models, from a folder or the hub
-``adapted``        adapters on the base that they were tuned on
-``shapes``         a batch's shapes, without weights
+``rows``           reads data files
+``resolve``        determines the task from options and data
+``classification`` defines classification by a head, label words or label names
+``lm``             defines language modelling
+``forms``          turns a classification into a loss
+``templates``      renders rows as text
+``batches``        pads token lists into batches
+``loading``        loads models from a folder or the hub
+``adapted``        loads adapters on the base that they were tuned on
+``shapes``         builds a model and a batch without values
 """

@@ -1,7 +1,7 @@
-"""From token lists to batches: truncation, padding, and a data set small enough to read.
+"""Truncate token lists and pad them into batches.
 
 Padding is decided by length, never by token id: where the padding token is also the end-of-text token (GPT-2, many
-Llamas), an end-of-text label must stay a label.
+Llamas), an end-of-text label must remain a label.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ class Examples(Dataset):
     """Tokenised rows: ``{"input_ids": [int], "labels": int or [int]}`` each.
 
     Attributes:
-        items: the examples, in file order less the dropped ones.
-        truncated: how many were longer than allowed.
-        dropped: how many had nothing to learn from (no label token) and are not in ``items``.
-        rows: of each item, the number of its row in the data file, from 0.
+        items: the examples in file order, without the dropped ones.
+        truncated: the number of rows that were longer than allowed.
+        dropped: the number of rows left out because they have nothing to learn from (no label token).
+        rows: for each item, the number of its row in the data file, from 0.
+        lengths: for each item, its number of tokens.
     """
 
     items: list[Example]
@@ -48,16 +49,16 @@ class Examples(Dataset):
 
 @dataclass(frozen=True)
 class Collator:
-    """Examples → one batch, padded to the longest, or to the next of some fixed lengths.
+    """Pads examples into one batch, to the longest of them or to the next of some fixed lengths.
 
     Returns ``input_ids`` and ``attention_mask``, int64 ``[batch, length]``, and ``labels``, int64 ``[batch]`` for
-    classes or ``[batch, length]`` with -100 where nothing is to be predicted.
+    classes or ``[batch, length]`` with -100 at positions without a label.
 
     Attributes:
-        pad_id: token id that fills ``input_ids``; nothing reads it, the mask hides it.
+        pad_id: token id that fills ``input_ids``; the mask hides it.
         side: ``"right"``, or ``"left"`` so that every row ends at the same position.
-        lengths: rising; a batch is padded to the first that holds it, so that few kinds of batches come
-            (:func:`even_lengths`). By default, and beyond the last, to its own longest row.
+        lengths: in ascending order; a batch is padded to the first that is long enough, so that batches have few
+            shapes (:func:`even_lengths`). By default, and beyond the last, a batch is padded to its longest row.
     """
 
     pad_id: int
@@ -84,21 +85,21 @@ class Collator:
 
 
 def even_lengths(longest: int, count: int) -> tuple[int, ...]:
-    """At most ``count`` lengths in even steps, the last one ``longest``: no row grows by more than a step."""
+    """At most ``count`` lengths in even steps up to ``longest``, so that no row is padded by more than one step."""
     step = -(-longest // count)
     return (*range(step, longest, step), longest)
 
 
-def fit(ids: list[int], labels: list[int], limit: int, start_id: int | None = None) -> tuple[list[int], list[int]]:
-    """Cut a sequence to ``limit`` tokens: first the prompt from its left, then the end.
+def truncate(ids: list[int], labels: list[int], limit: int, start_id: int | None = None) -> tuple[list[int], list[int]]:
+    """Truncate a sequence to ``limit`` tokens: first the prompt from its left, then the end.
 
-    The prompt is the leading run of ``-100`` labels. A beginning-of-text token in front of it is kept, for a model
-    that always saw one.
+    The prompt is the leading run of ``-100`` labels. A beginning-of-text token in front of it stays, because models
+    trained with one expect it.
 
     Args:
         ids: token ids ``[n]``.
-        labels: ``[n]``, -100 where nothing is to be predicted.
-        limit: the most tokens to keep, at least 1.
+        labels: ``[n]``, -100 at positions without a label.
+        limit: the number of tokens to keep, at least 1.
         start_id: the tokenizer's beginning-of-text token, if it has one.
     """
     excess = len(ids) - limit
@@ -111,7 +112,7 @@ def fit(ids: list[int], labels: list[int], limit: int, start_id: int | None = No
     return ids[:limit], labels[:limit]
 
 
-def batches(examples: Examples, collator: Collator, size: int) -> Iterator[dict[str, Tensor]]:
-    """Consecutive batches of ``size``, the last one possibly smaller."""
+def iterate_batches(examples: Examples, collator: Collator, size: int) -> Iterator[dict[str, Tensor]]:
+    """Yield consecutive batches of ``size`` examples; the last one may be smaller."""
     for start in range(0, len(examples), size):
         yield collator(examples.items[start : start + size])

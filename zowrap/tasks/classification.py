@@ -1,4 +1,4 @@
-"""Classification: which form fits the checkpoint, how rows become examples, and what is counted."""
+"""Define classification tasks: choose the form that fits the checkpoint, tokenise rows and compute metrics."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from zowrap.errors import ZOError, nearest
 from zowrap.names import FORMS
 from zowrap.step.parameters import canonical_name
-from zowrap.storage.safetensors import LABEL_VECTORS, opened, read_metadata
+from zowrap.storage.safetensors import LABEL_VECTORS, open_safetensors, read_metadata
 from zowrap.tasks import templates
-from zowrap.tasks.batches import Collator, Example, Examples, fit
-from zowrap.tasks.loading import Source, load
-from zowrap.tasks.rows import Row, label_index, text_of
+from zowrap.tasks.batches import Collator, Example, Examples, truncate
+from zowrap.tasks.loading import Source, load_model
+from zowrap.tasks.rows import Row, label_index, read_text
 
 log = logging.getLogger("zowrap")
 
@@ -30,7 +30,7 @@ _ENCODER_ENDINGS = ("ForMaskedLM", "ForPreTraining")
 
 
 def choose_form(source: Source, head: str = "auto") -> tuple[str, str]:
-    """The form for a checkpoint, and the reason in words.
+    """Choose the form for a checkpoint, and explain the choice.
 
     Raises:
         ZOError: ``head`` is unknown, or no form fits.
@@ -39,8 +39,8 @@ def choose_form(source: Source, head: str = "auto") -> tuple[str, str]:
         if head not in FORMS:
             raise ZOError(f"unknown --head {head!r}{nearest(head, [*FORMS, 'auto'])}")
         return head, "as asked with --head"
-    if saved_labels(Path(source.name) / LABEL_VECTORS) is not None:
-        return "vectors", f"{source.name} holds a vector for each label"
+    if read_saved_labels(Path(source.name) / LABEL_VECTORS) is not None:
+        return "vectors", f"{source.name} holds label vectors"
     names = source.architectures
     name = names[0] if names else "no architecture"
     if name.endswith("ForSequenceClassification"):
@@ -49,26 +49,26 @@ def choose_form(source: Source, head: str = "auto") -> tuple[str, str]:
         return "words", f"the checkpoint is a {name}: labels are scored as words after the text"
     if getattr(source.config, "is_encoder_decoder", False):
         raise ZOError(
-            f"{source.name} is an encoder-decoder ({name}); classification needs an encoder, a causal language model "
-            "or a classification head (--head sequence puts a fresh one on it)"
+            f"{source.name} is an encoder-decoder ({name}), and classification needs an encoder, a causal language "
+            "model or a classification head: --head sequence adds a new head"
         )
     if name.endswith(_ENCODER_ENDINGS):
-        return "sequence", f"the checkpoint is a {name}: a classification head is put on it, freshly initialised"
+        return "sequence", f"the checkpoint is a {name}: it gets a new classification head, freshly initialised"
     return "sentence", f"the checkpoint is a {name}, an encoder without a head: texts are compared with label names"
 
 
 @dataclass
 class Classification:
-    """A classification task, resolved: everything ``zowrap eval RUN`` needs beside the weights.
+    """A classification task: everything that ``zowrap eval RUN`` needs apart from the weights.
 
     Attributes:
         form: one of :data:`FORMS`.
-        labels: names, in the order that numbers them.
-        template: how a row becomes text; ``{text}`` stands for ``text_column``, other fields for their columns.
+        labels: the names, in the order of their numbers.
+        template: renders a row as text; ``{text}`` stands for ``text_column``, other fields for their columns.
         text_column, label_column: names in the data.
-        max_length: tokens a row may take, the label's words included.
+        max_length: the largest number of tokens in a row, including the label's words.
         pooling: of a sentence encoder, ``"mean"`` or ``"cls"``.
-        numbered: whether a row may give the number of its label, from 0, in place of the name.
+        numbered: whether a row may give the number of its label, from 0, instead of its name.
     """
 
     form: str
@@ -84,26 +84,26 @@ class Classification:
     def __post_init__(self) -> None:
         if len(self.labels) < 2:
             raise ZOError(
-                f"classification needs at least two labels; there is only {', '.join(map(repr, self.labels))}"
+                f"classification needs at least two labels, and there is only {', '.join(map(repr, self.labels))}"
             )
         if len(set(self.labels)) != len(self.labels):
             raise ZOError("--labels names the same label twice")
-        split = templates.split_label if self.form == "words" else templates.text_only
+        split = templates.parse_with_label if self.form == "words" else templates.parse_text_only
         self._parts = split(self.template)
 
     def record(self) -> dict[str, Any]:
-        """Ready for JSON; ``Classification(**record)`` restores it."""
+        """The task as JSON types; ``Classification(**record)`` restores it."""
         return asdict(self)
 
     # --- rows → examples --------------------------------------------------------------------------------------
 
     def text(self, row: Row) -> str:
-        """The row as text, the label's words left out."""
+        """Render a row as text, without the label's words."""
 
         def value(field: str) -> str:
             if field == "text":
-                return text_of(row, self.text_column)
-            return text_of(row, field, "--template")
+                return read_text(row, self.text_column)
+            return read_text(row, field, "--template")
 
         return templates.render(self._parts, value)
 
@@ -114,27 +114,27 @@ class Classification:
             label_index(row, self.label_column, self.labels, self.numbered)
 
     def examples(self, rows: Sequence[Row], source: Source) -> Examples:
-        """Tokenise: ``{"input_ids": [int], "labels": int}``. Too long a text is cut: a prompt from its left."""
+        """Tokenise rows to ``{"input_ids": [int], "labels": int}``, truncating texts (a prompt from its left)."""
         texts = [self.text(row) for row in rows]
         labels = [label_index(row, self.label_column, self.labels, self.numbered) for row in rows]
         words = self.form == "words"
         if words:
-            # The space before the label belongs to its words: most vocabularies have them with it.
+            # The space before the label belongs to its words: most vocabularies have tokens that begin with a space.
             texts = [text.rstrip(" ") for text in texts]
         room = self.max_length - (self.label_words(source)[0].shape[1] if words else 0)
         if room < 1:
-            raise ZOError(f"--max-length {self.max_length} leaves no room for the text beside the label's words")
+            raise ZOError(f"--max-length {self.max_length} leaves no room for the text before the label's words")
         tokenizer = source.tokenizer
         encoded = tokenizer(texts, verbose=False)["input_ids"]
         items: list[Example] = []
         kept: list[int] = []
         truncated = dropped = 0
         for row, text, ids, label in zip(rows, texts, encoded, labels, strict=True):
-            ids = _without_end(ids, tokenizer) if words else ids
+            ids = _strip_end(ids, tokenizer) if words else ids
             if len(ids) > room:
                 truncated += 1
                 if words:
-                    ids, _ = fit(ids, [-100] * len(ids), room, tokenizer.bos_token_id)
+                    ids, _ = truncate(ids, [-100] * len(ids), room, tokenizer.bos_token_id)
                 else:  # the tokenizer knows which special tokens must stay
                     ids = tokenizer(text, truncation=True, max_length=room, verbose=False)["input_ids"]
             if not ids:
@@ -148,21 +148,21 @@ class Classification:
         return Collator(source.tokenizer.pad_token_id, "left" if self.form == "words" else "right")
 
     def label_words(self, source: Source) -> tuple[Tensor, Tensor]:
-        """Token ids and mask of the labels, int64 ``[labels, tokens]``: words after a text, or names to embed."""
+        """Tokenise the labels, as words after a text or as names to embed: ids and mask, int64 ``[labels, tokens]``."""
         tokenizer = source.tokenizer
-        names = [spoken(label) for label in self.labels]
+        names = [label_to_words(label) for label in self.labels]
         if self.form == "words":
-            rows = _continuations(tokenizer, names)
+            rows = _tokenize_continuations(tokenizer, names)
         else:
             rows = tokenizer(names, truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
         seen: dict[tuple[int, ...], str] = {}
         for label, row in zip(self.labels, rows, strict=True):
             if not row:
-                raise ZOError(f"the tokenizer has no tokens for label {label!r}; name it otherwise with --labels")
+                raise ZOError(f"the tokenizer has no tokens for label {label!r}: rename it with --labels")
             other = seen.setdefault(tuple(row), label)
             if other != label:
                 raise ZOError(
-                    f"labels {other!r} and {label!r} are the same tokens for this model; rename one (--labels)"
+                    f"labels {other!r} and {label!r} have the same tokens in this model: rename one with --labels"
                 )
         batch = Collator(tokenizer.pad_token_id)([{"input_ids": list(row)} for row in rows])
         return batch["input_ids"], batch["attention_mask"]
@@ -170,27 +170,27 @@ class Classification:
     # --- the model --------------------------------------------------------------------------------------------
 
     def build(self, source: Source, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-        """Load the checkpoint and put the form around it."""
+        """Load the checkpoint and wrap it in the form."""
         from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
         from zowrap.tasks.forms import SentenceForm, SequenceForm, VectorsForm, WordsForm
 
         if self.form == "sequence":
-            module = load(source, AutoModelForSequenceClassification, dtype, seed, **self._head_config(source))
+            module = load_model(source, AutoModelForSequenceClassification, dtype, seed, **self._head_config(source))
             return SequenceForm(module).eval()
         ids, mask = self.label_words(source)
         if self.form == "words":
-            module = load(source, AutoModelForCausalLM, dtype, seed)
+            module = load_model(source, AutoModelForCausalLM, dtype, seed)
             return WordsForm(module, ids, mask).eval()
-        module = load(source, AutoModel, dtype, seed)
+        module = load_model(source, AutoModel, dtype, seed)
         if self.form == "vectors":
             begin = source.label_vectors or Path(source.name) / LABEL_VECTORS
-            vectors = None if source.empty else saved_vectors(begin, self.labels)
+            vectors = None if source.empty else read_saved_vectors(begin, self.labels)
             return VectorsForm(module, ids, mask, self.pooling, self.labels, vectors).eval()
         return SentenceForm(module, ids, mask, self.pooling).eval()
 
     def _head_config(self, source: Source) -> dict[str, Any]:
-        """The label names for the configuration; says when the checkpoint's head is of another size."""
+        """The configuration's entries for the labels; warns if the checkpoint's head has another size."""
         known = getattr(source.config, "num_labels", None)
         changes: dict[str, Any] = {
             "num_labels": len(self.labels),
@@ -201,7 +201,7 @@ class Classification:
         has_head = any(name.endswith("ForSequenceClassification") for name in source.architectures[:1])
         if has_head and known != len(self.labels):
             log.warning(
-                "the checkpoint's head has %s labels and the data %d: the head is freshly initialised",
+                "the checkpoint's head has %s labels and the data has %d: it gets a new head, freshly initialised",
                 known,
                 len(self.labels),
             )
@@ -209,22 +209,22 @@ class Classification:
         return changes
 
     def default_trainable(self, model: nn.Module) -> list[str] | None:
-        """Names of what moves by default; None is everything.
+        """The names of the parameters that move by default; None for all.
 
-        Of a sentence encoder: the matrices of its layers. Its embeddings hold half the weights of a small one and
-        gained nothing in our measurements (TREC: 0.61 with and without them); its pooler is not used at all, and a
-        weight without influence would only gather noise. Of label vectors: these alone.
+        For a sentence encoder, the matrices of its layers: its embeddings are half the weights of a small model and
+        gained nothing in our measurements (TREC: 0.61 with and without them), and its pooler is unused, so its weights
+        would only collect noise. For label vectors, only these.
         """
         if self.form == "vectors":
             return [r"^vectors\.weight$"]
         if self.form != "sentence":
             return None
-        names = [name for name, tensor in model.named_parameters() if tensor.ndim >= 2 and _in_a_layer(name)]
+        names = [name for name, tensor in model.named_parameters() if tensor.ndim >= 2 and _is_in_layer(name)]
         return [f"^{re.escape(canonical_name(name))}$" for name in names] or None
 
     @property
     def loss_fn(self) -> Any:
-        """Per-example losses from the form's logits, for ``zo_wrap`` and ``ZOTrainer``."""
+        """The function of per-example losses for ``zo_wrap`` and ``ZOTrainer``."""
         from zowrap.tasks.forms import per_example_loss
 
         return per_example_loss
@@ -247,11 +247,11 @@ class Classification:
         ]
 
 
-def saved_labels(file: Path) -> list[str] | None:
-    """The labels whose vectors a file holds, in order; None where there is no such file.
+def read_saved_labels(file: Path) -> list[str] | None:
+    """Read the labels of the vectors in a file, in order; None if there is no such file.
 
     Raises:
-        ZOError: the file does not name them.
+        ZOError: the file does not name its labels.
     """
     if not file.is_file():
         return None
@@ -260,38 +260,38 @@ def saved_labels(file: Path) -> list[str] | None:
     except ValueError:
         names = None
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
-        raise ZOError(f"{file} is damaged: it does not name the labels of its vectors")
+        raise ZOError(f"{file} is damaged: its header does not name the labels of its vectors")
     return names
 
 
-def saved_vectors(file: Path, labels: Sequence[str]) -> Tensor | None:
-    """The label vectors in a file that an earlier tuning left, float32 ``[labels, width]`` in this order.
+def read_saved_vectors(file: Path, labels: Sequence[str]) -> Tensor | None:
+    """Read the label vectors that an earlier run saved, float32 ``[labels, width]`` in the order of ``labels``.
 
     Raises:
-        ZOError: they are of other labels.
+        ZOError: the file is damaged or holds vectors of other labels.
     """
-    theirs = saved_labels(file)
+    theirs = read_saved_labels(file)
     if theirs is None:
         return None
-    with opened(file) as tensors:
+    with open_safetensors(file) as tensors:
         named = list(tensors.keys()) == ["weight"]
         vectors = tensors.get_tensor("weight") if named else None
     if vectors is None or vectors.ndim != 2 or vectors.dtype != torch.float32 or len(theirs) != vectors.shape[0]:
-        raise ZOError(f"{file} is damaged: it holds no vector for each of the labels {', '.join(theirs)}")
+        raise ZOError(f"{file} is damaged: it does not hold one vector for each of the labels {', '.join(theirs)}")
     if sorted(theirs) != sorted(labels):
-        raise ZOError(f"{file} is of the labels {', '.join(theirs)}: the data has {', '.join(labels)}")
+        raise ZOError(f"{file} has the labels {', '.join(theirs)}, but the data has {', '.join(labels)}")
     return vectors[[theirs.index(label) for label in labels]]
 
 
-def _in_a_layer(name: str) -> bool:
-    """Whether a parameter belongs to a numbered layer: not to the embeddings, the pooler or a final norm."""
+def _is_in_layer(name: str) -> bool:
+    """Whether a parameter belongs to a numbered layer, and not to the embeddings, the pooler or a final norm."""
     return re.search(r"\.\d+\.", name) is not None and "pooler" not in name
 
 
 def order_labels(names: list[str], source: Source) -> list[str]:
-    """The data's labels in the order of the checkpoint's own classification head, where it knows them.
+    """Put the data's labels in the order of the checkpoint's classification head, if its configuration names them.
 
-    The head's names are matched exactly, then without regard to case; numbers in the data count the head's classes.
+    Names are matched regardless of case; numbers in the data are the numbers of the head's classes.
     """
     own = getattr(source.config, "id2label", None) or {}
     named = [str(own[i]) for i in sorted(own)]
@@ -303,15 +303,15 @@ def order_labels(names: list[str], source: Source) -> list[str]:
         return named
     if not anonymous and len(named) == len(names):
         log.warning(
-            "the data's labels (%s) are not the checkpoint's (%s): they are matched in this order",
+            "the data's labels (%s) differ from the checkpoint's (%s): they are matched in this order",
             ", ".join(names),
             ", ".join(named),
         )
     return names
 
 
-def pooling_of(source: Source) -> str:
-    """``"cls"`` where a sentence encoder says it pools its first token, else ``"mean"``."""
+def read_pooling(source: Source) -> str:
+    """Read the pooling of a sentence encoder: ``"cls"`` if its settings say so, else ``"mean"``."""
     path = Path(source.name).expanduser() / "1_Pooling" / "config.json"
     try:
         modes = json.loads(path.read_text(encoding="utf-8"))
@@ -320,26 +320,26 @@ def pooling_of(source: Source) -> str:
     return "cls" if modes.get("pooling_mode_cls_token") else "mean"
 
 
-def spoken(label: str) -> str:
-    """A label's name as words: ``card_arrival`` → ``card arrival``."""
+def label_to_words(label: str) -> str:
+    """Turn a label's name into words: ``card_arrival`` → ``card arrival``."""
     return label.replace("_", " ").strip() or label
 
 
-def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
-    """Drop the end-of-text token that some tokenizers append: the label's words follow the text."""
+def _strip_end(ids: list[int], tokenizer: Any) -> list[int]:
+    """Drop the end-of-text token that some tokenizers append, because the label's words follow the text."""
     ids = list(ids)
     while ids and ids[-1] in {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None, tokenizer.bos_token_id}:
         ids.pop()
     return ids
 
 
-def _continuations(tokenizer: Any, names: list[str]) -> list[list[int]]:
-    """Token ids of ``" name"`` as it follows other text; a name that begins another is closed with end-of-text."""
-    stem = _without_end(tokenizer("Label:")["input_ids"], tokenizer)
+def _tokenize_continuations(tokenizer: Any, names: list[str]) -> list[list[int]]:
+    """Tokenise each name as it follows other text; if one is a prefix of another, all get an end-of-text token."""
+    stem = _strip_end(tokenizer("Label:")["input_ids"], tokenizer)
     rows = []
     for name in names:
-        whole = _without_end(tokenizer(f"Label: {name}")["input_ids"], tokenizer)
-        # Vocabularies that merge across the boundary do not keep the stem; the words are then read by themselves.
+        whole = _strip_end(tokenizer(f"Label: {name}")["input_ids"], tokenizer)
+        # Vocabularies that merge across the boundary change the stem; the name is then tokenised on its own.
         apart = tokenizer(f" {name}", add_special_tokens=False)["input_ids"]
         rows.append(whole[len(stem) :] if whole[: len(stem)] == stem else list(apart))
     begins = any(a != b and b[: len(a)] == a for a in rows for b in rows)

@@ -1,4 +1,4 @@
-"""Four ways to read a class off a model, each a module that gives ``loss`` and ``logits`` ``[batch, labels]``.
+"""Define four forms of classification, each a module that returns ``loss`` and ``logits`` ``[batch, labels]``.
 
 =========  =====================================  ==========================================================
 form       for                                    score of label c
@@ -9,9 +9,9 @@ sentence   sentence encoders                      20 · cosine(embedding of the 
 vectors    sentence encoders                      20 · cosine(embedding of the text, a vector of c's own)
 =========  =====================================  ==========================================================
 
-The modules are plain enough for ``torch.export`` with dynamic batch and length: what depends on the labels alone (their
-token ids) is a buffer, and every shape comes from a tensor. The model inside is the attribute ``module``, a wrapper
-name that parameter names leave out, so noise and journal are those of the bare model.
+The modules are simple enough for ``torch.export`` with dynamic batch size and length: the labels' token ids are
+buffers, and every shape comes from a tensor. The model inside is the attribute ``module``, which canonical parameter
+names leave out, so noise and journal are the same as for the bare model.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from zowrap.storage.safetensors import LABEL_VECTORS
 
-# Cosines lie in [-1, 1]: 20 is the inverse temperature sentence encoders are trained with.
+# Cosines are between -1 and 1; 20 is the inverse temperature that sentence encoders are trained with.
 COSINE_SCALE = 20.0
 
 
 class Form(nn.Module):
-    """Base of the forms. ``forward(input_ids, attention_mask, labels=None)``, int64 ``[batch, length]`` twice and
-    ``[batch]``, returns mean cross-entropy in float32 and logits float32 ``[batch, labels]``."""
+    """Base class of the forms.
+
+    ``forward(input_ids, attention_mask, labels=None)``, int64 ``[batch, length]`` twice and ``[batch]``, returns the
+    mean cross-entropy in float32 and logits, float32 ``[batch, labels]``.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -45,7 +48,7 @@ class Form(nn.Module):
         return self.module.config
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Float32 ``[batch, labels]``."""
+        """The logits: float32 ``[batch, labels]``."""
         raise NotImplementedError
 
     def forward(
@@ -56,16 +59,16 @@ class Form(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def _call(self, **inputs: Any) -> Any:
-        """The model inside, without a cache where it would keep one."""
+        """Call the model inside, without a cache of keys and values."""
         if hasattr(self.module.config, "use_cache"):
             inputs["use_cache"] = False
         return self.module(**inputs)
 
 
 class LabelTokens(nn.Module):
-    """The labels' token ids and their mask, int64 ``[labels, tokens]``: constants that follow the model's device.
+    """The labels' token ids and their mask, int64 ``[labels, tokens]``: constants that move with the model's device.
 
-    A module of their own, so that a form holds nothing but the model and is saved as the model.
+    They are a module without saved state, so that a form is saved as the model inside.
     """
 
     ids: Tensor
@@ -78,17 +81,17 @@ class LabelTokens(nn.Module):
 
 
 class SequenceForm(Form):
-    """A model with a classification head: its own logits."""
+    """A model with a classification head, scored by its own logits."""
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self._call(input_ids=input_ids, attention_mask=attention_mask).logits.float()
 
 
 class WordsForm(Form):
-    """A causal language model: log-likelihood of each label's words after the text.
+    """A causal language model, scored by the log-likelihood of each label's words after the text.
 
-    Batches are padded on the left, so every text ends at the last position. Where each label is one token, one forward
-    of the batch gives all scores; otherwise every text is continued with every label (batch · labels rows).
+    Batches are padded on the left, so every text ends at the last position. If each label is one token, one forward of
+    the batch gives all scores; otherwise every text is continued with every label (batch · labels rows).
 
     Args:
         module: the language model.
@@ -112,8 +115,8 @@ class WordsForm(Form):
     def _continued(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         rows, length = input_ids.shape
         labels, words = self.names.ids.shape
-        ids = _paired(input_ids, self.names.ids).reshape(rows * labels, length + words)
-        mask = _paired(attention_mask, self.names.mask).reshape(rows * labels, length + words)
+        ids = _pair_rows(input_ids, self.names.ids).reshape(rows * labels, length + words)
+        mask = _pair_rows(attention_mask, self.names.mask).reshape(rows * labels, length + words)
         logits = self._logits(ids, mask, keep=words + 1)[:, -words - 1 : -1]
         wanted = ids[:, length:].unsqueeze(-1)
         likelihood = logits.log_softmax(-1).gather(-1, wanted).squeeze(-1)  # [rows · labels, words]
@@ -128,8 +131,8 @@ class WordsForm(Form):
         return self._call(input_ids=ids, attention_mask=mask, **extra).logits[:, -keep:].float()
 
 
-def _paired(left: Tensor, right: Tensor) -> Tensor:
-    """``[rows, n]`` and ``[labels, m]`` → ``[rows, labels, n + m]``: each row followed by each label."""
+def _pair_rows(left: Tensor, right: Tensor) -> Tensor:
+    """Continue each row with each label: ``[rows, n]`` and ``[labels, m]`` → ``[rows, labels, n + m]``."""
     rows, labels = left.shape[0], right.shape[0]
     return torch.cat(
         (
@@ -141,10 +144,10 @@ def _paired(left: Tensor, right: Tensor) -> Tensor:
 
 
 class SentenceForm(Form):
-    """A sentence encoder: 20 · cosine between the text's embedding and the embedding of each label's name.
+    """A sentence encoder, scored by 20 · cosine between the embeddings of the text and of each label's name.
 
-    The names go through the same weights as the text, so both move when the weights do. Embedding: last hidden state,
-    averaged over the real tokens (or its first token where the encoder was trained so), normalised.
+    The names go through the same weights as the text, so both move when the weights do. An embedding is the last hidden
+    state, averaged over the real tokens (or that of the first token, if the encoder was trained so) and normalised.
 
     Args:
         module: the encoder.
@@ -163,7 +166,7 @@ class SentenceForm(Form):
         return COSINE_SCALE * self.embed(input_ids, attention_mask) @ names.T
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Unit vectors, float32 ``[rows, width]``."""
+        """Embed texts as unit vectors: float32 ``[rows, width]``."""
         hidden = self._call(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
         if self.pooling == "cls":
             return F.normalize(hidden[:, 0], dim=-1)
@@ -172,14 +175,14 @@ class SentenceForm(Form):
 
 
 class LabelVectors(nn.Module):
-    """A vector for each label, float32 ``[labels, width]``. Saved in a file of its own beside the model's.
+    """One vector per label, float32 ``[labels, width]``, saved in a separate file in the model's folder.
 
     Attributes:
-        saved_apart: name of that file.
-        facts: for its header: ``labels``, the names in order, as JSON.
+        separate_file: the name of that file.
+        facts: strings for its header; ``labels`` holds the names in order, as JSON.
     """
 
-    saved_apart = LABEL_VECTORS
+    separate_file = LABEL_VECTORS
 
     def __init__(self, start: Tensor, labels: Sequence[str]) -> None:
         super().__init__()
@@ -188,14 +191,14 @@ class LabelVectors(nn.Module):
 
 
 class VectorsForm(SentenceForm):
-    """A sentence encoder that stays as it is, and a vector for each label, which begins as its name's embedding.
+    """A frozen sentence encoder with one tunable vector per label, which starts as the embedding of its name.
 
-    Untuned it scores as :class:`SentenceForm` does. The loss is nearly that of a logistic regression on the encoder's
-    embeddings, and what a step perturbs lies behind the encoder: any number of directions shares one forward of it.
+    Untuned, it scores as :class:`SentenceForm` does. The loss is nearly that of a logistic regression on the encoder's
+    embeddings. A step perturbs only what comes after the encoder, so all its directions share one forward of it.
 
     Args:
         labels: the names.
-        vectors: float32 ``[labels, width]`` to go on from; by default the embeddings of the names.
+        vectors: float32 ``[labels, width]`` to continue from; by default the embeddings of the names.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Language modelling: plain text, prompt and completion, or chat messages."""
+"""Define language modelling on plain text, prompts with completions, or chat messages."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from torch import Tensor, nn
 
 from zowrap.errors import ZOError
 from zowrap.loss.module import IGNORED, token_losses
-from zowrap.tasks.batches import Collator, Example, Examples, fit
-from zowrap.tasks.loading import Source, load
-from zowrap.tasks.rows import Row, text_of, whole
+from zowrap.tasks.batches import Collator, Example, Examples, truncate
+from zowrap.tasks.loading import Source, load_model
+from zowrap.tasks.rows import Row, check_encodable, read_text
 
 
 @dataclass
 class LanguageModelling:
-    """A language-modelling task, resolved.
+    """A language-modelling task.
 
     Attributes:
-        layout: ``"text"`` (every token is a label), ``"prompt"`` (columns prompt and completion; the completion is),
-            or ``"messages"`` (a list of ``{"role", "content"}`` through the chat template; the assistant's turns are).
+        layout: ``"text"`` (all tokens are labels), ``"prompt"`` (columns prompt and completion; the completion's
+            tokens are labels), or ``"messages"`` (a list of ``{"role", "content"}``, rendered by the chat template;
+            the tokens of the assistant's turns are labels).
         text_column: the column of plain text or of messages.
-        max_length: tokens a row may take.
-        end_of_text: append the end-of-text token to plain text too. A completion always has it: the model must learn
-            where to stop. A row of plain text may be any passage, and a model that was trained on a stream without
-            the token would spend its steps on that one label (24 nats a row for one of our test models).
+        max_length: the largest number of tokens in a row.
+        end_of_text: append the end-of-text token to plain text as well. Completions always get it, so that the model
+            learns where to stop. Plain text may be any passage, and a model that was trained on a stream without the
+            token would spend its steps on that one label (24 nats per row for one of our test models).
     """
 
     layout: str
@@ -36,10 +37,10 @@ class LanguageModelling:
     end_of_text: bool = False
     kind: str = "lm"
 
-    loss_fn = None  # the model's own head is understood by zo_wrap: token-weighted cross-entropy
+    loss_fn = None  # zo_wrap knows the model's own head: token-weighted cross-entropy
 
     def record(self) -> dict[str, Any]:
-        """Ready for JSON; ``LanguageModelling(**record)`` restores it."""
+        """The task as JSON types; ``LanguageModelling(**record)`` restores it."""
         return asdict(self)
 
     def check(self, rows: Sequence[Row]) -> None:
@@ -48,15 +49,15 @@ class LanguageModelling:
             if self.layout == "messages":
                 _messages(row, self.text_column)
             elif self.layout == "prompt":
-                text_of(row, "prompt")
-                text_of(row, "completion")
+                read_text(row, "prompt")
+                read_text(row, "completion")
             else:
-                text_of(row, self.text_column)
+                read_text(row, self.text_column)
 
     def examples(self, rows: Sequence[Row], source: Source) -> Examples:
-        """Tokenise: ``{"input_ids": [int], "labels": [int]}``, -100 where nothing is to be predicted.
+        """Tokenise rows to ``{"input_ids": [int], "labels": [int]}``, with -100 at positions without a label.
 
-        A row with no label token after its first position is dropped and counted: its loss would be 0/0.
+        A row with no label token after its first position is dropped and counted, because its loss would be 0/0.
         """
         encode = {"messages": self._chat, "prompt": self._prompt, "text": self._text}[self.layout]
         items: list[Example] = []
@@ -66,7 +67,7 @@ class LanguageModelling:
             ids, labels = encode(row, source.tokenizer)
             if len(ids) > self.max_length:
                 truncated += 1
-                ids, labels = fit(ids, labels, self.max_length, source.tokenizer.bos_token_id)
+                ids, labels = truncate(ids, labels, self.max_length, source.tokenizer.bos_token_id)
             if all(label == IGNORED for label in labels[1:]):
                 dropped += 1
                 continue
@@ -75,30 +76,32 @@ class LanguageModelling:
         return Examples(items, truncated, dropped, kept)
 
     def _text(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
-        ids = _encode(tokenizer, text_of(row, self.text_column))
-        ids = _ended(ids, tokenizer) if self.end_of_text else ids
+        ids = _encode(tokenizer, read_text(row, self.text_column))
+        ids = _append_end(ids, tokenizer) if self.end_of_text else ids
         return ids, list(ids)
 
     def _prompt(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
-        prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
-        ids = _ended(_encode(tokenizer, prompt + completion), tokenizer)
-        # Tokenised together, as the model will see them; a token that spans the boundary belongs to the completion.
-        start = _common(_encode(tokenizer, prompt), ids)
+        prompt, completion = read_text(row, "prompt"), read_text(row, "completion")
+        ids = _append_end(_encode(tokenizer, prompt + completion), tokenizer)
+        # Tokenise both together, as the model will see them; a token across the boundary belongs to the completion.
+        start = _common_prefix_length(_encode(tokenizer, prompt), ids)
         if not completion:
             return ids, [IGNORED] * len(ids)
         return ids, [IGNORED] * start + ids[start:]
 
     def _chat(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
         messages = _messages(row, self.text_column)
-        ids = _template(tokenizer, messages, row)
+        ids = _apply_template(tokenizer, messages, row)
         labels = [IGNORED] * len(ids)
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or i == 0:
                 continue
-            before = _template(tokenizer, messages[:i], row, add_generation_prompt=True)
-            until = _template(tokenizer, messages[: i + 1], row)
-            # Some templates rewrite earlier turns (dropping their reasoning): such a turn has no place of its own.
-            if _common(before, ids) == len(before) and (end := _common(until, ids)) > len(before):
+            before = _apply_template(tokenizer, messages[:i], row, add_generation_prompt=True)
+            until = _apply_template(tokenizer, messages[: i + 1], row)
+            # Some templates rewrite earlier turns (dropping their reasoning); such a turn cannot be located.
+            if _common_prefix_length(before, ids) == len(before) and (end := _common_prefix_length(until, ids)) > len(
+                before
+            ):
                 labels[len(before) : end] = ids[len(before) : end]
         return ids, labels
 
@@ -110,11 +113,11 @@ class LanguageModelling:
         from transformers import AutoModelForCausalLM
 
         if getattr(source.config, "is_encoder_decoder", False):
-            raise ZOError(f"{source.name} is an encoder-decoder; --task lm tunes causal language models")
-        return load(source, AutoModelForCausalLM, dtype, seed)
+            raise ZOError(f"{source.name} is an encoder-decoder, and --task lm needs a causal language model")
+        return load_model(source, AutoModelForCausalLM, dtype, seed)
 
     def default_trainable(self, model: nn.Module) -> list[str] | None:
-        """None: everything moves."""
+        """None, because everything moves."""
         return None
 
     def metrics(self, output: Any, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -125,7 +128,7 @@ class LanguageModelling:
         return {"accuracy": (right.sum(-1).float(), counted.sum(-1).float())}
 
     def predictions(self, output: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """One JSON-able record per row: mean loss per label token, and their number."""
+        """One JSON-able record per row: the mean loss per label token, and the number of label tokens."""
         sums, counts = token_losses(output.logits[:, :-1], batch["labels"][:, 1:])
         return [
             {"loss": total / max(count, 1.0), "tokens": int(count)}
@@ -134,7 +137,7 @@ class LanguageModelling:
 
 
 def choose_layout(row: Row, text_column: str) -> tuple[str, str]:
-    """The layout of the data and the column of its text, from the first row."""
+    """Choose the layout of the data and the column of its text by the first row."""
     if "messages" in row.values and text_column in ("text", "messages"):
         return "messages", "messages"
     if isinstance(row.values.get(text_column), list):
@@ -153,7 +156,7 @@ def _messages(row: Row, column: str) -> list[dict[str, Any]]:
             raise ZOError(f"{row.where}: a message needs a role and a content")
         if not isinstance(message.get("content"), str):
             raise ZOError(f"{row.where}: the content of a message is not text")
-        whole(message["content"], row, "a message")
+        check_encodable(message["content"], row, "a message")
     return value
 
 
@@ -161,26 +164,26 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, verbose=False)["input_ids"])
 
 
-def _ended(ids: list[int], tokenizer: Any) -> list[int]:
-    """With the end-of-text token that tells the model where to stop."""
+def _append_end(ids: list[int], tokenizer: Any) -> list[int]:
+    """Append the end-of-text token, which tells the model where to stop."""
     end = tokenizer.eos_token_id
     return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
-def _common(prefix: list[int], ids: list[int]) -> int:
-    """How many leading tokens agree."""
+def _common_prefix_length(prefix: list[int], ids: list[int]) -> int:
+    """The number of leading tokens that agree."""
     for i, (a, b) in enumerate(zip(prefix, ids, strict=False)):
         if a != b:
             return i
     return min(len(prefix), len(ids))
 
 
-def _template(tokenizer: Any, messages: list[dict[str, Any]], row: Row, **options: Any) -> list[int]:
+def _apply_template(tokenizer: Any, messages: list[dict[str, Any]], row: Row, **options: Any) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
-        raise ZOError("the model's tokenizer has no chat template, which a messages column needs")
+        raise ZOError("the model's tokenizer has no chat template, and a messages column needs one")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template raises what it likes: wrong order of roles, an unknown role
-        raise ZOError(f"{row.where}: the chat template refuses these messages ({error})") from error
+    except Exception as error:  # a template may raise anything, for a wrong order of roles for example
+        raise ZOError(f"{row.where}: the chat template rejects these messages ({error})") from error
     # The template writes the special tokens itself.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

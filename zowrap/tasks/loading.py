@@ -1,4 +1,4 @@
-"""Opening a model by directory or hub name: every failure becomes one sentence before anything large is loaded."""
+"""Open and load models by directory or hub name, and explain every failure in one sentence."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from zowrap.errors import ZOError, first_line, nearest, need_package
 from zowrap.machine import free_memory
 from zowrap.numerics.dtypes import DTYPES
 from zowrap.quant.lowering import is_quantized_layer, mark_fresh
-from zowrap.quant.schemes import check_asked, check_settings
+from zowrap.quant.schemes import check_config, check_requested
 from zowrap.step.parameters import canonical_name
-from zowrap.storage.safetensors import ADAPTER, adapters_base, check_adapter_settings, check_directory, opened
+from zowrap.storage.safetensors import ADAPTER, adapters_base, check_adapter_settings, check_directory, open_safetensors
 
 log = logging.getLogger("zowrap")
 
@@ -32,11 +32,11 @@ class Source:
     Attributes:
         name: directory or hub name, as the user gave it.
         config: the transformers configuration.
-        tokenizer: the tokenizer; it always has a padding token. None where only shapes are asked for and there is none.
-        trust_remote_code: run code that the model's repository brings.
-        empty: :func:`load` gives the model's shapes alone, on the ``meta`` device; its weights need not be there.
-        label_vectors: file of the label vectors to begin with, in place of those in the model's folder.
-        quantization: arguments of ``BitsAndBytesConfig`` to load the weights with; None loads them as they are.
+        tokenizer: the tokenizer, always with a padding token; None if ``empty`` and there is none.
+        trust_remote_code: run code from the model's repository.
+        empty: :func:`load_model` builds the model on the ``meta`` device, without weights.
+        label_vectors: file of the label vectors to start from, instead of those in the model's folder.
+        quantization: arguments of ``BitsAndBytesConfig`` to load the weights with; None loads them unchanged.
     """
 
     name: str
@@ -53,17 +53,17 @@ class Source:
 
     @property
     def window(self) -> int | None:
-        """The most tokens the model reads, or None where nothing says."""
+        """The largest number of tokens the model reads; None if nothing says."""
         said = [
             getattr(self.config, name, None)
             for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
         ]
         limits = [int(value) for value in said if isinstance(value, int) and value > 0]
-        # The RoBERTa family counts positions from the padding index + 1: 514 rows in the table are 512 tokens.
+        # The RoBERTa family numbers positions from the padding index + 1, so a table of 514 rows reads 512 tokens.
         if limits and getattr(self.config, "model_type", "") in _OFFSET_POSITIONS:
             limits = [value - (self.config.pad_token_id or 0) - 1 for value in limits]
         declared = getattr(self.tokenizer, "model_max_length", None)
-        if isinstance(declared, int) and 0 < declared < 10**9:  # larger means "not set" in transformers
+        if isinstance(declared, int) and 0 < declared < 10**9:  # in transformers, a larger number means "not set"
             limits.append(declared)
         return min(limits, default=None)
 
@@ -72,28 +72,28 @@ _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "longformer", "mpnet
 
 
 def open_source(name: str, trust_remote_code: bool = False, empty: bool = False) -> Source:
-    """Find a model: read its configuration and tokenizer, and check that its weights are loadable.
+    """Find a model: read its configuration and tokenizer, and check that its weights can be loaded.
 
     Args:
-        empty: its shapes are all that is wanted: neither weights nor a tokenizer have to be there.
+        empty: only its shapes are needed, so neither weights nor a tokenizer have to exist.
 
     Raises:
-        ZOError: no such directory or hub model, no weights, weights only as pickle, no tokenizer, or a quantisation
-            that is not supported.
+        ZOError: there is no such directory or hub model, no tokenizer, no weights or only pickled ones, or the
+            quantisation is not supported.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     check_directory(name, weights=not empty)
     if adapters_base(name) is not None:
         need_package("peft", f"{name} holds adapters: they need")
-    with _sentences(name):
+    with _explain_load_errors(name):
         config = AutoConfig.from_pretrained(adapters_base(name) or name, trust_remote_code=trust_remote_code)
-    check_settings(config)
+    check_config(config)
     try:
-        with _sentences(name, "the tokenizer of "):
+        with _explain_load_errors(name, "the tokenizer of "):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if len(tokenizer) == 0:
-            raise ZOError(f"{name} has no tokenizer files beside its weights")
+            raise ZOError(f"{name} has no tokenizer files")
     except ZOError:
         if not empty:
             raise
@@ -104,20 +104,20 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
 
 
 def fetch(name: str, pickles: bool = False) -> Path:
-    """The folder of a model of the hub, downloaded: settings, tokenizer and weights.
+    """Download the settings, tokenizer and weights of a model from the hub, and return their folder.
 
     Args:
-        pickles: where there are no safetensors, take pickled weights; they are not read here.
+        pickles: if there are no safetensors, download pickled weights; they are not read here.
 
     Raises:
-        ZOError: the hub does not give it, or it has no weights of a kind that is wanted.
+        ZOError: the download fails, or the model has no weights of a suitable kind.
     """
     from huggingface_hub import snapshot_download
 
     from zowrap.storage.safetensors import PICKLED_WEIGHTS, PICKLES, SETTINGS, pickled_weights, weight_files
 
     def download(*patterns: str) -> Path:
-        with _sentences(name):
+        with _explain_load_errors(name):
             return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
 
     found = download("*.safetensors", *(f"*{ending}" for ending in SETTINGS))
@@ -132,8 +132,8 @@ _NO_SAFETENSORS = "has no safetensors weights: zowrap export {name} --to DIR --a
 
 
 @contextmanager
-def _sentences(name: str, what: str = "") -> Iterator[None]:
-    """Turn what from_pretrained raises into one sentence that says what to do."""
+def _explain_load_errors(name: str, what: str = "") -> Iterator[None]:
+    """Turn the errors of ``from_pretrained`` into one sentence that says what to do."""
     from safetensors import SafetensorError
 
     try:
@@ -146,9 +146,9 @@ def _sentences(name: str, what: str = "") -> Iterator[None]:
         kinds = [type(each) for each in (error, error.__cause__) if each is not None]
         kind = " ".join(f"{each.__name__} {each}" for each in kinds)
         if "trust_remote_code" in text:
-            problem = "needs code of its own repository; if you trust it, add --trust-remote-code"
+            problem = "needs code from its own repository: if you trust it, add --trust-remote-code"
         elif isinstance(error, ImportError):
-            problem = f"needs a package that is not here: {first}"
+            problem = f"needs a package that is not installed: {first}"
         elif "pytorch_model.bin" in text or ("safetensors" in text.lower() and not Path(name).is_dir()):
             problem = _NO_SAFETENSORS.format(name=name)
         elif Path(name).is_dir() or isinstance(error, SafetensorError):
@@ -157,32 +157,32 @@ def _sentences(name: str, what: str = "") -> Iterator[None]:
             problem = "is gated or private: accept its terms on its page and set HF_TOKEN"
         else:
             problem = (
-                "is not a directory here, and the hub did not give it "
-                f"({first.rstrip('.')}); check the name and the connection, and set HF_TOKEN if it is private or gated"
+                "is not a directory here, and could not be loaded from the hub "
+                f"({first.rstrip('.')}): check the name and the connection, and set HF_TOKEN if it is private or gated"
             )
         raise ZOError(f"{what}{name} {problem}") from error
 
 
 def choose_dtype(asked: str | None, source: Source) -> tuple[torch.dtype, str]:
-    """The dtype to load weights in, and why, in words.
+    """Choose the dtype to load weights in, and explain the choice.
 
-    Without a wish: float32 where the weights take at most two thirds of the free memory (a third is left for
-    activations and the rule's state), else the checkpoint's own. 16-bit weights are updated with stochastic rounding.
+    By default it is float32 if the weights then fit into two thirds of the free memory (the rest is for activations and
+    the rule's state), else the checkpoint's own. 16-bit weights are updated with stochastic rounding.
 
     Raises:
         ZOError: ``asked`` is not a dtype's name.
     """
     own = _own_dtype(source.config)
     if asked == "auto":
-        return own, "the checkpoint's"
+        return own, "the checkpoint's own"
     if asked is not None:
         if asked not in DTYPES:
             raise ZOError(f"unknown --dtype {asked!r}{nearest(asked, [*DTYPES, 'auto'])}")
         return DTYPES[asked], "as asked"
-    needed, free = 4 * parameter_count(source), free_memory()
+    needed, free = 4 * count_parameters(source), free_memory()
     if own is torch.float32 or needed <= free * 2 / 3:
         return torch.float32, "it fits in memory"
-    return own, f"the checkpoint's: float32 would need {needed / 2**30:.1f} of {free / 2**30:.1f} GiB free"
+    return own, f"the checkpoint's own: float32 would need {needed / 2**30:.1f} of {free / 2**30:.1f} GiB free"
 
 
 def _own_dtype(config: Any) -> torch.dtype:
@@ -192,60 +192,60 @@ def _own_dtype(config: Any) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def parameter_count(source: Source) -> int:
-    """Number of weights, from the safetensors headers of a directory; else from an empty model of that shape."""
+def count_parameters(source: Source) -> int:
+    """Count the weights of a model, from the safetensors headers of a directory or else from an empty model."""
     path = Path(source.name).expanduser()
     if path.is_dir() and (files := sorted(path.glob("*.safetensors"))):
         try:
-            return sum(map(_elements, files))
+            return sum(map(_count_elements, files))
         except ZOError:
             if not source.empty:
                 raise
     from transformers import AutoModel
 
-    return sum(p.numel() for p in _empty(source, AutoModel, torch.float32).parameters())
+    return sum(p.numel() for p in _build_empty(source, AutoModel, torch.float32).parameters())
 
 
-def _elements(file: Path) -> int:
-    """Number of weights in a safetensors file, from its header."""
-    with opened(file) as tensors:
+def _count_elements(file: Path) -> int:
+    """Count the weights in a safetensors file, from its header."""
+    with open_safetensors(file) as tensors:
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 (no dict)
 
 
-def _empty(source: Source, auto_class: Any, dtype: torch.dtype, **changes: Any) -> nn.Module:
-    """The model of that class without weights: its tensors are on the ``meta`` device."""
+def _build_empty(source: Source, auto_class: Any, dtype: torch.dtype, **changes: Any) -> nn.Module:
+    """Build a model on the ``meta`` device, without weights."""
     config = copy.deepcopy(source.config)
     for name, value in changes.items():
         setattr(config, name, value)
-    # A class of one architecture has the constructor that those which choose one show without the underscore.
+    # The Auto classes have from_config; the class of one architecture has _from_config.
     build = getattr(auto_class, "from_config", None)
     options = {"trust_remote_code": source.trust_remote_code} if build is not None else {}
-    with _sentences(source.name), torch.device("meta"):
+    with _explain_load_errors(source.name), torch.device("meta"):
         return (build or auto_class._from_config)(config, dtype=dtype, **options).eval()
 
 
-def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **changes: Any) -> nn.Module:
+def load_model(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **changes: Any) -> nn.Module:
     """Load the weights through ``auto_class`` in ``dtype``, in evaluation mode.
 
-    Warns, naming them, of weights that the checkpoint does not have: they start random (drawn by ``seed``), as a
-    fresh classification head does. They are not quantised, for they have to move: ``source.quantization`` then says
-    so. They are noted on the model (:func:`zowrap.quant.lowering.mark_fresh`).
+    Weights that are missing from the checkpoint, such as those of a new classification head, start random (drawn with
+    ``seed``). They are logged as a warning, recorded on the model (:func:`zowrap.quant.lowering.mark_fresh`), and not
+    quantised, because they have to move: ``source.quantization`` is changed accordingly.
 
     Args:
         changes: attributes of the configuration to set first (``num_labels`` …).
 
     Raises:
-        ZOError: the weights cannot be loaded, a fresh head would lie on a checkpoint that is quantised already, or
-            that one is not to be had as ``source.quantization`` says.
+        ZOError: the weights cannot be loaded, an already quantised checkpoint lacks some, or it is quantised to
+            another width than ``source.quantization``.
     """
-    check_asked(source.name, source.config, source.quantization)
+    check_requested(source.name, source.config, source.quantization)
     if source.empty:
-        from zowrap.quant.empty import quantized
+        from zowrap.quant.empty import quantize_empty
 
         changes.pop("ignore_mismatched_sizes", None)
-        model = _empty(source, auto_class, dtype, **changes)
-        with _sentences(source.name):
-            return quantized(model, source.quantization)
+        model = _build_empty(source, auto_class, dtype, **changes)
+        with _explain_load_errors(source.name):
+            return quantize_empty(model, source.quantization)
     model, fresh = _from_pretrained(source, auto_class, dtype, seed, changes)
     rounded = _quantized_layers(model, fresh)
     if rounded and source.quantization is not None:
@@ -256,12 +256,12 @@ def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **c
         rounded = _quantized_layers(model, fresh)
     if rounded:
         raise ZOError(
-            f"{source.name} is quantised already and lacks the weights of {rounded[0]}: load the model it was made of, "
+            f"{source.name} is already quantised and lacks the weights of {rounded[0]}: load the unquantised model "
             "with --load-in-8bit or --load-in-4bit"
         )
     if fresh:
         names = ", ".join(fresh[:4]) + (", …" if len(fresh) > 4 else "")
-        log.warning("freshly initialised, because %s does not have them: %s", source.name, names)
+        log.warning("freshly initialised, because they are missing from %s: %s", source.name, names)
     mark_fresh(model, fresh)
     if getattr(model.config, "pad_token_id", None) is None and source.tokenizer is not None:
         model.config.pad_token_id = source.tokenizer.pad_token_id
@@ -271,7 +271,7 @@ def load(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 0, **c
 def _from_pretrained(
     source: Source, auto_class: Any, dtype: torch.dtype, seed: int, changes: dict[str, Any]
 ) -> tuple[Any, list[str]]:
-    """The model, and the names of the weights that its checkpoint does not have."""
+    """Load the model, and list the weights that are missing from its checkpoint."""
     check_adapter_settings(source.name)
     options = dict(changes)
     torch.manual_seed(seed)
@@ -280,7 +280,7 @@ def _from_pretrained(
 
         need_package("bitsandbytes")
         options["quantization_config"] = BitsAndBytesConfig(**source.quantization)
-    with _sentences(source.name):
+    with _explain_load_errors(source.name):
         model, report = auto_class.from_pretrained(
             source.name,
             dtype=dtype,
@@ -296,11 +296,11 @@ def _from_pretrained(
 
 
 def _beside_adapters(name: str) -> set[str]:
-    """Canonical names of the weights in a folder of adapters: its base need not have them."""
+    """The canonical names of the weights in a folder of adapters, which its base need not have."""
     file = Path(name).expanduser() / ADAPTER
     if not file.is_file():
         return set()
-    with opened(file) as tensors:
+    with open_safetensors(file) as tensors:
         return {canonical_name(key) for key in tensors.keys()}  # noqa: SIM118 (no dict)
 
 

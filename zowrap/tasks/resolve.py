@@ -1,4 +1,4 @@
-"""Which task a user's options and data describe, and the task that a run keeps."""
+"""Determine the task that the user's options and data describe, and restore the task that a run saved."""
 
 from __future__ import annotations
 
@@ -9,23 +9,30 @@ from typing import Any
 from zowrap.errors import ZOError, nearest
 from zowrap.names import TASKS as NAMES
 from zowrap.storage.safetensors import LABEL_VECTORS
-from zowrap.tasks.classification import TEMPLATES, Classification, choose_form, order_labels, pooling_of, saved_labels
+from zowrap.tasks.classification import (
+    TEMPLATES,
+    Classification,
+    choose_form,
+    order_labels,
+    read_pooling,
+    read_saved_labels,
+)
 from zowrap.tasks.lm import LanguageModelling, choose_layout
 from zowrap.tasks.loading import Source
-from zowrap.tasks.rows import Row, are_numbers, label_names
+from zowrap.tasks.rows import Row, are_numbers, collect_labels
 
 Task = Classification | LanguageModelling
 TASKS: dict[str, type[Task]] = dict(zip(NAMES, (Classification, LanguageModelling), strict=True))
 
-# Where neither the model nor the user sets a length: long enough for paragraphs, short enough for attention.
+# The length if neither the model nor the user sets one: long enough for paragraphs, short enough for attention.
 UNSET_WINDOW = 2048
 
 
-def check_kind(kind: str) -> str:
-    """``kind`` if it is a task's name.
+def check_task_kind(kind: str) -> str:
+    """Return ``kind`` if it is the name of a task.
 
     Raises:
-        ZOError: it is not (the message names the nearest one).
+        ZOError: it is not; the message suggests the nearest name.
     """
     if kind not in TASKS:
         raise ZOError(f"unknown --task {kind!r}{nearest(kind, TASKS)}")
@@ -45,29 +52,29 @@ def resolve(
     max_length: int | None = None,
     end_of_text: bool = False,
 ) -> tuple[Task, str]:
-    """The task for this data and model, every choice made, and a sentence on the form and why.
+    """Determine the task for this data and model, and describe it in one sentence.
 
     Args:
-        rows: the data that decides columns and labels: training data, or what is evaluated.
+        rows: the data that determines columns and labels: the training or evaluation set.
         head: ``"auto"`` or a form of classification.
-        labels: names in the order that numbers them; by default those found in ``rows``.
-        max_length: tokens per row; by default, and at most, what the model reads.
-        end_of_text: close plain text with the end-of-text token, as completions always are.
+        labels: names in the order of their numbers; by default those found in ``rows``.
+        max_length: tokens per row; by default, and at most, the model's window.
+        end_of_text: append the end-of-text token to plain text, as to completions.
 
     Raises:
-        ZOError: an option that does not fit, or data that cannot be used.
+        ZOError: an option does not fit, or the data cannot be used.
     """
-    check_kind(kind)
-    length = _length(max_length, source)
+    check_task_kind(kind)
+    length = _limit_length(max_length, source)
     if kind == "lm":
         layout, column = choose_layout(rows[0], text_column)
         task: Task = LanguageModelling(layout, column, length, end_of_text)
         how = {"text": f"every token of {column!r}", "prompt": "the completion", "messages": "the assistant's turns"}
         return task, f"language modelling on {how[layout]}, up to {length} tokens"
     form, why = choose_form(source, head)
-    saved = saved_labels(Path(source.name) / LABEL_VECTORS) if form == "vectors" else None
-    names = list(labels) if labels else saved or label_names(rows, label_column)
-    # Names that come from the data are what the data says; a number then is a label that training never saw.
+    saved = read_saved_labels(Path(source.name) / LABEL_VECTORS) if form == "vectors" else None
+    names = list(labels) if labels else saved or collect_labels(rows, label_column)
+    # If the names come from the data, a number in other data is not an index but a label that training never saw.
     numbered = bool(labels) or are_numbers(names)
     if form == "sequence" and not labels:
         names = order_labels(names, source)
@@ -78,13 +85,13 @@ def resolve(
         text_column=text_column,
         label_column=label_column,
         max_length=length,
-        pooling=pooling_of(source) if form in ("sentence", "vectors") else "mean",
+        pooling=read_pooling(source) if form in ("sentence", "vectors") else "mean",
         numbered=numbered,
     )
     return task, f"classification by {form}: {why}"
 
 
-def _length(asked: int | None, source: Source) -> int:
+def _limit_length(asked: int | None, source: Source) -> int:
     if asked is not None and asked < 2:
         raise ZOError(f"--max-length must be at least 2, got {asked}")
     window = source.window
@@ -93,16 +100,16 @@ def _length(asked: int | None, source: Source) -> int:
     return min(asked or window, window)
 
 
-def from_record(record: dict[str, Any]) -> Task:
-    """A task from what a run saved.
+def restore_task(record: dict[str, Any]) -> Task:
+    """Restore a task from the record that a run saved.
 
     Raises:
-        ZOError: the record is of a task this version does not know.
+        ZOError: this version does not know the task.
     """
     fields = dict(record)
     kind = fields.get("kind", "")
     if kind not in TASKS:
-        raise ZOError(f"this run was made for a task {kind!r} that this version does not know")
+        raise ZOError(f"this run has a task {kind!r}, which this version of zowrap does not know")
     try:
         return TASKS[kind](**fields)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""A model and a batch of a task by their shapes alone, on the ``meta`` device: nothing is loaded, no data is read."""
+"""Build the model and a batch of a task on the ``meta`` device, without loading weights or reading data."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from zowrap.errors import ZOError
 from zowrap.loss.module import token_losses
-from zowrap.tasks.classification import TEMPLATES, Classification, choose_form, pooling_of
+from zowrap.tasks.classification import TEMPLATES, Classification, choose_form, read_pooling
 from zowrap.tasks.lm import LanguageModelling
-from zowrap.tasks.loading import Source, load
+from zowrap.tasks.loading import Source, load_model
 
 
 @dataclass
 class Shapes:
-    """What ``zo_wrap`` takes, without values.
+    """The arguments of ``zo_wrap``, without values.
 
     Attributes:
-        batch: int64 ``[rows, length]`` inputs and labels as the task makes them; None where the model has no loss.
-        trainable: what moves by default, as the task says.
-        why_not: why ``batch`` is None.
+        batch: inputs and labels as the task makes them, int64 ``[rows, length]``; None if the model has no loss.
+        trainable: the task's default for ``trainable``.
+        why_not: the reason why ``batch`` is None.
     """
 
     model: nn.Module
@@ -33,7 +33,7 @@ class Shapes:
     why_not: str | None = None
 
 
-def shapes(
+def build_shapes(
     source: Source,
     dtype: torch.dtype,
     kind: str | None,
@@ -42,54 +42,54 @@ def shapes(
     head: str = "auto",
     labels: Sequence[str] | None = None,
 ) -> Shapes:
-    """The model as ``kind`` of task would build it, and a batch of ``rows`` by ``length`` tokens.
+    """Build the model for a task and a batch of ``rows`` by ``length`` tokens.
 
     Args:
         source: opened with ``empty``.
-        kind: a task; None takes the class that the configuration names, with its own loss.
+        kind: a task; None builds the class that the configuration names, with its own loss.
         head, labels: of a classification.
 
     Raises:
-        ZOError: the task does not fit the model, or lacks something (the message says what).
+        ZOError: the task does not fit the model, or needs something that is missing (the message says what).
     """
     if kind is None:
-        return _own(source, dtype, rows, length)
+        return _build_own_class(source, dtype, rows, length)
     if kind == "lm":
         lm = LanguageModelling("text", "text", length)
-        return Shapes(lm.build(source, dtype), _tokens(rows, length, per_token=True))
+        return Shapes(lm.build(source, dtype), _make_batch(rows, length, per_token=True))
     form, _ = choose_form(source, head)
     names = list(labels or [])
     if not names and form == "sequence":
         names = [str(name) for name in (getattr(source.config, "id2label", None) or {}).values()]
     if not names:
-        raise ZOError("the labels decide how large this form of classification is: name them with --labels a,b,c")
+        raise ZOError("the size of this form of classification depends on its labels: name them with --labels a,b,c")
     if form != "sequence" and source.tokenizer is None:
-        raise ZOError(f"{source.name} has no tokenizer, which this form of classification reads label names with")
-    pooling = pooling_of(source) if form in ("sentence", "vectors") else "mean"
+        raise ZOError(f"{source.name} has no tokenizer, which this form of classification needs for label names")
+    pooling = read_pooling(source) if form in ("sentence", "vectors") else "mean"
     task = Classification(form, names, TEMPLATES[form], "text", "label", length, pooling)
     model = task.build(source, dtype).to("meta")
     if form == "words":
         length -= task.label_words(source)[0].shape[1]
         if length < 1:
-            raise ZOError("--max-length leaves no room for the text beside the label's words")
-    return Shapes(model, _tokens(rows, length), _loss, task.default_trainable(model))
+            raise ZOError("--max-length leaves no room for the text before the label's words")
+    return Shapes(model, _make_batch(rows, length), _loss, task.default_trainable(model))
 
 
 def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """What ``task.loss_fn`` computes: torch loses the shape of its own cross-entropy where sizes vary on ``meta``."""
+    """The same as ``task.loss_fn``; torch loses the shape of its own cross-entropy for varying sizes on ``meta``."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return token_losses(logits.unsqueeze(1), batch["labels"].unsqueeze(1))[0]
 
 
-def _own(source: Source, dtype: torch.dtype, rows: int, length: int) -> Shapes:
-    """The class that the configuration names, under its own loss."""
+def _build_own_class(source: Source, dtype: torch.dtype, rows: int, length: int) -> Shapes:
+    """Build the class that the configuration names, with its own loss."""
     import transformers
 
     name = next((n for n in source.architectures if hasattr(transformers, n)), None)
     if name is None and not getattr(source.config, "auto_map", None):
         raise ZOError(f"{source.name} names no architecture that transformers knows")
-    model = load(source, getattr(transformers, name) if name else transformers.AutoModel, dtype)
-    batch = _tokens(rows, length)
+    model = load_model(source, getattr(transformers, name) if name else transformers.AutoModel, dtype)
+    batch = _make_batch(rows, length)
     kind = type(model).__name__
     if kind.endswith("ForSequenceClassification"):
         classes = getattr(model.config, "num_labels", 2)
@@ -101,11 +101,11 @@ def _own(source: Source, dtype: torch.dtype, rows: int, length: int) -> Shapes:
     if kind.endswith(
         ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForTokenClassification")
     ):
-        return Shapes(model, _tokens(rows, length, per_token=True))
-    return Shapes(model, None, why_not=f"{kind} has no loss of its own (--task says what it is to be tuned for)")
+        return Shapes(model, _make_batch(rows, length, per_token=True))
+    return Shapes(model, None, why_not=f"{kind} has no loss of its own: name what to tune it for with --task")
 
 
-def _tokens(rows: int, length: int, per_token: bool = False) -> dict[str, Tensor]:
+def _make_batch(rows: int, length: int, per_token: bool = False) -> dict[str, Tensor]:
     ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
     labels = ids if per_token else torch.zeros(rows, dtype=torch.int64, device="meta")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels.clone()}

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from zowrap.calibration.learning_rate import tune_lr
-from zowrap.machine import generators_kept
+from zowrap.machine import preserve_rng
 from zowrap.training.messages import say
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def settle_lr(
     if not args.auto_lr:
         return {"learning_rate": args.learning_rate}
     schedule = _make_schedule(args, steps)
-    with generators_kept(args.device):
+    with preserve_rng(args.device):
         choice = tune_lr(zm, batches, steps, schedule=schedule, watch=watch)
     say(str(choice))
     return {"choice": choice.record(), "learning_rate": choice.lr}

@@ -15,7 +15,7 @@ from zowrap.step.parameters import Parameter, canonical_name
 from zowrap.step.pretrained import saved_part
 from zowrap.storage import safetensors
 from zowrap.storage.atomic import read_json
-from zowrap.storage.save import saved_apart
+from zowrap.storage.save import separate_parts
 
 if TYPE_CHECKING:
     from zowrap.model.zo_model import ZOModel
@@ -48,7 +48,7 @@ def load_checkpoint(directory: str | os.PathLike[str], zm: ZOModel) -> dict[str,
     facts = _read_state(directory)
     tensors: dict[str, Tensor] = {}
     if (directory / TENSORS).is_file():
-        with safetensors.opened(directory / TENSORS) as opened:
+        with safetensors.open_safetensors(directory / TENSORS) as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     apart = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
     state = {name: t for name, t in tensors.items() if not name.startswith(("weights/", "scales/"))}
@@ -103,7 +103,7 @@ def _stored_weights(directory: Path, zm: ZOModel, apart: dict[str, Tensor]) -> I
                 raise ZOError(f"{directory} is of another model: it has no {parameter.name}")
             else:
                 file, name = found[index]
-                with safetensors.opened(file) as opened:
+                with safetensors.open_safetensors(file) as opened:
                     stored = opened.get_tensor(name)
         if stored.shape != parameter.tensor.shape or stored.dtype != parameter.tensor.dtype:
             raise ZOError(
@@ -132,7 +132,7 @@ def _log_scale(directory: Path, zm: ZOModel, parameter: Parameter) -> Tensor:
     layer = parameter.name.removesuffix("log_scale")
     wanted = (layer + "SCB", layer + "_weight_scale")  # bitsandbytes' name, torchao's
     for file in safetensors.weight_files(directory):
-        with safetensors.opened(file) as opened:
+        with safetensors.open_safetensors(file) as opened:
             for name in opened.keys():  # noqa: SIM118
                 if canonical_name(prefix + name) in wanted and parameter.scale is not None:
                     base = parameter.scale.detach().float().cpu().reshape(-1)
@@ -146,9 +146,9 @@ def _stored_parameters(zm: ZOModel, directory: Path) -> dict[int, tuple[Path, st
     _, prefix = saved_part(zm.model)
     where: dict[str, tuple[Path, str]] = {}
     for file in safetensors.weight_files(directory):
-        with safetensors.opened(file) as opened:
+        with safetensors.open_safetensors(file) as opened:
             where.update({canonical_name(prefix + name): (file, name) for name in opened.keys()})  # noqa: SIM118
-    for apart, prefix, module in saved_apart(zm.model):
+    for apart, prefix, module in separate_parts(zm.model):
         if (directory / apart).is_file():
             where.update({canonical_name(prefix + name): (directory / apart, name) for name in module.state_dict()})
     found = {}
@@ -171,7 +171,7 @@ def find_unsaved(zm: ZOModel, directory: Path) -> list[int]:
 
 def _holds(file: Path, name: str, tensor: Tensor) -> bool:
     """Whether the file holds exactly this tensor under that name: shape, dtype and every bit."""
-    with safetensors.opened(file) as opened:
+    with safetensors.open_safetensors(file) as opened:
         if tuple(opened.get_slice(name).get_shape()) != tuple(tensor.shape):
             return False
         stored = opened.get_tensor(name)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from zowrap.errors import ZOError
 from zowrap.step.options import IDENTITY
 from zowrap.step.parameters import hash_shapes_and_dtypes
-from zowrap.storage.atomic import jsonable, write_text
+from zowrap.storage.atomic import to_jsonable, write_text
 from zowrap.storage.lines import Lines
 from zowrap.training.environment import describe_environment
 
@@ -42,14 +42,14 @@ class Journal(Lines):
     @classmethod
     def start(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Journal:
         """Begin a journal with no step in it; it replaces one of that name."""
-        header = jsonable(header)
+        header = to_jsonable(header)
         write_text(path, json.dumps(header) + "\n")
         return cls(path, header)
 
     def amend_header(self, **facts: Any) -> None:
         """Add facts to the header of a journal that holds no step yet."""
         self.close()
-        self.header = jsonable({**self.header, **facts})
+        self.header = to_jsonable({**self.header, **facts})
         write_text(self.path, json.dumps(self.header) + "\n")
 
     @classmethod
@@ -75,7 +75,7 @@ class Journal(Lines):
         """
         journal = cls.read_from(path)
         if journal is not None:
-            difference = compare(journal.header, jsonable(header))
+            difference = compare(journal.header, to_jsonable(header))
             if difference:
                 raise ZOError(f"{path} is the journal of another run: {difference}")
         return journal
@@ -124,7 +124,7 @@ class Journal(Lines):
 
 
 def _with_nan(value: Any) -> Any:
-    """Undo :func:`zowrap.storage.atomic.jsonable`: null becomes NaN again."""
+    """Undo :func:`zowrap.storage.atomic.to_jsonable`: null becomes NaN again."""
     if isinstance(value, list):
         return [_with_nan(item) for item in value]
     return math.nan if value is None else value

@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerState
 
 from zowrap.errors import ZOError
-from zowrap.storage.atomic import holds, remove, same_place
+from zowrap.storage.atomic import contains, is_same_place, remove
 from zowrap.training.checkpoint import load_checkpoint, read_checkpoint_facts
 from zowrap.training.environment import say_differences
 from zowrap.training.journal import Journal, describe
@@ -108,7 +108,7 @@ def find_start(
 
 def _names_checkpoint(resume: str | bool, run: Run) -> TypeGuard[str]:
     """Whether ``resume`` is the path of a checkpoint; the path of the run itself means no more than True."""
-    return not isinstance(resume, bool) and not same_place(Path(resume), run.path)
+    return not isinstance(resume, bool) and not is_same_place(Path(resume), run.path)
 
 
 def _read_plan(run: Run, resume: str | bool | None) -> dict[str, Any] | None:
@@ -148,7 +148,7 @@ class _Search:
             raise ZOError(
                 f"the model has already moved {self.zm.step_count} steps: make a new trainer with a new model"
             )
-        if base and Path(base).exists() and (same_place(base, run.path) or (overwrite and holds(run.path, base))):
+        if base and Path(base).exists() and (is_same_place(base, run.path) or (overwrite and contains(run.path, base))):
             raise ZOError(f"{run.path} is the model's own folder: the run would replace the model it starts from")
         if run.exists() and not (clear or overwrite):
             raise ZOError(
@@ -198,7 +198,7 @@ class _Search:
     def go_back_to(self, checkpoint: Path) -> Start:
         """Go on from one checkpoint, of this folder or another, and drop what came after it here."""
         run = self.run
-        inside = same_place(checkpoint.parent, run.path)
+        inside = is_same_place(checkpoint.parent, run.path)
         if not inside and run.exists():
             raise ZOError(f"{run.path} already holds a run: {checkpoint} of another one cannot go on there")
         journal = Journal.resume(run.journal_file, self.fresh.header) if inside else None

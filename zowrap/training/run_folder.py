@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zowrap.storage.atomic import TMP, read_json, remove, sync, write_json, writing
+from zowrap.storage.atomic import TMP, guard_write, read_json, remove, sync, write_json
 from zowrap.storage.folder import LEFTOVER, RunFolder
 from zowrap.storage.lines import Lines
 from zowrap.storage.save import save_model
@@ -111,7 +111,7 @@ class Run(RunFolder):
         """
         place = self.checkpoint(step)
         beside = place.with_name(place.name + TMP)
-        with writing(place, beside):
+        with guard_write(place, beside):
             remove(beside)
             beside.mkdir(parents=True)
             save_model(zm.model, beside, metadata=zm.facts())

@@ -27,14 +27,14 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from zowrap.errors import ZOError
 from zowrap.loss import evaluation
-from zowrap.loss.module import labels_out_of_range
+from zowrap.loss.module import count_rows, find_invalid_labels
 from zowrap.model.choice import Planned
 from zowrap.model.zo_model import StepResult, ZOModel
 from zowrap.quant import lowering
 from zowrap.step.finite import warn_of
 from zowrap.step.options import values_of
 from zowrap.step.pretrained import model_name
-from zowrap.storage.lock import locked
+from zowrap.storage.lock import lock_folder
 from zowrap.storage.save import save_model
 from zowrap.training.auto_lr import settle_lr
 from zowrap.training.callback import WriterCallback
@@ -135,7 +135,7 @@ class ZOTrainer(Trainer):
         eval_dataset = kwargs.get("eval_dataset", positional[2] if len(positional) > 2 else None)
         args.evaluates(eval_dataset is not None)
         self._made_folder = not Path(str(args.output_dir)).exists()  # the Trainer makes it
-        with lowering.accepted_by_the_trainer(model):
+        with lowering.hide_quantization(model):
             super().__init__(model, args, *positional, **kwargs)
         self.batch_metrics = batch_metrics
         self.run = Run(str(args.output_dir))
@@ -221,7 +221,7 @@ class ZOTrainer(Trainer):
         if classes is None:
             return batch
         # Before that is known, an accelerator is kept from labels that are too large, which would end the process.
-        wrong = labels_out_of_range(labels, classes) if self._loss.settled else labels >= classes
+        wrong = find_invalid_labels(labels, classes) if self._loss.settled else labels >= classes
         if not waits:
             any_wrong = wrong.any()
             self._wrong_labels = any_wrong if self._wrong_labels is None else self._wrong_labels | any_wrong
@@ -285,7 +285,7 @@ class ZOTrainer(Trainer):
                 the best model.
         """
         _check_overrides(self)
-        with locked(self.run.path, self._made_folder):
+        with lock_folder(self.run.path, self._made_folder):
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval, kwargs)
 
     def _train(
@@ -502,8 +502,8 @@ class ZOTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss of one batch at the present weights; only evaluations ask for it."""
-        sums, weights, outputs = evaluation.forward(self._loss, inputs, outputs=True)
-        rows = evaluation.rows(inputs)
+        sums, weights, outputs = evaluation.evaluate_batch(self._loss, inputs, outputs=True)
+        rows = count_rows(inputs)
         self._sums.examples += rows
         self._sums.add_loss(sums, weights, rows, self.args.device)
         loss = (sums.sum() / weights.sum()).float()
@@ -554,7 +554,7 @@ def _row_out_of_range(dataset: Any, classes: int) -> tuple[int | None, int | Non
         for row in range(len(dataset)):
             item = dataset[row]
             labels = torch.as_tensor(item["labels"] if "labels" in item else item["label"])
-            wrong = labels_out_of_range(labels, classes)
+            wrong = find_invalid_labels(labels, classes)
             if bool(wrong.any()):
                 return row, int(labels[wrong][0])
     return None, None

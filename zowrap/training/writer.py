@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zowrap.errors import ZOError, ZOWarning, not_finite
-from zowrap.loss.evaluation import Evaluation, certainty
+from zowrap.loss.evaluation import Evaluation, measure_certainty
 from zowrap.model.zo_model import StepResult, ZOModel
 from zowrap.storage.save import save_model, save_settings
 from zowrap.training.best_model import BestModel, is_finite
@@ -307,7 +307,7 @@ class RunWriter:
             if step == 0:
                 self.run.keep_before(prefix, {"rows": rows})
             before = (self.run.before().get(prefix) or {}).get("rows")
-            line[f"{prefix}_rows"] = certainty(rows, before)
+            line[f"{prefix}_rows"] = measure_certainty(rows, before)
         self._last_evaluations.update(dict.fromkeys(_pick_losses(line), line))
         if self.best.is_beaten_by(line):
             self._check_weights()  # before it is kept: the error names the model that lies in the root

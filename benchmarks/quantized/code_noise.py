@@ -1,10 +1,11 @@
-"""The noise of stochastically rounded codes on a quadratic, and what remedies do to it.
+"""Measure the noise of stochastically rounded codes on a quadratic, and the effect of remedies.
 
-    f(W) = ½ ‖W − W*‖²,  W = codes · unit, 96 × 96;  W* lies about 10 steps of a code away from the start
+    f(W) = ½ ‖W − W*‖²,  W = codes · unit, 96 × 96;  W* is about 10 steps of a code away from the start
 
-Every line takes the same number of forwards, with exact projected gradients, and the best η of a grid. ``held`` counts
-directions whose updates are kept as (key, number) pairs, and added to W when it is evaluated, before one write: error
-feedback without a buffer, at the price of drawing them again. ``sparse`` lets a random share of the weights move.
+Every line makes the same number of forwards, with exact projected gradients and the best η of a grid. ``held`` is the
+number of directions whose updates are kept as (key, number) pairs, and added to W when it is evaluated, before they are
+written together: error feedback without a buffer, at the price of drawing them again. ``sparse`` is the random share of
+the weights that moves in a step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ GRID = (0.25, 0.5, 1.0)  # of η in units of the best one in exact arithmetic, q
 
 @dataclass(frozen=True)
 class Remedy:
-    """How the updates are written: in exact arithmetic, or as codes with one of the remedies."""
+    """A way to write the updates: in exact arithmetic, or as codes with one of the remedies."""
 
     name: str
     rounded: bool = True
@@ -44,13 +45,13 @@ REMEDIES = (
 
 
 def descend(remedy: Remedy, forwards: int, share: float, seed: int = 0) -> float:
-    """f at the end over f at the start."""
+    """Run a descent, and return f at the end divided by f at the start."""
     draw = torch.Generator().manual_seed(seed)
     start = torch.randn(SIDE, SIDE, generator=draw) * 0.02
     unit = codes.unit_of(start.abs().amax(dim=1))
     stored = (start / unit.unsqueeze(1)).round().to(torch.int8)
-    target = codes.values(stored, unit) + STEPS_AWAY * unit.mean() * torch.randn(SIDE, SIDE, generator=draw)
-    w, pending = codes.values(stored, unit), torch.zeros(SIDE, SIDE)
+    target = codes.dequantize(stored, unit) + STEPS_AWAY * unit.mean() * torch.randn(SIDE, SIDE, generator=draw)
+    w, pending = codes.dequantize(stored, unit), torch.zeros(SIDE, SIDE)
     first = (w - target).square().sum()
     moving = round(remedy.sparse * w.numel())
     eta = share * remedy.queries / (moving + remedy.queries + 1)
@@ -74,12 +75,12 @@ def _write(
     if not remedy.rounded:
         return w + change, stored
     bits = torch.randint(-(2**31), 2**31, stored.shape, generator=draw, dtype=torch.int64).to(torch.int32)
-    stored = codes.written(stored, change, unit, bits, torch.tensor(True))
-    return codes.values(stored, unit), stored
+    stored = codes.add_change(stored, change, unit, bits, torch.tensor(True))
+    return codes.dequantize(stored, unit), stored
 
 
 def measure(forwards: int = 8_000) -> list[dict[str, Any]]:
-    """One line for each remedy: the best of the grid."""
+    """Measure every remedy, with the best η of the grid, and return one line for each."""
     lines = []
     for remedy in REMEDIES:
         ends = {share: descend(remedy, forwards, share) for share in GRID}

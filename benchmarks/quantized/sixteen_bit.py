@@ -1,11 +1,11 @@
-"""How 16-bit weights are best rounded and moved, on a quadratic whose weights are as large as those of a model.
+"""Compare ways to round and move 16-bit weights, on a quadratic whose weights are as large as those of a model.
 
-    f(w) = ½ Σ (w − w*)²      three quarters of the weights are N(0, 0.05²), as in matrices; a quarter lie about 1, as
-                              the gains of normalisation layers do;  w* is 0.05 away from the start in each of them
+    f(w) = ½ Σ (w − w*)²      three quarters of the weights are N(0, 0.05²), as in matrices; a quarter are near 1, as
+                              the gains of normalisation layers are;  w* is 0.05 away from the start in each of them
 
-In bfloat16 a weight near 1 moves in steps of 0.004 to 0.008: an ε of 1e-3 leaves it where it is in both evaluations,
-and the update along the direction drawn moves it all the same. Every line makes the same number of forwards with the
-best η of a grid.
+In bfloat16 a weight near 1 moves in steps of 0.004 to 0.008: with an ε of 1e-3 both evaluations leave it unchanged, and
+yet the update along the drawn direction moves it. Every line makes the same number of forwards, with the best η of a
+grid.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import zowrap
 
 SIZE, STEPS = 1000, 3000
 GRID = (0.25, 0.5, 1.0)  # of η in units of the best one in exact arithmetic, 1 / (d + 2)
-WAYS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16, stochastic rounding": {},
     "bfloat16, stochastic rounding, along=evaluated": {"along": "evaluated"},
@@ -29,7 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Quadratic(nn.Module):
-    """float32 ``goal``; ``w`` in the dtype asked for, ``[SIZE]``."""
+    """Weights ``w`` of the given dtype and their ``goal`` in float32, both ``[SIZE]``."""
 
     goal: Tensor
 
@@ -44,15 +44,18 @@ class Quadratic(nn.Module):
 
 
 def distance(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """f."""
     return 0.5 * (model.w.float() - model.goal).square().sum() * batch["one"]  # type: ignore[operator]
 
 
 @torch.no_grad()
 def descend(name: str, eps: float, share: float, steps: int = STEPS) -> float:
-    """f at the end over f at the start."""
+    """Run a descent, and return f at the end divided by f at the start."""
     model = Quadratic(torch.float32 if name == "float32" else torch.bfloat16)
     batch = {"one": torch.ones(())}
-    zm = zowrap.zo_wrap(model, "zo_sgd", lr=share / (SIZE + 2), eps=eps, loss_fn=distance, engine="eager", **WAYS[name])
+    zm = zowrap.zo_wrap(
+        model, "zo_sgd", lr=share / (SIZE + 2), eps=eps, loss_fn=distance, engine="eager", **VARIANTS[name]
+    )
     first = float(distance(model, batch))
     for _ in range(steps):
         zm.step(**batch)
@@ -60,10 +63,10 @@ def descend(name: str, eps: float, share: float, steps: int = STEPS) -> float:
 
 
 def measure(steps: int = STEPS) -> list[dict[str, Any]]:
-    """One line for each way and ε: the best of the grid."""
+    """Measure every variant at every ε, with the best η of the grid, and return one line for each."""
     lines = []
     for eps in (1e-3, 1e-2):
-        for name in WAYS:
+        for name in VARIANTS:
             ends = {share: descend(name, eps, share, steps) for share in GRID}
             best = min(ends, key=lambda share: ends[share])
             lines.append({"way": name, "eps": eps, "forwards": 2 * steps, "share": best, "left": ends[best]})
