@@ -109,7 +109,7 @@ def _check(options: BenchOptions) -> None:
 
 
 def _device() -> Any:
-    """Where all rows run."""
+    """The machine that all rows run on."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,6 @@
-"""What ``zowrap tune`` checks and resolves before it opens a model.
+"""Check and resolve the options of ``zowrap tune`` before a model is opened.
 
-What needs no torch comes first, and is told at once: importing it takes seconds.
+The checks that need no torch come first, because importing it takes seconds.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def at_least(options: Any, **least: int) -> None:
 
 
 def _check_rule(options: SharedOptions) -> None:
-    """Whether there is such a rule; plugins and installed packages, which may bring it, are asked when they are loaded.
+    """Refuse a rule that cannot exist; one that a plugin or an installed package may bring is looked up when they load.
 
     In a process that has rules loaded already, those are the ones there are.
     """
@@ -118,7 +118,7 @@ def _check_rule(options: SharedOptions) -> None:
 
 
 def _check_first_row(file: str, options: TuneOptions) -> None:
-    """Whether the columns are there, as far as the first row shows."""
+    """Refuse columns that the first row does not have."""
     row = read_first_row(file)
     if row is None or options.task != "classification":
         return
@@ -209,7 +209,7 @@ def choose_step_method(options: SharedOptions) -> None:
 
 
 def _check_trackers(names: list[str]) -> None:
-    """Whether each of ``--report-to`` is known to transformers and installed."""
+    """Refuse a ``--report-to`` that transformers does not know or that is not installed."""
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
     for name in names:

@@ -1,4 +1,4 @@
-"""What is printed, and where: people read stderr, programs read one JSON object on stdout."""
+"""Print for people on stderr and for programs one JSON object on stdout."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def _check_as_it_is(options: ExportOptions) -> None:
 
 
 def _directory(options: ExportOptions) -> Path:
-    """Where the model's files lie; one of the hub is fetched."""
+    """The folder with the model's files; a model of the hub is fetched."""
     from zowrap.tasks.loading import fetch
 
     path = Path(options.source)

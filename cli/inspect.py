@@ -150,7 +150,7 @@ def _wrap(options: InspectOptions, model: Any, trainable: Any, loss_fn: Any) -> 
 
 
 def _why_eps(options: InspectOptions, zm: Any) -> str:
-    """Where ε comes from, in words."""
+    """The origin of ε, in words."""
     if options.eps is not None:
         return "as asked"
     return "the default" if zm.quantized is None else f"the default of {zm.quantized}"
@@ -194,7 +194,7 @@ def _floor_line(found: Any) -> str:
 
 
 def _estimator(zm: Any, shapes: Any) -> tuple[Any, str | None]:
-    """What works out the costs, or why they cannot be had."""
+    """The cost model, or the reason why there is none."""
     from zowrap.analysis.costs import Estimator
 
     if shapes.batch is None:
@@ -209,7 +209,7 @@ def _estimator(zm: Any, shapes: Any) -> tuple[Any, str | None]:
 
 @dataclasses.dataclass
 class _Plan:
-    """Whether it fits.
+    """The answer to whether the run fits.
 
     Attributes:
         needed: predicted peak bytes; without costs the least that is needed whatever the batch.

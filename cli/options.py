@@ -51,7 +51,7 @@ def takes(options: type) -> Callable[[Callable[[typer.Context, Any], Any]], Call
 
 
 def typer_annotations(options: type) -> dict[str, Any]:
-    """What typer is to know of each field that the command takes, by name.
+    """The annotation for typer of each field that the command takes, by name.
 
     A field of the table of step options says it there; the command's ``LEFT_OUT`` are those that it does not take.
     """
@@ -130,7 +130,7 @@ Trust = Annotated[bool, option("--trust-remote-code", "Run code that the model's
 
 @dataclasses.dataclass
 class SharedOptions(StepOptions):
-    """What ``tune`` and ``inspect`` share: everything that changes what moves or what a step costs."""
+    """The options that ``tune`` and ``inspect`` share: all that change what moves or what a step costs."""
 
     # A command line has no unions.
     lr: str | None = dataclasses.field(default=None, metadata=METADATA["lr"])  # type: ignore[assignment]

@@ -21,7 +21,7 @@ SMOOTHING = 0.8
 
 
 def started(report: Any) -> str:
-    """What the first step took before it could run, and how steps run from now on."""
+    """Tell what the first step took before it could run, and how steps run from now on."""
     if report.engine != "compiled":
         return "steps run eagerly"
     code = f"compiled in {report.compile_seconds:.1f} s"
@@ -153,7 +153,7 @@ class Progress(TrainerCallback):
 
 
 def _logged_losses(args: Any, state: Any) -> list[float]:
-    """What was logged up to the step that a resumed run goes on from: the mean of each window's finite losses."""
+    """The logs up to the step that a resumed run goes on from: the mean of each window's finite losses."""
     if not state.global_step:
         return []
     steps, _ = read_metrics(Path(args.output_dir) / "metrics.jsonl")

@@ -28,7 +28,7 @@ def saved_options(options: TuneOptions) -> dict[str, Any]:
 
 
 def _check_rights(options: TuneOptions, saved: dict[str, Any]) -> None:
-    """What the run was given as a right has to be given again: its folder may be somebody else's work.
+    """Ask again for the rights that the run was given: its folder may be somebody else's work.
 
     Raises:
         ZOError: it was tuned with code that its model brings.
@@ -43,7 +43,7 @@ def _check_rights(options: TuneOptions, saved: dict[str, Any]) -> None:
 
 
 def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions, dict[str, Any] | None]:
-    """With ``--resume``, the run's own options, less those given anew that may be; its result, where it is finished.
+    """The run's own options with ``--resume``, but for those that may be given anew; its result, where it is finished.
 
     Raises:
         ZOError: ``--out`` is not a run.

@@ -1,4 +1,4 @@
-"""What a run came to, and how sure that is: facts for ``--json``, and lines for people.
+"""Summarise a run and how sure its figures are: facts for ``--json``, and lines for people.
 
 The best of several evaluations on the rows that it was chosen by looks like a gain even where nothing changed. So a
 gain is claimed only where more rows got better than worse beyond chance, with the number of evaluations allowed for
@@ -16,7 +16,7 @@ FIGURES = ("loss", "accuracy")
 
 
 def dev_facts(evaluations: list[dict[str, Any]], best: int | None, metric: str) -> dict[str, Any]:
-    """What is known of the figures on the evaluation data.
+    """The facts about the figures on the evaluation data.
 
     Args:
         evaluations: lines of metrics.jsonl.
@@ -113,7 +113,7 @@ def spread(interval: list[float] | tuple[float, float] | None) -> str:
 
 
 def _dev(record: dict[str, Any]) -> str | None:
-    """Whether the gain on the evaluation data is one."""
+    """Say whether the gain on the evaluation data is beyond chance."""
     metric, improved = record.get("metric"), record.get("improved")
     if improved is None:
         return None

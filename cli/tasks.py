@@ -1,4 +1,4 @@
-"""What several commands ask of a task: which one it is, its labels, what tokenising did, where to write."""
+"""Questions that several commands ask of a task: which one it is, its labels, its token counts, where to write."""
 
 from __future__ import annotations
 

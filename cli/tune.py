@@ -80,7 +80,7 @@ def train(options: TuneOptions, began: float) -> None:
 
 @dataclass
 class Plan:
-    """What is known before any weight is loaded.
+    """The data and the task, before any weight is loaded.
 
     Attributes:
         source: the model's configuration and tokenizer.
@@ -263,7 +263,7 @@ def measure_test(trainer: Any, plan: Plan) -> Any:
 
 
 def report_test(trainer: Any, plan: Plan, options: TuneOptions) -> dict[str, Any]:
-    """What ``--json`` prints of the test data: the untuned model's figures and those of the model in ``out``."""
+    """The figures on the test data for ``--json``: of the untuned model and of the model in ``out``."""
     from zowrap.loss.evaluation import measure_certainty
     from zowrap.training.checkpoint import load_weights
 
@@ -279,7 +279,7 @@ def report_test(trainer: Any, plan: Plan, options: TuneOptions) -> dict[str, Any
 
 
 def _metric(options: TuneOptions) -> str:
-    """What chooses the best model: a class is right or wrong, of a language model the loss is what matters."""
+    """The metric that chooses the best model: accuracy for classes, the loss for a language model."""
     return "accuracy" if options.task == "classification" else "loss"
 
 
@@ -295,7 +295,7 @@ def _collator(plan: Plan, device: str) -> Any:
 
 
 def report(trainer: Any, options: TuneOptions, seconds: float) -> dict[str, Any]:
-    """What ``--json`` prints. ``loss`` and ``accuracy`` are those of the model in ``out``, where there is data."""
+    """The record for ``--json``; ``loss`` and ``accuracy`` are those of the model in ``out``, where there is data."""
     from zowrap.cli.picture import draw, read_metrics
 
     out = Path(str(options.out))

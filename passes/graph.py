@@ -1,4 +1,4 @@
-"""What several passes ask of a graph: perturbed weights, products with a weight, the points' common uses."""
+"""Questions that several passes ask of a graph: perturbed weights, products with a weight, the points' common uses."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _now = time.monotonic
 
 
 class Telling:
-    """What one engine says of its compilations.
+    """The lines in which one engine reports its compilations.
 
     Args:
         takes: seconds that the first one is thought to take; asked when there is something to say.

@@ -78,7 +78,7 @@ def batch_of(rows: int, length: int, seed: int = 0) -> dict[str, Tensor]:
     return {"ids": ids}
 
 
-def by_tracing(zm: zowrap.ZOModel) -> cuda_graphs.Record:
+def by_tracing(zm: zowrap.ZOModel) -> cuda_graphs.Capture:
     """Unlike a CUDA graph a trace executes what it records: what that changed is put back."""
 
     def record(step: Callable[[], Any]) -> cuda_graphs.Replay:
@@ -163,7 +163,7 @@ def test_a_replayed_step_is_the_step(options: dict[str, Any]) -> None:
             theirs = plain.step(**batch_of(2, 6, seed=i))
         assert not waits.found or not i  # the first step captures the program
         assert mine.record() == theirs.record() and same(ours, plain)
-    assert len(recorder.recordings) == len(ours.job.blocks) and not recorder.failed
+    assert len(recorder.captured) == len(ours.job.blocks) and not recorder.failed
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_the_recording_itself() -> None:
@@ -175,7 +175,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_the_recording_itself() -> None:
                 zm.eps = 1e38
             result = zm.step(**batch_of(2, 6))
             assert bool(result.skipped) == (i == 3)
-    assert recorder.recordings and same(ours, plain)
+    assert recorder.captured and same(ours, plain)
 
 
 def test_each_kind_of_batch_is_recorded_when_it_comes_again_and_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_each_kind_of_batch_is_recorded_when_it_comes_again_and_only_so_many(mon
     counts = []
     for length in (5, 5, 6, 7, 6, 7, 7, 5):
         ours.step(**batch_of(2, length)), plain.step(**batch_of(2, length))
-        counts.append(len(recorder.recordings))
+        counts.append(len(recorder.captured))
     assert counts == [0, 1, 1, 1, 2, 2, 2, 2] and same(ours, plain)
 
 
@@ -198,10 +198,10 @@ def test_recordings_that_fit_no_longer_go(monkeypatch: pytest.MonkeyPatch) -> No
         for zm in (ours, plain):
             for i in range(count):
                 zm.step(**batch_of(2, 6, seed=i))
-        counts.append(len(recorder.recordings))
+        counts.append(len(recorder.captured))
 
     steps(3)
-    (old,) = recorder.recordings.values()
+    (old,) = recorder.captured.values()
     gone = weakref.ref(old)
     del old
     for zm in (ours, plain):
@@ -348,12 +348,12 @@ def test_a_recording_that_fails_leaves_the_step_as_it_was() -> None:
     for length in (6, 6, 7):
         ours.step(**batch_of(2, length)), plain.step(**batch_of(2, length))
     recorder.record = refuse
-    with pytest.warns(ZOWarning, match="not recorded as CUDA graphs"):
+    with pytest.warns(ZOWarning, match="not captured as CUDA graphs"):
         ours.step(**batch_of(2, 7))
     ours.step(**batch_of(2, 6))
     for length in (7, 6):
         plain.step(**batch_of(2, length))
-    assert same(ours, plain) and not recorder.recordings
+    assert same(ours, plain) and not recorder.captured
 
 
 class Stop(TrainerCallback):

@@ -1,4 +1,4 @@
-"""How long a step takes to be compiled, as it was measured."""
+"""Predict how long a step takes to compile, from measurements."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ PROGRAM_SECONDS = 4.0  # each further program (of another block): the 6 blocks o
 
 
 def compile_seconds(job: Job) -> float:
-    """How long the programs of a step take to be made ready, where nothing of them is kept from earlier."""
+    """Seconds that compiling the programs of a step takes with an empty cache."""
     first = COMPILE_SECONDS if len(layer_names(name for name, _ in job.loss.model.named_modules())) > 2 else None
     return (COMPILE_PLAIN_SECONDS if first is None else first) + PROGRAM_SECONDS * (len(job.blocks) - 1)

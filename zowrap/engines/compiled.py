@@ -347,7 +347,7 @@ class CompiledEngine:
 
 @contextmanager
 def _told_as_refusal() -> Iterator[None]:
-    """What passes or the compiler fail at is a model that cannot be compiled: the eager engine can still run it."""
+    """Turn a failure of the passes or the compiler into an error that lets the eager engine take over."""
     try:
         yield
     except (ZOError, MemoryError, torch.OutOfMemoryError):

@@ -168,7 +168,7 @@ class EagerEngine:
     def _update_directions(
         self, streams: Sequence[DirectionNoise], index: int, conclusion: Conclusion
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """What a parameter's update goes along, and the rule's coefficients for it."""
+        """The directions that a parameter's update goes along, and the rule's coefficients for them."""
         job, c = self.job, conclusion.coefficients
         if streams[0].factors is None:
             w, eps = job.parameters[index].tensor, job.hyper["eps"]

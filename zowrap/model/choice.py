@@ -1,4 +1,4 @@
-"""Which engine a run of so many steps gets where that is left open: eager, if compiling takes longer than it saves.
+"""Choose the engine of a run where that is left open: eager, if compiling takes longer than it saves.
 
 The choice follows from counts alone (steps, noise, modules, tokens), never from a clock: the same run makes it again.
 The engines agree to about 1e-6, not bitwise, so it is said, and a run that goes on keeps the engine it began with.
@@ -22,7 +22,7 @@ in a tenth of that; the choice does not ask for it, or it would differ from star
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,9 +31,7 @@ from zowrap import telling
 from zowrap.engines.compile_time import compile_seconds
 from zowrap.engines.eager import EagerEngine
 from zowrap.loss.module import Batch, count_rows
-
-if TYPE_CHECKING:
-    from zowrap.model.zo_model import ZOModel
+from zowrap.model.wrapped import Wrapped
 
 # What the eager engine takes longer. It draws each random number in a dozen passes over memory, once for every point
 # and once for the update: 22 to 41 ns each, the compiled engine 3 ns.
@@ -45,13 +43,13 @@ MOST_BYTES = 2**30  # of a perturbed copy, which the eager engine needs: from th
 
 
 class Planned(NamedTuple):
-    """What a run is to do: its steps, and the batches that are evaluated in all of them."""
+    """The work that a run is to do: its steps, and the batches that are evaluated in all of them."""
 
     steps: int
     batches: int
 
 
-def settle_engine(zm: ZOModel, batch: Batch, planned: Planned) -> bool:
+def settle_engine(zm: Wrapped, batch: Batch, planned: Planned) -> bool:
     """Give ``zm`` the eager engine, and say so, where compiling for ``planned`` costs more than it saves.
 
     ``batch`` stands for all of them.
@@ -73,9 +71,9 @@ def settle_engine(zm: ZOModel, batch: Batch, planned: Planned) -> bool:
     return True
 
 
-def saved_seconds(zm: ZOModel, batch: Batch, planned: Planned) -> float:
-    """How much longer the planned steps take on the eager engine."""
-    job, points = zm.job, len(zm.points)
+def saved_seconds(zm: Wrapped, batch: Batch, planned: Planned) -> float:
+    """Seconds that the planned steps take longer on the eager engine."""
+    job, points = zm.job, len(zm.job.points)
     moving = sum(p.tensor.numel() for p in job.parameters) / len(job.blocks)
     examples = count_rows(batch) if zm.job.estimator.per_example else 1  # which the eager engine evaluates one by one
     draws = moving * (points * examples + job.queries)

@@ -1,10 +1,10 @@
-"""A step recorded once and replayed: on a GPU a whole step, update included, is one CUDA graph.
+"""Capture a step once and replay it: on a GPU a whole step, update included, is one CUDA graph.
 
 A replayed step runs no Python of the model, the passes or the rule, and launches nothing by itself. What differs from
 step to step lies on the device: the batch, the step's number (from which all noise follows), η, ε and the rule's state.
 Whether a step that is not finite is skipped is decided there, too, and nothing waits for the device.
 
-A kind of batch (its names, shapes and dtypes) is recorded when it comes for the second time: the first one compiles.
+A kind of batch (its names, shapes and dtypes) is captured when it comes for the second time: the first one compiles.
 At most :data:`MOST` are kept for each block; further kinds run as they are, which is slower and otherwise the same.
 All go, and their memory with them, when the seed, the schedule or the place of a weight is another: none fits then.
 """
@@ -18,35 +18,33 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zowrap.engines.compiled import CompiledEngine
 from zowrap.errors import ZOError, ZOWarning, first_line
+from zowrap.model.result import StepResult
+from zowrap.model.wrapped import Wrapped
 from zowrap.ops import scratch
 from zowrap.quant.layers import Int8Linear
-
-if TYPE_CHECKING:
-    from zowrap.model.result import StepResult
-    from zowrap.model.zo_model import ZOModel
 
 # Recordings share one pool of memory; each keeps about as much beside it as its batch takes.
 MOST = 8
 
 Replay = Callable[[], None]
-Record = Callable[[Callable[[], Any]], Replay]
+Capture = Callable[[Callable[[], Any]], Replay]
 
 
 @dataclass
-class Recording:
+class CapturedStep:
     """One kind of batch.
 
     Attributes:
         batch: where the next batch is copied to.
         result: where the step's tensors lie after a replay.
-        held: scratch that the recorded kernels write to; it must outlive them.
+        held: scratch that the captured kernels write to; it must outlive them.
     """
 
     batch: dict[str, Tensor]
@@ -56,16 +54,16 @@ class Recording:
 
 
 class GraphCache:
-    """The recordings of one model.
+    """The captured steps of one model.
 
     Args:
-        record: calls a function of no arguments, which makes a step and returns its result, and records what that does
-            on the device; returns what replays it, into the tensors of that result.
+        capture: calls a function of no arguments, which makes a step and returns its result, and captures the work on
+            the device; returns a function that replays it, into the tensors of that result.
     """
 
-    def __init__(self, zm: ZOModel, record: Record) -> None:
-        self.zm, self.record = zm, record
-        self.recordings: dict[Hashable, Recording] = {}
+    def __init__(self, zm: Wrapped, capture: Capture) -> None:
+        self.zm, self.capture = zm, capture
+        self.captured: dict[Hashable, CapturedStep] = {}
         self.seen: set[Hashable] = set()
         self.under: Hashable = None
         self.number = torch.zeros((), dtype=torch.int64, device=zm.job.device)
@@ -79,33 +77,33 @@ class GraphCache:
         inputs = zm.prepare(batch)
         under = self._under()
         if under != self.under:
-            self.recordings.clear()
+            self.captured.clear()
             self.seen.clear()
             self.under = under
         key = self._key(inputs)
-        if key not in self.recordings:
-            if key not in self.seen or len(self.recordings) >= MOST * len(zm.job.blocks):
+        if key not in self.captured:
+            if key not in self.seen or len(self.captured) >= MOST * len(zm.job.blocks):
                 self.seen.add(key)
                 return None
             try:
-                self.recordings[key] = self._recorded(inputs)
+                self.captured[key] = self._capture_step(inputs)
             except ZOError:
                 raise
             except Exception as error:  # of the driver, the allocator or a compiler: the step itself has run before
                 self.failed = True
-                self.recordings.clear()  # none is replayed any more
+                self.captured.clear()  # none is replayed any more
                 first = first_line(error)[:200]
-                warnings.warn(f"steps are not recorded as CUDA graphs, because {first}", ZOWarning, stacklevel=4)
+                warnings.warn(f"steps are not captured as CUDA graphs, because {first}", ZOWarning, stacklevel=4)
                 return None
-        return self._replayed(self.recordings[key], inputs)
+        return self._replay(self.captured[key], inputs)
 
     def _under(self) -> Hashable:
-        """What all recordings were made under: seed, schedule, and the memory that the weights lie in."""
+        """The conditions of all captured steps: seed, schedule, and the memory that the weights lie in."""
         zm = self.zm
         return zm.seed, zm.schedule.sequential, tuple(t.data_ptr() for t in self._tensors())
 
     def _key(self, inputs: dict[str, Any]) -> Hashable:
-        """What one recording is good for: kind of batch, and block."""
+        """The key of a captured step: the kind of batch, and the block."""
         kinds = tuple(
             (name, v.shape, v.dtype) if isinstance(v, Tensor) else (name, repr(v)) for name, v in inputs.items()
         )
@@ -114,7 +112,7 @@ class GraphCache:
     def _tensors(self) -> Iterator[Tensor]:
         return itertools.chain(self.zm.model.parameters(), self.zm.model.buffers())
 
-    def _recorded(self, inputs: dict[str, Any]) -> Recording:
+    def _capture_step(self, inputs: dict[str, Any]) -> CapturedStep:
         zm, count = self.zm, self.zm.step_count
         static = {name: v.clone() if isinstance(v, Tensor) else v for name, v in inputs.items()}
         result: list[StepResult] = []
@@ -126,27 +124,24 @@ class GraphCache:
 
         zm.device_step = self.number
         try:
-            replay = self.record(step)
+            replay = self.capture(step)
         finally:
-            zm.device_step, zm.step_count, zm.update_interrupted = (
-                None,
-                count,
-                False,
-            )  # what is recorded has not happened
+            # A captured step has not happened.
+            zm.device_step, zm.step_count, zm.update_interrupted = None, count, False
             zm.discard()
         batch = {name: v for name, v in static.items() if isinstance(v, Tensor)}
-        return Recording(batch, replay, result[0], scratch.all_buffers())
+        return CapturedStep(batch, replay, result[0], scratch.all_buffers())
 
-    def _replayed(self, recording: Recording, inputs: dict[str, Any]) -> StepResult:
+    def _replay(self, captured: CapturedStep, inputs: dict[str, Any]) -> StepResult:
         zm = self.zm
         self.number.fill_(zm.step_count)
         facts = zm.describe_step()
-        for name, tensor in recording.batch.items():
+        for name, tensor in captured.batch.items():
             tensor.copy_(inputs[name], non_blocking=True)
         with zm.writing():
-            recording.replay()
+            captured.replay()
             zm.step_count += 1
-        own, weights = recording.result, recording.result.weights
+        own, weights = captured.result, captured.result.weights
         result = replace(
             own,
             loss=own.loss.clone(),
@@ -160,13 +155,13 @@ class GraphCache:
         return result
 
 
-def cuda_graph(device: torch.device) -> Record:
+def cuda_graph(device: torch.device) -> Capture:
     """Records CUDA graphs on ``device``. They share one pool of memory, since no two run at the same time."""
     with torch.cuda.device(device):
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
     alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
-    def record(step: Callable[[], Any]) -> Replay:
+    def capture(step: Callable[[], Any]) -> Replay:
         nonlocal pool
         with torch.cuda.device(device):
             if not alive:  # the allocator takes no graph into a pool that its last graph has left
@@ -185,7 +180,7 @@ def cuda_graph(device: torch.device) -> Record:
             alive.add(graph)
         return graph.replay
 
-    return record
+    return capture
 
 
 # Graphs whose capture broke off: the allocator of pinned memory may go on asking them whose stream it serves.
@@ -212,15 +207,15 @@ def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
                 getattr(torch._C, name)(torch.cuda.current_device(), pool)
 
 
-def build_graph_cache(zm: ZOModel) -> GraphCache | None:
-    """What records the steps of ``zm``; None where they cannot be, or where that would gain nothing."""
+def build_graph_cache(zm: Wrapped) -> GraphCache | None:
+    """Build the cache of captured steps of ``zm``; None where they cannot be captured, or nothing would be gained."""
     job = zm.job
     if job.device.type != "cuda" or not can_be_captured(zm):
         return None
     return GraphCache(zm, cuda_graph(job.device))
 
 
-def can_be_captured(zm: ZOModel) -> bool:
+def can_be_captured(zm: Wrapped) -> bool:
     """Whether a step is the same work every time, and never waits for the device.
 
     That is: compiled, no state that is renewed on some steps alone, and no 8-bit layer with a threshold, which reads

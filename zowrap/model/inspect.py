@@ -1,4 +1,4 @@
-"""``inspect()``: what moves, how, and at what cost; readable by people, as JSON, and attribute by attribute."""
+"""``inspect()``: a report of the parameters that move and of the costs, as text, JSON and attributes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Report:
 
     @functools.cached_property
     def costs(self) -> Costs | None:
-        """What a step on the last batch's sizes costs, worked out when first asked for (a second or two).
+        """The costs of a step on the last batch's sizes, worked out when first asked for (a second or two).
 
         None before the first batch, and where :attr:`costs_unknown` says why.
         """
@@ -91,7 +91,7 @@ class Report:
 
     @functools.cached_property
     def full_rows(self) -> tuple[int, int] | None:
-        """Of moving codes, rows whose codes end at ±127, and all rows; None where no codes move. Counted on demand."""
+        """The full rows of moving codes (at ±127), and all rows; None where no codes move. Counted on demand."""
         return self.count_full()
 
     @property
@@ -168,7 +168,7 @@ class Report:
 
 
 def _cost_lines(costs: Costs) -> list[str]:
-    """For people."""
+    """The costs as lines of text."""
     step, forwards, memory = costs.step, costs.forwards, costs.memory
     flops, moved = step.flops / max(forwards.flops, 1), step.bytes / max(forwards.bytes, 1)
     sizes = " × ".join(str(n) for n in next(iter(costs.sizes.values()), ()))

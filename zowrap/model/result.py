@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class StepResult:
-    """What a step returns. All tensors; reading one is what synchronises with the device.
+    """The result of a step. All are tensors: only reading one waits for the device.
 
     Attributes:
         loss: 0-d float32, the mean over the step's evaluations (not the loss at θ itself).

@@ -1,4 +1,4 @@
-"""Which points of a step are evaluated together: both sides of a direction in one program, or each by itself.
+"""Choose the points of a step that are evaluated together: both sides of a direction in one program, or each by itself.
 
 Paired is faster: every weight is read and all noise is drawn once for both sides. Sequential holds the activations of
 one side at a time. Losses are the same up to rounding.
@@ -112,7 +112,7 @@ class Schedule:
         """
         check_name("memory", name, MEMORY)
         if self.asked == "auto" and name != self.name:
-            self.name, self.why = name, _OPEN if name == "auto" else "as before the state was saved that was loaded"
+            self.name, self.why = name, _OPEN if name == "auto" else "as when the loaded state was saved"
         self.largest = largest
 
 

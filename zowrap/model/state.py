@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from zowrap.errors import ZOError
+from zowrap.model.wrapped import Wrapped
 from zowrap.names import MEMORY
 from zowrap.step.options import IDENTITY
 from zowrap.step.parameters import hash_shapes
-
-if TYPE_CHECKING:
-    from zowrap.model.zo_model import ZOModel
 
 # A state brings its own seed, and goes on from there.
 _SAME = tuple(name for name in IDENTITY if name != "seed")
@@ -22,7 +20,7 @@ _PLAIN = (str, int, list, type(None))
 _NEVER_NEGATIVE = ("step", "lr", "weight_decay", "largest_batch")
 
 
-def collect_state(zm: ZOModel) -> dict[str, Any]:
+def collect_state(zm: Wrapped) -> dict[str, Any]:
     """The state as :meth:`zowrap.ZOModel.state_dict` returns it."""
     job = zm.job
     state: dict[str, Any] = {
@@ -44,7 +42,7 @@ def collect_state(zm: ZOModel) -> dict[str, Any]:
     return state
 
 
-def apply_state(zm: ZOModel, state: Mapping[str, Any]) -> None:
+def apply_state(zm: Wrapped, state: Mapping[str, Any]) -> None:
     """Go on from a state that :func:`check_state` has passed."""
     job = zm.job
     zm.schedule.take(state["memory"], state["largest_batch"])

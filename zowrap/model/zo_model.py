@@ -159,7 +159,7 @@ class ZOModel:
         return result
 
     def peek(self) -> tuple[Tensor, Tensor]:
-        """What :meth:`update` would conclude from the accumulated micro-batches; nothing moves.
+        """Return the losses and projected gradients that :meth:`update` would use; nothing moves.
 
         Returns:
             float32 losses at :attr:`points` and projected gradients, shaped as in :class:`StepResult`, but
@@ -333,12 +333,12 @@ class ZOModel:
 
     @property
     def points(self) -> list[Point]:
-        """Where a step evaluates the loss, in order."""
+        """The points at which a step evaluates the loss, in order."""
         return self.job.points
 
     @property
     def quantized(self) -> str | None:
-        """How the model's quantised weights move, see :mod:`zowrap.quant.modes`; None where it has none."""
+        """The mode in which quantised weights move, see :mod:`zowrap.quant.modes`; None where there are none."""
         return None if self.job.quant_mode is None else self.job.quant_mode.name
 
     @property
@@ -348,7 +348,7 @@ class ZOModel:
 
     @property
     def along(self) -> str:
-        """What 16-bit weights' updates go along: the direction ``"drawn"`` or the one ``"evaluated"``."""
+        """The direction that updates of 16-bit weights go along: ``"drawn"`` or ``"evaluated"``."""
         return "drawn" if self.job.second_point is None else "evaluated"
 
     @property
@@ -438,7 +438,7 @@ class ZOModel:
         save_model(self.model, directory, metadata={**self.facts(), **(metadata or {})}, **options)
 
     def facts(self) -> dict[str, str]:
-        """What the header of a weight file says about how the weights came about.
+        """The facts about a run that the headers of its weight files hold.
 
         ``key`` is what all noise derives from: the seed, and which parameters it was drawn for.
         """
@@ -446,7 +446,7 @@ class ZOModel:
         return {"rule": self.rule.describe(), "steps": str(self.step_count), "seed": str(self.seed), "key": key}
 
     def inspect(self) -> Any:
-        """What moves, how, and at what cost: see :class:`zowrap.model.inspect.Report`."""
+        """Report the parameters that move, how they move and the costs: :class:`zowrap.model.inspect.Report`."""
         from zowrap.model.inspect import report
 
         return report(self.job, self.engine, self.schedule, self._hyper, self._shapes)

@@ -1,4 +1,4 @@
-"""What a step is: what moves, along what, and the arithmetic around a rule.
+"""A step: its options, the parameters that move, their directions, and the arithmetic around a rule.
 
 ``parameters``      which parameters move, and their names
 ``blocks``          which of them move together

@@ -18,7 +18,7 @@ from zowrap.rules.estimators import mean_loss
 
 
 class Conclusion(NamedTuple):
-    """What a step concludes from its losses.
+    """The conclusion of a step from its losses.
 
     Attributes:
         state: new scalar state of the rule (the old one if the step is skipped).

@@ -1,4 +1,4 @@
-"""Whether weights are numbers: one pass over each tensor, and nothing as large as a tensor beside it."""
+"""Check that weights are finite, in one pass over each tensor and without a copy of it."""
 
 from __future__ import annotations
 

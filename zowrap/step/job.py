@@ -1,4 +1,4 @@
-"""What an engine does: evaluate the loss along a direction, and write an update. Nothing else differs between them."""
+"""A run as the engines see it (:class:`Job`), and the interface of an engine: evaluate the loss, write an update."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Project = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class QuantMode:
-    """How the quantised weights of a model move.
+    """The mode in which the quantised weights of a model move.
 
     Attributes:
         name: one of :data:`zowrap.names.QUANT_MODES`.
@@ -125,12 +125,12 @@ class Job:
 
     @functools.cached_property
     def points(self) -> list[Point]:
-        """Where a step evaluates the loss, in order."""
+        """The points at which a step evaluates the loss, in order."""
         return (self.rule.points or self.estimator.points)(self.queries)
 
     @functools.cached_property
     def candidates(self) -> int:
-        """How many losses the rule asks for once the projected gradient is known."""
+        """The number of losses that the rule asks for once the projected gradient is known."""
         candidates = self.rule.candidates
         one = torch.zeros(1, device=self.device)
         return 0 if candidates is None else candidates(one, self.hyper).numel()
@@ -166,7 +166,7 @@ class Job:
 
     @functools.cached_property
     def layouts(self) -> list[Layout]:
-        """Where the factors of low-rank directions lie, for each block; empty for full-rank ones."""
+        """The layout of the factors of low-rank directions for each block; empty for full-rank ones."""
         law = self.direction.lowrank
         return [] if law is None else [Layout(self.parameters, block.indices, law) for block in self.blocks]
 

@@ -51,7 +51,7 @@ GRAIN = 1 << GRAIN_BITS
 
 
 class Layout:
-    """Where the factors of a block's parameters lie in one flat buffer.
+    """The places of a block's factors in one flat buffer.
 
     Attributes:
         places: by parameter index.

@@ -21,7 +21,7 @@ SEVERAL = 2  # what a rule is told of the number of blocks while there is no mod
 
 @dataclass(frozen=True)
 class Method:
-    """How the steps of a run probe the loss and update the weights.
+    """The rule, direction and estimator by which the steps of a run probe the loss and update the weights.
 
     Attributes:
         rule: shaped by the direction where that needs state, and with masters where they are asked for.

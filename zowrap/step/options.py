@@ -30,7 +30,7 @@ PROBING, MODEL, TRAINING = "Zeroth order", "Model", "Training"  # headings of th
 
 @dataclass(frozen=True)
 class Entry:
-    """What the table says of an option beside its default.
+    """An option's line of the table, beside its default.
 
     Attributes:
         help: one line, for the command line.
@@ -107,7 +107,7 @@ def _patterns_or_layer(name: str, value: Any) -> None:
 
 @dataclass
 class StepOptions:
-    """How a step probes the loss and updates the weights. None stands for a default that depends on rule or model.
+    """The options of a step. None stands for a default that depends on the rule or the model.
 
     The types are those that a command line or a configuration file can hold; from Python ``rule`` and ``direction`` may
     also be objects, ``lr`` a number and ``trainable`` a predicate (:class:`StepKeywords`).

@@ -1,4 +1,4 @@
-"""Which tensors move: names, ties and selection.
+"""Select the tensors that move: names, ties and patterns.
 
 A tunable parameter is a *storage*, not a module attribute: tied weights (an embedding that is also the output head)
 are one parameter with one id, one direction and one update. Its canonical name is the first state-dict name of that

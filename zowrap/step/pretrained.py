@@ -1,4 +1,4 @@
-"""Which part of a model ``save_pretrained`` writes, and what it was loaded from."""
+"""Find the part of a model that ``save_pretrained`` writes, and the name that it was loaded under."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def saved_part(model: nn.Module) -> tuple[nn.Module, str]:
-    """What of ``model`` is written, and the prefix of its names within ``model``.
+    """The part of ``model`` that is written, and the prefix of its names within ``model``.
 
     A module that only wraps one ``transformers`` or PEFT model (a task around an encoder, say) and holds no tensor of
     its own is written as that model, so that ``from_pretrained`` loads it.
@@ -40,7 +40,7 @@ def _base_model(part: nn.Module) -> dict[str, str]:
 
 
 def model_name(model: nn.Module) -> str | None:
-    """What ``model`` was loaded from, where it knows."""
+    """The name or folder that ``model`` was loaded from, where it knows."""
     part, _ = saved_part(model)
     name = getattr(getattr(part, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None

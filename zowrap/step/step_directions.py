@@ -91,7 +91,7 @@ class StepDirections:
     @functools.cached_property
     @torch.no_grad()
     def scalars(self) -> dict[str, Tensor]:
-        """What the rule's direction needs beside noise: renewed numbers, and global sums over the block's state."""
+        """The numbers that the rule's direction needs beside noise: renewed ones, and sums over the block's state."""
         job = self.job
         if job.rule.refresh is not None and self.step:
             assert isinstance(self.step, int)  # such a step is not recorded
