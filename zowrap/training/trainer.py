@@ -87,7 +87,7 @@ class ZOStep(torch.optim.Optimizer):
 
 
 class ZOTrainer(Trainer):
-    """Train with forward passes alone. Takes what ``transformers.Trainer`` takes, less the optimiser.
+    """Train with forward passes alone. It takes the arguments of ``transformers.Trainer``, except the optimiser.
 
     Args:
         model: a ``transformers`` model, a PEFT model, or any module with ``loss_fn``. Its tensors move in place.
@@ -125,7 +125,7 @@ class ZOTrainer(Trainer):
     ) -> None:
         _check_arguments(model, args, kwargs)
         _check_overrides(self)
-        if batch_metrics is not None and _overridden(self, "prediction_step"):
+        if batch_metrics is not None and _find_override(self, "prediction_step"):
             raise ZOError("prediction_step is overridden, and batch_metrics= takes its place: give one of them")
         assert model is not None
         args = args or ZOConfig(output_dir="tmp_trainer")
@@ -144,7 +144,7 @@ class ZOTrainer(Trainer):
         try:
             self.wrap(args.engine)
         except ZOError:
-            if self._made_folder:  # nothing is in it yet, and nothing will be
+            if self._made_folder:  # it is empty and will stay so
                 with contextlib.suppress(OSError):  # another process may have begun to use it
                     Path(str(args.output_dir)).rmdir()
             raise
@@ -230,13 +230,13 @@ class ZOTrainer(Trainer):
         return batch
 
     def refuse_wrong_labels(self) -> None:
-        """Raise :class:`ZOError` where a label of the steps so far named no class."""
+        """Raise :class:`ZOError` if a label of the steps so far named no class."""
         wrong, self._wrong_labels = self._wrong_labels, None
         if wrong is not None and bool(wrong) and self._loss.classes is not None:
             self._refuse_label(None, self._loss.classes, "training")
 
     def _refuse_label(self, label: int | None, classes: int, what: str) -> NoReturn:
-        row, found = _row_out_of_range(self.train_dataset if what == "training" else self.eval_dataset, classes)
+        row, found = _find_wrong_label(self.train_dataset if what == "training" else self.eval_dataset, classes)
         label = found if row is not None else label
         name = "a label" if label is None else f"label {label}"
         where = "" if row is None else f", in row {row} (counted from 0)"
@@ -480,7 +480,7 @@ class ZOTrainer(Trainer):
             self._writer.flush()
         self._sums = sums = evaluation.Evaluation()
         self._sums_of = metric_key_prefix
-        whole = self.compute_metrics is not None or _overridden(self, "prediction_step")
+        whole = self.compute_metrics is not None or _find_override(self, "prediction_step")
         if description != "Evaluation" or (whole and self.batch_metrics is None):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -521,7 +521,7 @@ class ZOTrainer(Trainer):
         super().log(logs, start_time)
 
 
-# Methods of the Trainer that have no part in a zeroth-order step → what takes their place.
+# Methods of the Trainer that a zeroth-order step does not call → what to use in their place.
 _NOT_OVERRIDDEN = {
     "compute_loss": "give the loss as loss_fn=(lambda model, batch: ...)",
     "training_step": "the step is the rule's: give rule=, and the loss as loss_fn=(lambda model, batch: ...)",
@@ -532,7 +532,7 @@ _NOT_OVERRIDDEN = {
 }
 
 
-def _overridden(trainer: ZOTrainer, name: str) -> str | None:
+def _find_override(trainer: ZOTrainer, name: str) -> str | None:
     """Return the class (or ``"this trainer"``) that overrides that method of the Trainer or of ours, if one does."""
     if name in vars(trainer):
         return "this trainer"
@@ -543,12 +543,12 @@ def _overridden(trainer: ZOTrainer, name: str) -> str | None:
 def _check_overrides(trainer: ZOTrainer) -> None:
     """Refuse methods that would never be called, or that would make another step than the rule's."""
     for name, instead in _NOT_OVERRIDDEN.items():
-        where = _overridden(trainer, name)
+        where = _find_override(trainer, name)
         if where is not None:
             raise ZOError(f"{where} overrides {name}, which a zeroth-order trainer does not use: {instead}")
 
 
-def _row_out_of_range(dataset: Any, classes: int) -> tuple[int | None, int | None]:
+def _find_wrong_label(dataset: Any, classes: int) -> tuple[int | None, int | None]:
     """Find the first row of a data set with a label that names no class: (row, label), or Nones if it is not found."""
     with contextlib.suppress(Exception):  # this only words an error, which no odd data set may replace by another
         for row in range(len(dataset)):
