@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11, help="how often each row is timed")
     options = parser.parse_args()
     if options.what == "docs":
-        docs.write()
+        docs.write_page()
         return
     if not options.tiny and not torch.cuda.is_available():
         parser.exit(2, "no NVIDIA GPU was found; --tiny exercises every row without one\n")
@@ -43,7 +43,7 @@ def _keep(rows: list[dict[str, Any]], rounds: int) -> None:
     machine = measure.describe_machine()
     path = docs.RESULTS / f"{re.sub('[^a-z0-9]+', '-', machine['gpu'].lower())}.json"
     new = {(r["case"], r["row"]) for r in rows}
-    before = docs.load(path)["rows"] if path.exists() else []
+    before = docs.read_result(path)["rows"] if path.exists() else []
     kept = [r for r in before if (r["case"], r["row"]) not in new]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json({"machine": machine, "rounds": rounds, "rows": [*kept, *rows]}, path)

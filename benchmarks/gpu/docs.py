@@ -1,4 +1,4 @@
-"""``docs/gpu.md`` from the committed JSON, one section for each GPU."""
+"""Write ``docs/gpu.md`` from the committed JSON, with one section for each GPU."""
 
 from __future__ import annotations
 
@@ -15,66 +15,72 @@ PAGE = ROOT / "docs" / "gpu.md"
 
 HEAD = """# On a GPU
 
-`make bench-gpu` measures all of it on the machine it runs on: whole steps against two plain forwards compiled with
-`mode="reduce-overhead"`, in one process, each between two of the yardstick's; the classic in-place MeZO step; and AdamW
-with gradient checkpointing on all weights and on LoRA adapters. Beside each stands what bounds it from below: bytes
-moved against those of two forwards, and the integer operations of its noise. Tables are generated from
-`benchmarks/results/gpu` by `python -m benchmarks.gpu docs`.
+`make bench-gpu` measures the following on your machine: whole steps against two plain forwards that are compiled with
+`mode="reduce-overhead"`, in one process, each step between two of these yardsticks; the classic in-place MeZO step; and
+AdamW with gradient checkpointing on all weights and on LoRA adapters. The tables also show lower bounds of a step's
+cost: the bytes it moves compared with two forwards, and the integer operations of its noise. `python -m benchmarks.gpu
+docs` generates them from `benchmarks/results/gpu`.
 
-What is different on a GPU:
+These things are different on a GPU:
 
-- *Kernels are Triton*, written from the same functions as the C++ loops and the eager engine, and rounding after every
-  operation as these do: noise, perturbed weights and elementwise updates have the bits of a CPU, given the same
-  coefficients. The coefficients themselves, sums over state and the thin products of low-rank updates are torch's own
-  and may differ in the last bit. The tests run the arithmetic of every kernel in Triton's interpreter on a CPU, and
-  compile each kind for a Hopper GPU. In the elementwise ones no product is fused with a sum, nothing is approximated or
-  taken for 0, and no register spills. Products add up as matrix products do, in tiles that fill the registers: with two
-  points a thread spills at most 8 bytes, with three (`hizoo`, conservative steps) at most 256.
-- *A rule of your own* becomes such kernels where it is written with sums, products, quotients, roots, whole powers,
-  signs, comparisons, clamps and rounding; with anything else (`exp`, say) the run warns and goes on eagerly.
-- *Products of up to 128 tokens* (32 in float32) read a weight once for both sides of a direction and make its
-  perturbed forms in registers. With more tokens each block of them would make the noise again: there row chunks pass
-  through a scratch. The choice follows shape and dtype alone, so a resumed run adds up in the same order.
-- *A step is one CUDA graph* from the second batch of a kind on (names, shapes, dtypes): batch, step number, η, ε and
-  state lie on the device, and a step that is not finite is skipped there. Eight kinds are kept for each block; others
-  run as they are. So that few kinds come, `zowrap tune` pads a batch there to the next of eight even lengths; with a
-  collator of your own, pad to a multiple. Three kinds of step run without a CUDA graph: several micro-batches;
-  `sparse_mezo`, which renews its thresholds on some steps only; 8-bit models with `llm_int8_threshold` above 0 (the
-  default of bitsandbytes is 6), which wait for the device to say which columns to multiply apart.
-- *Quantised layers* run their own library's kernels. Where scales or codes move, both sides share one integer product
-  of bitsandbytes' 8-bit layers, so their codes are read once; the part of codes that a direction adds is a float32
-  product through a scratch, which no kernel of ours replaces yet.
+- **Triton kernels.** Kernels are generated from the same functions as the C++ loops and the eager engine, and round
+  after every operation as these do: given the same coefficients, noise, perturbed weights and elementwise updates have
+  the same bits as on a CPU. The coefficients themselves, sums over state and the thin products of low-rank updates are
+  torch's own and may differ in the last bit. The tests run the arithmetic of every kernel in Triton's interpreter on a
+  CPU, and compile each kind for a Hopper GPU. The elementwise kernels fuse no product with a sum, approximate nothing,
+  flush nothing to 0, and spill no register. Products accumulate in tiles that fill the registers, as matrix products
+  do: with two points a thread spills at most 8 bytes, with three (`hizoo`, conservative steps) at most 256.
+- **Your own rule** becomes such kernels if it uses only sums, products, quotients, roots, integer powers, signs,
+  comparisons, clamps and rounding. If it uses anything else (`exp`, for example), the run warns and continues on the
+  eager engine.
+- **Products of up to 128 tokens** (32 in float32) read a weight once for both sides of a direction and perturb it in
+  registers. With more tokens, each block of tokens would generate the noise again, so row chunks of perturbed weights
+  pass through a scratch buffer instead. The choice depends only on shape and dtype, so a resumed run adds in the same
+  order.
+- **CUDA graphs.** A step becomes one CUDA graph from the second batch of the same kind (names, shapes, dtypes) on. The
+  batch, the step number, η, ε and the state are on the device, and a step that is not finite is skipped there. Eight
+  kinds are kept for each block; other batches run without a graph. To have few kinds, `zowrap tune` pads a batch on a
+  GPU to the next of eight even lengths; in your own collator, pad to a multiple. These steps run without a CUDA graph:
+    - steps of several micro-batches;
+    - `sparse_mezo`, which renews its thresholds only on some steps;
+    - 8-bit models with `llm_int8_threshold` above 0 (the default of bitsandbytes is 6), which wait for the device to
+      say which columns to multiply separately.
+- **Quantised layers** run the kernels of their own library. If scales or codes move, both sides share one integer
+  product of bitsandbytes' 8-bit layers, so their codes are read once. With codes, the part that a direction adds is a
+  float32 product through a scratch buffer, for which we have no kernel yet.
 """
 
 NOTHING = """## No figures yet
 
 Nothing on this page has been measured on a GPU: the speed of the kernels is not known. The recording of steps is tested
-with a trace in place of a CUDA graph.
+with a trace instead of a CUDA graph.
 """
 
 
-CODE = """## What the compiler makes of the kernels
+CODE = """## Machine code of the kernels
 
-Compiled for a Hopper GPU (compute capability 9.0) by Triton {triton} and its assembler, on a machine without one
-(`python -m benchmarks.gpu.machine_code`): instructions for each element of a bfloat16 weight, of which integer and
-float, registers of a thread, and bytes of the stack that it spills to. "Perturb" makes both points of a direction.
+The kernels were compiled for a Hopper GPU (compute capability 9.0) by Triton {triton} and its assembler, on a machine
+without a GPU (`python -m benchmarks.gpu.machine_code`). The table shows the instructions per element of a bfloat16
+weight, how many of them are integer and float, the registers of a thread, and the bytes that it spills to the stack.
+"Perturb" computes both points of a direction.
 """
 
 
-def load(path: Path) -> dict[str, Any]:
+def read_result(path: Path) -> dict[str, Any]:
+    """Read the JSON of one measurement."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def page(results: list[dict[str, Any]]) -> str:
-    """The whole page."""
-    code = [_code(load(MACHINE_CODE))] if MACHINE_CODE.exists() else []
+    """The whole page as Markdown."""
+    code = [_code(read_result(MACHINE_CODE))] if MACHINE_CODE.exists() else []
     return "\n".join([HEAD, *code, *(map(_section, results) if results else [NOTHING])])
 
 
-def write() -> None:
-    """The page from the kept results."""
+def write_page() -> None:
+    """Write the page from the kept results."""
     paths = sorted(RESULTS.glob("*.json"))
-    PAGE.write_text(page([load(path) for path in paths]), encoding="utf-8")
+    PAGE.write_text(page([read_result(path) for path in paths]), encoding="utf-8")
 
 
 def _code(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""``lr="auto"`` beside the grid: the same tasks, steps, batches and seeds; only η is chosen otherwise.
+"""Compare ``lr="auto"`` with the grid, on the same tasks, steps, batches and seeds.
 
     python -m benchmarks.papers.auto_lr run --cells cells.jsonl --autos autos.jsonl --jobs trec:meazo:120 …
     python -m benchmarks.papers.auto_lr report --cells cells.jsonl --autos autos.jsonl
@@ -27,19 +27,20 @@ if TYPE_CHECKING:
 RESULT = Path(__file__).parents[1] / "results" / "auto_lr.json"
 DOCS = Path(__file__).parents[2] / "docs" / "learning-rate.md"
 HORIZONS = (
-    "The same runs of the grid on their way (seed 0): at a constant η the first T steps of a run are a run of T steps. "
-    "The best η, bold, falls as the run grows longer; the last column is the mean choice above, scaled by 1/√T."
+    "This table follows the same runs of the grid over their course (seed 0): at a constant η, the first T steps of a "
+    "run are a run of T steps. The best η (bold) falls as runs get longer. The last column is the mean choice above, "
+    "scaled by 1/√T."
 )
 BEGIN, END = "<!-- begin generated: auto_lr -->", "<!-- end generated -->"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Lines of a cell file; none where there is no file."""
+    """Read the lines of a cell file; empty if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def run(options: argparse.Namespace) -> None:
-    """Make the runs that the file lacks, a task's model loaded and compiled once."""
+    """Make the runs that are missing from the file, loading and compiling each task's model once."""
     from benchmarks.papers.finetune import Cell, Workbench  # which a report does without
 
     done = {(line["task"], line["rule"], line["steps"], line["seed"]) for line in read(options.autos)}
@@ -124,7 +125,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def horizons(cells: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Dev loss on the way of the grid's runs (seed 0): at a constant η, the first T steps are a run of T steps."""
+    """Collect the dev loss over the course of the grid's runs (seed 0), whose first T steps are runs of T steps."""
     found = []
     for row in rows:
         names = ("task", "rule", "steps", "batch_size")
@@ -140,8 +141,8 @@ def horizons(cells: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[di
 
 
 def horizon_table(found: list[dict[str, Any]]) -> str:
-    """The same as markdown."""
-    lines = ["| task | rule | steps | dev loss at η | auto η for so many steps |", "|---|---|---|---|---|"]
+    """The table of :func:`horizons` as Markdown."""
+    lines = ["| task | rule | steps | dev loss at η | auto η for that many steps |", "|---|---|---|---|---|"]
     for each in found:
         best = min(each["dev_loss"], key=lambda lr: each["dev_loss"][lr] if each["dev_loss"][lr] is not None else 1e30)
         told = ", ".join(
@@ -154,7 +155,7 @@ def horizon_table(found: list[dict[str, Any]]) -> str:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write the JSON and the table."""
+    """Write the result as JSON, and the table into the documentation."""
     rows = compare(read(options.cells), read(options.autos))
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     lengths = horizons(read(options.cells), rows)
@@ -163,7 +164,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def write_docs(result: dict[str, Any]) -> str:
-    """Put the tables of a result where the documentation has them; returns them."""
+    """Put the tables of a result into the documentation, and return them."""
     tables = f"{table(result['rows'])}\n\n{HORIZONS}\n\n{horizon_table(result['horizons'])}"
     before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)

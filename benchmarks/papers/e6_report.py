@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.papers.common import figure
-from benchmarks.papers.e6 import NAME, RULES, TITLE, rules_of
+from benchmarks.papers.e6_run import NAME, RULES, TITLE, rules_of
 from benchmarks.papers.finetune import VARIANTS
 from benchmarks.papers.llm_report import reference_section
 from benchmarks.papers.spread import mean_and_spread

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.papers.common import figure
 from benchmarks.papers.e6_report import command, label
-from benchmarks.papers.e7 import NAME, TITLE
+from benchmarks.papers.e7_run import NAME, TITLE
 from benchmarks.papers.spread import mean_and_spread
 
 NEAR = 0.1  # of the dev loss that a rule takes off at its best η: what "robust" is counted by

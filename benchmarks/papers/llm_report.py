@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.papers.common import figure
-from benchmarks.papers.llm import NAME, TITLE
+from benchmarks.papers.llm_run import NAME, TITLE
 from benchmarks.papers.spread import mean_and_spread
 
 # What the papers report (accuracy; F1 for squad and drop), as tables of 2305.17333 and averages of 2511.02757 give it.

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[], help="of `zowrap bench step`; default: all")
     options = parser.parse_args()
     if options.what == "docs":
-        docs.write()
+        docs.write_page()
         return
     rounds = ["--rounds", str(options.rounds)]
     rows = [part for row in options.rows for part in ("--row", row)]

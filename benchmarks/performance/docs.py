@@ -1,4 +1,4 @@
-"""``docs/performance.md`` from the committed JSON."""
+"""Write ``docs/performance.md`` from the committed JSON."""
 
 from __future__ import annotations
 
@@ -16,69 +16,75 @@ PAGE = ROOT / "docs" / "performance.md"
 
 HEAD = """# Performance
 
-The yardstick is two plain compiled forwards of the same model and batch: what a central difference cannot do without,
-unless it shares work between them. A ratio is that of a whole step, update included, to the yardstick's step just
-before and after it, in one process; the table gives the median over the rounds and the quartiles. "First start" is the
-time from the model to the end of the first step in a fresh process with an empty cache, "second start" the same once
-more; "peak" is the most memory that a step holds beyond what lies there between steps. Both stand where they were
-measured, by `python -m benchmarks.performance starts`; a peak alone is that of one process, as
-`zowrap bench step --only ROW --json` measures it. The page is generated from `benchmarks/results/performance` by
-`python -m benchmarks.performance docs`.
+The yardstick is two plain compiled forwards of the same model and batch, which a central difference needs at least,
+unless it shares work between them. A ratio compares a whole step, including the update, with the yardstick just before
+and after it in the same process; the tables give the median and quartiles over rounds. "First start" is the time from
+the model to the end of the first step in a new process with an empty cache, and "second start" is the same with the
+cache filled. "Peak" is a step's extra memory above what is held between steps. Start times and peaks are measured by
+`python -m benchmarks.performance starts`, single peaks by `zowrap bench step --only ROW --json`, and are blank if not
+measured. `python -m benchmarks.performance docs` generates this page from `benchmarks/results/performance`.
 """
 
 STEP = """## A step: OPT-125M, float32, 8 × 64 tokens
 
 `python -m benchmarks.performance step` (`zowrap bench step --arch opt-125m --batch 8 --seq 64 --together --json`)
 
-`sparse_mezo` takes a quantile of every matrix anew at each step, which costs as much as the two forwards;
-`refresh=100` takes it at every hundredth.
+`sparse_mezo` computes a quantile of every matrix at each step, which costs as much as the two forwards; with
+`refresh=100` it does so at every hundredth step.
 """
 
 LONG = """## Longer rows: 8 × 256 tokens
 
-`python -m benchmarks.performance long`: noise and update cost the same whatever the batch, so their share falls.
+`python -m benchmarks.performance long`
+
+Noise and update cost the same for every batch, so their share falls with longer rows.
 """
 
-GROWTH = """## As the work grows
+GROWTH = """## Growth
 
-`python -m benchmarks.performance growth`: an OPT of 8 layers, 4096 words, width 256, 8 × 64 tokens; one thing varied at
-a time. Gaussian directions, `zo_sgd`. The ratio is to two forwards for each query; a term that grew faster than the
-forwards would show as a ratio that rises down its column.
+`python -m benchmarks.performance growth`
+
+The model is an OPT with 8 layers, 4096 words and width 256, on 8 × 64 tokens, with gaussian directions and `zo_sgd`;
+each row varies one size. The ratio is to two forwards for each query. A cost that grows faster than the forwards would
+show as a ratio that rises down the column.
 """
 
-PROFILE = """## Where the time goes
+PROFILE = """## Profile
 
-`python -m benchmarks.performance profile`: seconds by kind of work, two plain forwards and a Gaussian step in turn,
-under torch's profiler. The plain forwards' cross-entropy is among all else.
+`python -m benchmarks.performance profile`
+
+The table shows seconds by kind of work, for two plain forwards and a gaussian step in turn, under torch's profiler. The
+plain forwards' cross-entropy is in the last row.
 """
 
-OPERATORS = """## What else was tried
+OPERATORS = """## Designs that were tried
 
 `python -m benchmarks.performance operators`
 """
 
 DESIGNS = """\
-- *The gaussian law.* A table of 4096 half-normal quantiles stays in the first-level cache and is 6e-5 from normal
-  (Kolmogorov–Smirnov). The table below times it in the kernel that makes w ± εz. An odd polynomial would save the
-  look-up, but one of a uniform number is still 2e-3 from normal at degree 13, and one of a sum of four fields 2e-4 at
-  degree 5 with a lattice of its own on top; neither passes the test at 10⁷ draws with room to spare.
-- *Chunks.* Short chunks keep the scratch in the cache and make the products less efficient; long ones the reverse.
-  Their rows are a multiple of 16, a cache line of outputs. Cut evenly instead, into 1026 rows, the head of 2048 tokens
-  took 1.2 of the plain one's time, and a step of 8 × 256 tokens 1.06 to 1.15 of two forwards in three runs.
-- *The head.* Writing both streams' logits costs page faults and a second pass for the cross-entropy; their running
-  logsumexp costs neither, and tokens whose label is ignored are left out altogether. On a GPU all tokens take part:
-  finding out which ones count would wait for the device.
-- *One product for both streams.* Stacking the streams' rows where the weight is the same for both (a frozen base, the
-  layers above the active block) saves a read of the weight: 5 or 6 % of a product in the last table, and nothing or
-  less on other days. It would be at most 3 % of a step along low-rank directions, and the streams stay apart.
-- *The deferred update* (step t's update inside step t + 1's read of the weights) saves one pass over the weights, but
-  not the noise, which has to be made for both steps. As a loop by itself it saves a fifth of the time (second table),
-  about 3 % of a step of 8 × 64 tokens and 1 % at 8 × 256. It is not built: a tied weight is read twice in a step, and
-  whatever looks at the weights between steps would have to wait for a write.
+- **The gaussian law.** A table of 4096 half-normal quantiles stays in the first-level cache and is 6e-5 from normal
+  (Kolmogorov–Smirnov). The first table below times it in the kernel that computes w ± εz. An odd polynomial would need
+  no look-up, but a polynomial of a uniform number is still 2e-3 from normal at degree 13, and one of a sum of four
+  fields 2e-4 at degree 5, where it also has a lattice of its own; neither passes the test at 10⁷ draws with a margin.
+- **Chunks.** Short chunks keep the scratch buffer in the cache but make the products less efficient; long ones do the
+  reverse. Their rows are a multiple of 16, which is a cache line of outputs. Cut evenly instead, into 1026 rows, the
+  head took 1.2 times as long as the plain one at 2048 tokens, and a step of 8 × 256 tokens 1.06 to 1.15 times as long
+  as two forwards in three runs.
+- **The head.** Writing the logits of both points costs page faults and a second pass for the cross-entropy. A running
+  logsumexp costs neither, and skips tokens whose label is ignored. On a GPU it includes all tokens, because finding out
+  which ones count would wait for the device.
+- **One product for both points.** If both points have the same weight (a frozen base, the layers above the active
+  block), stacking their rows saves one read of the weight: 5 or 6 % of a product in the last table, and nothing or less
+  on other days. This would be at most 3 % of a step with low-rank directions, so the points stay separate.
+- **The deferred update** (step t's update inside step t + 1's read of the weights) saves one pass over the weights, but
+  not the noise, which both steps need. In a loop of its own it saves a fifth of the time (second table), which is about
+  3 % of a step of 8 × 64 tokens and 1 % at 8 × 256. It is not implemented, because a tied weight is read twice in a
+  step, and everything that reads the weights between steps would have to wait for the update.
 """
 
 
-# The ratios that the design aims at; those of longer rows apart.
+# The ratios that the design aims at, for short and long rows.
 AIMS = {
     "gaussian": 1.20,
     "rademacher": 1.12,
@@ -90,14 +96,14 @@ AIMS = {
 LONG_AIMS = {"gaussian": 1.08}
 
 
-def load(name: str) -> dict[str, Any] | None:
-    """A kept result, or None."""
+def read_result(name: str) -> dict[str, Any] | None:
+    """Read the kept result of a measurement; None if there is none."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def page() -> str:
-    """The whole page; a measurement that is missing leaves its section out."""
+    """The whole page as Markdown, without the sections whose measurements are missing."""
     parts = [HEAD]
     for name, heading, body in (
         ("step", STEP, _steps),
@@ -106,19 +112,19 @@ def page() -> str:
         ("growth", GROWTH, _growth),
         ("operators", OPERATORS, _operators),
     ):
-        if (result := load(name)) is not None:
-            lacking = ""
+        if (result := read_result(name)) is not None:
+            missing = ""
             if name == "step":
-                starts = load("starts")
-                lacking = _lacking(result, starts)
+                starts = read_result("starts")
+                missing = _list_missing_rows(result)
                 alone = {row["row"]: row for row in starts["rows"]} if starts is not None else {}
                 result = {**result, "rows": [{**row, **alone.get(row["row"], {})} for row in result["rows"]]}
-            parts += [heading, _machine(result), body(result), *([lacking] if lacking else [])]
+            parts += [heading, _machine(result), body(result), *([missing] if missing else [])]
     return "\n".join(parts)
 
 
-def write() -> None:
-    """The page from the kept results."""
+def write_page() -> None:
+    """Write the page from the kept results."""
     PAGE.write_text(page(), encoding="utf-8")
 
 
@@ -127,21 +133,14 @@ def _machine(result: dict[str, Any]) -> str:
     return f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}; {result['rounds']} rounds.\n"
 
 
-def _lacking(step: dict[str, Any], starts: dict[str, Any] | None) -> str:
-    """Which rows of ``zowrap bench step`` the kept files have no figures of; empty where they have all."""
-    alone = [] if starts is None else starts["rows"]
-    clauses = [
-        f"{sentence} {', '.join(f'`{name}`' for name in contenders.NAMES if name not in rows)}."
-        for sentence, rows in (
-            (f"This table, timed in {step['rounds']} rounds, lacks", {row["row"] for row in step["rows"]}),
-            ("Start times were not measured for", {row["row"] for row in alone if "first_start" in row}),
-            ("Peaks were not measured for", {row["row"] for row in alone}),
-        )
-        if not rows.issuperset(contenders.NAMES)
-    ]
-    if not clauses:
+def _list_missing_rows(step: dict[str, Any]) -> str:
+    """Name the rows of ``zowrap bench step`` that the table lacks; empty if there are none."""
+    found = {row["row"] for row in step["rows"]}
+    missing = [f"`{name}`" for name in contenders.NAMES if name not in found]
+    if not missing:
         return ""
-    text = f"`zowrap bench step` has {len(contenders.NAMES)} rows. {' '.join(clauses)}"
+    names = ", ".join(missing)
+    text = f"This table, timed in {step['rounds']} rounds, lacks these rows of `zowrap bench step`: {names}."
     return textwrap.fill(text, 120, break_on_hyphens=False) + "\n"
 
 
@@ -200,12 +199,12 @@ def _growth(result: dict[str, Any]) -> str:
 
 
 def _profile(result: dict[str, Any]) -> str:
-    """Seconds by kind, two forwards beside a step, and how much of the difference each kind makes up."""
+    """The table of seconds by kind of work, for two forwards and a step, with the difference by kind."""
     rows = result["profile"]
     head, lines = [""], {kind: [kind] for kind in rows[0]["seconds"]}
     for plain, ours in zip(rows[::2], rows[1::2], strict=True):
         total = sum(plain["seconds"].values())
-        head += [f"{plain['tokens']} tokens: two forwards", "a step", "more, of the forwards"]
+        head += [f"{plain['tokens']} tokens: two forwards", "a step", "difference, of the forwards"]
         for kind, line in lines.items():
             before, after = plain["seconds"][kind], ours["seconds"][kind]
             line += [f"{before * 1e3:.0f} ms", f"{after * 1e3:.0f} ms", f"{100 * (after - before) / total:+.1f} %"]
@@ -226,12 +225,12 @@ def _operators(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             DESIGNS,
-            _table(["law", "million elements a second"], laws),
+            _table(["law", "million elements per second"], laws),
             _table(["a step's loops over a million weights", "time"], loops),
-            "Products with six matrices of 3072 × 768, and the head with its loss, both points, perturbed, against the "
-            "plain ones:\n",
-            _table(["tokens", "part", "rows a chunk", "time", "ratio"], chunks),
+            "Perturbed products with six matrices of 3072 × 768, and the perturbed head with its loss, for both "
+            "points, compared with the plain ones:\n",
+            _table(["tokens", "part", "rows per chunk", "time", "ratio"], chunks),
             "Plain products of 512 tokens for both points:\n",
-            _table(["weight", "apart", "stacked"], stacked),
+            _table(["weight", "separate", "stacked"], stacked),
         ]
     )

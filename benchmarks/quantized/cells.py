@@ -26,12 +26,12 @@ class QuantizedBench(Workbench):
     """
 
     def __init__(self, name: str, data_dir: Path, engine: str | None = None, lm: str | None = None) -> None:
-        self.form_name, self.weight_form, self.lm = name, FORMS[name], lm
+        self.form_name, self.setup, self.lm = name, FORMS[name], lm
         self.kind = "lm" if lm else "classification"
         super().__init__(self.cell(0.0, 0), data_dir, engine)
-        if self.weight_form.quantization is not None or self.weight_form.dtype != torch.float32:
-            self.source.quantization = self.weight_form.quantization
-            self.model = self.task.build(self.source, self.weight_form.dtype)
+        if self.setup.quantization is not None or self.setup.dtype != torch.float32:
+            self.source.quantization = self.setup.quantization
+            self.model = self.task.build(self.source, self.setup.dtype)
         # Lower first: on some processors the library's own 4-bit layers do not support all shapes of these models.
         self.codes = {name: layer.get_parameter("weight").clone() for name, layer in quant.lower(self.model).items()}
         self.untuned = self.evaluate(self.dev)
@@ -41,8 +41,8 @@ class QuantizedBench(Workbench):
 
     def cell(self, lr: float, seed: int) -> Cell:
         """A cell of this form with the right number of steps."""
-        steps = FORWARDS[self.kind] // (2 * self.weight_form.queries)
-        cell = Cell("trec", "meazo", lr, seed, steps, eps=self.weight_form.eps)
+        steps = FORWARDS[self.kind] // (2 * self.setup.queries)
+        cell = Cell("trec", "meazo", lr, seed, steps, eps=self.setup.eps)
         return replace(cell, task="sst2", model=self.lm, max_length=64) if self.lm else cell
 
     def reset(self, cell: Cell) -> zowrap.ZOModel:
@@ -52,12 +52,12 @@ class QuantizedBench(Workbench):
                 self.model,
                 rules.get("meazo"),
                 eps=cell.eps,
-                trainable=self.trainable if self.weight_form.quantized is None else None,
+                trainable=self.trainable if self.setup.quantized is None else None,
                 loss_fn=self.task.loss_fn,
-                quantized=self.weight_form.quantized,
-                queries=self.weight_form.queries,
+                quantized=self.setup.quantized,
+                queries=self.setup.queries,
                 engine=self.engine,
-                **self.weight_form.wrap,
+                **self.setup.wrap,
             )
             self._state = self._zm.state_dict()
             self.start = {p.name: p.tensor.detach().clone() for p in self._zm.parameters}
@@ -80,7 +80,7 @@ class QuantizedBench(Workbench):
         ]
         return {
             "form": self.form_name,
-            "queries": self.weight_form.queries,
+            "queries": self.setup.queries,
             **found,
             "model": Path(cell.model).name,
             "zero_shot": self.zero_shot["accuracy"],

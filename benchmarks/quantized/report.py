@@ -124,11 +124,10 @@ four to five times the rounding. The warning starts at a third of each.
 
 CODES = """## Why codes are experimental
 
-Stochastic rounding is unbiased, but rounding a change Δ (in steps of a code, |Δ| ≪ 1) has a variance of |Δ|(1 − |Δ|)
-≈ |Δ|. Over T updates of η·g·z these add up to T·η·E|g z|, which depends only on Ση: a smaller η with more steps makes
-the same noise. In each weight the noise is √(Σ|Δ|) steps after a run, and Σ|Δ| exceeds the progress by the ratio of
-|g|·|z| to its useful part, about √d.
-Fewer and better updates help:
+Stochastic rounding is unbiased, but rounding a change Δ (in steps of a code, |Δ| ≪ 1) has a variance
+of |Δ|(1 − |Δ|) ≈ |Δ|. Over T updates of η·g·z these add up to T·η·E|g z|, which depends only on Ση: a smaller η with
+more steps makes the same noise. After a run, each weight has noise of √(Σ|Δ|) steps, and Σ|Δ| exceeds the progress by
+the ratio of |g|·|z| to its useful part, about √d. Fewer and better updates help:
 
 - *q queries per update* average q directions: |Δ| falls by √q, and the number of updates by q for the same number of
   forwards; for the same progress η grows by q, so Σ|Δ| falls by √q.

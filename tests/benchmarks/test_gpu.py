@@ -87,7 +87,7 @@ def test_the_page_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mo
     command._keep([{**row, "case": "another"}], rounds=3)  # a later run of other cases keeps these
     (path,) = tmp_path.glob("*.json")
     assert path.name == "nvidia-some-gpu.json"
-    text = docs.page([docs.load(path)])
+    text = docs.page([docs.read_result(path)])
     assert "| gaussian | 500.0 ms | 1.25 (1.20–1.30) | 3.00 GB | 1.50 | 1.50 | 2 G |" in text
     assert "does not fit" in text and "### another" in text
 
@@ -97,7 +97,7 @@ def test_without_figures_the_page_says_that_there_are_none() -> None:
 
 
 def test_the_committed_page_is_what_the_results_give() -> None:
-    results = [docs.load(path) for path in sorted(docs.RESULTS.glob("*.json"))]
+    results = [docs.read_result(path) for path in sorted(docs.RESULTS.glob("*.json"))]
     assert docs.PAGE.read_text(encoding="utf-8") == docs.page(results)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.papers import alignment, docs, e6, e6_report, e7, e7_report
+from benchmarks.papers import alignment, docs, e6, e6_report, e6_run, e7, e7_report, e7_run
 from benchmarks.papers.finetune import Cell, Workbench, rule_of, variant
 from benchmarks.papers.spread import compare, resolution_of_accuracy
 from tests.conftest import reviews, write_rows
@@ -85,7 +85,7 @@ def test_e6_names_what_is_wrong(common, wrong, said):
 
 
 def test_rules_that_this_version_lacks_are_left_out_and_named(common, monkeypatch, capsys):
-    monkeypatch.setattr(e6, "RULES", (*e6.RULES, "unborn"))
+    monkeypatch.setattr(e6_run, "RULES", (*e6_run.RULES, "unborn"))
     given = options(e6, *common, "--tasks", "trec", "--rules", "unborn")
     result = e6.run(given)
     assert "unborn is left out" in capsys.readouterr().err
@@ -204,9 +204,9 @@ def test_e6_is_committed_with_three_seeds_at_equal_forwards(committed):
     result = committed["E6"]
     assert not result["settings"]["quick"] and result["missing"] == []
     assert {"trec", "banking77"} <= result["tasks"].keys()
-    assert result["tasks"]["trec"]["rules"].keys() == set(e6.RULES)
+    assert result["tasks"]["trec"]["rules"].keys() == set(e6_run.RULES)
     for task, facts in result["tasks"].items():
-        assert facts["rules"].keys() | facts["unfinished"] == set(e6.RULES), task
+        assert facts["rules"].keys() | facts["unfinished"] == set(e6_run.RULES), task
         lines = [line for found in facts["rules"].values() for line in (*found["grid"], *found["seeds"])]
         assert {line["forwards"] for line in lines} == {2 * facts["steps"]}
         for rule, found in facts["rules"].items():
@@ -218,16 +218,16 @@ def test_e6_is_committed_with_three_seeds_at_equal_forwards(committed):
 def test_the_verdicts_follow_the_numbers(committed):
     """The committed comparison is that of the committed runs, and a rule that were far better would be named."""
     facts = committed["E6"]["tasks"]["trec"]
-    assert e6.comparisons(facts) == committed["E6"]["comparison"]["trec"]
+    assert e6_run.comparisons(facts) == committed["E6"]["comparison"]["trec"]
     doctored = copy.deepcopy(committed["E6"])
     for line in doctored["tasks"]["trec"]["rules"]["meazo"]["seeds"]:
         line["test_accuracy"] += 0.3
-    doctored["comparison"]["trec"] = e6.comparisons(doctored["tasks"]["trec"])
+    doctored["comparison"]["trec"] = e6_run.comparisons(doctored["tasks"]["trec"])
     assert "Test accuracy" in e6.report(doctored) and "better than zo_sgd: `meazo`" in e6.report(doctored)
 
 
 def test_e7_is_committed_and_v_is_noise(committed):
     result = committed["E7"]
     assert not result["settings"]["quick"]
-    assert result["directions"]["runs"].keys() == e7.DIRECTIONS.keys()
+    assert result["directions"]["runs"].keys() == e7_run.DIRECTIONS.keys()
     assert all(look["v"] == pytest.approx(look["noise"], rel=0.05) for look in result["second_moment"])

