@@ -56,7 +56,7 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
 
     source = _open(options)
     dtype, why = choose_dtype(options.dtype, source)
-    shapes, zm = _wrapped(options, source, dtype)
+    shapes, zm = _wrap_shapes(options, source, dtype)
     estimator, problem = _estimator(zm, shapes)
     if estimator is None and (options.programs or options.html):
         raise ZOError(f"there is no program to {'print' if options.programs else 'draw'}: {problem}")
@@ -118,7 +118,7 @@ def _open(options: InspectOptions) -> Any:
     return source
 
 
-def _wrapped(options: InspectOptions, source: Any, dtype: Any) -> tuple[Any, Any]:
+def _wrap_shapes(options: InspectOptions, source: Any, dtype: Any) -> tuple[Any, Any]:
     """The model's shapes, and the model wrapped as ``tune`` would wrap it."""
     from zowrap.tasks.shapes import build_shapes
 
@@ -233,7 +233,7 @@ def _plan(options: InspectOptions, zm: Any, estimator: Any, problem: str | None)
 
     free, found = free_memory(), None
     if estimator is None:
-        needed, costs = _least(zm), _unknown(problem)
+        needed, costs = _least_bytes(zm), _unknown(problem)
         of_what = f"without activations, which are not known: {problem}"
     else:
         zm.schedule.choose(estimator, free)
@@ -251,7 +251,7 @@ def _plan(options: InspectOptions, zm: Any, estimator: Any, problem: str | None)
     return _Plan(needed, free, enough, sentence, costs)
 
 
-def _least(zm: Any) -> int:
+def _least_bytes(zm: Any) -> int:
     """Weights, the rule's state, and the perturbed copy of what moves that the eager engine makes."""
     from zowrap.step.parameters import weight_bytes
 

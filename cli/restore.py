@@ -42,7 +42,7 @@ def _check_rights(options: TuneOptions, saved: dict[str, Any]) -> None:
         say(f"{options.out} reported to {saved['report_to']}: give --report-to again to go on with that")
 
 
-def restored(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions, dict[str, Any] | None]:
+def restore_options(context: typer.Context, options: TuneOptions) -> tuple[TuneOptions, dict[str, Any] | None]:
     """The run's own options with ``--resume``, but for those that may be given anew; its result, where it is finished.
 
     Raises:

@@ -19,7 +19,7 @@ import typer
 from zowrap.cli.checks import check_at_once, check_options, check_out_is_free, spelled_for, to_config
 from zowrap.cli.console import Interrupted, begin, quiet_libraries, result, say
 from zowrap.cli.options import TuneOptions, load_plugins, takes
-from zowrap.cli.restore import restored, saved_options
+from zowrap.cli.restore import restore_options, saved_options
 from zowrap.cli.summary import dev_facts, lines, unseen_facts
 from zowrap.cli.tasks import resolve_task, say_counts
 from zowrap.errors import ZOError
@@ -32,7 +32,7 @@ def tune(context: typer.Context, options: TuneOptions) -> None:
     """Fine-tune MODEL on labelled or plain text, with forward passes alone."""
     began = time.time()
     check_one_process()
-    options, finished = restored(context, options)
+    options, finished = restore_options(context, options)
     if finished is not None:
         say(f"{options.out} is finished: nothing is left to do")
         result(finished, options.json, lines(finished))
@@ -120,14 +120,14 @@ def prepare(options: TuneOptions) -> Plan:
         if others is not None:
             task.check(others)
     say(why)
-    train = _tokenised(task, rows, source, "training rows")
-    evaluation = None if eval_rows is None else _tokenised(task, eval_rows, source, "evaluation rows")
-    test = None if test_rows is None else _tokenised(task, test_rows, source, "test rows")
+    train = _tokenise(task, rows, source, "training rows")
+    evaluation = None if eval_rows is None else _tokenise(task, eval_rows, source, "evaluation rows")
+    test = None if test_rows is None else _tokenise(task, test_rows, source, "test rows")
     show(train, source, options.show_examples)
     return Plan(source, task, train, evaluation, test)
 
 
-def _tokenised(task: Any, rows: Any, source: Any, what: str) -> Any:
+def _tokenise(task: Any, rows: Any, source: Any, what: str) -> Any:
     examples = task.examples(rows, source)
     say_counts(examples, task.max_length, what)
     if not len(examples):
@@ -208,13 +208,13 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
     rows = None if plan.evaluation is None or options.task != "classification" else len(plan.evaluation)
     trainer.add_callback(Progress(trainer, rows))
     if getattr(plan.task, "form", None) == "vectors":
-        trainer.add_callback(keeps_start(trainer))
+        trainer.add_callback(keep_start_vectors(trainer))
     if plan.test is not None:
-        trainer.add_callback(tests_first(trainer, plan))
+        trainer.add_callback(measure_test_first(trainer, plan))
     return trainer
 
 
-def keeps_start(trainer: Any) -> Any:
+def keep_start_vectors(trainer: Any) -> Any:
     """A callback that keeps the label vectors which the run begins with.
 
     They come from a forward pass, whose last bits another machine or number of threads may give otherwise: what goes on
@@ -232,7 +232,7 @@ def keeps_start(trainer: Any) -> Any:
     return KeepsStart()
 
 
-def tests_first(trainer: Any, plan: Plan) -> Any:
+def measure_test_first(trainer: Any, plan: Plan) -> Any:
     """A callback that measures the untuned model on the test data, once the run's folder is there.
 
     What it came to stays in the folder: a resumed run, whose model has moved, reads it there.

@@ -71,8 +71,8 @@ def zo_wrap(
         masters: keep a float32 copy of the 16-bit weights that move, as state of the rule: updates go into it, and
             the weights are its nearest 16-bit numbers. By default they are rounded stochastically, without a copy.
             Other weights that move beside them need none.
-        along: what the updates of 16-bit weights go along: the direction ``"drawn"``, or the one ``"evaluated"``, the
-            difference of its rounded points (:func:`zowrap.step.arithmetic.taken`). One of :data:`zowrap.names.ALONG`.
+        along: the direction that updates of 16-bit weights go along: the one ``"drawn"``, or the one ``"evaluated"``,
+            the difference of its rounded points (:func:`zowrap.step.arithmetic.evaluated_direction`).
 
     Raises:
         ZOError: an option out of range or unknown, or nothing left to tune.

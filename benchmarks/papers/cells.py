@@ -22,7 +22,7 @@ from zowrap.rules import Choice, Rule, estimators
 from zowrap.rules.base import Scalars
 from zowrap.step import blocks as block_lib
 from zowrap.step import directions
-from zowrap.step.arithmetic import conclude, perturbed, reduced, update_leaf
+from zowrap.step.arithmetic import conclude, perturb_weight, sum_slots, update_leaf
 
 Objective = Callable[[Tensor, Scalars], Tensor]
 """``objective(x, data) -> 0-d``: x is float64 ``[d]``, ``data`` what :class:`Cells` was given, of one cell.
@@ -175,7 +175,7 @@ class Cells:
 
         scalars: Scalars = {}
         if rule.direction_scalars is not None:
-            sums = reduced(rule.reduce, own_slots) if rule.reduce is not None else {}
+            sums = sum_slots(rule.reduce, own_slots) if rule.reduce is not None else {}
             sums["count"] = torch.tensor(float(w.numel()), dtype=torch.float64)
             scalars = rule.direction_scalars(state, sums, hyper)
         block_id = _pick(self._ids, here).reshape(1)
@@ -191,7 +191,7 @@ class Cells:
         z = vmap(direction)(torch.arange(self.queries))
 
         def loss(coefficient: Tensor, index: Tensor) -> Tensor:
-            moved = perturbed(w, z[index], coefficient * hyper["eps"])
+            moved = perturb_weight(w, z[index], coefficient * hyper["eps"])
             x = torch.where(here.unsqueeze(-1), moved, theta) if self.blocks > 1 else moved
             return self._objective(x.double().reshape(-1), data).float()
 

@@ -14,7 +14,7 @@ from zowrap import rules
 from zowrap.errors import ZOError
 from zowrap.model.zo_model import ZOModel
 from zowrap.numerics import rounding
-from zowrap.step.arithmetic import taken
+from zowrap.step.arithmetic import evaluated_direction
 from zowrap.training.checkpoint import load_checkpoint
 from zowrap.training.run_folder import Run
 
@@ -239,11 +239,13 @@ def test_the_evaluated_direction_is_the_difference_of_the_points(dtype, other) -
     w, z = torch.randn(1000, generator=draw).to(dtype), torch.randn(1000, generator=draw)
     eps = torch.tensor(2.0**-9)
     plus, minus = ((w.float() + c * eps * z).to(dtype).float() for c in (1.0, other))
-    found = taken(w, z, eps, other)
+    found = evaluated_direction(w, z, eps, other)
     assert torch.equal(found, (plus - minus) / ((1 - other) * eps))
     assert not torch.equal(found, z)
-    assert taken(w, z, eps, None) is z
-    assert taken(w.float(), z, eps, other) is not None and torch.equal(taken(w.float(), z, eps, other), z)
+    assert evaluated_direction(w, z, eps, None) is z
+    assert evaluated_direction(w.float(), z, eps, other) is not None and torch.equal(
+        evaluated_direction(w.float(), z, eps, other), z
+    )
 
 
 def test_weights_that_an_evaluation_cannot_move_stay() -> None:

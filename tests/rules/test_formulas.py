@@ -15,7 +15,7 @@ from tests.support.rule_cases import CASES, KINDS, feed, flat, name_of, noise_of
 from zowrap import rules
 from zowrap.errors import ZOError
 from zowrap.step import arithmetic
-from zowrap.step.arithmetic import reduced
+from zowrap.step.arithmetic import sum_slots
 from zowrap.testing import EPS, LR, draw_losses, wrap
 
 
@@ -182,9 +182,9 @@ def test_sums_over_slots_do_not_depend_on_the_runs_they_are_taken_in(monkeypatch
     def reduce(part):
         return {"mv": part["m"] * part["v"], "square": part["m"].square()}
 
-    whole = reduced(reduce, slots)
+    whole = sum_slots(reduce, slots)
     monkeypatch.setattr(arithmetic, "REDUCE_ELEMENTS", 8)
-    pieces = reduced(reduce, slots)
+    pieces = sum_slots(reduce, slots)
     assert whole["square"].dtype == torch.float64
     assert all(torch.allclose(whole[name], pieces[name], rtol=1e-12) for name in ("mv", "square"))
 
@@ -194,7 +194,7 @@ def test_sums_over_slots_are_taken_in_few_pieces_on_a_gpu(device: str, pieces: i
     taken = []
     with FakeTensorMode():
         slots = {"m": torch.empty(1 << 13, 1 << 13, device=device)}
-        reduced(lambda part: taken.append(part) or {"sum": part["m"]}, slots)
+        sum_slots(lambda part: taken.append(part) or {"sum": part["m"]}, slots)
     assert len(taken) == pieces
 
 

@@ -21,7 +21,7 @@ from zowrap.compiler.capture import batch_signature, canonical_batch, capture
 from zowrap.compiler.program import Program
 from zowrap.compiler.regions import MIN_LAYERS, Kind, Regions, compile_regions
 from zowrap.engines.compile_time import compile_seconds
-from zowrap.engines.eager import EagerEngine, carried_left
+from zowrap.engines.eager import EagerEngine, realign_slot
 from zowrap.errors import Option, ZOCaptureError, ZOError, ZOWarning, first_line
 from zowrap.loss.module import Batch
 from zowrap.ops import codes, kernels
@@ -125,7 +125,7 @@ class CompiledEngine:
                 start = time.perf_counter()
                 program = self.program(batch, block, points, per_example)
                 self.trace_seconds += time.perf_counter() - start
-                with _told_as_refusal():
+                with _as_capture_error():
                     compiled = compile_regions(program, self._kinds, self.min_layers, self.telling.region, self.shares)
                 looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
                 self._warm(block, points, rows=bool(looked_up))
@@ -155,7 +155,7 @@ class CompiledEngine:
             ZOCaptureError: the model cannot be captured.
         """
         job, captured, epilogue, key = self.job, self.captured(batch), self._epilogues[block], self.kernels.key
-        with _told_as_refusal():
+        with _as_capture_error():
             try:
                 return build(captured.clone(), job, block, key, points, self._scalar_names, epilogue, per_example)
             except UnusedBlock:
@@ -309,7 +309,7 @@ class CompiledEngine:
                 inputs.append(row_scale)
             if layout and buffer is not None:
                 slot = job.left_of(i)
-                left = None if slot is None else carried_left(job, streams, i, slot, conclusion)
+                left = None if slot is None else realign_slot(job, streams, i, slot, conclusion)
                 pair = lowrank.update_factors(layout, i, buffer, conclusion.coefficients["g"], left)
                 inputs += [factor for factor in pair if factor is not None]
         epilogue.graph_module(*[t.detach() for t in inputs])
@@ -346,7 +346,7 @@ class CompiledEngine:
 
 
 @contextmanager
-def _told_as_refusal() -> Iterator[None]:
+def _as_capture_error() -> Iterator[None]:
     """Turn a failure of the passes or the compiler into an error that lets the eager engine take over."""
     try:
         yield

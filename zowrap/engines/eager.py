@@ -21,7 +21,7 @@ from zowrap.loss.module import Batch, count_rows, select_example
 from zowrap.numerics import codes, noise
 from zowrap.numerics.dtypes import at_least_float32, is_16_bit
 from zowrap.step import lowrank
-from zowrap.step.arithmetic import Conclusion, perturbed, taken, update_leaf
+from zowrap.step.arithmetic import Conclusion, evaluated_direction, perturb_weight, update_leaf
 from zowrap.step.directions import integer_squares, squared_norm
 from zowrap.step.job import DirectionNoise, Job
 from zowrap.step.parameters import Parameter
@@ -83,7 +83,7 @@ class EagerEngine:
                     copy = coefficient * self.direction(stream, i, which)
                     copies.update({f"model.{name.removesuffix('weight')}delta": copy for name in self._places[i]})
                     continue
-                copy = perturbed(p.tensor, self.direction(stream, i, which), coefficient)
+                copy = perturb_weight(p.tensor, self.direction(stream, i, which), coefficient)
                 copies.update({f"model.{name}": copy for name in self._places[i]})
             with forbid_writes(copies.items()):  # else a model would pass or fail by what is perturbed
                 sums, weights = torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=False)
@@ -172,12 +172,14 @@ class EagerEngine:
         job, c = self.job, conclusion.coefficients
         if streams[0].factors is None:
             w, eps = job.parameters[index].tensor, job.hyper["eps"]
-            return [taken(w, self.direction(stream, index), eps, job.second_point) for stream in streams], c
+            return [
+                evaluated_direction(w, self.direction(stream, index), eps, job.second_point) for stream in streams
+            ], c
         layout = job.layouts[streams[0].block]
         factor = layout.law.update
         slot = job.left_of(index)
         if slot is not None:
-            new = carried_left(job, streams, index, slot, conclusion)
+            new = realign_slot(job, streams, index, slot, conclusion)
             right = layout.places[index].right_of(streams[0].factors)
             z = lowrank.product(new, None if right is None else right[0], job.parameters[index].tensor.shape)
             return [factor * z], {**c, "g": torch.ones_like(c["g"][:1])}
@@ -205,7 +207,7 @@ def _places(model: nn.Module, names: Sequence[str]) -> list[str]:
     return list(places.values())
 
 
-def carried_left(
+def realign_slot(
     job: Job, streams: Sequence[DirectionNoise], index: int, slot: Tensor, conclusion: Conclusion
 ) -> Tensor:
     """Write the rule's ``"left"`` state of one parameter and return it; a few numbers, the same for both engines."""
@@ -213,7 +215,7 @@ def carried_left(
     assert first.old_factors is not None and first.moved is not None
     buffer = torch.cat([s.factors for s in streams if s.factors is not None])
     layout = job.layouts[first.block]
-    new = lowrank.carried(
+    new = lowrank.realign_left(
         job.rule, layout, index, slot, buffer, first.old_factors, first.moved, conclusion.coefficients
     )
     slot.copy_(torch.where(conclusion.apply, new, slot))

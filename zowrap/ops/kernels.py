@@ -25,7 +25,7 @@ class Kernels:
         coefficient_shapes: the rule's coefficients, in the order they are passed.
         scalar_names: numbers that the rule's direction reads, in the order they are passed: global ones, then the
             rule's ``"parameter"`` slots.
-        other: see :func:`zowrap.step.arithmetic.taken`.
+        other: see :func:`zowrap.step.arithmetic.evaluated_direction`.
 
     Attributes:
         key: the text that programs refer to these kernels by.

@@ -22,7 +22,7 @@ from zowrap.ops.arguments import NoiseArgs
 from zowrap.ops.points import at_point, empty_products
 from zowrap.ops.scratch import chunks, copied_bytes, longest
 from zowrap.step import lowrank
-from zowrap.step.arithmetic import perturbed
+from zowrap.step.arithmetic import perturb_weight
 
 
 @operator(
@@ -131,7 +131,7 @@ def _(x, w, slots, key, scale, scalars, coefficients, transposed, kernel_key):
 def perturb_lowrank(w: Tensor, left: Tensor, right: Tensor | None, coefficients: Tensor) -> list[Tensor]:
     """``[w + coefficients[p] · left · rightᵀ for p]``; ``left`` ``[rows, rank]``, ``right`` ``[columns, rank]``."""
     z = lowrank.product(left, right, w.shape)
-    return [perturbed(w, z, c).contiguous() for c in coefficients]
+    return [perturb_weight(w, z, c).contiguous() for c in coefficients]
 
 
 @perturb_lowrank.register_fake
@@ -145,4 +145,4 @@ def _(info, in_dims, w, left, right, coefficients):
     left = left.movedim(in_dims[1], 0)
     z = left if right is None else left @ right.movedim(in_dims[2], 0).mT
     z = z.reshape(info.batch_size, *w.shape)
-    return [perturbed(w, z, c).contiguous() for c in coefficients.unbind()], [0] * coefficients.shape[0]
+    return [perturb_weight(w, z, c).contiguous() for c in coefficients.unbind()], [0] * coefficients.shape[0]

@@ -18,7 +18,7 @@ from zowrap.ops.arguments import NoiseArgs
 from zowrap.ops.loops import Loops, flat_index, offset, segments, split
 from zowrap.ops.scratch import buffers
 from zowrap.rules.base import Rule
-from zowrap.step.arithmetic import perturbed
+from zowrap.step.arithmetic import perturb_weight
 from zowrap.step.directions import Direction, integer_squares
 from zowrap.step.lowrank import Layout, draw
 
@@ -54,7 +54,7 @@ class PerturbKernels:
     ) -> tuple[Tensor, ...]:
         """``w + coefficients[p] · z`` for every point, elementwise; see :meth:`direction_at`."""
         z = self.direction_at(w, low, high, noise, table)
-        return tuple(perturbed(w, z, coefficients[p]) for p in range(coefficients.shape[0]))
+        return tuple(perturb_weight(w, z, coefficients[p]) for p in range(coefficients.shape[0]))
 
     # --- kernels ----------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from zowrap.ops.arguments import DrawnDirections, NoiseArgs, UpdateArgs
 from zowrap.ops.loops import Loops, flat_index, offset, segments, split
 from zowrap.ops.perturb_kernels import PerturbKernels
 from zowrap.rules.base import Rule
-from zowrap.step.arithmetic import taken, update_leaf
+from zowrap.step.arithmetic import evaluated_direction, update_leaf
 
 
 class UpdateKernels:
@@ -26,7 +26,7 @@ class UpdateKernels:
     Args:
         perturbation: draws the directions again.
         coefficient_shapes: the rule's coefficients, in the order they are passed.
-        other: see :func:`zowrap.step.arithmetic.taken`.
+        other: see :func:`zowrap.step.arithmetic.evaluated_direction`.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class UpdateKernels:
                 seen = self._seen(slots)
                 each = [NoiseArgs(seen, key, scale, scalars) for key, scale in zip(keys, scales, strict=True)]
                 z = [self.perturbation.direction_at(w, low, high, noise_args, tables[0]) for noise_args in each]
-                z = [taken(w, direction, eps, self.other) for direction in z]
+                z = [evaluated_direction(w, direction, eps, self.other) for direction in z]
                 bits = noise.hash_bits(low, high, rounding_key) if rounds else None
             named = dict(zip(self.rule.element_slots(w.dtype), slots, strict=True))
             hyper = {"lr": lr, "eps": eps, "weight_decay": weight_decay}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zowrap.errors import ZOError, first_line, need_package
 from zowrap.quant.layers import Lowered
 from zowrap.quant.lowering import fresh_weights, lowered_layers, original_layers
-from zowrap.step.parameters import Parameter, TrainableSpec, canonical_name, check_patterns, select, wanted
+from zowrap.step.parameters import Parameter, TrainableSpec, canonical_name, check_patterns, is_asked_for, select
 
 RANK, ALPHA = 8, 16  # peft's own defaults are 8 and 8; twice the rank is what TRL's scripts give
 
@@ -138,7 +138,7 @@ def select_parameters(model: nn.Module, trainable: TrainableSpec) -> list[Parame
     check_patterns(trainable, sorted(names - fixed))
 
     def chosen(name: str, tensor: Tensor) -> bool:
-        return name not in fixed and (wanted(trainable, name, tensor) or (trainable is None and name in fresh))
+        return name not in fixed and (is_asked_for(trainable, name, tensor) or (trainable is None and name in fresh))
 
     spec = None if trainable is None and not fresh else chosen
     found = select(model, spec)

@@ -120,24 +120,24 @@ def update_leaf(
 REDUCE_ELEMENTS, REDUCE_ELEMENTS_GPU = 1 << 20, 1 << 24
 
 
-def reduced(reduce: Callable[[Scalars], Scalars], slots: Scalars) -> Scalars:
+def sum_slots(reduce: Callable[[Scalars], Scalars], slots: Scalars) -> Scalars:
     """Sums over one parameter of the summands that a rule's ``reduce`` makes of its slots: 0-d float64 each."""
     size = REDUCE_ELEMENTS_GPU if next(iter(slots.values())).is_cuda else REDUCE_ELEMENTS
     parts = zip(*(slot.reshape(-1).split(size) for slot in slots.values()), strict=True)
-    runs = [_summed(reduce(dict(zip(slots, part, strict=True)))) for part in parts]
+    runs = [_sum_in_float64(reduce(dict(zip(slots, part, strict=True)))) for part in parts]
     return {name: torch.stack([run[name] for run in runs]).sum() for name in runs[0]}
 
 
-def _summed(summands: Scalars) -> Scalars:
+def _sum_in_float64(summands: Scalars) -> Scalars:
     return {name: value.sum(dtype=torch.float64) for name, value in summands.items()}
 
 
-def perturbed(w: Tensor, z: Tensor, coefficient: Tensor) -> Tensor:
+def perturb_weight(w: Tensor, z: Tensor, coefficient: Tensor) -> Tensor:
     """w + coefficient · z, at least in float32, in ``w``'s dtype; ``coefficient`` is ±ε as a 0-d float32 tensor."""
     return (at_least_float32(w) + coefficient * z).to(w.dtype)
 
 
-def taken(w: Tensor, z: Tensor, eps: Tensor, other: float | None) -> Tensor:
+def evaluated_direction(w: Tensor, z: Tensor, eps: Tensor, other: float | None) -> Tensor:
     """The direction that an update takes: z as drawn, or of a 16-bit weight the one between its points as evaluated.
 
         ẑ = [round(w + εz) − round(w + other·εz)] / (1 − other)ε

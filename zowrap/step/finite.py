@@ -12,7 +12,7 @@ from zowrap.errors import ZOWarning
 from zowrap.step.parameters import canonical_name
 
 
-def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+def find_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """Name → number of elements that are NaN or infinite, of the tensors that hold any.
 
     The smallest and the largest element tell: a NaN makes both NaN. What is quantised holds no floats and passes.
@@ -28,7 +28,7 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     return found
 
 
-def warn_of(model: nn.Module) -> str | None:
+def warn_about(model: nn.Module) -> str | None:
     """Warn of weights of a model that are not finite before anything moved them, those that do not move among them.
 
     Returns:
@@ -36,7 +36,7 @@ def warn_of(model: nn.Module) -> str | None:
     """
     clauses = [
         f"the model's own {canonical_name(name)} holds {count:,} values that are not finite (NaN or an infinity)"
-        for name, count in not_finite(model.named_parameters()).items()
+        for name, count in find_not_finite(model.named_parameters()).items()
     ]
     for clause in clauses:
         told = f"{clause}: steps on rows that need them are skipped, and they stay as they are"

@@ -57,7 +57,7 @@ class Job:
         hyper: 0-d float32 tensors ``lr``, ``eps``, ``weight_decay``; their values change, the tensors stay.
         decays: whether a weight decay was asked for at all.
         quant_mode: how quantised weights move; None where the model has none.
-        second_point: what 16-bit weights' updates go along, see :func:`zowrap.step.arithmetic.taken`.
+        second_point: what 16-bit weights' updates go along, see :func:`zowrap.step.arithmetic.evaluated_direction`.
     """
 
     loss: LossModule

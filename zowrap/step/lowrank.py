@@ -148,7 +148,7 @@ def update_factors(
     return left.transpose(0, 1).flatten(1), right.transpose(0, 1).flatten(1)
 
 
-def carried(
+def realign_left(
     rule: Rule, layout: Layout, index: int, slot: Tensor, buffer: Tensor, old: Tensor, moved: Tensor, c: Scalars
 ) -> Tensor:
     """The new value of a rule's ``"left"`` slot.

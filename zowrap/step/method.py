@@ -27,7 +27,7 @@ class Method:
         rule: shaped by the direction where that needs state, and with masters where they are asked for.
         lr: η, or None where it is still to be chosen (``"auto"``).
         second_point: coefficient of the point that, with 1, spans the evaluated direction; None where updates go along
-            the direction drawn. See :func:`zowrap.step.arithmetic.taken`.
+            the direction drawn. See :func:`zowrap.step.arithmetic.evaluated_direction`.
     """
 
     rule: Rule

@@ -67,7 +67,7 @@ def canonical_name(name: str) -> str:
     return _ADAPTERS.sub("", name)
 
 
-def wanted(spec: TrainableSpec, name: str, tensor: Tensor) -> bool:
+def is_asked_for(spec: TrainableSpec, name: str, tensor: Tensor) -> bool:
     """Whether ``trainable`` asks for the parameter of that canonical name."""
     if spec is None:
         return tensor.requires_grad
@@ -137,7 +137,7 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
     scattered: list[list[Tensor]] = []
     for key, names in by_storage.items():
         tensor, name = ties[key][0], canonical_name(names[0])
-        if not any(wanted(trainable, canonical_name(n), tensor) for n in names):
+        if not any(is_asked_for(trainable, canonical_name(n), tensor) for n in names):
             continue
         if not tensor.is_floating_point():
             if trainable is None:

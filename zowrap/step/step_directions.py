@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zowrap.numerics import noise
 from zowrap.rules.estimators import Point
-from zowrap.step.arithmetic import reduced
+from zowrap.step.arithmetic import sum_slots
 from zowrap.step.job import DirectionNoise, Engine, Job
 
 
@@ -104,7 +104,7 @@ class StepDirections:
         sums: dict[str, Tensor] = {}
         if job.rule.reduce is not None:
             for i in job.blocks[self.block].indices:
-                for name, total in reduced(job.rule.reduce, job.slots_of(i)).items():
+                for name, total in sum_slots(job.rule.reduce, job.slots_of(i)).items():
                     sums[name] = sums[name] + total if name in sums else total
         sums["count"] = torch.full((), float(job.count(self.block)), dtype=torch.float64, device=job.device)
         return job.rule.direction_scalars(job.states[self.block], sums, job.hyper)

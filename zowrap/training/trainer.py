@@ -31,7 +31,7 @@ from zowrap.loss.module import count_rows, find_invalid_labels
 from zowrap.model.choice import Planned
 from zowrap.model.zo_model import StepResult, ZOModel
 from zowrap.quant import lowering
-from zowrap.step.finite import warn_of
+from zowrap.step.finite import warn_about
 from zowrap.step.options import values_of
 from zowrap.step.pretrained import model_name
 from zowrap.storage.lock import lock_folder
@@ -293,7 +293,7 @@ class ZOTrainer(Trainer):
     ) -> TrainOutput:
         """Train, as the one process that writes into the folder."""
         self.interrupted = False
-        broken = warn_of(self.zm.model)
+        broken = warn_about(self.zm.model)
         weights = WeightCheck(self.zm.parameters)  # before a checkpoint is loaded, which may be of a run that broke
         first = make_first_state(self.args, self.get_train_dataloader)
         start = find_start(self.run, self.args, self._wrap_with, first, resume, self._base_model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zowrap.step.finite import not_finite
+from zowrap.step.finite import find_not_finite
 from zowrap.step.parameters import Parameter
 
 
@@ -29,4 +29,4 @@ class WeightCheck:
 
 
 def _count(parameters: Sequence[Parameter]) -> dict[str, int]:
-    return not_finite((parameter.name, parameter.tensor) for parameter in parameters)
+    return find_not_finite((parameter.name, parameter.tensor) for parameter in parameters)
