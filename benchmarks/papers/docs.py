@@ -18,9 +18,9 @@ FIGURES = ROOT / "docs" / "papers"
 HEAD = """# The papers' experiments
 
 Each section is one command, `python -m benchmarks.papers E1`, and is generated from the JSON that it wrote
-(`benchmarks/results/papers`); `python -m benchmarks.papers docs` makes this page from them. "Expected" values are those
-of an independent implementation or of the paper; "obtained" values are ours. ± is the standard deviation over seeds, and
-the best cell of a grid is chosen by the mean over seeds. E1 to E5 advance many runs at once with zowrap's own rules and
+(`benchmarks/results/papers`); `python -m benchmarks.papers docs` makes this page from them. "Expected" values are from
+an independent implementation or from the paper, "obtained" values are ours. ± is the standard deviation over seeds; the
+best cell of a grid is chosen by the mean over seeds. E1 to E5 advance many runs at once with zowrap's own rules and
 noise (`benchmarks/papers/cells.py`; a test checks that each run equals `zo_wrap`).
 """
 
