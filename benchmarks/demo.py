@@ -1,15 +1,14 @@
-"""The demo's task three ways: zowrap as in the demo, logistic regression on frozen embeddings, backpropagation.
+"""Compare zowrap on the demo's task with logistic regression on frozen embeddings and with backpropagation.
 
-    python -m benchmarks.demo            # measures, writes benchmarks/results/demo.json
-    python -m benchmarks.demo zowrap     # measures that way anew and keeps the others
-    python -m benchmarks.demo --table    # the README's table, from that file
+    python -m benchmarks.demo            # measures all and writes benchmarks/results/demo.json
+    python -m benchmarks.demo zowrap     # measures only this one and keeps the others
+    python -m benchmarks.demo --table    # prints the README's table from that file
 
 All three see the same 400 training and 80 held-out rows of examples/support_messages, and are scored once on its 240
-test messages. Each run is a process of its own: its seconds are those of the process, imports and compiling included,
-and its peak memory is what the system counted. zowrap's settings are the demo's own. The others' are chosen on the
-held-out rows: logistic regression takes the best C of ``CS``; backpropagation (AdamW on the demo's loss, 20 · cosine
-with the label names, all weights of the layers moving) the best rate of ``RATES``, searched with seed 0, and each run
-its best epoch.
+test messages. Each run is a separate process: its seconds include imports and compiling, and its peak memory is the
+system's count. zowrap's settings are the demo's own. The others' are chosen on the held-out rows: logistic regression
+uses the best C of ``CS``; backpropagation (AdamW on the demo's loss, 20 · cosine with the label names, moving all
+weights of the layers) uses the best rate of ``RATES``, found with seed 0, and in each run the best epoch.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ CS = (0.1, 1.0, 10.0, 100.0)
 RATES = (3e-5, 1e-4)
 EPOCHS, BATCH = 4, 32
 SCALE = 20.0  # of the cosine, as in zowrap.tasks.forms
-WAYS = {
+METHODS = {
     "zowrap": "zowrap, forward passes alone (`make demo`)",
     "logistic": "logistic regression on the frozen embeddings",
     "backprop": "backpropagation (AdamW, all layers)",
@@ -41,7 +40,7 @@ WAYS = {
 
 
 class Encoder:
-    """The demo's encoder by plain transformers, and the rows as (texts, label numbers)."""
+    """The demo's encoder, loaded with plain transformers, and the rows as (texts, label numbers)."""
 
     def __init__(self, folder: Path) -> None:
         demo.quiet_transformers()
@@ -62,7 +61,7 @@ class Encoder:
         return demo.embed(self.model, self.tokenizer, texts)
 
     def frozen(self, name: str) -> Any:
-        """Embeddings of a part of the data without a graph, in batches."""
+        """Embed a part of the data in batches, without gradients."""
         import torch
 
         texts, _ = self.rows[name]
@@ -70,7 +69,7 @@ class Encoder:
             return torch.cat([self.embed(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)])
 
     def accuracy(self, name: str) -> float:
-        """By cosine with the label names."""
+        """The accuracy on a part of the data, by the cosine with the label names."""
         import torch
 
         with torch.no_grad():
@@ -79,7 +78,7 @@ class Encoder:
 
 
 def logistic(folder: Path, seed: int, rate: float | None) -> dict[str, Any]:
-    """Logistic regression on frozen embeddings; has no seed: the problem is convex."""
+    """Fit a logistic regression on frozen embeddings; the problem is convex, so the seed has no effect."""
     from sklearn.linear_model import LogisticRegression
 
     encoder = Encoder(folder)
@@ -94,7 +93,7 @@ def logistic(folder: Path, seed: int, rate: float | None) -> dict[str, Any]:
 
 
 def backprop(folder: Path, seed: int, rate: float | None) -> dict[str, Any]:
-    """AdamW on the demo's loss; the epoch that is best on the held-out rows counts."""
+    """Train with AdamW on the demo's loss, and return the epoch that is best on the held-out rows."""
     import torch
     from torch.nn import functional as F
 
@@ -119,7 +118,7 @@ def backprop(folder: Path, seed: int, rate: float | None) -> dict[str, Any]:
 
 
 def zowrap(folder: Path, seed: int) -> dict[str, Any]:
-    """The demo's own commands: seconds and peak are those of ``zowrap tune``."""
+    """Run the demo's own commands; seconds and peak memory are those of ``zowrap tune``."""
     train, dev = demo.split_training_file(folder)
     run = folder / f"run{seed}"
     tuned = demo.tune(train, dev, run, seed)
@@ -131,15 +130,15 @@ def zowrap(folder: Path, seed: int) -> dict[str, Any]:
 ALONE: dict[str, Callable[[Path, int, float | None], dict[str, Any]]] = {"logistic": logistic, "backprop": backprop}
 
 
-def in_a_process(way: str, folder: Path, seed: int, rate: float | None = None) -> dict[str, Any]:
-    """One run of ``way``, with the seconds and the peak memory of its process."""
+def run_in_process(way: str, folder: Path, seed: int, rate: float | None = None) -> dict[str, Any]:
+    """Run one method in its own process, and add its seconds and peak memory."""
     command = [sys.executable, "-m", "benchmarks.demo", "--way", way, "--folder", str(folder), "--seed", str(seed)]
     record, seconds, peak = demo.measured([*command, *(["--rate", str(rate)] if rate else [])])
     return {"seed": seed, **record, "seconds": seconds, "peak_mb": peak}
 
 
 def measure(ways: list[str], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Every run of these ways, and those of the others from ``runs``, in the order of :data:`WAYS`."""
+    """Run the given methods, and take the runs of the others from ``runs``, in the order of :data:`METHODS`."""
     with tempfile.TemporaryDirectory(prefix="zowrap-demo-") as name:
         folder = Path(name)
         demo.split_training_file(folder)
@@ -147,12 +146,12 @@ def measure(ways: list[str], runs: dict[str, list[dict[str, Any]]]) -> dict[str,
         if "zowrap" in ways:
             runs["zowrap"] = [zowrap(folder, seed) for seed in SEEDS]
         if "logistic" in ways:
-            runs["logistic"] = [in_a_process("logistic", folder, 0)]
+            runs["logistic"] = [run_in_process("logistic", folder, 0)]
         if "backprop" in ways:
-            tried = [in_a_process("backprop", folder, 0, rate) for rate in RATES]
+            tried = [run_in_process("backprop", folder, 0, rate) for rate in RATES]
             best = max(tried, key=lambda each: each["dev"])
-            runs["backprop"] = [best, *(in_a_process("backprop", folder, seed, best["lr"]) for seed in SEEDS[1:])]
-    ordered = {way: runs[way] for way in WAYS if way in runs}
+            runs["backprop"] = [best, *(run_in_process("backprop", folder, seed, best["lr"]) for seed in SEEDS[1:])]
+    ordered = {way: runs[way] for way in METHODS if way in runs}
     return {"rows": before["examples"], "before": before["accuracy"], "cores": os.cpu_count(), "runs": ordered}
 
 
@@ -170,7 +169,7 @@ def table(record: dict[str, Any]) -> str:
         seconds = sum(run["seconds"] for run in runs) / len(runs)
         peak = max(run["peak_mb"] for run in runs)
         mean = _interval(sum(found) / len(found), record)
-        lines.append(f"| {WAYS[way]} | {figures} | {mean} | {seconds:.0f} | {peak / 1000:.1f} GB |")
+        lines.append(f"| {METHODS[way]} | {figures} | {mean} | {seconds:.0f} | {peak / 1000:.1f} GB |")
     return "\n".join(lines)
 
 
@@ -181,7 +180,7 @@ def _interval(accuracy: float, record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("ways", nargs="*", choices=[[], *WAYS], help="what to measure; by default all")
+    parser.add_argument("ways", nargs="*", choices=[[], *METHODS], help="what to measure; by default all")
     parser.add_argument("--table", action="store_true", help="print the table of the last measurement")
     parser.add_argument("--way", choices=list(ALONE), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -194,7 +193,7 @@ def main() -> None:
     if not options.table:
         began = time.time()
         kept = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if options.ways else {}
-        record = measure(options.ways or list(WAYS), kept)
+        record = measure(options.ways or list(METHODS), kept)
         RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"{time.time() - began:.0f} s")
     print(table(json.loads(RESULTS.read_text(encoding="utf-8"))))

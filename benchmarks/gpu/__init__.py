@@ -1,4 +1,4 @@
-"""Steps on one NVIDIA GPU against plain forwards and against what people use today, in one process.
+"""Measure steps on one NVIDIA GPU against plain forwards and first-order training, in one process.
 
     python -m benchmarks.gpu run [--tiny] [--case NAME …]   results/gpu/<gpu>.json (`make bench-gpu`)
     python -m benchmarks.gpu docs                           docs/gpu.md from those files

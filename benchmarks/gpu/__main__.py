@@ -1,4 +1,4 @@
-"""See the package."""
+"""Measure, or write the page; see :mod:`benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import docs, measured
+from benchmarks.gpu import docs, measure_case
 from benchmarks.gpu.cases import CASES
 from benchmarks.papers.docs import write_json
 from zowrap.bench import measure
@@ -31,7 +31,7 @@ def main() -> None:
         parser.exit(2, f"no case has such a name; there are: {', '.join(c.name for c in CASES)}\n")
     rows: list[dict[str, Any]] = []
     for case in chosen:
-        for record in measured.run(case.tiny() if options.tiny else case, options.rounds):
+        for record in measure_case.run(case.tiny() if options.tiny else case, options.rounds):
             rows.append(record)
             print(record["case"], "|", record["row"], "|", record.get("ratio", record.get("error")), flush=True)
             if not options.tiny:
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _keep(rows: list[dict[str, Any]], rounds: int) -> None:
-    """What there is so far: a run of an hour that stops half-way loses nothing. Rows of an earlier run stay."""
+    """Write the results so far, keeping rows of earlier runs, so that a run that stops half-way loses nothing."""
     machine = measure.describe_machine()
     path = docs.RESULTS / f"{re.sub('[^a-z0-9]+', '-', machine['gpu'].lower())}.json"
     new = {(r["case"], r["row"]) for r in rows}

@@ -1,4 +1,4 @@
-"""What is measured: models, batches and rows."""
+"""List the measured cases: models, batches and rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What these models are tuned with today: AdamW with gradient checkpointing, on all weights or on adapters."""
+"""Build the first-order contenders: AdamW with gradient checkpointing, on all weights or on adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zowrap.bench.contenders import Contender
 
 
 def with_adapters(model: Any) -> Any:
-    """LoRA of rank 8 on the attention's queries and values, as in the LoRA paper (2106.09685)."""
+    """Attach LoRA of rank 8 to the attention's queries and values, as in the LoRA paper (2106.09685)."""
     import peft
 
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -18,7 +18,7 @@ def with_adapters(model: Any) -> Any:
 
 
 def make(name: str, model: Any, batch: dict[str, torch.Tensor], int8: bool) -> Contender:
-    """A contender around ``model``, which it changes.
+    """Build a contender on ``model``, which it changes.
 
     Args:
         int8: the model's weights are quantised: it is prepared as PEFT prescribes for that.

@@ -1,4 +1,4 @@
-"""The machine code that Triton's compiler makes of the kernels, for a GPU that need not be there.
+"""Compile the Triton kernels to machine code for a GPU that need not be present, and count its instructions.
 
     python -m benchmarks.gpu.machine_code          benchmarks/results/machine_code.json
 
@@ -28,7 +28,7 @@ _MEMORY = ("LDG", "STG", "LDS", "STS", "LDC", "ATOM", "RED", "LDL", "STL")
 
 
 class Stand:
-    """Stands where a kernel stands: launched, it compiles itself and runs nothing.
+    """Replaces a kernel: when launched, it compiles the kernel and runs nothing.
 
     Args:
         function: of ``triton.jit``.
@@ -116,7 +116,7 @@ def _class(opcode: str) -> str:
 
 @contextmanager
 def compiling() -> Iterator[list[dict[str, Any]]]:
-    """Within, kernels are compiled where they would be launched, and their results are left as they were allocated.
+    """Compile kernels while inside instead of launching them; their results stay uninitialised.
 
     Yields:
         what was compiled so far: a line for each launch.
@@ -140,7 +140,7 @@ def compiling() -> Iterator[list[dict[str, Any]]]:
 
 
 def elementwise(rule: str, direction: str | None, dtype: torch.dtype, found: list[dict[str, Any]]) -> None:
-    """Compile the perturbation at two points and the update of a rule; call it :func:`compiling`."""
+    """Compile the perturbation at two points and the update of a rule; call it inside :func:`compiling`."""
     import zowrap
     from zowrap.ops.arguments import DrawnDirections, NoiseArgs, UpdateArgs
 

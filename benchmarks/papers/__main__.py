@@ -1,6 +1,6 @@
-"""``python -m benchmarks.papers E1 [--quick] [--out DIR] …``: run an experiment, write its JSON and its figure.
+"""Run an experiment with ``python -m benchmarks.papers E1 [--quick] [--out DIR] …``, and write its JSON and figure.
 
-``all`` runs every numbered experiment with its defaults; ``docs`` makes docs/papers.md of the results kept in
+``all`` runs every numbered experiment with its defaults; ``docs`` makes docs/papers.md from the results kept in
 benchmarks/results/papers. A mistake in the options ends with exit code 2 and one sentence.
 """
 
@@ -13,15 +13,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.papers import docs, experiments, load
+from benchmarks.papers import docs, list_experiments, load_experiment
 from zowrap.errors import ZOError
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.papers", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in experiments():
-        module = load(name)
+    for name in list_experiments():
+        module = load_experiment(name)
         command = commands.add_parser(name, help=module.TITLE, description=module.TITLE)
         _add_common(command)
         module.add_arguments(command)
@@ -37,13 +37,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def run_one(name: str, options: argparse.Namespace) -> None:
     """Run an experiment; write ``<out>/<name>.json``, ``.svg`` and ``.md`` (its section of the documentation)."""
-    module = load(name)
-    stem = experiments()[name]
+    module = load_experiment(name)
+    stem = list_experiments()[name]
     start = time.perf_counter()
     result = module.run(options)
     options.out.mkdir(parents=True, exist_ok=True)
     docs.write_json(result, options.out / f"{stem}.json")
-    # What is reported is what is kept: the section is made of the JSON as it reads back.
+    # Make the section from the JSON as it reads back, so that the report shows what is kept.
     kept = json.loads((options.out / f"{stem}.json").read_text(encoding="utf-8"))
     module.plot(kept, options.out / f"{stem}.svg")
     section = module.report(kept)
@@ -53,15 +53,15 @@ def run_one(name: str, options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 the options make no sense."""
+    """Run the command line, and return the exit code: 0 on success, 2 for wrong options."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
         if options.command == "docs":
-            docs.write()
+            docs.write_page()
         elif options.command == "all":
             common = [*(["--quick"] if options.quick else []), "--out", str(options.out)]
-            for name in experiments():
+            for name in list_experiments():
                 if name != "llm":
                     run_one(name, parser.parse_args([name, *common]))
         else:

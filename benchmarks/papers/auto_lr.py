@@ -34,7 +34,7 @@ HORIZONS = (
 BEGIN, END = "<!-- begin generated: auto_lr -->", "<!-- end generated -->"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_cells(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a cell file; empty if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     """Make the runs that are missing from the file, loading and compiling each task's model once."""
     from benchmarks.papers.finetune import Cell, Workbench  # which a report does without
 
-    done = {(line["task"], line["rule"], line["steps"], line["seed"]) for line in read(options.autos)}
+    done = {(line["task"], line["rule"], line["steps"], line["seed"]) for line in read_cells(options.autos)}
     benches: dict[str, Workbench] = {}
     for job in options.jobs:
         task, rule, steps = job.split(":")
@@ -53,20 +53,20 @@ def run(options: argparse.Namespace) -> None:
             cell = Cell(task, rule, 1.0, seed, int(steps), batch_size=options.batch_size)
             if task not in benches:
                 benches = {task: Workbench(cell, options.data_dir)}
-            line = one(benches[task], cell)
+            line = run_one(benches[task], cell)
             with options.autos.open("a") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
             print(task, rule, seed, line["choice"]["lr"], line["dev_loss"], line["test_accuracy"], flush=True)
 
 
-def one(bench: Workbench, cell: Cell) -> dict[str, Any]:
+def run_one(bench: Workbench, cell: Cell) -> dict[str, Any]:
     """Choose η from the run's own first batches, then run with it."""
     zm = bench.reset(cell)
     choice = tune_lr(zm, bench.stream(cell.batch_size, cell.seed), cell.steps)
     return {**bench.run(replace(cell, lr=choice.lr)), "choice": choice.record()}
 
 
-def compare(cells: list[dict[str, Any]], autos: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def compare_runs(cells: list[dict[str, Any]], autos: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each (task, rule, steps) that has both."""
     rows = []
     for task, rule, steps in dict.fromkeys((a["task"], a["rule"], a["steps"]) for a in autos):
@@ -105,7 +105,7 @@ def _dev_loss(cell: dict[str, Any]) -> float:
     return math.inf if cell["dev_loss"] is None else cell["dev_loss"]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def format_table(rows: list[dict[str, Any]]) -> str:
     """The rows as markdown."""
     lines = [
         "| task | rule | steps | grid's best η | grid accuracy | auto η (by seed) | auto accuracy | difference "
@@ -156,16 +156,16 @@ def horizon_table(found: list[dict[str, Any]]) -> str:
 
 def report(options: argparse.Namespace) -> None:
     """Write the result as JSON, and the table into the documentation."""
-    rows = compare(read(options.cells), read(options.autos))
+    rows = compare_runs(read_cells(options.cells), read_cells(options.autos))
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    lengths = horizons(read(options.cells), rows)
+    lengths = horizons(read_cells(options.cells), rows)
     RESULT.write_text(json.dumps({"share": SHARE, "rows": rows, "horizons": lengths}, indent=1) + "\n")
     print(write_docs(json.loads(RESULT.read_text())))
 
 
 def write_docs(result: dict[str, Any]) -> str:
     """Put the tables of a result into the documentation, and return them."""
-    tables = f"{table(result['rows'])}\n\n{HORIZONS}\n\n{horizon_table(result['horizons'])}"
+    tables = f"{format_table(result['rows'])}\n\n{HORIZONS}\n\n{horizon_table(result['horizons'])}"
     before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     DOCS.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Many small zeroth-order runs at once: the library's own rules, noise and arithmetic, batched over *cells*.
+"""Advance many small zeroth-order runs at once, with zowrap's own rules, noise and arithmetic, batched over *cells*.
 
 The papers' toy experiments are millions of steps on functions of at most 10⁴ variables, where ``ZOModel.step`` would
 spend its time in Python. A cell is one run (its own seed, learning rate and start); :class:`Cells` advances all of them
@@ -32,7 +32,7 @@ In float64, so that the order of summation cannot matter; the loss is then round
 
 
 def parameter_names(blocks: int) -> list[str]:
-    """Names under which the blocks of x draw their noise: those of an ``nn.ParameterList`` called ``x``."""
+    """The names by which the blocks of x draw their noise, those of an ``nn.ParameterList`` called ``x``."""
     return [f"x.{i}" for i in range(blocks)]
 
 
@@ -217,7 +217,7 @@ def _pick(stacked: Tensor, here: Tensor) -> Tensor:
 
 
 def _put(stacked: Tensor, here: Tensor, value: Tensor) -> Tensor:
-    """``stacked`` with that entry replaced."""
+    """Replace the entry of ``stacked`` where ``here`` is True."""
     if stacked.shape[0] == 1:
         return value.unsqueeze(0)
     return torch.where(here.reshape(-1, *[1] * value.dim()), value.unsqueeze(0), stacked)

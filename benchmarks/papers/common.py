@@ -1,4 +1,4 @@
-"""What the experiments share: seeds, grids of runs, claims and their verdict, tables, figures."""
+"""Share code between the experiments: seeds, grids of runs, claims and their verdict, tables, figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUICK_SEEDS = (0, 1)
 
 
 class Claim(NamedTuple):
-    """One line of an experiment's verdict: what was to be expected, what came out, and whether they agree."""
+    """One line of an experiment's verdict: the expected and the obtained value, and whether they agree."""
 
     what: str
     expected: str
@@ -79,7 +79,7 @@ def grid(
 
 
 def final_ratios(cells: Cells, lrs: Sequence[float], steps: int) -> list[list[float | None]]:
-    """f(θ_steps) / f(θ_0) per learning rate and seed; None where a run met a loss that is not finite."""
+    """f(θ_steps) / f(θ_0) per learning rate and seed; None if a loss was not finite."""
     before = cells.values()
     cells.advance(steps)
     ratios = torch.where(cells.skipped > 0, torch.nan, cells.values() / before).reshape(len(lrs), -1)
@@ -92,7 +92,7 @@ def finite(value: float) -> float | None:
 
 
 def mean(values: Sequence[float | None]) -> float:
-    """Infinite as soon as one run did not end with a number."""
+    """The mean over runs; infinite if one of them diverged."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if len(known) == len(values) else math.inf
 

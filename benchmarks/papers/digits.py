@@ -1,4 +1,4 @@
-"""The victim of the black-box attack: a small convolutional network on scikit-learn's 8×8 digits."""
+"""Train the victim of the black-box attack, a small convolutional network on scikit-learn's 8×8 digits."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def train(images: Tensor, labels: Tensor, epochs: int) -> Victim:
-    """A victim trained by backpropagation (Adam, η 3e-3, batches of 64); the caller's random state is left alone."""
+    """Train a victim by backpropagation (Adam, η 3e-3, batches of 64), without changing the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         victim = Victim()

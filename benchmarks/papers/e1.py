@@ -25,7 +25,7 @@ from benchmarks.papers.common import (
     spread,
     table,
 )
-from benchmarks.papers.docs import versions
+from benchmarks.papers.docs import describe_versions
 from zowrap import rules
 
 NAME = "E1"
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for at in (1000, 10_000, 100_000)
             if at <= steps
         },
-        "versions": versions(),
+        "versions": describe_versions(),
         "seconds": time.perf_counter() - began,
     }
 

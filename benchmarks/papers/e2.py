@@ -23,7 +23,7 @@ from benchmarks.papers.common import (
     spread,
     table,
 )
-from benchmarks.papers.docs import versions
+from benchmarks.papers.docs import describe_versions
 from zowrap import rules
 
 NAME = "E2"
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "expected": EXPECTED,
         "factors": list(factors),
         "results": results,
-        "versions": versions(),
+        "versions": describe_versions(),
         "seconds": time.perf_counter() - began,
     }
 

@@ -26,7 +26,7 @@ from benchmarks.papers.common import (
     spread,
     table,
 )
-from benchmarks.papers.docs import versions
+from benchmarks.papers.docs import describe_versions
 from zowrap import rules
 
 NAME = "E3"
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "expected": EXPECTED,
         "a": part_a,
         "b": part_b,
-        "versions": versions(),
+        "versions": describe_versions(),
         "seconds": time.perf_counter() - began,
     }
 

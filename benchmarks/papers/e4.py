@@ -29,7 +29,7 @@ from benchmarks.papers.common import (
     spread,
     table,
 )
-from benchmarks.papers.docs import versions
+from benchmarks.papers.docs import describe_versions
 from zowrap import rules
 from zowrap.names import BLOCK_ORDERS
 
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "mezo": mezo,
         "orders": orders,
         "update_seconds": {name: finite(value) for name, value in update.items()},
-        "versions": versions(),
+        "versions": describe_versions(),
         "seconds": time.perf_counter() - began,
     }
 

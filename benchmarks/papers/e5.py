@@ -14,7 +14,7 @@ import torch
 from benchmarks.papers import digits
 from benchmarks.papers.cells import Cells
 from benchmarks.papers.common import Claim, chosen_seeds, chosen_steps, figure, section, spread, table
-from benchmarks.papers.docs import versions
+from benchmarks.papers.docs import describe_versions
 from zowrap import rules
 from zowrap.errors import ZOError
 
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "steps": steps,
         "iterations": results,
         "distortion": distortions,
-        "versions": versions(),
+        "versions": describe_versions(),
         "seconds": time.perf_counter() - began,
     }
 

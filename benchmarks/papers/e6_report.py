@@ -1,4 +1,4 @@
-"""E6's section of the documentation and its figure, made of its JSON alone."""
+"""Report E6: its section of the documentation and its figure, from its JSON only."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def command(name: str, result: Facts) -> str:
-    """What makes the result, and what it was made with."""
+    """The command that makes the result, with its time and versions."""
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     return f"`python -m benchmarks.papers {name}` (one thread; {versions})\n"
 
@@ -158,7 +158,7 @@ def _grid_entry(line: dict[str, Any] | None, best: float) -> str:
 
 
 def _conclusion(facts: Facts, rules: Sequence[str], comparison: dict[str, Any]) -> str:
-    """What the numbers support, in sentences that follow from them."""
+    """The conclusions that the numbers support, in sentences."""
     means = {rule: fmean(line["test_accuracy"] for line in facts["rules"][rule]["seeds"]) for rule in rules}
     highest, untuned = max(means, key=lambda rule: means[rule]), facts["untuned"]["test_accuracy"]
     text = (

@@ -1,4 +1,4 @@
-"""E6: the rules on real classification tasks with a pretrained sentence encoder, all with the same forwards.
+"""Run E6: all rules on real classification tasks with a pretrained sentence encoder and the same number of forwards.
 
 For each task and rule: η by a grid on seed 0, chosen on dev rows, then the other seeds at that η; accuracy on test
 rows that nothing was chosen on. Weights, batches and seeds are the same for every rule; see
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every experiment with fine-tuning runs takes."""
+    """Add the options that all experiments with fine-tuning runs share."""
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"), help="folder with trec, banking77 …")
     parser.add_argument("--model", default="minilm", help="sentence encoder or other classifier: directory or hub name")
     parser.add_argument("--steps", type=int, help="of two forwards; default: by task")
@@ -73,7 +73,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("compiled", "eager"), help="default: compiled where possible")
 
 
-def check(options: argparse.Namespace) -> None:
+def check_options(options: argparse.Namespace) -> None:
     """Raise :class:`ZOError` for a task, rule or number that makes no sense, before anything is loaded."""
     known = [*rules.REGISTRY, *VARIANTS, *RULES]
     for task in options.tasks:
@@ -102,11 +102,11 @@ def cell_of(options: argparse.Namespace, task: str, rule: str) -> Cell:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Compute what is missing; all of it is in the result."""
+    """Compute the missing cells, and return all of them in the result."""
     if options.quick:
         options.tasks, options.rules, options.seeds, options.extensions = ["trec"], ["zo_sgd", "meazo"], 1, 0
         options.engine = options.engine or "eager"  # three steps are not worth a compilation
-    check(options)
+    check_options(options)
     runner = runner_of(options)
     missing = [rule for rule in options.rules if not exists(rule)]
     for rule in missing:
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             if rule in missing:
                 continue
             try:
-                grid, seeds = settle(runner, cell_of(options, task, rule), options.seeds, options.extensions)
+                grid, seeds = run_at_best_rate(runner, cell_of(options, task, rule), options.seeds, options.extensions)
                 found[rule] = {"grid": grid, "seeds": seeds}
             except Unfinished:
                 unfinished.append(rule)
@@ -137,11 +137,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "missing": missing,
         "tasks": tasks,
         "comparison": {task: comparisons(facts) for task, facts in tasks.items()},
-        "versions": docs.versions(),
+        "versions": docs.describe_versions(),
     }
 
 
-def settle(
+def run_at_best_rate(
     runner: Runner, cell: Cell, seeds: int, extensions: int, grid: Sequence[float] | None = None
 ) -> tuple[list[Line], list[Line]]:
     """The grid on the cell's seed, and one line per seed at its best η."""

@@ -1,4 +1,4 @@
-"""E7's section of the documentation and its figure, made of its JSON alone."""
+"""Report E7: its section of the documentation and its figure, from its JSON only."""
 
 from __future__ import annotations
 

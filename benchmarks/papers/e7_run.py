@@ -1,4 +1,4 @@
-"""E7: what the papers argue with, measured on MiniLM and TREC.
+"""Run E7: measure on MiniLM and TREC the quantities that the papers argue with.
 
 Four observations that the rules' papers rest on, and their explanation of subspaces:
 
@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.papers import alignment, docs
-from benchmarks.papers.e6_run import add_run_arguments, cell_of, grid_of, runner_of, settle
+from benchmarks.papers.e6_run import add_run_arguments, cell_of, grid_of, run_at_best_rate, runner_of
 from benchmarks.papers.finetune import Cell, exists, rule_of
 from benchmarks.papers.grid import Line, Runner, best_of, search
 
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "momentum": momentum(runner, options, steps, every),
         "heat": heat(runner, options),
         "directions": directions(runner, options),
-        "versions": docs.versions(),
+        "versions": docs.describe_versions(),
     }
 
 
@@ -94,7 +94,7 @@ def robustness(runner: Runner, options: argparse.Namespace) -> dict[str, list[Li
 def second_moment(runner: Runner, options: argparse.Namespace, steps: int, every: int) -> list[dict[str, float]]:
     cell = replace(_best(runner, options, "zo_adam")[0], steps=steps)
     beta = rule_of("zo_adam", steps).hyper["beta2"]
-    return alignment.second_moment(runner.bench(cell), cell, beta, every, REFERENCE_ROWS)
+    return alignment.measure_second_moment(runner.bench(cell), cell, beta, every, REFERENCE_ROWS)
 
 
 def momentum(runner: Runner, options: argparse.Namespace, steps: int, every: int) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def momentum(runner: Runner, options: argparse.Namespace, steps: int, every: int
     for rule, name, key in (("radazo", "radazo", "beta1"), ("conmezo", "conmezo(warmup=False)", "beta")):
         cell = replace(_best(runner, options, rule)[0], rule=name, steps=steps)
         beta = rule_of(name, steps).hyper[key]
-        looks = alignment.momentum(runner.bench(cell), cell, beta, every, REFERENCE_ROWS)
+        looks = alignment.measure_momentum(runner.bench(cell), cell, beta, every, REFERENCE_ROWS)
         found[rule] = {"beta": beta, "looks": looks}
     return found
 
@@ -135,15 +135,15 @@ def directions(runner: Runner, options: argparse.Namespace) -> dict[str, Any]:
     runs = {}
     for name, rule in there.items():
         cell = cell_of(options, TASK, rule)
-        grid, seeds = settle(runner, cell, options.seeds, options.extensions, _grid(options, rule))
+        grid, seeds = run_at_best_rate(runner, cell, options.seeds, options.extensions, _grid(options, rule))
         runs[name] = {"rule": rule, "grid": grid, "seeds": seeds}
     cell = replace(cell_of(options, TASK, "zo_sgd"), lr=1e-3)
     bench = runner.bench(cell)
-    kept = alignment.moved(bench, replace(cell, rule="sparse_mezo")) if "sparse" in there else None
+    kept = alignment.find_moved(bench, replace(cell, rule="sparse_mezo")) if "sparse" in there else None
     zm = bench.reset(cell)
-    truth = alignment.gradient(zm, alignment.reference(bench, REFERENCE_ROWS))
+    truth = alignment.compute_gradient(zm, alignment.reference_batch(bench, REFERENCE_ROWS))
     rank = rule_of("lozo", 1).hyper["rank"] if "lowrank" in there else 2
-    measured = alignment.subspaces(zm, truth, kept, rank)
+    measured = alignment.measure_subspaces(zm, truth, kept, rank)
     for name in runs:
         runs[name].update(measured[name])
     return {"rank": rank, "count": sum(t.numel() for t in truth), "runs": runs}

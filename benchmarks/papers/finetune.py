@@ -1,4 +1,4 @@
-"""Fine-tuning runs as cells: one line of JSON for each (task, rule, η, seed, steps, …), appended when it is done.
+"""Run fine-tuning as cells: one line of JSON for each (task, rule, η, seed, steps, …), appended when it is done.
 
 A cell is what ``zowrap tune`` does with the same options, without the files of a run: the same task, tunable weights,
 loss, batches in the same order and step (a test compares the two). A model is loaded and compiled once and serves
@@ -72,7 +72,7 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A rule and how it probes: what one name of the tables stands for."""
+    """A rule with its probe, under a name of the tables."""
 
     rule: str
     hyper: dict[str, Any] = field(default_factory=dict)
@@ -126,7 +126,7 @@ def forwards_per_step(name: str) -> int:
 
 @dataclass(frozen=True)
 class Cell:
-    """What determines one run. ``rule`` is the name of a variant; the rest is as in ``zowrap tune``."""
+    """The settings of one run. ``rule`` is the name of a variant; the rest is as in ``zowrap tune``."""
 
     task: str
     rule: str

@@ -1,4 +1,4 @@
-"""The test functions of the toy experiments: ``f(x, data) -> 0-d`` for float64 ``x`` ``[d]``."""
+"""Define the test functions of the toy experiments: ``f(x, data) -> 0-d`` for float64 ``x`` ``[d]``."""
 
 from __future__ import annotations
 

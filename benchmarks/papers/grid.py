@@ -1,4 +1,4 @@
-"""The file of cells, and the search for η: a grid on one seed, then the other seeds at its best value.
+"""Keep cells in a file, and search for η: a grid on one seed, then the other seeds at its best value.
 
 The search for a (task, rule) starts from the rule's grid of half decades, seed 0. The best η has the lowest loss on
 the dev rows, which a few hundred rows measure more finely than the accuracy. Where it lies at an end of the grid, the
@@ -35,7 +35,7 @@ def index_of(lr: float) -> int:
 
 
 class CellFile:
-    """Finished cells, one line of JSON each; ``None`` keeps them in memory alone."""
+    """Holds finished cells, one line of JSON each; without a path only in memory."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -61,7 +61,7 @@ class Unfinished(Exception):
 
 
 class Runner:
-    """Computes cells that the file lacks; the workbench of the latest task stays loaded.
+    """Computes the cells that are missing from the file; the workbench of the latest task stays loaded.
 
     Args:
         finished_only: run nothing: a missing cell raises :class:`Unfinished`.

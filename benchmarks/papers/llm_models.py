@@ -1,4 +1,4 @@
-"""A task of the language-model tables on a model: what is trained, and how the answers are scored.
+"""Prepare a model for a task of the language-model tables, and score its answers.
 
 Training is ``ZOTrainer``'s on the library's own tasks, wherever there is one: classification by label words and
 language modelling on prompt and completion. The benchmark adds what the library has no task for: a word at the mask of
@@ -34,7 +34,7 @@ NEW_TOKENS = 50  # of a generated answer, as in the MeZO paper
 
 @dataclass
 class Prepared:
-    """All that a training needs, and the score afterwards.
+    """Everything that training and scoring need.
 
     Attributes:
         score: the metric on the test examples at the model's present weights, in per cent.

@@ -1,4 +1,4 @@
-"""The section and the figure of the language-model tables, with the papers' own numbers beside."""
+"""Report the language-model tables next to the papers' own numbers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _expected(settings: dict[str, Any], task: str) -> float | None:
 
 
 def reference_section() -> str:
-    """The papers' own numbers, to hold the obtained ones against."""
+    """The papers' own numbers, to compare the obtained ones with."""
     parts = []
     for tasks, family in ((_OPT_13B, "OPT-13B"), (_ROBERTA, "RoBERTa-large")):
         parts += [f"| {family} | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
@@ -80,7 +80,7 @@ def reference_section() -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Obtained scores beside the paper's."""
+    """Plot the obtained scores next to the paper's."""
     entries = result["results"]
     with figure(path, width=max(4.0, 0.9 * len(entries)), height=3.0) as axis:
         axis.bar(

@@ -1,4 +1,4 @@
-"""The papers' tables on large language models.
+"""Run the papers' tables on large language models.
 
     python -m benchmarks.papers llm --model facebook/opt-1.3b --tasks sst2 rte --rules zo_sgd conmezo
 
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All runs that are missing; the tables' numbers are in the result."""
+    """Make the missing runs, and return the numbers of the tables."""
     with tempfile.TemporaryDirectory() as folder:
         if options.quick:
             options = _quick(options, Path(folder))
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for rule in options.rules:
                 lrs = options.lrs or (SCALE_FREE_LRS if _scale_free(rule) else paper["lrs"])
                 results.append(_table_entry(source, tasks[name], name, rule, lrs, settings, options))
-    return {"settings": settings, "results": results, "versions": docs.versions()}
+    return {"settings": settings, "results": results, "versions": docs.describe_versions()}
 
 
 def _scale_free(rule: str) -> bool:
@@ -106,7 +106,7 @@ def _scale_free(rule: str) -> bool:
 
 
 def _quick(options: argparse.Namespace, folder: Path) -> argparse.Namespace:
-    """A tiny random OPT, two local tasks, four steps: the machinery, not a number."""
+    """The options of a quick run with a tiny random OPT, two tasks and four steps, to show that the machinery works."""
     options.steps, options.batch_size, options.seeds = options.steps or 4, options.batch_size or 4, options.seeds or 1
     options.engine, options.max_length = options.engine or "eager", min(options.max_length, 128)
     options.lrs = options.lrs or [1e-4]
@@ -161,7 +161,7 @@ def _table_entry(
 
 
 def _line(source: Source, task: LlmTask, what: dict[str, Any], options: Any) -> dict[str, Any]:
-    """A finished run, from the file or made now."""
+    """The line of a run, from the file or made now."""
     file = None if options.quick else options.out / "llm.jsonl"
     key = json.dumps(what, sort_keys=True)
     for text in file.read_text(encoding="utf-8").splitlines() if file is not None and file.is_file() else ():
@@ -195,7 +195,7 @@ def _train(source: Source, task: LlmTask, what: dict[str, Any], options: Any) ->
         found["score"] = prepared.score()
         if not options.keep_runs:
             shutil.rmtree(runs / name)
-    return {**found, "dtype": str(dtype).removeprefix("torch."), "versions": docs.versions()}
+    return {**found, "dtype": str(dtype).removeprefix("torch."), "versions": docs.describe_versions()}
 
 
 def _trainer(prepared: Prepared, source: Source, what: dict[str, Any], folder: Path, engine: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""The tasks of the papers' language-model tables: where the records are, and how one becomes a prompt.
+"""Define the tasks of the papers' language-model tables: the source of the records, and their prompts.
 
 The prompts are those that the MeZO paper (2305.17333) lists in its appendix: for causal models the OPT prompts, for
 masked ones the RoBERTa prompts with one label word at the mask. Three kinds of example:

@@ -1,4 +1,4 @@
-"""Which rules differ from a baseline by more than the spread over seeds explains."""
+"""Find the rules that differ from a baseline by more than the spread over seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step costs against two plain forwards: tables for ``docs/performance.md``.
+"""Measure a training step against two plain forwards, for the tables of ``docs/performance.md``.
 
     python -m benchmarks.performance step         all rows of `zowrap bench step` at 8 × 64 tokens
     python -m benchmarks.performance long         the main row at 8 × 256 tokens

@@ -1,4 +1,4 @@
-"""See the package."""
+"""Measure, or write the page; see :mod:`benchmarks.performance`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.performance import docs, growth, operators, profile
 
 
 def bench(*options: str) -> dict[str, Any]:
-    """What ``zowrap bench step`` prints."""
+    """Run ``zowrap bench step``, and return its JSON."""
     command = [sys.executable, "-m", "zowrap.cli", "bench", "step", "--json", *options]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 

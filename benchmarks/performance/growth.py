@@ -1,4 +1,4 @@
-"""The step as the work grows: parameters, tokens, queries and blocks, one at a time, from one middle case.
+"""Measure how a step grows with parameters, tokens, queries and blocks, varying one at a time from a middle case.
 
 Every case is timed against plain compiled forwards of the same model and batch, two for each query. A term that grew
 faster than the forwards do would show as a ratio that rises along its axis.
@@ -26,7 +26,7 @@ WIDTH, BATCH = 256, (8, 64)
 
 
 def cases() -> list[tuple[str, str, dict[str, Any]]]:
-    """(axis, value, arguments of :func:`one`) of every case."""
+    """(axis, value, arguments of :func:`measure_one`) of every case."""
     found: list[tuple[str, str, dict[str, Any]]] = []
     found += [("parameters", str(width), {"width": width}) for width in WIDTHS]
     found += [("tokens", str(rows * length), {"batch": (rows, length)}) for rows, length in TOKENS]
@@ -35,14 +35,14 @@ def cases() -> list[tuple[str, str, dict[str, Any]]]:
     return found
 
 
-def one(
+def measure_one(
     rounds: int,
     width: int = WIDTH,
     batch: tuple[int, int] = BATCH,
     queries: int = 1,
     blocks: int | None = None,
 ) -> dict[str, Any]:
-    """One case: parameters, tokens, seconds of a step and its ratio to ``2 · queries`` forwards."""
+    """Measure one case: parameters, tokens, seconds of a step and its ratio to ``2 · queries`` forwards."""
     model = _model(width)
     inputs = architectures.make_batch(model, *batch)
     plain = contenders.make_contender(contenders.YARDSTICK, model, inputs)
@@ -72,7 +72,7 @@ def _model(width: int) -> torch.nn.Module:
 
 
 def _blocks(count: int | None) -> list[str] | None:
-    """``count`` blocks of neighbouring layers; with more than one, what lies outside of the layers is frozen."""
+    """Divide the layers into ``count`` blocks of neighbours; with more than one, everything else is frozen."""
     if count is None:
         return None
     size = LAYERS // count
@@ -81,10 +81,10 @@ def _blocks(count: int | None) -> list[str] | None:
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """All cases."""
+    """Measure all cases."""
     rows = []
     for axis, value, options in cases():
-        rows.append({"axis": axis, "value": value, **one(rounds, **options)})
+        rows.append({"axis": axis, "value": value, **measure_one(rounds, **options)})
         print(axis, value, rows[-1]["ratio"], flush=True)
         gc.collect()
     return {"machine": measure.describe_machine(), "rounds": rounds, "rows": rows}

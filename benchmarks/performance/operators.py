@@ -1,4 +1,4 @@
-"""The parts of a step by themselves, and the designs that were tried for them.
+"""Measure the parts of a step separately, and alternative designs for them.
 
 Laws of the noise are timed in the kernel that perturbs a weight; products with the tall matrices of OPT-125M and its
 head against the same products with the weights as they are, as the length of the chunks varies.
@@ -77,7 +77,7 @@ LAWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """All tables."""
+    """Measure all tables."""
     tables = {"laws": laws, "deferred": deferred, "chunks": chunks, "stacked": stacked}
     return {
         "machine": measure.describe_machine(),
@@ -87,7 +87,7 @@ def run(rounds: int) -> dict[str, Any]:
 
 
 def laws(rounds: int) -> list[dict[str, Any]]:
-    """Million elements per second of ``w ± εz`` at two points."""
+    """Measure how many elements per second each law perturbs, for ``w ± εz`` at two points."""
     calls: dict[str, Callable[[], Any]] = {}
     w, above, below = torch.randn(ELEMENTS), torch.empty(ELEMENTS), torch.empty(ELEMENTS)
     small = [torch.tensor([3, 4], dtype=torch.int32), torch.tensor([1e-3, -1e-3]), noise.gaussian_table()]
@@ -113,7 +113,7 @@ def _perturbation(law: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tupl
 
 
 def deferred(rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds for a million elements of a step's loops: the update by itself, or inside the next perturbation."""
+    """Time a step's loops over a million elements, with the update on its own or inside the next perturbation."""
     w, above, below = torch.randn(ELEMENTS), torch.empty(ELEMENTS), torch.empty(ELEMENTS)
     keys = [torch.tensor(key, dtype=torch.int32) for key in ((3, 4), (5, 6))]
     small = [*keys, torch.tensor([1e-3, -1e-3, 1e-9]), noise.gaussian_table()]
@@ -147,7 +147,7 @@ def deferred(rounds: int) -> list[dict[str, Any]]:
 
 
 def chunks(rounds: int) -> list[dict[str, Any]]:
-    """Seconds of the products with tall matrices, and of the head with its loss, for two points of so many tokens."""
+    """Time the products with tall matrices, and the head with its loss, for two points and a number of tokens."""
     return [{"tokens": tokens, **row} for tokens in (TOKENS, LONG) for row in _chunks(rounds, tokens)]
 
 
@@ -200,7 +200,7 @@ def _chunks(rounds: int, tokens: int) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def stacked(rounds: int) -> list[dict[str, Any]]:
-    """Seconds of a plain product for both points: one after the other, or of their stacked rows."""
+    """Time a plain product for both points, one after the other or with stacked rows."""
     rows, linear = [], torch.nn.functional.linear
     for shape in ((WIDTH, WIDTH), (INNER, WIDTH), (WIDTH, INNER)):
         w, x = torch.randn(shape), torch.randn(2 * TOKENS, shape[1])
@@ -219,7 +219,7 @@ def _both(above: Tensor, below: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def interleaved(calls: dict[Any, Callable[[], Any]], rounds: int, repeats: int = 1) -> dict[Any, list[float]]:
-    """Seconds of one call of each, round after round, after one round that is not counted."""
+    """Time one call of each function per round, after one round that does not count."""
     found: dict[Any, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, call in calls.items():

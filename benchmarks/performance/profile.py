@@ -1,4 +1,4 @@
-"""Where the time of a step goes, beside two plain forwards: seconds by kind of work, from torch's profiler.
+"""Profile a step and two plain forwards with torch's profiler: seconds by kind of work.
 
 Steps and forwards take turns, so that a slow minute of the machine slows both; each figure is a median over the rounds.
 """
@@ -22,7 +22,7 @@ KINDS = (PRODUCTS, HEAD, ATTENTION, PERTURBATION, LOOPS, UPDATE, REST)
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """Both batch sizes of OPT-125M, Gaussian directions."""
+    """Profile both batch sizes of OPT-125M, with gaussian directions."""
     model = architectures.build_model("opt-125m")
     found = []
     for batch, length in SIZES:
@@ -41,7 +41,7 @@ def run(rounds: int) -> dict[str, Any]:
 
 
 def by_kind(step: Callable[[], Any]) -> Counter[str]:
-    """Seconds of one call by kind; the plain head's cross-entropy is among all else."""
+    """Profile one call: seconds by kind of work. The plain head's cross-entropy counts as other work."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         step()
     found: Counter[str] = Counter()

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import docs, measured
+from benchmarks.gpu import docs, measure_case
 from benchmarks.gpu.cases import CASES, FIRST
 
 ROWS = ("gaussian", "classic MeZO", *FIRST)
 
 
 def run(case: Any, *rows: str) -> list[dict[str, Any]]:
-    return list(measured.run(dataclasses.replace(case.tiny(), rows=rows), rounds=1))
+    return list(measure_case.run(dataclasses.replace(case.tiny(), rows=rows), rounds=1))
 
 
 def test_rows_of_all_kinds_are_measured() -> None:
@@ -45,27 +45,29 @@ def test_quantised_rows_are_measured() -> None:
 def test_adapters_are_measured_against_forwards_with_adapters(
     case: Any, row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, seen = measured.contenders.make, {}
+    make, seen = measure_case.contenders.make_contender, {}
 
     def note(name: str, model: torch.nn.Module, batch: Any) -> Any:
         seen[name] = any("lora_A" in each for each, _ in model.named_modules())
         return make(name, model, batch)
 
-    monkeypatch.setattr(measured.contenders, "make", note)
+    monkeypatch.setattr(measure_case.contenders, "make_contender", note)
     (record,) = run(case, row)
     assert record["row"] == row and record["ratio"]["median"] > 0
-    assert seen.items() >= {(measured.contenders.YARDSTICK, True), ("two eager forwards", True)} and all(seen.values())
+    assert seen.items() >= {(measure_case.contenders.YARDSTICK, True), ("two eager forwards", True)} and all(
+        seen.values()
+    )
 
 
 def test_a_row_that_does_not_fit_says_so_and_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = measured.contenders.make
+    make = measure_case.contenders.make_contender
 
     def refuse(name: str, *rest: Any) -> Any:
         if name == "classic MeZO":
             raise torch.cuda.OutOfMemoryError
         return make(name, *rest)
 
-    monkeypatch.setattr(measured.contenders, "make", refuse)
+    monkeypatch.setattr(measure_case.contenders, "make_contender", refuse)
     failed, done = run(CASES[0], "classic MeZO", "two eager forwards")
     assert failed["error"] == "does not fit" and "error" not in done
 

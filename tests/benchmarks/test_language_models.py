@@ -114,24 +114,26 @@ def cell_of(models: dict[str, Path], rule: str = "zo_sgd", **fields: Any) -> Cel
 
 def test_the_gradient_is_what_a_small_step_along_it_changes(bench, models):
     zm = bench.reset(cell_of(models))
-    batch = alignment.reference(bench, 16)
-    truth = alignment.gradient(zm, batch)
+    batch = alignment.reference_batch(bench, 16)
+    truth = alignment.compute_gradient(zm, batch)
     before = float(zm.loss(**batch))
     with torch.no_grad():
         for parameter, g in zip(zm.parameters, truth, strict=True):
             parameter.tensor.sub_(1e-3 * g)
-    assert before - float(zm.loss(**batch)) == pytest.approx(1e-3 * alignment.inner(truth, truth), rel=0.05)
+    assert before - float(zm.loss(**batch)) == pytest.approx(1e-3 * alignment.inner_product(truth, truth), rel=0.05)
 
 
 def test_a_single_estimate_is_recovered_from_the_momentum(bench, models):
     """At β = 0 the momentum is g z, and the cosine of both with ∇f is the same."""
     cell = cell_of(models, "radazo(beta1=0.0)", steps=4)
-    assert all(look["m"] == pytest.approx(look["gz"], abs=1e-6) for look in alignment.momentum(bench, cell, 0.0, 2, 16))
+    assert all(
+        look["m"] == pytest.approx(look["gz"], abs=1e-6) for look in alignment.measure_momentum(bench, cell, 0.0, 2, 16)
+    )
 
 
 def test_the_second_moment_of_gaussian_directions_varies_as_chi_square_noise(bench, models):
     cell = cell_of(models, "zo_adam", lr=1e-5)
-    looks = alignment.second_moment(bench, cell, rule_of("zo_adam", 1).hyper["beta2"], 10, 16)
+    looks = alignment.measure_second_moment(bench, cell, rule_of("zo_adam", 1).hyper["beta2"], 10, 16)
     assert [look["step"] for look in looks] == [10, 20]
     assert all(look["v"] == pytest.approx(look["noise"], rel=0.1) for look in looks)
 
@@ -142,7 +144,7 @@ def test_subspaces_of_a_known_gradient(bench, models):
     truth[0].flatten()[0] = 3.0  # all of it in one element of the first block
     kept = [torch.zeros_like(t) for t in truth]
     kept[0].flatten()[0] = 1.0
-    found = alignment.subspaces(zm, truth, kept, rank=2)
+    found = alignment.measure_subspaces(zm, truth, kept, rank=2)
     d = sum(t.numel() for t in truth)
     assert (found["full"]["stable_rank"], found["full"]["gain"]) == (d, 1.0)
     assert (found["sparse"]["stable_rank"], found["sparse"]["overlap"], found["sparse"]["gain"]) == (1.0, 1.0, d)
@@ -197,7 +199,7 @@ def test_a_variant_may_name_hyper_parameters():
 
 @pytest.fixture(scope="module")
 def committed() -> dict[str, dict[str, Any]]:
-    return docs.committed()
+    return docs.read_committed()
 
 
 def test_e6_is_committed_with_three_seeds_at_equal_forwards(committed):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.papers import docs, experiments, load
+from benchmarks.papers import docs, list_experiments, load_experiment
 from benchmarks.papers.__main__ import main
 from benchmarks.papers.common import Claim, half_decades, mean, spread
 
@@ -22,7 +22,7 @@ SMALL = {
     "E4": ["--steps", "20"],
     "E5": ["--steps", "5"],
 }
-COMMITTED = docs.committed()
+COMMITTED = docs.read_committed()
 
 
 def run(name: str, out: Path, *options: str) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def run(name: str, out: Path, *options: str) -> dict[str, Any]:
     stem = name.lower()
     assert (out / f"{stem}.svg").read_text(encoding="utf-8").lstrip().startswith("<?xml")
     result = json.loads((out / f"{stem}.json").read_text(encoding="utf-8"))
-    assert load(name).report(result) == (out / f"{stem}.md").read_text(encoding="utf-8")
+    assert load_experiment(name).report(result) == (out / f"{stem}.md").read_text(encoding="utf-8")
     return result
 
 
@@ -38,7 +38,7 @@ def run(name: str, out: Path, *options: str) -> dict[str, Any]:
 def test_an_experiment_writes_result_figure_and_section(name: str, tmp_path: Path) -> None:
     result = run(name, tmp_path, *SMALL[name])
     assert result["quick"] and result["name"] == name and {"settings", "expected", "versions"} <= set(result)
-    assert len(load(name).claims(result)) >= 1
+    assert len(load_experiment(name).claims(result)) >= 1
 
 
 @pytest.mark.slow
@@ -80,12 +80,12 @@ def test_the_page_is_what_the_committed_results_say() -> None:
 @pytest.mark.parametrize("name", TOYS)
 def test_a_result_is_committed_at_full_settings_with_its_figure(name: str) -> None:
     assert not COMMITTED[name]["quick"]
-    figure = docs.FIGURES / f"{experiments()[name]}.svg"
+    figure = docs.FIGURES / f"{list_experiments()[name]}.svg"
     assert figure.stat().st_size < 150_000
 
 
 def held(name: str, result: dict[str, Any], start: str) -> list[bool]:
-    claims: list[Claim] = [claim for claim in load(name).claims(result) if claim.what.startswith(start)]
+    claims: list[Claim] = [claim for claim in load_experiment(name).claims(result) if claim.what.startswith(start)]
     assert claims, start
     return [claim.holds for claim in claims]
 

@@ -98,6 +98,6 @@ def test_a_profile_tells_kinds_of_work_apart(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_case_of_growth_counts_what_it_times() -> None:
-    found = growth.one(1, width=128, batch=(1, 8), queries=2)
+    found = growth.measure_one(1, width=128, batch=(1, 8), queries=2)
     assert (found["tokens"], found["queries"], found["blocks"]) == (8, 2, 1)
     assert found["ratio"]["median"] > 0

@@ -37,9 +37,9 @@ def test_a_process_is_measured_and_its_failure_told() -> None:
 
 def test_the_table_has_a_row_for_every_way() -> None:
     run = {"seed": 0, "test": 0.75, "seconds": 10.4, "peak_mb": 1234.0}
-    record = {"rows": 240, "before": 0.675, "runs": {way: [run] * 3 for way in benchmark.WAYS}}
+    record = {"rows": 240, "before": 0.675, "runs": {way: [run] * 3 for way in benchmark.METHODS}}
     lines = benchmark.table(record).splitlines()
-    assert len(lines) == 3 + len(benchmark.WAYS)
+    assert len(lines) == 3 + len(benchmark.METHODS)
     assert lines[3].endswith("| 0.750, 0.750, 0.750 | 0.69 to 0.80 | 10 | 1.2 GB |")
 
 

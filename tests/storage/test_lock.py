@@ -18,8 +18,8 @@ from zowrap.storage.lock import LOCK, check_one_process, list_entries, lock_fold
 
 HOLDS = """
 import sys, time
-from zowrap.storage.lock import locked
-with locked(sys.argv[1]):
+from zowrap.storage.lock import lock_folder
+with lock_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -115,7 +115,7 @@ def test_several_processes_are_refused_before_anything_is_written(
     monkeypatch.setenv(name, "1")
     check_one_process()
     monkeypatch.setenv(name, "2")
-    with pytest.raises(ZOError, match=f"several processes .* {name} is 2: start one"):
+    with pytest.raises(ZOError, match=f"several processes .* {name} is 2: start a single one"):
         trainer_in(tmp_path / "trainer")
     told = zowrap_cli("tune", models["encoder"], "--data", data["train"], "--steps", 1, "--out", tmp_path / "run")
     assert told.code == 2 and "several processes" in told.err

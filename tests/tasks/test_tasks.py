@@ -128,7 +128,7 @@ def test_a_fresh_head_is_told_and_follows_the_seed(
     source = open_source(str(models["sequence"]))
     task, _ = resolve("classification", rows, source)
     heads = [task.build(source, torch.float32, seed).module.classifier.weight for seed in (1, 1, 2)]
-    assert "2 labels and the data 3" in caplog.text and "freshly initialised" in caplog.text
+    assert "2 labels and the data has 3" in caplog.text and "freshly initialised" in caplog.text
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
@@ -294,7 +294,7 @@ def test_directories_that_are_no_model(tmp_path: Path, models: dict[str, Path]) 
     ("error", "message"),
     [
         (OSError("You are trying to access a gated repo."), "gated or private.*HF_TOKEN"),
-        (OSError("We couldn't connect to the hub"), "the hub did not give it.*HF_TOKEN"),
+        (OSError("We couldn't connect to the hub"), "could not be loaded from the hub.*HF_TOKEN"),
         (ValueError("Please pass the argument `trust_remote_code=True`"), "--trust-remote-code"),
     ],
 )

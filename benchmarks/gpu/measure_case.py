@@ -1,4 +1,4 @@
-"""One case: each row against two plain forwards of the same model and batch, and the memory of both."""
+"""Measure one case: the time of each row against two plain forwards of the same model and batch, and memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ADAPTERS = ("LoRA r8", "adapters")
 
 
 def run(case: Case, rounds: int) -> Iterator[dict[str, Any]]:
-    """One record for each row; a row that does not fit says so in ``"error"``."""
+    """Measure every row, and yield one record for each; a row that does not fit into memory has an ``"error"``."""
     for name in case.rows:
         model = batch = None
         try:
@@ -67,7 +67,7 @@ def _row(case: Case, name: str, model: Any, batch: dict[str, torch.Tensor], roun
 def _contender(
     case: Case, name: str, model: Any, batch: dict[str, torch.Tensor]
 ) -> tuple[contenders.Contender, dict[str, Any] | None]:
-    """The row, and the bytes and integer operations that bound it from below."""
+    """Build the contender of a row, with the bytes and integer operations that bound its cost from below."""
     if name in FIRST:
         return first_order.make(name, model, batch, case.int8), None
     if name not in ("scales", "adapters"):
