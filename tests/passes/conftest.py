@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.support.uncompiled import compile_nothing
 from zowrap.compiler import program
 
 
-@pytest.fixture(autouse=True)
-def check_shapes_and_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "CHECK_SHAPES", True)
-    compile_nothing(monkeypatch)
+@pytest.fixture(scope="module", autouse=True)
+def check_shapes_and_compile_nothing() -> Iterator[None]:
+    """For a whole file, whose tests share programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "CHECK_SHAPES", True)
+        compile_nothing(patch)
+        yield

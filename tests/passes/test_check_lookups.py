@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from tests.support.programs import after, captured, change, close, equal, evaluate, operators, printed, tokens, wrap
 from zowrap.errors import ZOInternalError
 from zowrap.passes.check_lookups import CheckLookups
-from zowrap.passes.manager import run
 from zowrap.passes.strip_training import StripTraining
 
 BEFORE = """
-def forward(self, table, a_weight, b_weight, b_bias, batch_ids, batch_labels):
+def forward(table, a_weight, b_weight, b_bias, batch_ids, batch_labels):
     embedding = aten.embedding(a_weight, batch_ids)
     index = aten.index.Tensor(table, [batch_ids])
     add = aten.add.Tensor(embedding, index)
@@ -29,7 +28,7 @@ def forward(self, table, a_weight, b_weight, b_bias, batch_ids, batch_labels):
 """
 
 AFTER = """
-def forward(self, table, a_weight, b_weight, b_bias, batch_ids, batch_labels):
+def forward(table, a_weight, b_weight, b_bias, batch_ids, batch_labels):
     embedding = zowrap.rows(a_weight, batch_ids)
     index_error = zowrap.index_error(batch_ids, 9, True, None)
     add_tensor = aten.add.Tensor(batch_ids, index_error)
@@ -113,7 +112,8 @@ def test_an_index_out_of_range_raises(zm, program) -> None:
 
 def test_indices_from_the_end_and_ignored_labels_are_no_mistake() -> None:
     def by_table(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        return nn.functional.cross_entropy(model.table[batch["ids"]].mean(1), batch["labels"][:, 0], reduction="none")
+        logits = model.b(model.table[batch["ids"]]).mean(1)
+        return nn.functional.cross_entropy(logits, batch["labels"][:, 0], reduction="none")
 
     zm = wrap(Lookups(), by_table)
     program = captured(zm, labelled(), StripTraining())
@@ -197,4 +197,4 @@ def test_an_embedding_that_was_left_breaks_the_promise(program) -> None:
             return "nothing done"
 
     with pytest.raises(ZOInternalError, match="an unchecked embedding is left"):
-        run(program, [Forgetful()])
+        after(program, Forgetful())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,14 +11,13 @@ from torch import Tensor, nn
 
 from tests.support.programs import after, captured, change, close, evaluate, operators, printed, tokens, wrap
 from zowrap.errors import ZOInternalError
-from zowrap.loss.module import token_losses
+from zowrap.loss.module import LossFn, token_losses
 from zowrap.passes.check_lookups import CheckLookups
 from zowrap.passes.fuse_head import LEAST_CLASSES, FuseHead
-from zowrap.passes.manager import run
 from zowrap.passes.strip_training import StripTraining
 
 BEFORE = """
-def forward(self, a_weight, b_weight, b_bias, batch_ids, batch_labels):
+def forward(a_weight, b_weight, b_bias, batch_ids, batch_labels):
     embedding = zowrap.rows(a_weight, batch_ids)
     linear = aten.linear(embedding, b_weight, b_bias)
     slice_2 = aten.slice.Tensor(linear, 1, 0, -1)
@@ -33,7 +33,7 @@ def forward(self, a_weight, b_weight, b_bias, batch_ids, batch_labels):
 """
 
 AFTER = """
-def forward(self, a_weight, b_weight, b_bias, batch_ids, batch_labels):
+def forward(a_weight, b_weight, b_bias, batch_ids, batch_labels):
     embedding = zowrap.rows(a_weight, batch_ids)
     slice_4 = aten.slice.Tensor(batch_labels, 1, 1, 9223372036854775807)
     ne = aten.ne.Scalar(slice_4, -100)
@@ -76,6 +76,9 @@ class Words(nn.Module):
         return self.b(self.a(ids))
 
 
+WORDS = Words()
+
+
 def next_tokens(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     sums, counts = token_losses(model(batch["ids"])[:, :-1], batch["labels"][:, 1:])
     return sums / counts
@@ -87,19 +90,20 @@ def padded(rows: int = 5, length: int = 7) -> dict[str, Tensor]:
     return batch
 
 
-def prepared(model: nn.Module, loss_fn: Any = next_tokens):
+@functools.cache
+def prepared(model: nn.Module, loss_fn: LossFn = next_tokens):
     zm = wrap(model, loss_fn)
     return zm, captured(zm, padded(), StripTraining(), CheckLookups())
 
 
 def test_the_text_of_two_layers() -> None:
-    zm, program = prepared(Words())
+    zm, program = prepared(WORDS)
     assert printed(program, zm) == BEFORE.strip()
     assert printed(after(program, FuseHead()), zm) == AFTER.strip()
 
 
 def test_a_head_and_its_loss_are_one_operator() -> None:
-    _, program = prepared(Words())
+    _, program = prepared(WORDS)
     fused = after(program, FuseHead())
     assert change(operators(program), operators(fused)) == {
         "aten.linear": -1,
@@ -126,7 +130,7 @@ def with_penalty(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 OTHERS = {
     "few classes": (Words(LEAST_CLASSES - 1), next_tokens),
     "a soft cap": (Capped(), next_tokens),
-    "another reader of the logits": (Words(), with_penalty),
+    "another reader of the logits": (WORDS, with_penalty),
     "double precision": (Words().double(), next_tokens),
 }
 
@@ -140,9 +144,7 @@ def test_other_losses_of_logits_are_written_out(model, loss_fn) -> None:
     assert written.notes["fuse_head"].startswith("0 heads fused with their loss, 1 losses of logits")
 
 
-@pytest.mark.parametrize(
-    ("model", "loss_fn"), [(Words(), next_tokens), *OTHERS.values()], ids=["a plain head", *OTHERS]
-)
+@pytest.mark.parametrize(("model", "loss_fn"), [(WORDS, next_tokens), *OTHERS.values()], ids=["a plain head", *OTHERS])
 def test_losses_are_those_of_the_logits(model, loss_fn) -> None:
     zm, program = prepared(model, loss_fn)
     fused = after(program, FuseHead())
@@ -154,7 +156,7 @@ def test_losses_are_those_of_the_logits(model, loss_fn) -> None:
 
 
 def test_a_second_time_nothing_is_left_to_do() -> None:
-    zm, program = prepared(Words())
+    zm, program = prepared(WORDS)
     once, twice = after(program, FuseHead()), after(program, FuseHead(), FuseHead())
     assert printed(twice, zm) == printed(once, zm)
     assert twice.notes["fuse_head"].startswith("0 heads")
@@ -165,6 +167,6 @@ def test_a_mark_that_was_left_breaks_the_promise() -> None:
         def call(self, program) -> str:
             return "nothing done"
 
-    _, program = prepared(Words())
+    _, program = prepared(WORDS)
     with pytest.raises(ZOInternalError, match="a mark for the loss of logits is left"):
-        run(program, [Forgetful()])
+        after(program, Forgetful())

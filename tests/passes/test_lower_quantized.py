@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import bitsandbytes.nn
@@ -25,13 +26,12 @@ from tests.support.programs import (
 )
 from zowrap.errors import ZOInternalError
 from zowrap.passes.lower_quantized import LowerQuantized
-from zowrap.passes.manager import run
 from zowrap.passes.perturb import Perturb
 from zowrap.passes.split_streams import SplitStreams
 from zowrap.passes.strip_training import StripTraining
 
 BEFORE = """
-def forward(self, a_weight, a_log_scale, b_bias, b_weight, b_log_scale, b_model_a_scb, b_model_b_scb, batch_x, keys, scale, coefficients):
+def forward(a_weight, a_log_scale, b_bias, b_weight, b_log_scale, a_scb, b_scb, batch_x, keys, scale, coefficients):
     select_int_1 = aten.select.int(keys, 0, 1)
     theta_1 = zowrap.perturb(b_log_scale, [], select_int_1, scale, [], coefficients, KERNELS)
     getitem_1 = theta_1[0]
@@ -42,8 +42,8 @@ def forward(self, a_weight, a_log_scale, b_bias, b_weight, b_log_scale, b_model_
     getitem_3 = theta_0[1]
     exp = aten.exp(getitem)
     exp_2 = aten.exp(getitem_3)
-    mul = aten.mul.Tensor(b_model_a_scb, exp)
-    mul_2 = aten.mul.Tensor(b_model_a_scb, exp_2)
+    mul = aten.mul.Tensor(a_scb, exp)
+    mul_2 = aten.mul.Tensor(a_scb, exp_2)
     int8_linear = zowrap.int8_linear(batch_x, a_weight, mul, None, 0.0)
     int8_linear_2 = zowrap.int8_linear(batch_x, a_weight, mul_2, None, 0.0)
     tanh = aten.tanh(int8_linear)
@@ -51,8 +51,8 @@ def forward(self, a_weight, a_log_scale, b_bias, b_weight, b_log_scale, b_model_
     to = aten.to.dtype(b_bias, torch.float32)
     exp_1 = aten.exp(getitem_1)
     exp_3 = aten.exp(getitem_2)
-    mul_1 = aten.mul.Tensor(b_model_b_scb, exp_1)
-    mul_3 = aten.mul.Tensor(b_model_b_scb, exp_3)
+    mul_1 = aten.mul.Tensor(b_scb, exp_1)
+    mul_3 = aten.mul.Tensor(b_scb, exp_3)
     int8_linear_1 = zowrap.int8_linear(tanh, b_weight, mul_1, to, 0.0)
     int8_linear_3 = zowrap.int8_linear(tanh_1, b_weight, mul_3, to, 0.0)
     square = aten.square(int8_linear_1)
@@ -66,7 +66,7 @@ def forward(self, a_weight, a_log_scale, b_bias, b_weight, b_log_scale, b_model_
 """
 
 AFTER = """
-def forward(self, a_weight, a_log_scale, b_bias, b_weight, b_log_scale, b_model_a_scb, b_model_b_scb, batch_x, keys, scale, coefficients):
+def forward(a_weight, a_log_scale, b_bias, b_weight, b_log_scale, a_scb, b_scb, batch_x, keys, scale, coefficients):
     select_int_1 = aten.select.int(keys, 0, 1)
     theta_1 = zowrap.perturb(b_log_scale, [], select_int_1, scale, [], coefficients, KERNELS)
     getitem_1 = theta_1[0]
@@ -77,8 +77,8 @@ def forward(self, a_weight, a_log_scale, b_bias, b_weight, b_log_scale, b_model_
     getitem_3 = theta_0[1]
     exp = aten.exp(getitem)
     exp_2 = aten.exp(getitem_3)
-    mul = aten.mul.Tensor(b_model_a_scb, exp)
-    mul_2 = aten.mul.Tensor(b_model_a_scb, exp_2)
+    mul = aten.mul.Tensor(a_scb, exp)
+    mul_2 = aten.mul.Tensor(a_scb, exp_2)
     int8_points = zowrap.int8_points([batch_x], a_weight, [mul, mul_2], [], 0.0)
     getitem_4 = int8_points[0]
     getitem_5 = int8_points[1]
@@ -87,8 +87,8 @@ def forward(self, a_weight, a_log_scale, b_bias, b_weight, b_log_scale, b_model_
     to = aten.to.dtype(b_bias, torch.float32)
     exp_1 = aten.exp(getitem_1)
     exp_3 = aten.exp(getitem_2)
-    mul_1 = aten.mul.Tensor(b_model_b_scb, exp_1)
-    mul_3 = aten.mul.Tensor(b_model_b_scb, exp_3)
+    mul_1 = aten.mul.Tensor(b_scb, exp_1)
+    mul_3 = aten.mul.Tensor(b_scb, exp_3)
     int8_points_1 = zowrap.int8_points([tanh, tanh_1], b_weight, [mul_1, mul_3], [to], 0.0)
     getitem_6 = int8_points_1[0]
     getitem_7 = int8_points_1[1]
@@ -103,7 +103,7 @@ def forward(self, a_weight, a_log_scale, b_bias, b_weight, b_log_scale, b_model_
 """
 
 CODES_BEFORE = """
-def forward(self, a_weight, b_bias, b_weight, b_model_a_scb, b_model_b_scb, batch_x, keys, scale, coefficients):
+def forward(a_weight, b_bias, b_weight, a_scb, b_scb, batch_x, keys, scale, coefficients):
     select_int_1 = aten.select.int(keys, 0, 1)
     theta_1 = zowrap.perturb_codes(b_weight, [], select_int_1, scale, [], coefficients, KERNELS)
     getitem_1 = theta_1[0]
@@ -112,13 +112,13 @@ def forward(self, a_weight, b_bias, b_weight, b_model_a_scb, b_model_b_scb, batc
     theta_0 = zowrap.perturb_codes(a_weight, [], select_int, scale, [], coefficients, KERNELS)
     getitem = theta_0[0]
     getitem_3 = theta_0[1]
-    int8_linear = zowrap.int8_linear(batch_x, getitem, b_model_a_scb, None, 0.0)
-    int8_linear_2 = zowrap.int8_linear(batch_x, getitem_3, b_model_a_scb, None, 0.0)
+    int8_linear = zowrap.int8_linear(batch_x, getitem, a_scb, None, 0.0)
+    int8_linear_2 = zowrap.int8_linear(batch_x, getitem_3, a_scb, None, 0.0)
     tanh = aten.tanh(int8_linear)
     tanh_1 = aten.tanh(int8_linear_2)
     to = aten.to.dtype(b_bias, torch.float32)
-    int8_linear_1 = zowrap.int8_linear(tanh, getitem_1, b_model_b_scb, to, 0.0)
-    int8_linear_3 = zowrap.int8_linear(tanh_1, getitem_2, b_model_b_scb, to, 0.0)
+    int8_linear_1 = zowrap.int8_linear(tanh, getitem_1, b_scb, to, 0.0)
+    int8_linear_3 = zowrap.int8_linear(tanh_1, getitem_2, b_scb, to, 0.0)
     square = aten.square(int8_linear_1)
     square_1 = aten.square(int8_linear_3)
     mean = aten.mean.dim(square, [-1])
@@ -130,16 +130,16 @@ def forward(self, a_weight, b_bias, b_weight, b_model_a_scb, b_model_b_scb, batc
 """
 
 CODES_AFTER = """
-def forward(self, a_weight, b_bias, b_weight, b_model_a_scb, b_model_b_scb, batch_x, keys, scale, coefficients):
+def forward(a_weight, b_bias, b_weight, a_scb, b_scb, batch_x, keys, scale, coefficients):
     select_int_1 = aten.select.int(keys, 0, 1)
     select_int = aten.select.int(keys, 0, 0)
-    codes_points = zowrap.codes_points([batch_x], a_weight, b_model_a_scb, [], 0.0, [], select_int, scale, [], coefficients, KERNELS)
+    codes_points = zowrap.codes_points([batch_x], a_weight, a_scb, [], 0.0, [], select_int, scale, [], coefficients, KERNELS)
     getitem_4 = codes_points[0]
     getitem_5 = codes_points[1]
     tanh = aten.tanh(getitem_4)
     tanh_1 = aten.tanh(getitem_5)
     to = aten.to.dtype(b_bias, torch.float32)
-    codes_points_1 = zowrap.codes_points([tanh, tanh_1], b_weight, b_model_b_scb, [to], 0.0, [], select_int_1, scale, [], coefficients, KERNELS)
+    codes_points_1 = zowrap.codes_points([tanh, tanh_1], b_weight, b_scb, [to], 0.0, [], select_int_1, scale, [], coefficients, KERNELS)
     getitem_6 = codes_points_1[0]
     getitem_7 = codes_points_1[1]
     square = aten.square(getitem_6)
@@ -150,7 +150,7 @@ def forward(self, a_weight, b_bias, b_weight, b_model_a_scb, b_model_b_scb, batc
     to_2 = aten.to.dtype(mean_1, torch.float32)
     ones_like = aten.ones_like(to_1, pin_memory = False)
     return (to_1, to_2, ones_like)
-"""
+"""  # noqa: E501
 
 pytestmark = pytest.mark.filterwarnings("ignore:quantized='codes' rounds every write")
 
@@ -177,6 +177,7 @@ def inputs(rows: int = 5) -> dict[str, Tensor]:
     return numbers(rows, 4)
 
 
+@functools.cache
 def prepared(quantization: str, points: int = 2, **options: Any):
     zm = wrap(quantized(**options), quantized=quantization)
     return zm, captured(zm, inputs(), StripTraining(), select(zm, points), SplitStreams(points), Perturb())
@@ -254,4 +255,4 @@ def test_perturbed_codes_that_are_used_otherwise_break_the_promise() -> None:
 
     _, program = prepared("codes")
     with pytest.raises(ZOInternalError, match="perturbed codes are left in the program"):
-        run(program, [Forgetful()])
+        after(program, Forgetful())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from tests.support.programs import (
     tokens,
     wrap,
 )
-from zowrap.loss.module import token_losses
+from zowrap.loss.module import Batch, LossFn, token_losses
 from zowrap.passes.check_lookups import CheckLookups
 from zowrap.passes.fuse_head import LEAST_CLASSES, FuseHead
 from zowrap.passes.perturb import Perturb
@@ -33,7 +35,7 @@ from zowrap.passes.split_streams import SplitStreams
 from zowrap.passes.strip_training import StripTraining
 
 BEFORE = """
-def forward(self, a_weight, a_bias, b_weight, b_bias, batch_x, keys, scale, coefficients):
+def forward(a_weight, a_bias, b_weight, b_bias, batch_x, keys, scale, coefficients):
     select_int_3 = aten.select.int(keys, 0, 3)
     theta_3 = zowrap.perturb(b_bias, [], select_int_3, scale, [], coefficients, KERNELS)
     getitem_3 = theta_3[0]
@@ -67,7 +69,7 @@ def forward(self, a_weight, a_bias, b_weight, b_bias, batch_x, keys, scale, coef
 """
 
 AFTER = """
-def forward(self, a_weight, a_bias, b_weight, b_bias, batch_x, keys, scale, coefficients):
+def forward(a_weight, a_bias, b_weight, b_bias, batch_x, keys, scale, coefficients):
     select_int_3 = aten.select.int(keys, 0, 3)
     theta_3 = zowrap.perturb(b_bias, [], select_int_3, scale, [], coefficients, KERNELS)
     getitem_3 = theta_3[0]
@@ -98,23 +100,24 @@ def forward(self, a_weight, a_bias, b_weight, b_bias, batch_x, keys, scale, coef
     to_1 = aten.to.dtype(mean_1, torch.float32)
     ones_like = aten.ones_like(to, pin_memory = False)
     return (to, to_1, ones_like)
-"""
+"""  # noqa: E501
 
 
-def prepared(model: nn.Module, batch: dict[str, Tensor], loss_fn: Any = mean_square, points: int = 2, **options):
-    zm = wrap(model, loss_fn, **options)
+@functools.cache
+def prepared(model: nn.Module, batch: Callable[[], Batch] = numbers, loss_fn: LossFn = mean_square, points: int = 2):
+    zm = wrap(model, loss_fn)
     front = (StripTraining(), CheckLookups(), FuseHead())
-    return zm, captured(zm, batch, *front, select(zm, points), SplitStreams(points))
+    return zm, captured(zm, batch(), *front, select(zm, points), SplitStreams(points))
 
 
 def test_the_text_of_two_layers() -> None:
-    zm, program = prepared(TwoLayers(), numbers())
+    zm, program = prepared(TWO_LAYERS)
     assert printed(program, zm) == BEFORE.strip()
     assert printed(after(program, Perturb()), zm) == AFTER.strip()
 
 
 def test_the_points_of_a_step_share_one_product_of_each_matrix() -> None:
-    _, program = prepared(TwoLayers(), numbers())
+    _, program = prepared(TWO_LAYERS)
     fused = after(program, Perturb())
     assert change(operators(program), operators(fused)) == {
         "aten.add.Tensor": 4,
@@ -126,11 +129,14 @@ def test_the_points_of_a_step_share_one_product_of_each_matrix() -> None:
 
 
 def test_an_input_that_all_points_share_is_given_once() -> None:
-    _, program = prepared(TwoLayers(), numbers())
+    _, program = prepared(TWO_LAYERS)
     nodes = after(program, Perturb()).graph.find_nodes(
         op="call_function", target=torch.ops.zowrap.perturb_linear.default
     )
     assert [len(node.args[0]) for node in nodes] == [1, 2]  # the batch, then the first layer's output at each point
+
+
+TWO_LAYERS = TwoLayers()
 
 
 class Turned(nn.Module):
@@ -172,19 +178,20 @@ class Whole(nn.Module):
         return y @ torch.tanh(self.mix)
 
 
+WORDS = {"perturb_rows": 1, "perturb_head": 1}
 CASES = {
-    "two layers": (TwoLayers(), numbers, mean_square, "2 matrix products, 2 whole vectors", {"perturb_linear": 2}),
+    "two layers": (TWO_LAYERS, numbers, mean_square, "2 matrix products, 2 whole vectors", {"perturb_linear": 2}),
     "turned": (Turned(), numbers, mean_square, "3 matrix products, 1 whole vectors", {"perturb_linear": 3}),
-    "words": (Words(), tokens, cross_entropy, "1 embeddings, 1 heads, 1 whole vectors", {"perturb_rows": 1, "perturb_head": 1}),
-    "no bias": (Words(False), tokens, cross_entropy, "1 embeddings, 1 heads", {"perturb_rows": 1, "perturb_head": 1}),
+    "words": (Words(), tokens, cross_entropy, "1 embeddings, 1 heads, 1 whole vectors", WORDS),
+    "no bias": (Words(False), tokens, cross_entropy, "1 embeddings, 1 heads", WORDS),
     "whole": (Whole(), numbers, mean_square, "2 whole tensors", {"perturb": 2}),
-}  # fmt: skip
+}
 by_case = pytest.mark.parametrize(("model", "batch", "loss_fn", "note", "fused"), CASES.values(), ids=CASES)
 
 
 @by_case
 def test_each_use_takes_its_cheapest_form(model, batch, loss_fn, note, fused) -> None:
-    _, program = prepared(model, batch(), loss_fn)
+    _, program = prepared(model, batch, loss_fn)
     perturbed = after(program, Perturb())
     assert perturbed.notes["perturb"].startswith(f"{note} (")
     assert {name: operators(perturbed)[f"zowrap.{name}"] for name in fused} == fused
@@ -197,7 +204,7 @@ def test_each_use_takes_its_cheapest_form(model, batch, loss_fn, note, fused) ->
 def test_losses_are_those_of_the_program_before_and_of_weights_moved_by_hand(
     model, batch, loss_fn, note, fused, points
 ) -> None:
-    zm, program = prepared(model, batch(), loss_fn, points)
+    zm, program = prepared(model, batch, loss_fn, points)
     perturbed = after(program, Perturb())
     for rows in (5, 3):
         *losses, weights = evaluate(perturbed, zm, batch(rows))
@@ -207,16 +214,18 @@ def test_losses_are_those_of_the_program_before_and_of_weights_moved_by_hand(
 
 
 def test_sixteen_bit_weights_are_perturbed_and_then_rounded() -> None:
-    batch = {"x": numbers()["x"].bfloat16()}
+    def batch() -> Batch:
+        return {"x": numbers()["x"].bfloat16()}
+
     zm, program = prepared(TwoLayers().bfloat16(), batch)
-    *losses, _ = evaluate(after(program, Perturb()), zm, batch)
-    assert close(losses, moved_losses(zm, batch, noise_directions(zm)), rtol=2e-2)
-    assert close(losses, evaluate(program, zm, batch)[:-1], rtol=2e-2)
+    *losses, _ = evaluate(after(program, Perturb()), zm, batch())
+    assert close(losses, moved_losses(zm, batch(), noise_directions(zm)), rtol=2e-2)
+    assert close(losses, evaluate(program, zm, batch())[:-1], rtol=2e-2)
 
 
 @pytest.mark.parametrize("case", ["two layers", "turned", "no bias", "whole"])
 def test_a_second_time_nothing_is_left_to_do(case) -> None:
     model, batch, loss_fn, *_ = CASES[case]
-    zm, program = prepared(model, batch(), loss_fn)
+    zm, program = prepared(model, batch, loss_fn)
     once, twice = after(program, Perturb()), after(program, Perturb(), Perturb())
     assert printed(twice, zm) == printed(once, zm)

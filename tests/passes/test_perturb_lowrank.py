@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tests.passes.test_perturb import Turned, Whole, Words, cross_entropy
+from tests.passes.test_perturb import TWO_LAYERS, Turned, Whole, Words, cross_entropy
 from tests.support.programs import (
     TwoLayers,
     after,
@@ -26,6 +27,7 @@ from tests.support.programs import (
     tokens,
     wrap,
 )
+from zowrap.loss.module import Batch, LossFn
 from zowrap.passes.check_lookups import CheckLookups
 from zowrap.passes.fuse_head import FuseHead
 from zowrap.passes.perturb_lowrank import UNROLLED_RANK, PerturbLowRank
@@ -33,7 +35,7 @@ from zowrap.passes.split_streams import SplitStreams
 from zowrap.passes.strip_training import StripTraining
 
 BEFORE = """
-def forward(self, a_weight, b_weight, batch_x, factors, coefficients):
+def forward(a_weight, b_weight, batch_x, factors, coefficients):
     slice_tensor_2 = aten.slice.Tensor(factors, 0, 64, 66)
     view_2 = aten.view(slice_tensor_2, [2, 1])
     slice_tensor_3 = aten.slice.Tensor(factors, 0, 96, 100)
@@ -57,7 +59,7 @@ def forward(self, a_weight, b_weight, batch_x, factors, coefficients):
 """
 
 AFTER = """
-def forward(self, a_weight, b_weight, batch_x, factors, coefficients):
+def forward(a_weight, b_weight, batch_x, factors, coefficients):
     slice_tensor_2 = aten.slice.Tensor(factors, 0, 64, 66)
     view_2 = aten.view(slice_tensor_2, [2, 1])
     slice_tensor_3 = aten.slice.Tensor(factors, 0, 96, 100)
@@ -99,22 +101,27 @@ class TwoMatrices(TwoLayers):
         self.a, self.b = nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)
 
 
+@functools.cache
 def prepared(
-    model: nn.Module, batch: dict[str, Tensor], loss_fn: Any = mean_square, points: int = 2, rank: int = 1, **options
+    model: nn.Module,
+    batch: Callable[[], Batch] = numbers,
+    loss_fn: LossFn = mean_square,
+    points: int = 2,
+    rank: int = 1,
 ):
-    zm = wrap(model, loss_fn, direction=f"lowrank({rank})", **options)
+    zm = wrap(model, loss_fn, direction=f"lowrank({rank})")
     front = (StripTraining(), CheckLookups(), FuseHead())
-    return zm, captured(zm, batch, *front, select(zm, points), SplitStreams(points))
+    return zm, captured(zm, batch(), *front, select(zm, points), SplitStreams(points))
 
 
 def test_the_text_of_two_layers() -> None:
-    zm, program = prepared(TwoMatrices(), numbers(), points=1)
+    zm, program = prepared(TwoMatrices(), numbers, points=1)
     assert printed(program, zm) == BEFORE.strip()
     assert printed(after(program, PerturbLowRank()), zm) == AFTER.strip()
 
 
 def test_operators_before_and_after() -> None:
-    _, program = prepared(TwoLayers(), numbers())
+    _, program = prepared(TWO_LAYERS)
     thin = after(program, PerturbLowRank())
     assert change(operators(program), operators(thin)) == {
         "aten.add.Tensor": 8,  # of each of four parameters at two points
@@ -131,13 +138,13 @@ def test_operators_before_and_after() -> None:
 
 def test_above_a_small_rank_the_outer_product_is_one_product() -> None:
     for rank in (UNROLLED_RANK, UNROLLED_RANK + 1):
-        _, program = prepared(TwoMatrices(), numbers(), rank=rank)
+        _, program = prepared(TwoMatrices(), numbers, rank=rank)
         count = operators(after(program, PerturbLowRank()))["aten.matmul"]
         assert count == (4 if rank == UNROLLED_RANK else 8)
 
 
 CASES = {
-    "two layers": (TwoLayers(), numbers, mean_square, "2 matrix products, 2 vectors", 0),
+    "two layers": (TWO_LAYERS, numbers, mean_square, "2 matrix products, 2 vectors", 0),
     "turned": (Turned(), numbers, mean_square, "3 matrix products, 1 vectors", 0),
     "words": (Words(), tokens, cross_entropy, "1 embeddings, 1 heads, 1 vectors", 0),
     "whole": (Whole(), numbers, mean_square, "2 whole tensors", 2),
@@ -147,7 +154,7 @@ by_case = pytest.mark.parametrize(("model", "batch", "loss_fn", "note", "whole")
 
 @by_case
 def test_each_use_takes_its_thin_form(model, batch, loss_fn, note, whole) -> None:
-    _, program = prepared(model, batch(), loss_fn)
+    _, program = prepared(model, batch, loss_fn)
     thin = after(program, PerturbLowRank())
     assert thin.notes["perturb_lowrank"].startswith(f"{note} (")
     assert operators(thin)["zowrap.perturb_lowrank"] == whole
@@ -158,7 +165,7 @@ def test_each_use_takes_its_thin_form(model, batch, loss_fn, note, whole) -> Non
 def test_losses_are_those_of_the_program_before_and_of_weights_moved_by_hand(
     model, batch, loss_fn, note, whole, points, rank
 ) -> None:
-    zm, program = prepared(model, batch(), loss_fn, points, rank)
+    zm, program = prepared(model, batch, loss_fn, points, rank)
     thin = after(program, PerturbLowRank())
     for rows in (5, 3):
         *losses, weights = evaluate(thin, zm, batch(rows))
@@ -170,15 +177,18 @@ def test_losses_are_those_of_the_program_before_and_of_weights_moved_by_hand(
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 2e-2), (torch.float64, 1e-6)], ids=str)
 def test_other_precisions(dtype, rtol) -> None:
     """The change of a 16-bit product is added in float32 and rounded once; float64 keeps its digits."""
-    batch = {"x": numbers()["x"].to(dtype)}
+
+    def batch() -> Batch:
+        return {"x": numbers()["x"].to(dtype)}
+
     zm, program = prepared(TwoLayers().to(dtype), batch)
-    *losses, _ = evaluate(after(program, PerturbLowRank()), zm, batch)
-    assert close(losses, moved_losses(zm, batch, factor_directions(zm)), rtol)
+    *losses, _ = evaluate(after(program, PerturbLowRank()), zm, batch())
+    assert close(losses, moved_losses(zm, batch(), factor_directions(zm)), rtol)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_second_time_nothing_is_left_to_do(case) -> None:
     model, batch, loss_fn, *_ = CASES[case]
-    zm, program = prepared(model, batch(), loss_fn)
+    zm, program = prepared(model, batch, loss_fn)
     once, twice = after(program, PerturbLowRank()), after(program, PerturbLowRank(), PerturbLowRank())
     assert printed(twice, zm) == printed(once, zm)

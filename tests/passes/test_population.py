@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.passes.test_perturb import Words
+from tests.passes.test_perturb import TWO_LAYERS, Words
 from tests.passes.test_perturb_lowrank import TwoMatrices
 from tests.support.programs import (
     TwoLayers,
@@ -29,17 +31,16 @@ from tests.support.programs import (
     wrap,
 )
 from zowrap.errors import ZOCaptureError, ZOInternalError
-from zowrap.loss.module import token_losses
+from zowrap.loss.module import Batch, LossFn, token_losses
 from zowrap.passes.check_lookups import CheckLookups
 from zowrap.passes.fuse_head import FuseHead
-from zowrap.passes.manager import run
 from zowrap.passes.perturb_lowrank import PerturbLowRank
 from zowrap.passes.population import Population
 from zowrap.passes.split_streams import SplitStreams
 from zowrap.passes.strip_training import StripTraining
 
 BEFORE = """
-def forward(self, a_weight, b_weight, batch_x, factors, coefficients):
+def forward(a_weight, b_weight, batch_x, factors, coefficients):
     slice_tensor_2 = aten.slice.Tensor(factors, 0, 64, 66)
     view_2 = aten.view(slice_tensor_2, [2, 1])
     slice_tensor_3 = aten.slice.Tensor(factors, 0, 96, 100)
@@ -73,7 +74,7 @@ def forward(self, a_weight, b_weight, batch_x, factors, coefficients):
 """
 
 AFTER = """
-def forward(self, arg0_1, arg1_1, arg2_1, arg3_1, arg4_1):
+def forward(arg0_1, arg1_1, arg2_1, arg3_1, arg4_1):
     sym_size_int = aten.sym_size.int(arg2_1, 0)
     unsqueeze = aten.unsqueeze(arg2_1, 1)
     slice_1 = aten.slice.Tensor(arg3_1, 1, 64, 66)
@@ -128,10 +129,24 @@ def forward(self, arg0_1, arg1_1, arg2_1, arg3_1, arg4_1):
 """
 
 
-def prepared(model: nn.Module, batch: dict[str, Tensor], loss_fn: Any = mean_square, points: int = 2, rank: int = 2):
+@functools.cache
+def prepared(
+    model: nn.Module,
+    batch: Callable[[], Batch] = numbers,
+    loss_fn: LossFn = mean_square,
+    points: int = 2,
+    rank: int = 2,
+):
     zm = wrap(model, loss_fn, direction=f"lowrank({rank})", estimator="population")
     front = (StripTraining(), CheckLookups(), FuseHead())
-    return zm, captured(zm, batch, *front, select(zm, points), SplitStreams(points), PerturbLowRank())
+    return zm, captured(zm, batch(), *front, select(zm, points), SplitStreams(points), PerturbLowRank())
+
+
+@functools.cache
+def mapped_of(model: nn.Module, batch: Callable[[], Batch] = numbers, loss_fn: LossFn = mean_square):
+    """The wrapped model, its program before the pass, and after it."""
+    zm, program = prepared(model, batch, loss_fn)
+    return zm, program, after(program, Population())
 
 
 def factors_of(zm, examples: int) -> Tensor:
@@ -139,22 +154,24 @@ def factors_of(zm, examples: int) -> Tensor:
     return drawn("factors", (examples, layout.size))
 
 
+TWO_MATRICES = TwoMatrices()
+
+
 def test_the_text_of_two_layers() -> None:
-    zm, program = prepared(TwoMatrices(), numbers(), points=1, rank=1)
+    zm, program = prepared(TWO_MATRICES, points=1, rank=1)
     assert printed(program, zm) == BEFORE.strip()
     assert printed(after(program, Population()), zm) == AFTER.strip()
 
 
 def test_a_product_with_a_weight_is_one_for_the_batch_and_one_with_factors_is_one_each() -> None:
-    _, program = prepared(TwoMatrices(), numbers(), points=1, rank=1)
+    _, program = prepared(TWO_MATRICES, points=1, rank=1)
     difference = change(operators(program), operators(after(program, Population())))
     assert difference["aten.linear"] == -2 and difference["aten.mm"] == 2
     assert difference["aten.matmul"] == -2 and difference["aten.bmm"] == 2
 
 
 def test_factors_and_what_has_rows_are_per_example() -> None:
-    _, program = prepared(TwoLayers(), numbers())
-    mapped = after(program, Population())
+    _, program, mapped = mapped_of(TWO_LAYERS)
     assert mapped.notes["population"].startswith("1 inputs per example")
     assert [(each.kind, each.target) for each in mapped.inputs] == [(e.kind, e.target) for e in program.inputs]
     shapes = {each.target: fake.shape for each, fake in zip(mapped.inputs, mapped.fakes(), strict=True)}
@@ -190,7 +207,7 @@ def next_tokens(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 CASES = {
-    "two layers": (TwoLayers(), numbers, mean_square),
+    "two layers": (TWO_LAYERS, numbers, mean_square),
     "words": (Words(), tokens, next_tokens),
     "norm, attention, gather, classes": (Normed(), classified, classes),
 }
@@ -199,8 +216,7 @@ by_case = pytest.mark.parametrize(("model", "batch", "loss_fn"), CASES.values(),
 
 @by_case
 def test_each_example_is_evaluated_along_its_own_factors(model, batch, loss_fn) -> None:
-    zm, program = prepared(model, batch(), loss_fn)
-    mapped = after(program, Population())
+    zm, _, mapped = mapped_of(model, batch, loss_fn)
     for rows in (5, 3, 1):
         given, factors = batch(rows), factors_of(zm, rows)
         *losses, weights = evaluate(mapped, zm, given, factors=factors)
@@ -212,9 +228,8 @@ def test_each_example_is_evaluated_along_its_own_factors(model, batch, loss_fn) 
 
 @by_case
 def test_with_equal_factors_it_is_the_program_before(model, batch, loss_fn) -> None:
-    zm, program = prepared(model, batch(), loss_fn)
+    zm, program, mapped = mapped_of(model, batch, loss_fn)
     (factors,) = factors_of(zm, 1)
-    mapped = after(program, Population())
     expected = evaluate(program, zm, batch(), factors=factors)
     assert close(evaluate(mapped, zm, batch(), factors=factors.expand(5, -1)), expected)
 
@@ -226,7 +241,7 @@ def test_a_tensor_of_one_row_is_shared_by_all_examples() -> None:
     def batch(rows: int = 5) -> dict[str, Tensor]:
         return {**numbers(rows), "shift": torch.full((1, 2), 0.5)}
 
-    zm, program = prepared(TwoLayers(), batch(), shifted)
+    zm, program = prepared(TWO_LAYERS, batch, shifted)
     mapped, factors = after(program, Population()), factors_of(zm, 3)
     assert mapped.notes["population"].startswith("1 inputs per example")
     *losses, _ = evaluate(mapped, zm, batch(3), factors=factors)
@@ -238,14 +253,14 @@ def test_full_rank_directions_are_refused() -> None:
     zm = wrap(TwoLayers())
     program = captured(zm, numbers(), StripTraining(), select(zm), SplitStreams(2))
     with pytest.raises(ZOInternalError, match="only low-rank directions can differ between the examples of a batch"):
-        run(program, [Population()])
+        after(program, Population())
 
 
 def test_a_second_time_is_refused() -> None:
     """The factors have a row for each example already."""
-    _, program = prepared(TwoLayers(), numbers())
+    _, program = prepared(TWO_LAYERS)
     with pytest.raises(ZOCaptureError, match="cannot give each example a direction of its own"):
-        run(program, [Population(), Population()])
+        after(program, Population(), Population())
 
 
 class Branching(TwoLayers):
@@ -268,6 +283,6 @@ class Joined(TwoLayers):
     ids=["branching", "joined"],
 )
 def test_a_model_that_no_single_example_fits_is_refused(model, message) -> None:
-    _, program = prepared(model, numbers())
+    _, program = prepared(model)
     with pytest.raises(ZOCaptureError, match=message):
-        run(program, [Population()])
+        after(program, Population())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,14 +25,12 @@ from tests.support.programs import (
     select,
     wrap,
 )
-from zowrap import rules
 from zowrap.errors import ZOInternalError
-from zowrap.passes.manager import run
 from zowrap.passes.select_tunable import UnusedBlock
 from zowrap.passes.strip_training import StripTraining
 
 BEFORE = """
-def forward(self, a_weight, a_bias, b_weight, b_bias, batch_x):
+def forward(a_weight, a_bias, b_weight, b_bias, batch_x):
     linear = aten.linear(batch_x, a_weight, a_bias)
     tanh = aten.tanh(linear)
     linear_1 = aten.linear(tanh, b_weight, b_bias)
@@ -42,7 +42,7 @@ def forward(self, a_weight, a_bias, b_weight, b_bias, batch_x):
 """
 
 AFTER = """
-def forward(self, a_weight, a_bias, b_weight, b_bias, batch_x, keys, scale, coefficients):
+def forward(a_weight, a_bias, b_weight, b_bias, batch_x, keys, scale, coefficients):
     select_int_3 = aten.select.int(keys, 0, 3)
     theta_3 = zowrap.perturb(b_bias, [], select_int_3, scale, [], coefficients, KERNELS)
     getitem_3 = theta_3[0]
@@ -67,7 +67,7 @@ def forward(self, a_weight, a_bias, b_weight, b_bias, batch_x, keys, scale, coef
 
 # Low-rank directions: one input holds the factors of all parameters, and each takes its own part.
 ALONG_FACTORS = """
-def forward(self, a_weight, a_bias, b_weight, b_bias, batch_x, factors, coefficients):
+def forward(a_weight, a_bias, b_weight, b_bias, batch_x, factors, coefficients):
     slice_tensor_5 = aten.slice.Tensor(factors, 0, 160, 162)
     view_5 = aten.view(slice_tensor_5, [2, 1])
     theta_3 = zowrap.perturb_lowrank(b_bias, view_5, None, coefficients)
@@ -99,8 +99,12 @@ def forward(self, a_weight, a_bias, b_weight, b_bias, batch_x, factors, coeffici
 """
 
 
-def prepared(model: nn.Module | None = None, **options):
-    zm = wrap(TwoLayers() if model is None else model, **options)
+TWO_LAYERS = TwoLayers()
+
+
+@functools.cache
+def prepared(model: nn.Module = TWO_LAYERS, **options):
+    zm = wrap(model, **options)
     return zm, captured(zm, numbers(), StripTraining())
 
 
@@ -148,7 +152,7 @@ def test_the_loss_is_that_of_weights_moved_by_hand(direction) -> None:
 
 def test_a_rule_may_read_its_state_and_numbers_of_the_step() -> None:
     """The momentum of a cone has the parameter's shape; its two numbers are of the whole step."""
-    zm, program = prepared(rule=rules.conmezo())
+    zm, program = prepared(rule="conmezo")
     names = ["momentum", "noise"]
     selected = after(program, select(zm, scalars=names))
     targets = [each.target for each in selected.inputs[len(program.inputs) :]]
@@ -164,7 +168,7 @@ def test_a_rule_may_read_its_state_and_numbers_of_the_step() -> None:
 
 
 def test_a_rule_may_read_one_number_of_each_parameter() -> None:
-    zm, program = prepared(rule=rules.sparse_mezo(sparsity=0.5))
+    zm, program = prepared(rule="sparse_mezo")
     selected = after(program, select(zm))
     thresholds = {f"slot/threshold/{i}": torch.tensor(0.3) for i in range(4)}
     along = [
@@ -197,7 +201,7 @@ def test_a_tied_weight_is_perturbed_once() -> None:
 
 
 def test_only_the_active_block_is_perturbed() -> None:
-    zm, program = prepared(blocks=["a.*", "b.*"])
+    zm, program = prepared(blocks=("a.*", "b.*"))
     for block, names in enumerate((["a.weight", "a.bias"], ["b.weight", "b.bias"])):
         selected = after(program, select(zm, block=block))
         thetas = selected.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb.default)
@@ -220,9 +224,9 @@ def test_parameters_that_the_loss_does_not_read_are_left_out_and_counted() -> No
 
 
 def test_a_block_that_the_loss_does_not_read_is_named() -> None:
-    zm, program = prepared(Unused(), blocks=["a.*", "b.*", "pooler.*"])
+    zm, program = prepared(Unused(), blocks=("a.*", "b.*", "pooler.*"))
     with pytest.raises(UnusedBlock, match=r"none of the tunable parameters of block 'pooler\.\*' takes part"):
-        run(program, [select(zm, block=2)])
+        after(program, select(zm, block=2))
 
 
 @pytest.mark.parametrize("direction", ["gaussian", "lowrank(1)"])
@@ -230,4 +234,4 @@ def test_a_second_time_is_refused(direction) -> None:
     """It would look along one direction twice."""
     zm, program = prepared(direction=direction)
     with pytest.raises(ZOInternalError, match=r"pass select_tunable \(after select_tunable\) broke the program"):
-        run(program, [select(zm), select(zm)])
+        after(program, select(zm), select(zm))

@@ -22,7 +22,7 @@ from zowrap.errors import ZOCaptureError
 from zowrap.passes.strip_training import StripTraining
 
 BEFORE = """
-def forward(self, a_weight, a_bias, b_weight, b_bias, batch_x):
+def forward(a_weight, a_bias, b_weight, b_bias, batch_x):
     linear = aten.linear(batch_x, a_weight, a_bias)
     tanh = aten.tanh(linear)
     dropout = aten.dropout(tanh, 0.1, False)
@@ -35,10 +35,10 @@ def forward(self, a_weight, a_bias, b_weight, b_bias, batch_x):
     to = aten.to.dtype(mean, torch.float32)
     ones_like = aten.ones_like(to, pin_memory = False)
     return (to, ones_like)
-"""
+"""  # noqa: E501
 
 AFTER = """
-def forward(self, a_weight, a_bias, b_weight, b_bias, batch_x):
+def forward(a_weight, a_bias, b_weight, b_bias, batch_x):
     linear = aten.linear(batch_x, a_weight, a_bias)
     tanh = aten.tanh(linear)
     linear_1 = aten.linear(tanh, b_weight, b_bias)

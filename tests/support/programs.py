@@ -98,7 +98,8 @@ def change(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int
 def printed(program: Program, zm: zowrap.ZOModel) -> str:
     """The program as ``inspect`` prints it after its last pass, in short names and without what only frees memory."""
     text = re.sub(r";  .*", "", program.history[-1][1])
-    text = text.replace(repr(kernels_of(zm)), "KERNELS").replace("torch.ops.", "").replace("p_model_", "")
+    text = text.replace(repr(kernels_of(zm)), "KERNELS").replace("torch.ops.", "")
+    text = re.sub(r"\b[pb]_model_|self, ", "", text)
     return re.sub(r"[._]default(?![a-z])", "", text).strip()
 
 
