@@ -1,272 +1,288 @@
-"""Populations: every example along its own direction, in one pair of forwards."""
+"""One direction for all becomes one direction for each example; products with the weights stay one for the batch."""
 
 from __future__ import annotations
 
-import copy
-import json
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import zowrap
-from tests.support.families import FAMILIES, batch, make, snapshot, unchanged
-from zowrap.compiler import inductor
-from zowrap.errors import ZOError
-from zowrap.storage.atomic import to_jsonable
-from zowrap.training import journal
+from tests.passes.test_perturb import TWO_LAYERS, Words
+from tests.passes.test_perturb_lowrank import TwoMatrices
+from tests.support.programs import (
+    TwoLayers,
+    after,
+    captured,
+    change,
+    close,
+    drawn,
+    evaluate,
+    factor_directions,
+    mean_square,
+    moved_losses,
+    numbers,
+    operators,
+    printed,
+    select,
+    tokens,
+    wrap,
+)
+from zowrap.errors import ZOCaptureError, ZOInternalError
+from zowrap.loss.module import Batch, LossFn, token_losses
+from zowrap.passes.check_lookups import CheckLookups
+from zowrap.passes.fuse_head import FuseHead
+from zowrap.passes.perturb_lowrank import PerturbLowRank
+from zowrap.passes.population import Population
+from zowrap.passes.split_streams import SplitStreams
+from zowrap.passes.strip_training import StripTraining
 
-EPS = 1e-2
+BEFORE = """
+def forward(a_weight, b_weight, batch_x, factors, coefficients):
+    slice_tensor_2 = aten.slice.Tensor(factors, 0, 64, 66)
+    view_2 = aten.view(slice_tensor_2, [2, 1])
+    slice_tensor_3 = aten.slice.Tensor(factors, 0, 96, 100)
+    view_3 = aten.view(slice_tensor_3, [4, 1])
+    slice_tensor = aten.slice.Tensor(factors, 0, 0, 4)
+    view = aten.view(slice_tensor, [4, 1])
+    slice_tensor_1 = aten.slice.Tensor(factors, 0, 32, 35)
+    view_1 = aten.view(slice_tensor_1, [3, 1])
+    select_int_2 = aten.select.int(coefficients, 0, 0)
+    linear_1 = aten.linear(batch_x, a_weight)
+    matmul_1 = aten.matmul(batch_x, view_1)
+    slice_tensor_5 = aten.slice.Tensor(matmul_1, -1, 0, 1)
+    select_int_3 = aten.select.int(view, 1, 0)
+    mul_tensor_2 = aten.mul.Tensor(slice_tensor_5, select_int_3)
+    mul_tensor_3 = aten.mul.Tensor(mul_tensor_2, select_int_2)
+    add_tensor_1 = aten.add.Tensor(linear_1, mul_tensor_3)
+    tanh = aten.tanh(add_tensor_1)
+    select_int = aten.select.int(coefficients, 0, 0)
+    linear = aten.linear(tanh, b_weight)
+    matmul = aten.matmul(tanh, view_3)
+    slice_tensor_4 = aten.slice.Tensor(matmul, -1, 0, 1)
+    select_int_1 = aten.select.int(view_2, 1, 0)
+    mul_tensor = aten.mul.Tensor(slice_tensor_4, select_int_1)
+    mul_tensor_1 = aten.mul.Tensor(mul_tensor, select_int)
+    add_tensor = aten.add.Tensor(linear, mul_tensor_1)
+    square = aten.square(add_tensor)
+    mean = aten.mean.dim(square, [-1])
+    to = aten.to.dtype(mean, torch.float32)
+    ones_like = aten.ones_like(to, pin_memory = False)
+    return (to, ones_like)
+"""
+
+AFTER = """
+def forward(arg0_1, arg1_1, arg2_1, arg3_1, arg4_1):
+    sym_size_int = aten.sym_size.int(arg2_1, 0)
+    unsqueeze = aten.unsqueeze(arg2_1, 1)
+    slice_1 = aten.slice.Tensor(arg3_1, 1, 64, 66)
+    view = aten.view(slice_1, [sym_size_int, 2, 1])
+    slice_2 = aten.slice.Tensor(arg3_1, 1, 96, 100)
+    view_1 = aten.view(slice_2, [sym_size_int, 4, 1])
+    slice_3 = aten.slice.Tensor(arg3_1, 1, 0, 4)
+    view_2 = aten.view(slice_3, [sym_size_int, 4, 1])
+    slice_4 = aten.slice.Tensor(arg3_1, 1, 32, 35)
+    view_3 = aten.view(slice_4, [sym_size_int, 3, 1])
+    select = aten.select.int(arg4_1, 0, 0)
+    t = aten.t(arg0_1)
+    view_4 = aten.view(unsqueeze, [sym_size_int, 3])
+    mm = aten.mm(view_4, t)
+    _unsafe_view = aten._unsafe_view(mm, [sym_size_int, 1, 4])
+    expand = aten.expand(unsqueeze, [sym_size_int, 1, 3])
+    view_5 = aten.view(expand, [sym_size_int, 1, 3])
+    expand_1 = aten.expand(view_3, [sym_size_int, 3, 1])
+    view_6 = aten.view(expand_1, [sym_size_int, 3, 1])
+    bmm = aten.bmm(view_5, view_6)
+    _unsafe_view_1 = aten._unsafe_view(bmm, [sym_size_int, 1, 1])
+    slice_5 = aten.slice.Tensor(_unsafe_view_1, 2, 0, 1)
+    select_1 = aten.select.int(view_2, 2, 0)
+    view_7 = aten.view(select_1, [sym_size_int, 1, 4])
+    mul_7 = aten.mul.Tensor(slice_5, view_7)
+    mul_8 = aten.mul.Tensor(mul_7, select)
+    add = aten.add.Tensor(_unsafe_view, mul_8)
+    tanh = aten.tanh(add)
+    select_2 = aten.select.int(arg4_1, 0, 0)
+    t_1 = aten.t(arg1_1)
+    view_8 = aten.view(tanh, [sym_size_int, 4])
+    mm_1 = aten.mm(view_8, t_1)
+    _unsafe_view_2 = aten._unsafe_view(mm_1, [sym_size_int, 1, 2])
+    expand_2 = aten.expand(tanh, [sym_size_int, 1, 4])
+    view_9 = aten.view(expand_2, [sym_size_int, 1, 4])
+    expand_3 = aten.expand(view_1, [sym_size_int, 4, 1])
+    view_10 = aten.view(expand_3, [sym_size_int, 4, 1])
+    bmm_1 = aten.bmm(view_9, view_10)
+    _unsafe_view_3 = aten._unsafe_view(bmm_1, [sym_size_int, 1, 1])
+    slice_6 = aten.slice.Tensor(_unsafe_view_3, 2, 0, 1)
+    select_3 = aten.select.int(view, 2, 0)
+    view_11 = aten.view(select_3, [sym_size_int, 1, 2])
+    mul_16 = aten.mul.Tensor(slice_6, view_11)
+    mul_17 = aten.mul.Tensor(mul_16, select_2)
+    add_1 = aten.add.Tensor(_unsafe_view_2, mul_17)
+    pow_1 = aten.pow.Tensor_Scalar(add_1, 2)
+    mean = aten.mean.dim(pow_1, [2])
+    ones_like = aten.ones_like(mean, pin_memory = False)
+    view_12 = aten.view(mean, [sym_size_int])
+    view_13 = aten.view(ones_like, [sym_size_int])
+    return (view_12, view_13)
+"""
 
 
-class Words(nn.Module):
-    """An embedding tied to the head, a concatenation, and a small tensor that no thin product stands for."""
+@functools.cache
+def prepared(
+    model: nn.Module,
+    batch: Callable[[], Batch] = numbers,
+    loss_fn: LossFn = mean_square,
+    points: int = 2,
+    rank: int = 2,
+):
+    zm = wrap(model, loss_fn, direction=f"lowrank({rank})", estimator="population")
+    front = (StripTraining(), CheckLookups(), FuseHead())
+    return zm, captured(zm, batch(), *front, select(zm, points), SplitStreams(points), PerturbLowRank())
+
+
+@functools.cache
+def mapped_of(model: nn.Module, batch: Callable[[], Batch] = numbers, loss_fn: LossFn = mean_square):
+    """The wrapped model, its program before the pass, and after it."""
+    zm, program = prepared(model, batch, loss_fn)
+    return zm, program, after(program, Population())
+
+
+def factors_of(zm, examples: int) -> Tensor:
+    (layout,) = zm.job.layouts
+    return drawn("factors", (examples, layout.size))
+
+
+TWO_MATRICES = TwoMatrices()
+
+
+def test_the_text_of_two_layers() -> None:
+    zm, program = prepared(TWO_MATRICES, points=1, rank=1)
+    assert printed(program, zm) == BEFORE.strip()
+    assert printed(after(program, Population()), zm) == AFTER.strip()
+
+
+def test_a_product_with_a_weight_is_one_for_the_batch_and_one_with_factors_is_one_each() -> None:
+    _, program = prepared(TWO_MATRICES, points=1, rank=1)
+    difference = change(operators(program), operators(after(program, Population())))
+    assert difference["aten.linear"] == -2 and difference["aten.mm"] == 2
+    assert difference["aten.matmul"] == -2 and difference["aten.bmm"] == 2
+
+
+def test_factors_and_what_has_rows_are_per_example() -> None:
+    _, program, mapped = mapped_of(TWO_LAYERS)
+    assert mapped.notes["population"].startswith("1 inputs per example")
+    assert [(each.kind, each.target) for each in mapped.inputs] == [(e.kind, e.target) for e in program.inputs]
+    shapes = {each.target: fake.shape for each, fake in zip(mapped.inputs, mapped.fakes(), strict=True)}
+    assert len(shapes["factors"]) == 2 and str(shapes["factors"][0]) == str(shapes["x"][0])
+    assert len(shapes["coefficients"]) == 1 and shapes["model.a.weight"] == (4, 3)
+
+
+class Normed(nn.Module):
+    """What has a form of its own under vmap: a norm, attention, a concatenation, a gather, a loss of classes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.mix = nn.Linear(12, 6)
-        self.stack = nn.Parameter(torch.randn(2, 3, 6) / 3)
+        self.a, self.norm, self.b = nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 3)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        x = torch.tanh(self.mix(torch.cat((x, x.cumsum(1)), -1))) * self.stack.sum((0, 1))
-        return x @ self.embed.weight.t()
-
-
-def words_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    logits = model(inputs["ids"])
-    return nn.functional.cross_entropy(logits.transpose(1, 2), inputs["ids"], reduction="none").mean(-1)
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.a(x)).view(-1, 1, 2, 2)
+        y = nn.functional.scaled_dot_product_attention(y, y, y).reshape(-1, 4)
+        y = torch.cat((y[:, :2], y[:, :2].cumsum(1)), 1)
+        return self.b(y + y.gather(1, (y > 0).long()))
 
 
-def words(rows: int = 4, length: int = 5, seed: int = 0) -> dict[str, Tensor]:
-    return {"ids": torch.randint(0, 11, (rows, length), generator=torch.Generator().manual_seed(seed))}
+def classes(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch["x"]), batch["labels"], reduction="none")
 
 
-def small(engine: str | None = "eager", rule="zo_sgd", **options):
-    torch.manual_seed(0)
-    options = {"lr": 0.1, "eps": EPS, "loss_fn": words_loss, "estimator": "population", **options}
-    return zowrap.zo_wrap(Words(), rule, engine=engine, **options)
+def classified(rows: int = 5) -> dict[str, Tensor]:
+    return {**numbers(rows), "labels": torch.arange(rows) % 3}
 
 
-def tiny(**options):
-    options = {"rule": "zo_sgd", "lr": 0.1, "eps": EPS, "engine": "eager", "estimator": "population", **options}
-    return zowrap.zo_wrap(make("llama"), **options)
+def next_tokens(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    sums, counts = token_losses(model(batch["ids"])[:, :-1], batch["labels"][:, 1:])
+    return sums / counts
 
 
-def directions(zm, examples: int) -> list[Tensor]:
-    """z ``[examples, *shape]`` of every parameter, formed here from the factors."""
-    stream = zm.directions.population(range(examples))
-    found = []
-    for i, parameter in enumerate(zm.parameters):
-        place = zm.job.layouts[stream.block].places[i]
-        left, right = place.left_of(stream.factors), place.right_of(stream.factors)
-        z = left if right is None else torch.einsum("bir,bjr->bij", left, right)
-        found.append(z.reshape(examples, *parameter.tensor.shape))
-    return found
+CASES = {
+    "two layers": (TWO_LAYERS, numbers, mean_square),
+    "words": (Words(), tokens, next_tokens),
+    "norm, attention, gather, classes": (Normed(), classified, classes),
+}
+by_case = pytest.mark.parametrize(("model", "batch", "loss_fn"), CASES.values(), ids=CASES)
 
 
-def test_a_population_is_a_loop_over_examples_with_directions_of_their_own() -> None:
-    zm = small(direction="lowrank(2)")
-    zs, inputs = directions(zm, 4), words()
-    assert all(not torch.equal(z[0], z[1]) for z in zs)
-    start = [p.tensor.detach().clone() for p in zm.parameters]
-    expected = torch.zeros(2, 4)
-    for b in range(4):
-        for side, sign in enumerate((EPS, -EPS)):
-            other = copy.deepcopy(zm.model)
-            with torch.no_grad():
-                for p, z in zip(other.parameters(), zs, strict=True):
-                    p += sign * z[b]
-            expected[side, b] = words_loss(other, {"ids": inputs["ids"][b : b + 1]}).item()
-    result = zm.step(**inputs)
-    assert torch.allclose(result.losses, expected, rtol=1e-5)
-    slopes = (expected[0] - expected[1]) / (2 * EPS)
-    assert result.projected_grad.shape == (4,) and torch.allclose(result.projected_grad, slopes, atol=1e-4)
-    assert torch.equal(result.weights, torch.full((4,), 0.25)) and torch.allclose(result.loss, expected.mean())
-    for p, w, z in zip(zm.parameters, start, zs, strict=True):
-        estimate = torch.tensordot(result.weights * result.projected_grad, z, 1)
-        assert torch.allclose(p.tensor, w - 0.1 * estimate, rtol=1e-5, atol=1e-6), p.name
+@by_case
+def test_each_example_is_evaluated_along_its_own_factors(model, batch, loss_fn) -> None:
+    zm, _, mapped = mapped_of(model, batch, loss_fn)
+    for rows in (5, 3, 1):
+        given, factors = batch(rows), factors_of(zm, rows)
+        *losses, weights = evaluate(mapped, zm, given, factors=factors)
+        for b in range(rows):
+            one = {name: value[b : b + 1] for name, value in given.items()}
+            assert close([loss[b : b + 1] for loss in losses], moved_losses(zm, one, factor_directions(zm, factors[b])))
+        assert torch.equal(weights, torch.ones(rows))
 
 
-def test_micro_batches_are_one_batch() -> None:
-    """An example's direction is that of its place in the whole batch of the step."""
-    inputs = batch("llama", 5, 8)
-    whole, split = tiny(rule="meazo"), tiny(rule="meazo")
-    one = whole.step(**inputs)
-    for rows in (slice(0, 2), slice(2, 5)):
-        split.accumulate(**{name: value[rows] for name, value in inputs.items()})
-    other = split.update()
-    assert torch.equal(one.losses, other.losses) and torch.equal(one.weights, other.weights)
-    assert unchanged(split.model, snapshot(whole.model))
+@by_case
+def test_with_equal_factors_it_is_the_program_before(model, batch, loss_fn) -> None:
+    zm, program, mapped = mapped_of(model, batch, loss_fn)
+    (factors,) = factors_of(zm, 1)
+    expected = evaluate(program, zm, batch(), factors=factors)
+    assert close(evaluate(mapped, zm, batch(), factors=factors.expand(5, -1)), expected)
 
 
-def test_examples_weigh_by_their_label_tokens() -> None:
-    inputs = batch("llama", 3, 8)  # the second row is half padded
-    inputs["labels"][2] = -100  # an example without labels counts nothing
-    zm = tiny()
-    result = zm.step(**inputs)
-    counts = (inputs["labels"][:, 1:] != -100).sum(1).float()
-    assert torch.allclose(result.weights, counts / counts.sum()) and result.weights[2] == 0 < result.weights[1]
-    assert not result.skipped and result.projected_grad[2] == 0
-    assert torch.allclose(result.loss, (result.losses * result.weights).sum(1).mean())
-    central = zowrap.zo_wrap(make("llama"), engine="eager").loss(**inputs)
-    assert float(result.loss) == pytest.approx(float(central), rel=0.05)
+def test_a_tensor_of_one_row_is_shared_by_all_examples() -> None:
+    def shifted(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        return (model(batch["x"]) + batch["shift"]).square().mean(-1)
+
+    def batch(rows: int = 5) -> dict[str, Tensor]:
+        return {**numbers(rows), "shift": torch.full((1, 2), 0.5)}
+
+    zm, program = prepared(TWO_LAYERS, batch, shifted)
+    mapped, factors = after(program, Population()), factors_of(zm, 3)
+    assert mapped.notes["population"].startswith("1 inputs per example")
+    *losses, _ = evaluate(mapped, zm, batch(3), factors=factors)
+    one = {"x": numbers(3)["x"][1:2], "shift": batch()["shift"]}
+    assert close([loss[1:2] for loss in losses], moved_losses(zm, one, factor_directions(zm, factors[1])))
 
 
-def test_a_batch_without_any_label_is_skipped() -> None:
-    inputs = batch("llama", 3, 8)
-    inputs["labels"][:] = -100
-    zm = tiny(rule="meazo")
-    before = snapshot(zm.model)
-    result = zm.step(**inputs)
-    assert result.skipped and unchanged(zm.model, before) and zm.job.states[0]["n"] == 0
+def test_full_rank_directions_are_refused() -> None:
+    zm = wrap(TwoLayers())
+    program = captured(zm, numbers(), StripTraining(), select(zm), SplitStreams(2))
+    with pytest.raises(ZOInternalError, match="only low-rank directions can differ between the examples of a batch"):
+        after(program, Population())
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_meazos_first_step_is_bounded(seed) -> None:
-    """‖Σ w_b g_b z_b‖ / √(Σ (w_b g_b)²) ≤ √B · max ‖z_b‖, also where the slopes nearly cancel."""
-    zm, examples = small(rule="meazo", lr=1.0), 6
-    zs = directions(zm, examples)
-    start = [p.tensor.detach().clone() for p in zm.parameters]
-    draw = torch.Generator().manual_seed(seed)
-    g, weights = torch.randn(examples, generator=draw), torch.rand(examples, generator=draw) + 0.1
-    weights = weights / weights.sum()
-    g = g - (g * weights).sum() * (1 - 1e-6)
-    zm.update(projected_grad=g, weights=weights)
-    moved = torch.sqrt(sum((p.tensor - w).square().sum() for p, w in zip(zm.parameters, start, strict=True)))
-    longest = torch.sqrt(sum(z.flatten(1).square().sum(1) for z in zs)).max()
-    assert 0 < moved <= examples**0.5 * longest * 1.0001
+def test_a_second_time_is_refused() -> None:
+    """The factors have a row for each example already."""
+    _, program = prepared(TWO_LAYERS)
+    with pytest.raises(ZOCaptureError, match="cannot give each example a direction of its own"):
+        after(program, Population(), Population())
 
 
-@pytest.mark.parametrize("options", [{"rule": "meazo"}, {"rule": "zo_adam", "blocks": "layer"}], ids=str)
-def test_replayed_and_resumed_are_bitwise(options, tmp_path) -> None:
-    """Through the journal's file: batches of other sizes, an example without labels, a step that was skipped."""
-    whole = tiny(**options)
-    log = journal.Journal.start(tmp_path / "journal", {"journal": journal.VERSION})
-    for step in range(5):
-        if step == 3:
-            weights, state = snapshot(whole.model), whole.state_dict()
-        inputs = batch("llama", 1 + step, 7, seed=step)
-        if step == 1:
-            inputs["labels"][0] = -100
-        if step == 2:
-            inputs["labels"][:] = -100
-        log.append(whole.step(**inputs).record())
-    log.close()
-    replayed, resumed = tiny(**options), tiny(**options)
-    resumed.model.load_state_dict(weights)
-    resumed.load_state_dict(state)
-    for record in journal.Journal.read_from(tmp_path / "journal").records():
-        replayed.replay(record)
-        if record["step"] >= 3:
-            resumed.replay(record)
-    assert unchanged(replayed.model, snapshot(whole.model)) and unchanged(resumed.model, snapshot(whole.model))
-    end = whole.state_dict()
-    for zm in (replayed, resumed):
-        assert all(torch.equal(v, end[k]) for k, v in zm.state_dict().items() if isinstance(v, Tensor))
+class Branching(TwoLayers):
+    """A forward that asks for the number of rows, and is captured for that number alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.shape[0] == 5 else -x)
 
 
-def test_what_does_not_fit_a_population_is_named() -> None:
-    zm = small()
-    record = json.loads(json.dumps(to_jsonable(small().step(**words()).record())))
-    del record["weights"]
-    with pytest.raises(ZOError, match="weights"):
-        zm.replay(record)
-    with pytest.raises(ZOError, match=r"a population's losses are \[2, batch\]"):
-        zm.update(losses=torch.zeros(2))
-    with pytest.raises(ZOError, match="3 examples, got 2 projected gradients"):
-        zm.update(losses=torch.zeros(2, 3), projected_grad=torch.zeros(2))
-    with pytest.raises(ZOError, match=r"3 examples, got weights of shape \(2,\)"):
-        zm.update(projected_grad=torch.zeros(3), weights=torch.ones(2))
-    with pytest.raises(ZOError, match="not of 'central'"):
-        small(estimator="central").update(projected_grad=torch.tensor(1.0), weights=torch.ones(1))
+class Joined(TwoLayers):
+    """A forward that needs five rows together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(5, 3))
 
 
-def test_one_side_at_a_time_gives_the_same_losses() -> None:
-    both, one = small(), small(memory="sequential")
-    assert torch.equal(both.step(**words()).losses, one.step(**words()).losses)
-
-
-def test_the_compiled_population_equals_the_loop_at_every_batch_size() -> None:
-    eager, compiled = small("eager"), small("compiled")
-    for zm in (eager, compiled):
-        zm.step(**words())
-    before = inductor.compile_count
-    for rows, length in ((1, 5), (7, 3), (2, 9)):
-        for zm in (eager, compiled):
-            zm.accumulate(**words(rows, length))
-        assert torch.allclose(eager.accumulator.losses(), compiled.accumulator.losses(), rtol=1e-5)
-        g = torch.linspace(-1, 1, rows)
-        for zm in (eager, compiled):
-            zm.update(projected_grad=g)
-            zm.eps = 2e-2
-    assert inductor.compile_count == before and compiled.inspect().engine == "compiled"
-    for a, b in zip(eager.parameters, compiled.parameters, strict=True):
-        assert torch.allclose(a.tensor, b.tensor, rtol=1e-5, atol=1e-6), a.name
-
-
-def shifted_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """``shift`` may have any number of rows."""
-    return nn.functional.cross_entropy(model(inputs["x"]) + inputs["shift"].sum(0), inputs["y"], reduction="none")
-
-
-def shifted(rows: int, shifts: int) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(rows)
-    x, shift = torch.randn(rows, 5, generator=draw), torch.randn(shifts, 3, generator=draw)
-    return {"x": x, "y": torch.randint(0, 3, (rows,), generator=draw), "shift": shift, "unread": torch.arange(rows)}
-
-
-def linear(engine: str | None):
-    torch.manual_seed(0)
-    return zowrap.zo_wrap(nn.Linear(5, 3), "zo_sgd", loss_fn=shifted_loss, estimator="population", engine=engine)
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_rows_are_the_examples_own_and_one_row_is_shared(shared) -> None:
-    """Also where the loss would run with any number of them."""
-    eager, compiled = linear("eager"), linear("compiled")
-    for rows in (4, 2, 7, 1):
-        inputs = shifted(rows, 1 if shared else rows)
-        for zm in (eager, compiled):
-            zm.discard()
-            zm.accumulate(**inputs)
-            assert zm.accumulator.losses().shape == (2, rows)
-        assert torch.allclose(eager.accumulator.losses(), compiled.accumulator.losses(), rtol=1e-5)
-
-
-@pytest.mark.parametrize("engine", ["eager", "compiled"])
-@pytest.mark.parametrize(("rows", "shifts"), [(4, 2), (2, 4), (1, 2)])
-def test_another_number_of_rows_is_refused(engine, rows, shifts) -> None:
-    """In a batch of as many examples it would be taken apart."""
-    message = f"'shift' has {shifts} for {rows} example{'s' if rows > 1 else ''} \\("
-    zm = linear(engine)
-    with pytest.raises(ZOError, match=message):
-        zm.step(**shifted(rows, shifts))
-    with pytest.raises(ZOError, match=message):  # also once there is a program
-        zm.step(**shifted(3, 1))
-        zm.step(**shifted(rows, shifts))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_takes_a_population(name) -> None:
-    """Compiled, or eagerly with a warning that says why."""
-    eager, other = (
-        zowrap.zo_wrap(make(name), "zo_sgd", lr=1e-3, estimator="population", engine=engine)
-        for engine in ("eager", None)
-    )
-    for rows, length in ((4, 9), (1, 7), (6, 12), (2, 2)):
-        inputs = batch(name, rows, length, seed=rows)
-        for zm in (eager, other):
-            zm.discard()
-            zm.accumulate(**inputs)
-        assert torch.allclose(eager.accumulator.losses(), other.accumulator.losses(), rtol=1e-5, atol=1e-6)
-
-
-def test_a_population_needs_the_loss_of_each_example() -> None:
-    zm = zowrap.zo_wrap(
-        Words(), "zo_sgd", loss_fn=lambda m, b: words_loss(m, b).mean(), estimator="population", engine="eager"
-    )
-    with pytest.raises(ZOError, match=r"\[batch\]"):
-        zm.step(**words())
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(Branching(), "would fix the size of its batches"), (Joined(), "cannot give each example a direction of its own")],
+    ids=["branching", "joined"],
+)
+def test_a_model_that_no_single_example_fits_is_refused(model, message) -> None:
+    _, program = prepared(model)
+    with pytest.raises(ZOCaptureError, match=message):
+        after(program, Population())

@@ -10,7 +10,7 @@ import pytest
 
 from zowrap.compiler.inductor import Compiled
 from zowrap.engines import compiled as compiled_engine
-from zowrap.ops import kernels, loops, perturb_kernels
+from zowrap.ops import head, kernels, loops, perturb_kernels
 
 
 @dataclass
@@ -38,4 +38,6 @@ def compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_registry", {})
     monkeypatch.setattr(loops, "compile_loop", as_it_is)
     monkeypatch.setattr(perturb_kernels, "compile_function", as_it_is)
+    monkeypatch.setattr(head, "_compiled", {})
+    monkeypatch.setattr(head, "compile_function", as_it_is)
     monkeypatch.setattr(compiled_engine, "compile_regions", interpreted)

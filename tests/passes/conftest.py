@@ -1,0 +1,19 @@
+"""What holds for every test of a pass: shapes are recomputed after it, and nothing is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.uncompiled import compile_nothing
+from zowrap.compiler import program
+
+
+@pytest.fixture(scope="module", autouse=True)
+def check_shapes_and_compile_nothing() -> Iterator[None]:
+    """For a whole file, whose tests share programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "CHECK_SHAPES", True)
+        compile_nothing(patch)
+        yield
