@@ -213,12 +213,12 @@ def blocks_of(values: list[str]) -> str | list[str] | None:
 
 def _estimator(zm: Any, shapes: Any) -> tuple[Any, str | None]:
     """What works out the costs, or why they cannot be had."""
-    from zowrap.analysis.costs import Estimator
+    from zowrap.analysis.costs import CostModel
 
     if shapes.batch is None:
         return None, shapes.why_not
     try:
-        estimator = Estimator(zm._job, zm._engine, zm._schedule, shapes.batch)
+        estimator = CostModel(zm._job, zm._engine, zm._schedule, shapes.batch)
         estimator.costs()
     except ZOCaptureError as error:
         return None, str(error)
