@@ -57,7 +57,7 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
     source = _open(options)
     dtype, why = choose_dtype(options.dtype, source)
     shapes, zm = _wrap_shapes(options, source, dtype)
-    estimator, problem = _estimator(zm, shapes)
+    estimator, problem = _cost_model(zm, shapes)
     if estimator is None and (options.programs or options.html):
         raise ZOError(f"there is no program to {'print' if options.programs else 'draw'}: {problem}")
     plan = _plan(options, zm, estimator, problem)
@@ -193,14 +193,14 @@ def _floor_line(found: Any) -> str:
     )
 
 
-def _estimator(zm: Any, shapes: Any) -> tuple[Any, str | None]:
+def _cost_model(zm: Any, shapes: Any) -> tuple[Any, str | None]:
     """The cost model, or the reason why there is none."""
-    from zowrap.analysis.costs import Estimator
+    from zowrap.analysis.costs import CostModel
 
     if shapes.batch is None:
         return None, shapes.why_not
     try:
-        estimator = Estimator(zm.job, zm.engine, zm.schedule, shapes.batch)
+        estimator = CostModel(zm.job, zm.engine, zm.schedule, shapes.batch)
         estimator.costs()
     except ZOCaptureError as error:
         return None, str(error)

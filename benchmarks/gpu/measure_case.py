@@ -13,7 +13,7 @@ import torch
 import zowrap
 from benchmarks.gpu import first_order
 from benchmarks.gpu.cases import FIRST, Case
-from zowrap.analysis.costs import Estimator
+from zowrap.analysis.costs import CostModel
 from zowrap.bench import architectures, contenders, measure
 from zowrap.errors import ZOCaptureError
 
@@ -81,7 +81,7 @@ def _contender(
 
 def _roofline(zm: zowrap.ZOModel, batch: dict[str, torch.Tensor]) -> dict[str, Any] | None:
     try:
-        costs = Estimator(zm.job, zm.engine, zm.schedule, batch).costs()
+        costs = CostModel(zm.job, zm.engine, zm.schedule, batch).costs()
     except ZOCaptureError:
         return None
     return {

@@ -16,7 +16,7 @@ import transformers as T
 from torch import nn
 
 import zowrap
-from tests.support.costs import estimator_of
+from tests.support.costs import cost_model_of
 from tests.support.families import batch, make
 from zowrap import machine
 from zowrap.analysis.costs import Costs
@@ -57,7 +57,7 @@ def tokens(kind: str, rows: int, length: int, device: str) -> dict[str, torch.Te
 @functools.cache
 def predicted(kind: str, rows: int, length: int, **options: Any) -> Costs:
     zm = zowrap.zo_wrap(MODELS[kind]("meta"), **{"rule": "zo_sgd", **options})
-    return estimator_of(zm, tokens(kind, rows, length, "meta")).costs()
+    return cost_model_of(zm, tokens(kind, rows, length, "meta")).costs()
 
 
 def measure_here(kind: str, sizes: list[list[int]]) -> list[tuple[int | None, int]]:
@@ -157,14 +157,14 @@ def test_one_block_costs_less_than_all_and_blocks_are_averaged() -> None:
 # Full-rank without and with state that directions read, whole-tensor thresholds, candidates, low-rank state.
 @pytest.mark.parametrize("rule", ["conmezo", "sparse_mezo", "fzoo", "lozo"])
 def test_rules_can_be_asked_about_without_weights(rule: str) -> None:
-    told = estimator_of(zowrap.zo_wrap(empty("opt"), rule), _shapes("opt")).costs()
+    told = cost_model_of(zowrap.zo_wrap(empty("opt"), rule), _shapes("opt")).costs()
     assert told.memory.peak > told.memory.weights > 0 and told.step.flops > 0
 
 
 def test_every_rule_can_be_wrapped_without_weights() -> None:
     for rule in REGISTRY:
         zm = zowrap.zo_wrap(empty("opt"), rule)
-        evaluations = estimator_of(zm, _shapes("opt")).evaluations(sequential=True)
+        evaluations = cost_model_of(zm, _shapes("opt")).evaluations(sequential=True)
         assert sum(max(points, 1) for points in evaluations) == zm.inspect().forwards, rule
 
 
@@ -174,14 +174,14 @@ def test_families_cost_the_same_with_and_without_weights(family: str) -> None:
     live.job.loss.settled = True  # a model without values has nothing to compare losses on
     other_zm = zowrap.zo_wrap(empty(family), "zo_sgd", engine="compiled")
     one, other = (
-        estimator_of(zm, _shapes(family, device)).costs() for zm, device in ((live, "cpu"), (other_zm, "meta"))
+        cost_model_of(zm, _shapes(family, device)).costs() for zm, device in ((live, "cpu"), (other_zm, "meta"))
     )
     assert one.step.flops == other.step.flops > 0
     assert one.memory.peak == pytest.approx(other.memory.peak, rel=0.02)
 
 
 def test_a_population_costs_without_weights() -> None:
-    told = estimator_of(zowrap.zo_wrap(empty("bert"), estimator="population"), _shapes("bert")).costs()
+    told = cost_model_of(zowrap.zo_wrap(empty("bert"), estimator="population"), _shapes("bert")).costs()
     assert told.step.flops > told.forwards.flops > 0
 
 
@@ -223,7 +223,7 @@ def test_a_model_that_runs_eagerly_says_so() -> None:
     told = zm.inspect().as_dict()
     assert told["costs"] is None and "runs eagerly" in told["costs_unknown"]
     with pytest.raises(ZOCaptureError, match="eagerly"):
-        estimator_of(zm, batch("opt", 4, 12))
+        cost_model_of(zm, batch("opt", 4, 12))
 
 
 # --- the schedule that fits ----------------------------------------------------------------------------------------
@@ -267,8 +267,8 @@ def test_a_graph_is_built_once_for_all_costs(monkeypatch: pytest.MonkeyPatch) ->
     captures: list[int] = []
     own = CompiledEngine.captured
     monkeypatch.setattr(CompiledEngine, "captured", lambda self, b: captures.append(1) or own(self, b))
-    estimator = estimator_of(zowrap.zo_wrap(empty("opt"), "zo_sgd"), _shapes("opt"))
-    estimator.costs()
+    cost_model = cost_model_of(zowrap.zo_wrap(empty("opt"), "zo_sgd"), _shapes("opt"))
+    cost_model.costs()
     count = len(captures)
-    estimator.costs(sequential=True)
+    cost_model.costs(sequential=True)
     assert len(captures) == count

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import zowrap
-from tests.support.costs import estimator_of
+from tests.support.costs import cost_model_of
 from tests.support.families import DataDependent, batch, make, snapshot, unchanged
 from tests.support.tiny_run import same_weights, trainer_in
 from zowrap import machine
-from zowrap.analysis.costs import Costs, Estimator
-from zowrap.analysis.program import Sizes
+from zowrap.analysis.costs import CostModel, Costs
+from zowrap.analysis.program import ProgramCosts
 from zowrap.calibration import learning_rate
 from zowrap.compiler import capture as compiled_capture
 from zowrap.engines import compiled
@@ -39,7 +39,7 @@ def wrap(asked: str = "auto", **options: Any) -> zowrap.ZOModel:
 def costs_of(inputs: dict[str, Tensor]) -> Costs:
     zm = wrap()
     zm.job.loss.settled = True  # capture alone: nothing is evaluated
-    return estimator_of(zm, inputs).costs()
+    return cost_model_of(zm, inputs).costs()
 
 
 def free_beside_the_model(peak: int) -> int:
@@ -102,7 +102,7 @@ def test_where_memory_is_plentiful_nothing_is_analysed(free: Any, monkeypatch: p
     def refuse(*_: Any) -> None:
         raise AssertionError("the step was analysed")
 
-    monkeypatch.setattr(Sizes, "lay", refuse)
+    monkeypatch.setattr(ProgramCosts, "cost", refuse)
     free(PLENTY)
     zm = wrap()
     zm.step(**SMALL)
@@ -131,17 +131,17 @@ def test_the_bound_is_one(family: str, options: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = make(family)
     shapes = {name: value.to("meta") for name, value in batch(family, 64, 60).items()}
-    estimator = estimator_of(zowrap.zo_wrap(model, **options), shapes)
-    values = estimator.bound() - fixed_part(estimator)
-    needed = estimator.costs()
+    cost_model = cost_model_of(zowrap.zo_wrap(model, **options), shapes)
+    values = cost_model.bound() - fixed_part(cost_model)
+    needed = cost_model.costs()
     assert needed.memory.transient <= values <= 100 * needed.memory.transient
 
 
-def fixed_part(estimator: Estimator) -> int:
+def fixed_part(cost_model: CostModel) -> int:
     """Of the bound, all but the values of the program: without them it would hold small models in any case."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sizes, "held", lambda *_: 0)
-        return estimator.bound()
+        patch.setattr(ProgramCosts, "bytes_of_all_values", lambda *_: 0)
+        return cost_model.bound()
 
 
 def test_a_larger_batch_asks_again_and_nothing_turns_back(free: Any) -> None:

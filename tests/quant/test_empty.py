@@ -9,7 +9,7 @@ import torch
 import transformers as T
 
 import zowrap
-from tests.support.costs import estimator_of
+from tests.support.costs import cost_model_of
 from tests.support.families import batch
 from tests.support.quantized_models import FAMILIES, SCHEMES, folder, quantized
 from zowrap import quant
@@ -60,7 +60,7 @@ def test_its_costs_are_those_of_the_loaded_model(scheme: str, way: str) -> None:
         (empty("opt", scheme), {name: value.to("meta") for name, value in inputs.items()}),
     ):
         zm = zowrap.zo_wrap(model, "zo_sgd", quantized=way)
-        found.append(estimator_of(zm, given).costs().as_dict())
+        found.append(cost_model_of(zm, given).costs().as_dict())
         assert str(zm.inspect().quantized).startswith(f"{way} move")
     assert found[0]["memory"] == found[1]["memory"]
     assert all(found[0]["step"][name] == found[1]["step"][name] for name in ("flops", "weight_bytes", "noise"))

@@ -1,13 +1,13 @@
-"""What works out the costs of a wrapped model's step."""
+"""The cost model of a wrapped model's step."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from zowrap import ZOModel
-from zowrap.analysis.costs import Estimator
+from zowrap.analysis.costs import CostModel
 
 
-def estimator_of(zm: ZOModel, batch: dict[str, Any]) -> Estimator:
+def cost_model_of(zm: ZOModel, batch: dict[str, Any]) -> CostModel:
     """For batches of these sizes."""
-    return Estimator(zm.job, zm.engine, zm.schedule, batch)
+    return CostModel(zm.job, zm.engine, zm.schedule, batch)

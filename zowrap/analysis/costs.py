@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zowrap.analysis.operators import Work, merged
-from zowrap.analysis.program import Laid, Sizes
+from zowrap.analysis.program import ProgramCost, ProgramCosts
 from zowrap.custom_op import Operator
 from zowrap.engines.compiled import CompiledEngine
 from zowrap.errors import ZOCaptureError
@@ -111,7 +111,7 @@ class Order(Protocol):
         ...
 
 
-class Estimator:
+class CostModel:
     """The costs of a wrapped model's step on batches of given sizes.
 
     Args:
@@ -129,8 +129,8 @@ class Estimator:
             raise ZOCaptureError(f"this model runs eagerly, because {engine.fallen_back}")
         self.job, self.engine, self.schedule, self.batch = job, engine, schedule, batch
         self.per_example = job.estimator.per_example
-        self._sizes = Sizes(batch, engine.min_layers, engine.shares)
-        self._laid: dict[tuple[int, int], Laid] = {}
+        self._programs = ProgramCosts(batch, engine.min_layers, engine.shares)
+        self._found: dict[tuple[int, int], ProgramCost] = {}
 
     # --- the step ---------------------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ class Estimator:
         """Costs under a schedule, by default the model's own."""
         job = self.job
         sequential = self.schedule.sequential if sequential is None else sequential
-        plain, blocks = self.laid(-1, 0), _sample(len(job.blocks))
+        plain, blocks = self.program_cost(-1, 0), _sample(len(job.blocks))
         steps = [self._step(block, sequential) for block in blocks]
         weights, transient = weight_bytes(job.loss.model), max(t for _, t in steps)
         memory = Memory(weights, job.state_bytes, self._scratch(sequential), transient)
@@ -161,7 +161,7 @@ class Estimator:
         them: uses that no operator of ours stands for perturb a copy.
         """
         counts = {max(points, 1) for points in self.evaluations(False)}
-        values = max(counts) * self._sizes.held(self.engine.captured(self.batch))
+        values = max(counts) * self._programs.bytes_of_all_values(self.engine.captured(self.batch))
         update = max(self._factors(block) + self._update(block)[1] for block in _sample(len(self.job.blocks)))
         # Chunks of perturbed weights for each number of points, and of logits and a gradient once.
         widest = max(parameter.tensor.element_size() for parameter in self.job.parameters)
@@ -170,20 +170,20 @@ class Estimator:
 
     def _scratch(self, sequential: bool) -> int:
         """Bytes that the operators of a step keep for the next one."""
-        buffers = [laid.buffers for _, laid in self.programs(sequential)]
+        buffers = [cost.buffers for _, cost in self.programs(sequential)]
         for i in range(len(self.job.parameters)):
             update = update_operator(self.job, i)
             buffers.append(update.buffers(self._update_arguments(update, i)))
         return sum(merged(buffers).values())
 
-    def programs(self, sequential: bool | None = None) -> list[tuple[str, Laid]]:
-        """``(name, program)`` of a step under a schedule: of one block, or of some of many."""
+    def programs(self, sequential: bool | None = None) -> list[tuple[str, ProgramCost]]:
+        """``(name, cost)`` of each program of a step under a schedule: of one block, or of some of many."""
         sequential = self.schedule.sequential if sequential is None else sequential
-        found: dict[str, Laid] = {}
+        found: dict[str, ProgramCost] = {}
         for block in _sample(len(self.job.blocks)):
             for points in self.evaluations(sequential):
                 name = f"{points} points, block {self.job.blocks[block].name}" if points else "loss"
-                found.setdefault(name, self.laid(block if points else -1, points))
+                found.setdefault(name, self.program_cost(block if points else -1, points))
         return list(found.items())
 
     def evaluations(self, sequential: bool) -> list[int]:
@@ -197,8 +197,8 @@ class Estimator:
         """A step that moves the block: its work, and the bytes it allocates at its peak."""
         work, transient = Work(), 0
         for points in self.evaluations(sequential):
-            laid = self.laid(block if points else -1, points)
-            work, transient = work + laid.work, max(transient, laid.transient)
+            cost = self.program_cost(block if points else -1, points)
+            work, transient = work + cost.work, max(transient, cost.transient)
         update, temporary = self._update(block)
         factors = self._factors(block)
         return work + update, factors + max(transient, temporary)
@@ -243,13 +243,13 @@ class Estimator:
 
     # --- one program ------------------------------------------------------------------------------------------
 
-    def laid(self, block: int, points: int) -> Laid:
-        """The program of so many points of a block at the batch's sizes; built on first need."""
+    def program_cost(self, block: int, points: int) -> ProgramCost:
+        """The cost of the program of so many points of a block; the program is built on first need."""
         key = (block, points)
-        if key not in self._laid:
+        if key not in self._found:
             program = self.engine.program(self.batch, block, points, self.per_example and points > 0)
-            self._laid[key] = self._sizes.lay(program)
-        return self._laid[key]
+            self._found[key] = self._programs.cost(program)
+        return self._found[key]
 
 
 def _size(value: Tensor) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
 from zowrap import custom_op
-from zowrap.analysis.program import Laid
+from zowrap.analysis.program import ProgramCost
 from zowrap.analysis.region import Analysis
 from zowrap.compiler.program import Program
 from zowrap.compiler.regions import Region, layer_of
@@ -25,18 +25,18 @@ from zowrap.machine import format_bytes
 SHARED, ALL = "shared", "all"
 
 
-def page(title: str, laid: Laid, facts: Sequence[str]) -> str:
+def page(title: str, cost: ProgramCost, facts: Sequence[str]) -> str:
     """The page.
 
     Args:
-        laid: a step's program at some batch's sizes, :meth:`zowrap.analysis.costs.Estimator.laid`.
+        cost: of a step's program at some batch's sizes, :meth:`zowrap.analysis.costs.CostModel.program_cost`.
         facts: lines for its head.
     """
-    points = laid.program.points
+    points = cost.program.points
     columns = [SHARED, *(f"stream {p}" for p in range(points))]
-    streams = streams_of(laid.program)
-    placeholders = laid.program.graph.find_nodes(op="placeholder")
-    weights = {n for n, given in zip(placeholders, laid.program.inputs, strict=True) if given.kind == "parameter"}
+    streams = streams_of(cost.program)
+    placeholders = cost.program.graph.find_nodes(op="placeholder")
+    weights = {n for n, given in zip(placeholders, cost.program.inputs, strict=True) if given.kind == "parameter"}
     legend = [(SHARED, "shared"), (ALL, "noise, for all streams at once")]
     legend += [(f"s{p}", f"stream {p}") for p in range(points)] + [("weight", "weights"), ("update", "epilogue")]
     body = [
@@ -44,10 +44,10 @@ def page(title: str, laid: Laid, facts: Sequence[str]) -> str:
         "<pre>" + escape("\n".join(facts)) + "</pre>",
         "<p class=legend>" + " ".join(f"<span class='{kind}'>{text}</span>" for kind, text in legend) + "</p>",
     ]
-    for same in _lanes(laid.regions):
+    for same in _lanes(cost.regions):
         body += _lane(same, streams, columns, weights)
-    if laid.program.epilogue is not None:
-        body += _epilogue(laid.program.epilogue.graph)
+    if cost.program.epilogue is not None:
+        body += _epilogue(cost.program.epilogue.graph)
     colours = "".join(f".s{p}{{background:hsl({_HUES[p % len(_HUES)]} 75% 82%)}}" for p in range(points))
     return _PAGE.format(title=escape(title), style=_STYLE + colours, body="\n".join(body))
 

@@ -22,8 +22,8 @@ from zowrap.loss.module import Batch
 
 
 @dataclass
-class Laid:
-    """A program at given sizes.
+class ProgramCost:
+    """What a program costs at given sizes.
 
     Attributes:
         regions: each with its analysis, in the order they run; regions that compute the same share one analysis.
@@ -38,8 +38,8 @@ class Laid:
     buffers: PersistentBuffers
 
 
-class Sizes:
-    """Lays out programs for batches of one size; regions that compute the same are looked at once.
+class ProgramCosts:
+    """The costs of programs for batches of one size; regions that compute the same are analysed once.
 
     Args:
         batch: tensors of the sizes asked about, on any device; nothing of them is read.
@@ -51,8 +51,8 @@ class Sizes:
         self.mode = FakeTensorMode()
         self._analyses: dict[tuple, Analysis] = {}
 
-    def lay(self, program: Program) -> Laid:
-        """The program at these sizes.
+    def cost(self, program: Program) -> ProgramCost:
+        """The cost of a program at these sizes.
 
         Raises:
             ZOCaptureError: sizes inside the program follow from its data.
@@ -66,7 +66,7 @@ class Sizes:
             ) from error
         work = sum((analysis.work for _, analysis in regions), Work())
         buffers = merged(analysis.buffers for _, analysis in regions)
-        return Laid(program, regions, _transient(program, regions), work, buffers)
+        return ProgramCost(program, regions, _transient(program, regions), work, buffers)
 
     def _analyse(self, program: Program) -> list[tuple[Region, Analysis]]:
         """Every region of a program, in order, with its analysis."""
@@ -89,7 +89,7 @@ class Sizes:
                 found.append((region, analysis))
         return found
 
-    def held(self, program: Program) -> int:
+    def bytes_of_all_values(self, program: Program) -> int:
         """Bytes of all that a captured program reads and makes, each memory once, as if nothing were freed.
 
         Nothing is executed: the shapes are those that capture found.

@@ -250,6 +250,6 @@ def _rounding(job: Job, parameter: Parameter) -> str:
 
 
 def _costs(job: Job, engine: Engine, schedule: Schedule, batch: dict[str, Any]) -> Costs:
-    from zowrap.analysis.costs import Estimator
+    from zowrap.analysis.costs import CostModel
 
-    return Estimator(job, engine, schedule, batch).costs()
+    return CostModel(job, engine, schedule, batch).costs()

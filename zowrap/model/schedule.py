@@ -23,7 +23,7 @@ from zowrap.names import MEMORY
 from zowrap.step.job import Engine, Job
 
 if TYPE_CHECKING:
-    from zowrap.analysis.costs import Estimator
+    from zowrap.analysis.costs import CostModel
 
 _OPEN = "it is chosen at the next step"
 
@@ -65,11 +65,11 @@ class Schedule:
         if choose_engine(batch):
             return
         if self.asked == "auto" and not self.sequential:
-            from zowrap.analysis.costs import Estimator
+            from zowrap.analysis.costs import CostModel
             from zowrap.step.parameters import weight_bytes
 
             try:
-                estimator = Estimator(job, engine, self, batch)
+                estimator = CostModel(job, engine, self, batch)
                 estimator.engine.captured(batch)
             except ZOCaptureError:  # the engine says so itself, and runs eagerly
                 return
@@ -77,8 +77,8 @@ class Schedule:
             self.choose(estimator, machine.free_memory(job.device) + there)
         self.largest = size
 
-    def choose(self, estimator: Estimator, free: int) -> None:
-        """Choose for batches of the estimator's sizes, unless a schedule was asked for.
+    def choose(self, estimator: CostModel, free: int) -> None:
+        """Choose for batches of the sizes that it was made for, unless a schedule was asked for.
 
         The exact analysis takes seconds: it is made only where a bound, which takes milliseconds, does not fit.
 
