@@ -53,8 +53,8 @@ def _second_moment(result: dict[str, Any]) -> str:
         (
             "### Coefficient of variation of ZO-Adam's v\n",
             "If all coordinates were alike, v would still vary with the noise of the directions, because z² is χ²; "
-            "that coefficient follows from the projected gradients. Expected: v shows only this noise, far less than the "
-            "variation of the squares of the gradient.\n",
+            "that coefficient follows from the projected gradients. Expected: v shows only this noise, far less than "
+            "the variation of the squares of the gradient.\n",
             "| step | v, obtained | v if all coordinates were alike (expected) | squares of ∇f |",
             "|---|---|---|---|",
             *(f"| {x['step']} | {x['v']:.3f} | {x['noise']:.3f} | {x['gradient']:.1f} |" for x in looks),
@@ -106,8 +106,8 @@ def _robustness(result: dict[str, Any]) -> str:
         (
             "### Robustness in η\n",
             "Expected (E3a): rules that divide by the size of the estimate are as good at their best η, and usable "
-            f"over more of the grid. An η is usable if the dev loss falls by at least {1 - NEAR:.0%} of its fall at the "
-            "best η. Seed 0.\n",
+            f"over more of the grid. An η is usable if the dev loss falls by at least {1 - NEAR:.0%} of its fall at "
+            "the best η. Seed 0.\n",
             "| rule | η: dev loss (dev accuracy) | usable |",
             "|---|---|---|",
             *rows,
