@@ -57,11 +57,11 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
     source = _open(options)
     dtype, why = choose_dtype(options.dtype, source)
     shapes, zm = _wrap_shapes(options, source, dtype)
-    estimator, problem = _cost_model(zm, shapes)
-    if estimator is None and (options.programs or options.html):
+    cost_model, problem = _cost_model(zm, shapes)
+    if cost_model is None and (options.programs or options.html):
         raise ZOError(f"there is no program to {'print' if options.programs else 'draw'}: {problem}")
-    plan = _plan(options, zm, estimator, problem)
-    programs = [] if estimator is None else estimator.programs()
+    plan = _plan(options, zm, cost_model, problem)
+    programs = [] if cost_model is None else cost_model.programs()
     facts = report(zm.job, zm.engine, zm.schedule, zm.hyper, None, plan.costs)
     facts.notes = {name: laid.program.notes for name, laid in programs}
     record: dict[str, Any] = {"model": options.model, "dtype": _name(dtype), **plan.record(), **facts.as_dict()}
@@ -200,11 +200,11 @@ def _cost_model(zm: Any, shapes: Any) -> tuple[Any, str | None]:
     if shapes.batch is None:
         return None, shapes.why_not
     try:
-        estimator = CostModel(zm.job, zm.engine, zm.schedule, shapes.batch)
-        estimator.costs()
+        cost_model = CostModel(zm.job, zm.engine, zm.schedule, shapes.batch)
+        cost_model.costs()
     except ZOCaptureError as error:
         return None, str(error)
-    return estimator, None
+    return cost_model, None
 
 
 @dataclasses.dataclass
@@ -226,21 +226,21 @@ class _Plan:
         return {"fits": self.fits, "needed_bytes": self.needed, "free_bytes": self.free}
 
 
-def _plan(options: InspectOptions, zm: Any, estimator: Any, problem: str | None) -> _Plan:
+def _plan(options: InspectOptions, zm: Any, cost_model: Any, problem: str | None) -> _Plan:
     """Let the model choose its schedule, and see whether that fits."""
     from zowrap.analysis.costs import what_helps
     from zowrap.machine import fits, format_bytes, free_memory
 
     free, found = free_memory(), None
-    if estimator is None:
+    if cost_model is None:
         needed, costs = _least_bytes(zm), _unknown(problem)
         of_what = f"without activations, which are not known: {problem}"
     else:
-        zm.schedule.choose(estimator, free)
-        costs = estimator.costs
+        zm.schedule.choose(cost_model, free)
+        costs = cost_model.costs
         found = costs()
         needed = found.memory.peak
-        rows, length = estimator.batch["input_ids"].shape
+        rows, length = cost_model.batch["input_ids"].shape
         of_what = f"{rows} × {length} tokens, {zm.schedule.name}"
     enough = fits(needed, free)
     verdict = "fits" if enough else "does not fit"

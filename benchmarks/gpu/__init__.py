@@ -3,5 +3,5 @@
     python -m benchmarks.gpu run [--tiny] [--case NAME …]   results/gpu/<gpu>.json (`make bench-gpu`)
     python -m benchmarks.gpu docs                           docs/gpu.md from those files
 
-``--tiny`` takes an architecture of a few thousand weights instead, on whatever there is: it exercises every row.
+``--tiny`` uses an architecture of a few thousand weights, on any device, to exercise every row.
 """

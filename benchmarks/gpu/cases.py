@@ -14,7 +14,7 @@ class Case:
 
     Attributes:
         int8: weights held by bitsandbytes in 8 bit.
-        rows: beside the two plain forwards.
+        rows: in addition to the two plain forwards.
     """
 
     name: str

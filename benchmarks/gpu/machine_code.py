@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.machine_code          benchmarks/results/machine_code.json
 
-Triton carries NVIDIA's assembler, so what a kernel costs in instructions, registers and spills can be told without
+Triton carries NVIDIA's assembler, so a kernel's instructions, registers and spills are known without
 running it. How fast it runs cannot.
 """
 
@@ -49,7 +49,7 @@ class Stand:
 
 
 def _line(function: Any, values: dict[str, Any], options: dict[str, Any], found: list[dict[str, Any]]) -> Any:
-    """What one launch takes: a line of ``found`` again, where Triton would take what it has compiled before."""
+    """Compile one launch, or repeat its line of ``found`` if Triton would reuse a compiled kernel."""
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 

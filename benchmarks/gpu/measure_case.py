@@ -19,7 +19,7 @@ from zowrap.errors import ZOCaptureError
 
 # Hash, table look-up and sign of one random number, counted in zowrap/numerics/noise.py.
 INTEGER_OPERATIONS = 24
-# Our rows that tune adapters: "gaussian" on them alone, and beside 8-bit weights.
+# Our rows that tune adapters: "gaussian" on a plain base, and on 8-bit weights.
 ADAPTERS = ("LoRA r8", "adapters")
 
 

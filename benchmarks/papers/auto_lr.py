@@ -4,8 +4,8 @@
     python -m benchmarks.papers.auto_lr report --cells cells.jsonl --autos autos.jsonl
 
 ``run`` makes the runs whose η is chosen by :func:`zowrap.tune_lr` and appends one line each, a line of the cell file
-(:mod:`benchmarks.papers.finetune`) with the choice's record as ``choice``. ``report`` puts them beside the grid's best
-η of each task and rule (lowest dev loss of seed 0, as in :mod:`benchmarks.papers.grid`) and writes
+(:mod:`benchmarks.papers.finetune`) with the choice's record as ``choice``. ``report`` compares them with the grid's
+best η of each task and rule (lowest dev loss of seed 0, as in :mod:`benchmarks.papers.grid`) and writes
 ``benchmarks/results/auto_lr.json`` and the table in ``docs/learning-rate.md``.
 """
 

@@ -51,7 +51,7 @@ class Cells:
         block_order: see :data:`zowrap.names.BLOCK_ORDERS`; one for all cells or one for each.
         shared_state: all blocks feed one scalar state of the rule. ``zo_wrap`` keeps one per block; this is the
             variant that those are compared with.
-        data: tensors ``[cells, ...]`` that the objective needs beside x.
+        data: tensors ``[cells, ...]`` that the objective needs in addition to x.
         compiled: compile the step (tens of seconds once, then several times faster).
 
     Raises:

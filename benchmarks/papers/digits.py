@@ -9,7 +9,7 @@ from zowrap.errors import ZOError
 from zowrap.rules import Scalars
 
 CLASSES, PIXELS = 10, 64
-DISTORTION = 0.1  # weight of ‖δ‖² beside the margin
+DISTORTION = 0.1  # weight of ‖δ‖² relative to the margin
 
 
 class Victim(nn.Module):
@@ -86,7 +86,7 @@ def attacked(delta: Tensor, image: Tensor) -> Tensor:
 
 
 def attack(victim: Victim, delta: Tensor, data: Scalars) -> Tensor:
-    """How far the target's logit is below the highest other one, plus ``DISTORTION`` · ‖δ‖². 0-d.
+    """The margin by which the target's logit is below the highest other one, plus ``DISTORTION`` · ‖δ‖². 0-d.
 
     ``delta`` ``[64]``; ``data`` holds ``image`` ``[64]`` and ``target`` (0-d int64).
     """

@@ -30,7 +30,7 @@ NAME = "E2"
 TITLE = "R-AdaZO on four functions"
 QUERIES, EPS, COMMON_LR = 10, 1e-2, 1e-3
 BETAS = {"beta1": 0.9, "beta2": 0.99}
-RECORDS = 10  # values of f along a run, beside f_0
+RECORDS = 10  # values of f along a run, in addition to f_0
 LONGER = 4.36  # √((1 + β1)/(1 − β1)): how much longer R-AdaZO's steps are at a common η
 FUNCTIONS = {
     "quadratic": functions.sphere,

@@ -181,7 +181,7 @@ def report(result: dict[str, Any]) -> str:
         f"ZO-Adam's default, where it is up to {max(abs(value - 1) for value in pairs[1]):.0%} off:\n\n"
         f"{table(['η', 'zo_adam', 'meazo', 'quotient', 'quotient, β 0.99'], rows_a)}\n\n"
         f"{table(['η', 'zo_sgd'], rows_sgd)}\n\n"
-        "(b), best over η; the scalar for all blocks is the comparison's alone (the library keeps one per block):\n\n"
+        "(b), best over η; the scalar for all blocks exists only in this comparison (zowrap keeps one per block):\n\n"
         f"{table(['rule', 'independent', 'half-decades', 'quarter-decades'], rows_b)}\n\n"
         f"Per-block scalar over ZO-SGD: {spread(coarse)} on half-decades, {spread(fine)} on quarter-decades. "
         f"{_edge(result)}"
@@ -190,7 +190,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _edge(result: dict[str, Any]) -> str:
-    """Where ZO-SGD's best step size of the finer grid stands."""
+    """Describe the position of ZO-SGD's best step size in the finer grid."""
     found = result["b"]["zo_sgd"]
     at = best(found["final"])
     after = found["final"][at + 1] if at + 1 < len(found["lr"]) else None

@@ -56,10 +56,10 @@ def _set_up(settings: dict[str, Any]) -> str:
     return (
         f"Model: {model or settings['model']}, classes by cosine with the label names, as `zowrap tune` does. Batch "
         f"{settings['batch_size']}, ε {settings['eps']:g}, gaussian directions, one query, central differences, "
-        f"constant η, texts cut to {settings['max_length']} tokens, float32. η by a grid of half decades on seed 0 "
-        f"(lowest loss on dev rows held out of the training set; the grid grows where its best lies at an end), then "
-        f"seeds 0 to {settings['seeds'] - 1} at that η. Accuracy is that of the last step, on test rows that nothing "
-        f"was chosen on. Every rule has the same forwards, batches and seeds.\n"
+        f"constant η, texts cut to {settings['max_length']} tokens, float32. η comes from a grid of half decades on "
+        f"seed 0 (lowest loss on dev rows held out of the training set; the grid grows if its best value is at an "
+        f"end), and seeds 0 to {settings['seeds'] - 1} run at that η. Accuracy is that of the last step, on test rows "
+        f"that nothing was chosen on. Every rule has the same forwards, batches and seeds.\n"
     )
 
 
@@ -67,9 +67,9 @@ def _large_models() -> str:
     return (
         "### The papers' tables on large models\n\n"
         "`python -m benchmarks.papers llm --model facebook/opt-1.3b --tasks sst2 rte --rules zo_sgd conmezo` runs the "
-        "papers' tables (OPT-1.3B and 13B, RoBERTa-large: their prompts, splits, grids and steps) for someone who has "
-        "the models. **Those runs were not made here**: the command was tried on tiny random models alone. What the "
-        f"papers report, to hold them against:\n\n{reference_section()}"
+        "papers' tables (OPT-1.3B and 13B, RoBERTa-large, with their prompts, splits, grids and steps) if you have the "
+        "models. **We have not made those runs**: we tried the command only on tiny random models. For comparison, the "
+        f"papers report:\n\n{reference_section()}"
     )
 
 
@@ -162,13 +162,13 @@ def _conclusion(facts: Facts, rules: Sequence[str], comparison: dict[str, Any]) 
     means = {rule: fmean(line["test_accuracy"] for line in facts["rules"][rule]["seeds"]) for rule in rules}
     highest, untuned = max(means, key=lambda rule: means[rule]), facts["untuned"]["test_accuracy"]
     text = (
-        f"Conclusion: from {untuned:.3f} before tuning the rules' mean test accuracies come to "
-        f"{min(means.values()):.3f} to {means[highest]:.3f}, the highest {label(highest)}'s. "
+        f"Conclusion: test accuracy is {untuned:.3f} before tuning; after it, the rules' means range from "
+        f"{min(means.values()):.3f} to {means[highest]:.3f}, which is {label(highest)}'s. "
     )
     if comparison["test_accuracy"]["threshold"] is None:
-        return text + "With one seed nothing can be said about differences.\n"
+        return text + "One seed says nothing about differences.\n"
     text += (
-        "Runs of one seed share batches and noise, so the seeds' own effect is taken out before rules are compared. "
+        "Runs with the same seed share batches and noise, so the effect of the seed is removed before comparing rules. "
     )
     accuracy = {**comparison["test_accuracy"], "unit": " points", "scale": 100.0, "sign": 1.0}
     loss = {**comparison["dev_loss"], "unit": "", "scale": 1.0, "sign": -1.0}
@@ -176,7 +176,7 @@ def _conclusion(facts: Facts, rules: Sequence[str], comparison: dict[str, Any]) 
 
 
 def _verdict(measure: str, found: dict[str, Any]) -> str:
-    """Which rules differ from the baseline in one measure by more than the spread explains."""
+    """Name the rules that differ from the baseline in one measure by more than the spread."""
     if found["threshold"] is None:
         return f"{measure}: nothing to compare."
     gains = {rule: found["sign"] * difference for rule, difference in found["differences"].items()}

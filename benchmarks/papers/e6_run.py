@@ -28,7 +28,7 @@ RULES = ("zo_sgd", "zo_adam", "radazo", "meazo", "conmezo", "lozo", "sparse_mezo
 TASKS = ("trec", "banking77")
 
 # Where the search for η starts: three half decades. A rule that divides by the size of ĝ moves each weight by about η
-# a step; the others by η·|g|, and |g| is about 20 at the checkpoint's weights, so their grid lies as much lower.
+# a step; the others by η·|g|, and |g| is about 20 at the checkpoint's weights, so their grid is lower by that factor.
 SCALE_FREE = (3e-4, 1e-3, 3e-3)
 PLAIN = (1e-5, 3e-5, 1e-4)
 GRIDS = {
@@ -152,7 +152,7 @@ def run_at_best_rate(
 
 
 def comparisons(facts: dict[str, Any]) -> dict[str, Any]:
-    """By measure, each rule against MeZO over the seeds; a rule with a loss that is not finite is left out of that."""
+    """Compare each rule with MeZO over the seeds, by measure, leaving out rules with a loss that is not finite."""
     untuned = facts["untuned"]
     resolution = spread.resolution_of_accuracy(untuned["test_accuracy"], untuned["test_rows"])
     found = {}

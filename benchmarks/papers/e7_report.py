@@ -36,10 +36,10 @@ def _set_up(settings: dict[str, Any]) -> str:
     model = "MiniLM" if settings["model"] == "minilm" else settings["model"]
     return (
         f"{model} on {settings['task']}, runs as in E6 (batch {settings['batch_size']}, {settings['steps']} steps "
-        f"where nothing else is said, η by E6's grid). ∇f is the gradient of the mean loss on "
-        f"{settings['reference_rows']} fixed training rows, by backpropagation, at the weights before the step; "
-        f"nothing is trained with it. Alignment and v: {settings['trace_steps']} steps, seed 0, looked at every "
-        f"{settings['every']}th step.\n"
+        f"unless stated otherwise, η by E6's grid). ∇f is the gradient of the mean loss on "
+        f"{settings['reference_rows']} fixed training rows, computed by backpropagation at the weights before the step "
+        f"and not used for training. Alignment and v are measured at every {settings['every']}th of "
+        f"{settings['trace_steps']} steps with seed 0.\n"
     )
 
 
@@ -48,13 +48,13 @@ def _second_moment(result: dict[str, Any]) -> str:
     last = looks[-1]
     ratio = last["v"] / last["noise"]
     alike = abs(ratio - 1) < 0.05
-    said = "v tells the coordinates apart no better than" if alike else "v differs from"
+    said = "v distinguishes the coordinates no better than" if alike else "v differs from what"
     return "\n".join(
         (
             "### Coefficient of variation of ZO-Adam's v\n",
-            "If all coordinates were alike, v would still vary by the noise of the directions, z² being χ²; that "
-            "coefficient follows from the projected gradients alone. Expected: v shows this noise and no more, far "
-            "below the variation of the gradient's own squares.\n",
+            "If all coordinates were alike, v would still vary with the noise of the directions, because z² is χ²; "
+            "that coefficient follows from the projected gradients. Expected: v shows only this noise, far less than "
+            "the variation of the squares of the gradient.\n",
             "| step | v, obtained | v if all coordinates were alike (expected) | squares of ∇f |",
             "|---|---|---|---|",
             *(f"| {x['step']} | {x['v']:.3f} | {x['noise']:.3f} | {x['gradient']:.1f} |" for x in looks),
@@ -79,8 +79,8 @@ def _momentum(result: dict[str, Any]) -> str:
     return "\n".join(
         (
             "### Alignment with the gradient: m against g z\n",
-            "Expected: m is better aligned. With independent directions and a gradient that stands still the factor "
-            "tends to √((1+β)/(1−β)); ConMeZO's directions also lean on m.\n",
+            "Expected: m is better aligned. With independent directions and a constant gradient the factor tends to "
+            "√((1+β)/(1−β)); ConMeZO's directions also depend on m.\n",
             "| rule | β | mean cos(g z, ∇f) | mean cos(m, ∇f) | factor, obtained | limit | m ahead at |",
             "|---|---|---|---|---|---|---|",
             *rows,
@@ -105,9 +105,9 @@ def _robustness(result: dict[str, Any]) -> str:
     return "\n".join(
         (
             "### Robustness in η\n",
-            "Expected (E3a): as good at its best, and usable over more of the grid, for rules that divide by the size "
-            f"of the estimate. Usable: the dev loss falls by at least {1 - NEAR:.0%} of what it falls by at the best "
-            "η. Seed 0.\n",
+            "Expected (E3a): rules that divide by the size of the estimate are as good at their best η, and usable "
+            f"over more of the grid. An η is usable if the dev loss falls by at least {1 - NEAR:.0%} of its fall at "
+            "the best η. Seed 0.\n",
             "| rule | η: dev loss (dev accuracy) | usable |",
             "|---|---|---|",
             *rows,
@@ -147,8 +147,8 @@ def _heat(result: dict[str, Any]) -> str:
                 for b, row in zip(heat["betas"], heat["lines"], strict=True)
             ),
             f"\nMeZO, the same η: {_both(plain)}.\n",
-            f"Conclusion: the lowest loss is at θ = {theta:g}, β = {beta:g}, {compared} MeZO's. One seed: E6's spread "
-            "over seeds says how little a small difference means.\n",
+            f"Conclusion: the lowest loss is at θ = {theta:g}, β = {beta:g}, {compared} MeZO's. This is a single "
+            "seed: E6's spread over seeds shows how little a small difference means.\n",
         )
     )
 
@@ -178,7 +178,7 @@ def _directions(result: dict[str, Any]) -> str:
             "effective overlap ∇fᵀC∇f / (‖C‖‖∇f‖²) for C = E[zzᵀ] given the step's subspace (our reading of "
             "2501.19099), at the checkpoint's weights; gain is overlap · d / stable rank, the expected squared cosine "
             "of an estimate with ∇f in units of the full space's. Expected: subspaces drawn without regard to the "
-            "gradient have gain 1 and converge alike.\n",
+            "gradient have gain 1 and converge equally fast.\n",
             "| directions | rule | best η | test accuracy | dev loss | stable rank | overlap | gain (over blocks) |",
             "|---|---|---|---|---|---|---|---|",
             *rows,

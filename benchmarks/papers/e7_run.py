@@ -2,13 +2,13 @@
 
 Four observations that the rules' papers rest on, and their explanation of subspaces:
 
-- ZO-Adam's v is alike in all coordinates (MEAZO: one scalar will do);
+- ZO-Adam's v is the same in all coordinates (MEAZO: one scalar is enough);
 - the momentum is better aligned with the gradient than a single estimate (R-AdaZO, ConMeZO);
 - rules that divide by the size of the estimate are robust in η (MEAZO);
 - ConMeZO's angle and memory matter together (heat map over θ and β);
-- full, sparse, low-rank and block directions, at equal forwards, beside stable rank and effective overlap (MeZO-BCD).
+- full, sparse, low-rank and block directions, at equal forwards, with stable rank and effective overlap (MeZO-BCD).
 
-Runs are cells, shared with E6: what that has computed is not computed again.
+Runs are cells, shared with E6, and are not computed again if E6 has computed them.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ EVAL_BATCH = 128
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where a task's rows come from: files below the data folder, and how a row becomes text."""
+    """The files of a task below the data folder, and the template that makes a row text."""
 
     train: str
     test: str
@@ -87,7 +87,7 @@ _CALL = re.compile(r"(?P<rule>\w+)\((?P<hyper>.*)\)")
 
 
 def variant(name: str) -> Variant:
-    """What a name stands for: one of :data:`VARIANTS`, a rule with its defaults, or ``conmezo(beta=0.9, theta=1.3)``.
+    """Find a variant: one of :data:`VARIANTS`, a rule with its defaults, or ``conmezo(beta=0.9, theta=1.3)``.
 
     Raises:
         ZOError: the hyper-parameters are not written as ``name=number``.

@@ -1,9 +1,9 @@
 """Keep cells in a file, and search for η: a grid on one seed, then the other seeds at its best value.
 
 The search for a (task, rule) starts from the rule's grid of half decades, seed 0. The best η has the lowest loss on
-the dev rows, which a few hundred rows measure more finely than the accuracy. Where it lies at an end of the grid, the
-grid grows by half a decade there, at most ``extensions`` times. The other seeds are run at the best η; seed 0's run is
-the grid's own. Every finished cell is appended at once, so a search that is stopped goes on where it was.
+the dev rows, which a few hundred rows measure more finely than the accuracy. If it is at an end of the grid, the
+grid grows by half a decade there, at most ``extensions`` times. The other seeds run at the best η; seed 0's run is the
+grid's own. Every finished cell is appended at once, so a search that was stopped continues where it was.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ class MaskedForm(Form):
     Args:
         module: with a masked-LM head.
         word_ids: int64 ``[labels]``, one token for each label.
-        mask_id: the mask's token id; it stands once in every row.
+        mask_id: the mask's token id; it occurs once in every row.
     """
 
     word_ids: Tensor

@@ -52,12 +52,14 @@ def report(result: dict[str, Any]) -> str:
             f"| {mean:.1f}{spread} | {'' if expected is None else expected} |"
         )
     if settings["quick"]:
-        parts.append("\nMade with `--quick` on random weights: this shows the machinery; its numbers mean nothing.")
+        parts.append(
+            "\nMade with `--quick` on random weights: it shows that the machinery works, and its numbers mean nothing."
+        )
     return "\n".join([*parts, "", reference_section()])
 
 
 def _expected_of(settings: dict[str, Any]) -> str | None:
-    """Which of the papers' rows is of the same kind of model: OPT-13B's, or RoBERTa-large's at k = 512."""
+    """The papers' row for the same kind of model: OPT-13B's, or RoBERTa-large's at k = 512."""
     if settings["family"] == "causal":
         return "OPT-13B, MeZO" if settings["tuning"] == "full" else "OPT-13B, MeZO LoRA"
     return "RoBERTa-large, k = 512, MeZO" if settings["per_class"] == 512 else None

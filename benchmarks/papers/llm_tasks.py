@@ -27,7 +27,7 @@ class Example:
     """A prompt and what may follow it.
 
     Attributes:
-        prompt: the text before the candidate, without a space at its end. For a masked model ``{mask}`` stands in it.
+        prompt: the text before the candidate, without a space at its end. For a masked model it contains ``{mask}``.
         candidates: continuations or label words, without the space before them.
         gold: index of the right candidate.
         answers: of kind ``answer`` and of choices with several right ones, the texts that count as right.

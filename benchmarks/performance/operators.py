@@ -44,7 +44,7 @@ def sum_of_bytes(bits: Tensor, table: Tensor) -> Tensor:
 
 
 def polynomial(bits: Tensor, table: Tensor) -> Tensor:
-    """What an odd polynomial of degree 13 costs; at this degree a uniform number is still 2e-3 from normal."""
+    """An odd polynomial of degree 13 of a uniform number, to time it; it is still 2e-3 from normal."""
     x = bits.to(torch.float32) * 2.0**-31
     y, value = x * x, torch.full_like(x, 1.1)
     for coefficient in (0.2, 0.3, 0.4, 0.5, 0.6, 1.25):
@@ -61,7 +61,7 @@ def two_lookups(bits: Tensor, table: Tensor) -> Tensor:
 
 
 def nothing(bits: Tensor, table: Tensor) -> Tensor:
-    """The hash alone."""
+    """The hash without a law."""
     return bits.to(torch.float32)
 
 

@@ -69,15 +69,15 @@ class Schedule:
             from zowrap.step.parameters import weight_bytes
 
             try:
-                estimator = CostModel(job, engine, self, batch)
-                estimator.engine.captured(batch)
+                cost_model = CostModel(job, engine, self, batch)
+                cost_model.engine.captured(batch)
             except ZOCaptureError:  # the engine says so itself, and runs eagerly
                 return
             there = weight_bytes(job.loss.model) + job.state_bytes  # needed, but no longer free
-            self.choose(estimator, machine.free_memory(job.device) + there)
+            self.choose(cost_model, machine.free_memory(job.device) + there)
         self.largest = size
 
-    def choose(self, estimator: CostModel, free: int) -> None:
+    def choose(self, cost_model: CostModel, free: int) -> None:
         """Choose for batches of the sizes that it was made for, unless a schedule was asked for.
 
         The exact analysis takes seconds: it is made only where a bound, which takes milliseconds, does not fit.
@@ -88,10 +88,10 @@ class Schedule:
         if self.asked != "auto":
             return
         try:
-            bound = estimator.bound()
+            bound = cost_model.bound()
             paired, sequential = bound, bound
             if not machine.fits(bound, free):
-                schedules = estimator.costs().schedules
+                schedules = cost_model.costs().schedules
                 paired, sequential = schedules["paired"], schedules["sequential"]
         except ZOCaptureError as error:
             self.name, self.why = "paired", f"it is faster; what it needs is not known: {error}"
