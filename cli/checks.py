@@ -5,24 +5,20 @@ The checks that need no torch come first, because importing it takes seconds.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import importlib.metadata
-import json
-import math
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from zowrap import names
 from zowrap.cli.console import quiet_libraries
 from zowrap.cli.options import SharedOptions, TuneOptions, load_plugins, split_labels
-from zowrap.errors import Option, ZOError, first_line, nearest, need_package
+from zowrap.cli.spelling import spelled_for
+from zowrap.cli.step import choose_step_method, learning_rate, rule_options, step_values
+from zowrap.errors import ZOError, first_line, nearest, need_package
 from zowrap.names import python_file
-from zowrap.step.options import ENTRIES, StepOptions, check_values, values_of
+from zowrap.step.options import ENTRIES, check_values
 from zowrap.storage.atomic import contains, is_same_place
 from zowrap.storage.folder import RunFolder
 from zowrap.storage.safetensors import check_directory
@@ -30,7 +26,6 @@ from zowrap.tasks.rows import check_source, read_first_row, read_label, read_tex
 
 SCHEDULES = ("constant", "linear", "cosine")
 PATHS = ("model", "data", "eval_data", "test_data")
-FIELDS = {field.name for field in dataclasses.fields(TuneOptions)}
 
 
 def check_at_once(options: TuneOptions) -> None:
@@ -152,62 +147,6 @@ def one_of(option: str, value: str | None, choices: tuple[str, ...]) -> None:
         raise ZOError(f"unknown {option} {value!r}{nearest(value, choices)}")
 
 
-@contextmanager
-def spelled_for(options: SharedOptions) -> Iterator[None]:
-    """Spell the options in an error of the library as the command line does."""
-    try:
-        yield
-    except ZOError as error:
-        raise error.reworded(functools.partial(_spell, options)) from error
-
-
-def _spell(options: SharedOptions, option: Option) -> str:
-    """``quantized='scales'`` → ``--quantized scales``; an option that is not the command line's stays as it is."""
-    if option.rule:
-        return f"--rule-option {option.name}" if option.name in rule_options(options) else str(option)
-    if option.name not in FIELDS:
-        return str(option)
-    name = f"--{option.name.replace('_', '-')}"
-    return f"{name} {option.value}" if option.has_value and option.value is not True else name
-
-
-def learning_rate(options: TuneOptions) -> float | str:
-    """``--lr`` as a number, or ``"auto"``.
-
-    Raises:
-        ZOError: it is neither, or not positive and finite.
-    """
-    if options.lr == "auto":
-        return "auto"
-    try:
-        lr = float(options.lr)
-    except ValueError:
-        lr = math.nan
-    if not math.isfinite(lr) or lr <= 0:
-        raise ZOError(f"--lr must be a positive finite number or auto, got {options.lr}")
-    return lr
-
-
-def step_values(options: SharedOptions) -> dict[str, Any]:
-    """The options of a step as ``zo_wrap`` and ``ZOConfig`` take them, but for the rule, which has options of its own.
-
-    ``lr`` is left out of those that do not train.
-    """
-    values = values_of(options)
-    values["lr"] = learning_rate(options) if isinstance(options, TuneOptions) else None
-    if options.blocks == ["layer"]:
-        values["blocks"] = "layer"
-    return values
-
-
-def choose_step_method(options: SharedOptions) -> None:
-    """Raise :class:`ZOError` where rule, direction, estimator and the like do not go together."""
-    from zowrap.rules.registry import get
-    from zowrap.step.method import choose_method
-
-    choose_method(StepOptions(**{**step_values(options), "rule": get(options.rule, **rule_options(options))}))
-
-
 def _check_trackers(names: list[str]) -> None:
     """Refuse a ``--report-to`` that transformers does not know or that is not installed."""
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -218,22 +157,6 @@ def _check_trackers(names: list[str]) -> None:
                 callback()
         except (ValueError, RuntimeError, ImportError) as error:
             raise ZOError(f"--report-to {name}: {first_line(error)}") from error
-
-
-def rule_options(options: SharedOptions) -> dict[str, Any]:
-    """``["beta=0.9"]`` → ``{"beta": 0.9}``."""
-    values: dict[str, Any] = {}
-    for item in options.rule_option:
-        name, equals, text = item.partition("=")
-        if not equals or not name.strip():
-            raise ZOError(f"--rule-option takes name=value, got {item!r}")
-        if name.strip() == "lr":
-            raise ZOError("the learning rate has an option of its own: --lr")
-        try:
-            values[name.strip().replace("-", "_")] = json.loads(text.lower() if text in ("True", "False") else text)
-        except json.JSONDecodeError:
-            values[name.strip().replace("-", "_")] = text.strip()
-    return values
 
 
 def _check_out(options: TuneOptions) -> None:

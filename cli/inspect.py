@@ -13,10 +13,12 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from zowrap import names
-from zowrap.cli.checks import at_least, check_step_options, one_of, rule_options, spelled_for, step_values
+from zowrap.cli.checks import at_least, check_step_options, one_of
 from zowrap.cli.console import begin, quiet_libraries, result, say
 from zowrap.cli.options import SharedOptions, load_plugins, option, split_labels, takes
 from zowrap.cli.paths import PATH
+from zowrap.cli.spelling import spelled_for
+from zowrap.cli.step import rule_options, step_values
 from zowrap.cli.tasks import resolve_task, saved_task
 from zowrap.errors import ZOCaptureError, ZOError
 from zowrap.step.options import ENTRIES

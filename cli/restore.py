@@ -8,9 +8,10 @@ from typing import Any
 
 import typer
 
-from zowrap.cli.checks import FIELDS, PATHS, check_recorded_rule, learning_rate
+from zowrap.cli.checks import PATHS, check_recorded_rule
 from zowrap.cli.console import say
 from zowrap.cli.options import CHANGEABLE, PER_CALL, RIGHTS, TuneOptions, given
+from zowrap.cli.step import learning_rate
 from zowrap.errors import ZOError
 from zowrap.storage.folder import RunFolder
 
@@ -71,7 +72,7 @@ def restore_options(context: typer.Context, options: TuneOptions) -> tuple[TuneO
             option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
             used = "and is used in its place" if name in CHANGEABLE else "which is used: a run keeps its options"
             say(f"{option} {value} differs from the run's own {saved[name]}, {used}")
-    fields = FIELDS - {*PER_CALL, *RIGHTS}
+    fields = {field.name for field in dataclasses.fields(TuneOptions)} - {*PER_CALL, *RIGHTS}
     anew = {name for name in CHANGEABLE if given(context, name)}
     kept = {name: value for name, value in saved.items() if name in fields - anew}
     status = run.status()

@@ -16,10 +16,11 @@ from typing import Any
 
 import typer
 
-from zowrap.cli.checks import check_at_once, check_options, check_out_is_free, spelled_for, to_config
+from zowrap.cli.checks import check_at_once, check_options, check_out_is_free, to_config
 from zowrap.cli.console import Interrupted, begin, quiet_libraries, result, say
 from zowrap.cli.options import TuneOptions, load_plugins, takes
 from zowrap.cli.restore import restore_options, saved_options
+from zowrap.cli.spelling import spelled_for
 from zowrap.cli.summary import dev_facts, lines, unseen_facts
 from zowrap.cli.tasks import resolve_task, say_counts
 from zowrap.errors import ZOError

@@ -13,7 +13,7 @@ from benchmarks.papers import functions
 from benchmarks.papers.cells import Cells, parameter_names
 from zowrap import rules
 from zowrap.errors import ZOError
-from zowrap.step.blocks import ORDERS
+from zowrap.names import BLOCK_ORDERS
 
 SIZE, STEPS, EPS = 120, 50, 1e-3
 OBJECTIVE = functions.quadratic(torch.logspace(-2, 0, SIZE, dtype=torch.float64))
@@ -87,7 +87,7 @@ def test_so_it_is_with_several_queries_on_the_unit_sphere(name: str, hyper: dict
     compare(rules.get(name, **hyper), [10 * lr for lr in lrs], **K_QUERIES)
 
 
-@pytest.mark.parametrize(("name", "order"), [*(("meazo", order) for order in ORDERS), ("conmezo", "ascending")])
+@pytest.mark.parametrize(("name", "order"), [*(("meazo", order) for order in BLOCK_ORDERS), ("conmezo", "ascending")])
 def test_so_it_is_with_blocks_in_every_order(name: str, order: str) -> None:
     lrs = [1e-2, 1e-1] if name == "meazo" else [1e-3, 1e-2]
     compare(rules.get(name), lrs, blocks=4, block_order=order)
