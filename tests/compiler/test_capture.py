@@ -8,29 +8,39 @@ from torch import nn
 
 import zowrap
 from tests.support.families import FAMILIES, LLAMA, batch, make
+from tests.support.programs import close, evaluate, moved_losses, noise_directions
+from tests.support.uncompiled import compile_nothing
 from zowrap.compiler.capture import canonical_batch, capture
+from zowrap.loss.evaluation_mode import evaluation_mode
 from zowrap.loss.module import LossModule
-from zowrap.passes.build import build
+
+
+@torch.no_grad()
+def loss_at_the_weights(zm, inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums and weights of the rows, by the model's own modules."""
+    with evaluation_mode(zm.loss_module):
+        return zm.loss_module(inputs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_captured_and_split_losses_equal_the_oracle(name) -> None:
+def test_captured_and_split_losses_equal_the_oracle(name, monkeypatch) -> None:
     """Uncompiled: the program after all passes, node by node, against perturbed copies of the model."""
+    compile_nothing(monkeypatch)
     zm = zowrap.zo_wrap(make(name), "zo_sgd", engine="compiled")
-    engine = zm.engine
-    first = zm.prepare(batch(name, 8, 16))
-    captured = capture(zm.job.loss, canonical_batch(first, zm.model))
-    split = build(captured.clone(), zm.job, 0, engine.kernels.key, 2, [], engine._epilogues[0])
-    (stream,) = zm.directions.queries
+    first = batch(name, 8, 16)
+    zm.loss_module.settle(first)
+    captured = capture(zm.loss_module, canonical_batch(first, zm.model))
+    split = zm.engine.program(first, 0, 2)
     coefficients = torch.tensor([1e-2, -1e-2])
     for rows, length in [(8, 16), (3, 7), (1, 6)]:
         inputs = batch(name, rows, length, seed=rows)
-        *sums, weights = split(engine._arguments(split, inputs, stream, coefficients))
-        expected, expected_weights = engine.eager.losses(inputs, stream, coefficients)
-        assert torch.allclose(torch.stack(sums), expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(weights, expected_weights)
-        (plain, _) = captured(engine._arguments(captured, inputs, None, coefficients))
-        assert torch.allclose(plain, engine.eager.losses(inputs, None, coefficients)[0][0], rtol=1e-5, atol=1e-5)
+        *sums, weights = evaluate(split, zm, inputs, coefficients=coefficients)
+        expected = moved_losses(zm, inputs, noise_directions(zm), coefficients)
+        assert torch.allclose(torch.stack(sums), torch.stack(expected), rtol=1e-5, atol=1e-5)
+        plain, plain_weights = evaluate(captured, zm, inputs)
+        own, own_weights = loss_at_the_weights(zm, inputs)
+        assert torch.allclose(plain, own, rtol=1e-5, atol=1e-5)
+        assert torch.equal(weights, own_weights) and torch.equal(plain_weights, own_weights)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -165,12 +175,13 @@ def test_a_window_as_short_as_the_canonical_length(window) -> None:
         max_position_embeddings=window,
     )  # fmt: skip
     zm = zowrap.zo_wrap(transformers.BertForSequenceClassification(config), "zo_sgd", engine="compiled")
-    captured = capture(zm.job.loss, canonical_batch(zm.prepare(batch("bert", 4, 6)), zm.model))
+    first = batch("bert", 4, 6)
+    zm.loss_module.settle(first)
+    captured = capture(zm.loss_module, canonical_batch(first, zm.model))
     for rows, length in [(4, window), (3, 5), (1, 2)]:
         inputs = batch("bert", rows, length)
         inputs["labels"] = inputs["labels"] % 2
-        (sums, _) = captured(zm.engine._arguments(captured, inputs, None, torch.zeros(1)))
-        assert torch.allclose(sums, zm.engine.eager.losses(inputs, None, torch.zeros(1))[0][0], rtol=1e-5, atol=1e-6)
+        assert close(evaluate(captured, zm, inputs), loss_at_the_weights(zm, inputs))
         assert captured.accepts(inputs)
     assert all(
         isinstance(size, torch.SymInt)

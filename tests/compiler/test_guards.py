@@ -54,17 +54,14 @@ def test_each_size_takes_the_way_that_python_takes(what: str) -> None:
         inputs = rows_of(rows, length)
         one, other = eager.step(**inputs).losses, compiled.step(**inputs).losses
         assert torch.allclose(one, other, atol=1e-5), (rows, length)
-    assert len(compiled.engine._captured) == 1  # one kind of batch
-    (programs,) = compiled.engine._captured.values()
-    assert 2 <= len(programs) <= 4
+    assert 2 <= len(compiled.engine.executables) <= 4
 
 
 def test_sizes_that_nothing_was_asked_of_share_a_program() -> None:
     zm = wrap("length", "compiled")
     for rows, length in ((2, 5), (7, 9), (1, 32), (30, 2)):
         zm.loss(**rows_of(rows, length))
-    (programs,) = zm.engine._captured.values()
-    assert len(programs) == 1
+    assert len(zm.engine.executables) == 1
 
 
 def test_a_program_for_one_size_that_would_be_too_long_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

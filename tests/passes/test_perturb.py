@@ -16,6 +16,7 @@ from tests.support.programs import (
     captured,
     change,
     close,
+    drawn,
     evaluate,
     mean_square,
     moved_losses,
@@ -210,7 +211,7 @@ def test_losses_are_those_of_the_program_before_and_of_weights_moved_by_hand(
         *losses, weights = evaluate(perturbed, zm, batch(rows))
         *split, split_weights = evaluate(program, zm, batch(rows))
         assert close(losses, split) and torch.equal(weights, split_weights)
-        assert close(losses, moved_losses(zm, batch(rows), noise_directions(zm), points))
+        assert close(losses, moved_losses(zm, batch(rows), noise_directions(zm), drawn("coefficients", (points,))))
 
 
 def test_sixteen_bit_weights_are_perturbed_and_then_rounded() -> None:

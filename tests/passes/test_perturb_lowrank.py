@@ -16,6 +16,7 @@ from tests.support.programs import (
     captured,
     change,
     close,
+    drawn,
     evaluate,
     factor_directions,
     mean_square,
@@ -171,7 +172,7 @@ def test_losses_are_those_of_the_program_before_and_of_weights_moved_by_hand(
         *losses, weights = evaluate(thin, zm, batch(rows))
         *split, split_weights = evaluate(program, zm, batch(rows))
         assert close(losses, split) and torch.equal(weights, split_weights)
-        assert close(losses, moved_losses(zm, batch(rows), factor_directions(zm), points))
+        assert close(losses, moved_losses(zm, batch(rows), factor_directions(zm), drawn("coefficients", (points,))))
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 2e-2), (torch.float64, 1e-6)], ids=str)

@@ -14,6 +14,7 @@ from tests.support.programs import (
     captured,
     change,
     close,
+    drawn,
     equal,
     evaluate,
     moved_losses,
@@ -133,7 +134,7 @@ def test_each_stream_is_the_loss_at_its_own_point(points) -> None:
     split = after(program, SplitStreams(points))
     for rows in (5, 3):
         *losses, weights = evaluate(split, zm, numbers(rows))
-        assert close(losses, moved_losses(zm, numbers(rows), noise_directions(zm), points))
+        assert close(losses, moved_losses(zm, numbers(rows), noise_directions(zm), drawn("coefficients", (points,))))
         assert equal([losses[0], weights], evaluate(program, zm, numbers(rows)))
 
 

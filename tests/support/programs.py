@@ -152,10 +152,15 @@ def factor_directions(zm: zowrap.ZOModel, factors: Tensor | None = None) -> list
 
 
 @torch.no_grad()
-def moved_losses(zm: zowrap.ZOModel, batch: Batch, directions: Sequence[Tensor], points: int = 2) -> list[Tensor]:
-    """The oracle: the loss of plain copies of the weights, moved along ``directions`` by each drawn coefficient."""
+def moved_losses(
+    zm: zowrap.ZOModel, batch: Batch, directions: Sequence[Tensor], coefficients: Tensor | None = None
+) -> list[Tensor]:
+    """The oracle: the loss of plain copies of the weights, moved along ``directions`` by each coefficient.
+
+    By default these are the two that :func:`drawn` makes.
+    """
     losses = []
-    for coefficient in drawn("coefficients", (points,)):
+    for coefficient in drawn("coefficients", (2,)) if coefficients is None else coefficients:
         copies = {
             f"model.{name}": (p.tensor + coefficient * z).to(p.tensor.dtype)
             for p, z in zip(zm.parameters, directions, strict=True)

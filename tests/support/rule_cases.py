@@ -14,6 +14,7 @@ import torch
 
 from zowrap import rules
 from zowrap.numerics import noise
+from zowrap.step import blocks
 from zowrap.testing import EPS, LR, draw_losses, wrap
 
 __all__ = ["CASES", "EPS", "KINDS", "LR", "draw_losses", "feed", "flat", "name_of", "noise_of", "wrap"]
@@ -85,10 +86,10 @@ def feed(zm: Any, losses: list[torch.Tensor]) -> list[list[Seen]]:
     seen: list[list[Seen]] = [[] for _ in zm.job.blocks]
     for given in losses:
         step = zm.step_count
-        block = zm.directions.queries[0].block
+        block = blocks.active(step, len(zm.job.blocks), zm.options.block_order, zm.seed)
         zm.discard()
         values = given.double().numpy()
-        g = slopes(zm.job.estimator.name, values[: len(zm.points)])
+        g = slopes(zm.options()["estimator"], values[: len(zm.points)])
         seen[block].append(Seen(step + 1, g, noise_of(zm, step, block), values, factors_of(zm, step, block)))
         assert not zm.update(losses=given).skipped
     return seen
