@@ -40,6 +40,8 @@ class Perturb(Pass):
         for theta in graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb.default):
             values = sorted((u for u in theta.users if u.target is operator.getitem), key=lambda n: n.args[1])  # type: ignore[arg-type]
             for use in list(values[0].users):
+                if "stream" not in use.meta:  # a fused operator of an earlier pass
+                    continue
                 twins = [streams.get((use.meta["stream"][0], p)) for p in range(program.points)]
                 kind = _rewrite(graph, theta, values, [t for t in twins if t is not None], program.points)
                 if kind is not None:

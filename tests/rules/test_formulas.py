@@ -142,9 +142,9 @@ def test_fzoo_skips_where_every_side_has_one_loss(loss) -> None:
 
 def test_fzoo_brings_its_own_probes_and_the_user_decides() -> None:
     zm = wrap("fzoo")
-    assert (zm.job.direction.name, zm.options()["estimator"], zm.job.queries) == ("rademacher", "forward", 8)
+    assert (zm.job.direction.name, zm.options.estimator, zm.job.queries) == ("rademacher", "forward", 8)
     zm = wrap("fzoo", direction="gaussian", estimator="central", queries=2)
-    assert (zm.job.direction.name, zm.options()["estimator"], zm.job.queries) == ("gaussian", "central", 2)
+    assert (zm.job.direction.name, zm.options.estimator, zm.job.queries) == ("gaussian", "central", 2)
     assert wrap("zo_sgd").job.direction.name == "gaussian"
 
 

@@ -89,7 +89,7 @@ def feed(zm: Any, losses: list[torch.Tensor]) -> list[list[Seen]]:
         block = blocks.active(step, len(zm.job.blocks), zm.options.block_order, zm.seed)
         zm.discard()
         values = given.double().numpy()
-        g = slopes(zm.options()["estimator"], values[: len(zm.points)])
+        g = slopes(zm.options.estimator, values[: len(zm.points)])
         seen[block].append(Seen(step + 1, g, noise_of(zm, step, block), values, factors_of(zm, step, block)))
         assert not zm.update(losses=given).skipped
     return seen
