@@ -74,7 +74,7 @@ def test_a_row_that_does_not_fit_says_so_and_the_next_one_runs(monkeypatch: pyte
 
 def test_the_page_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(docs, "RESULTS", tmp_path)
-    monkeypatch.setattr(command.measure, "machine", lambda: {"gpu": "NVIDIA Some GPU", "torch": "2.0"})
+    monkeypatch.setattr(command.measure, "describe_machine", lambda: {"gpu": "NVIDIA Some GPU", "torch": "2.0"})
     row = {
         "case": "a case",
         "row": "gaussian",

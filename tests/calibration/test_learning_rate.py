@@ -215,7 +215,7 @@ def test_no_step_is_made_at_a_rate_that_is_not_chosen():
 @pytest.mark.parametrize(
     ("batches", "steps", "message"),
     [
-        ([], 100, "there is none"),
+        ([], 100, "at least one training batch"),
         (slopes(), 0, "steps must be a whole number from 1"),
         (slopes(scale=math.nan), 100, "not finite from the start"),
         (slopes(scale=0.0), 100, "nothing to go by"),
