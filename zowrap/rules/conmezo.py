@@ -136,6 +136,6 @@ def check_cone(name: str, theta: float, beta: float, warmup: bool | int) -> None
     check_positive(name, theta=theta)
     check_fraction(name, beta=beta)
     if theta > math.pi / 2:
-        raise ZOError(f"{name}: theta must lie in (0, π/2], got {theta!r}")
+        raise ZOError(Option("theta", rule=name), f" must lie in (0, π/2], got {theta!r}")
     if warmup is not False and (not isinstance(warmup, int) or warmup is True or warmup < 1):
-        raise ZOError(f"{name}: warmup must be False or a whole number of steps from 1, got {warmup!r}")
+        raise ZOError(Option("warmup", rule=name), f" must be False or a whole number of steps from 1, got {warmup!r}")

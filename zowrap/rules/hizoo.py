@@ -38,7 +38,9 @@ def hizoo(*, lr: float = 1e-6, a: float = 1e-8) -> Rule:
     def check(choice: Choice) -> None:
         if choice.estimator != "central":
             raise ZOError(
-                f"hizoo measures curvature from both sides: estimator must be 'central', got {choice.estimator!r}"
+                "hizoo measures curvature from both sides: ",
+                Option("estimator"),
+                f" must be 'central', got {choice.estimator!r}",
             )
         if choice.direction == "unit_sphere":
             raise ZOError("hizoo measures curvature with directions of length √d: use ", Option("direction", "sphere"))

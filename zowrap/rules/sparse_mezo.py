@@ -90,7 +90,7 @@ def check_sparse(name: str, sparsity: float, refresh: int) -> None:
     """Raise :class:`ZOError` for a value outside its range."""
     check_fraction(name, sparsity=sparsity)
     if not isinstance(refresh, int) or isinstance(refresh, bool) or refresh < 0:
-        raise ZOError(f"{name}: refresh must be a whole number of steps, 0 or more, got {refresh!r}")
+        raise ZOError(Option("refresh", rule=name), f" must be a whole number of steps, 0 or more, got {refresh!r}")
 
 
 def magnitude_threshold(w: Tensor, share: float) -> Tensor:
