@@ -26,7 +26,9 @@ def spelled_for(options: SharedOptions) -> Iterator[None]:
 def _spell(options: SharedOptions, option: Option) -> str:
     """``quantized='scales'`` → ``--quantized scales``; an option that is not the command line's stays as it is."""
     if option.rule:
-        return f"--rule-option {option.name}" if option.name in rule_options(options) else str(option)
+        if option.name not in rule_options(options):
+            return str(option)
+        return f"--rule-option {option.name}" + (f"={option.value}" if option.has_value else "")
     if option.name not in _NAMES:
         return str(option)
     name = f"--{option.name.replace('_', '-')}"

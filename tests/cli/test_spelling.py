@@ -38,7 +38,7 @@ TOGETHER = [
     ({"rule": "hizoo", "estimator": "forward"}, "hizoo measures curvature", "--estimator must be 'central'"),
     ({"rule": "conmezo", "direction": "unit_sphere"}, "conmezo", "--direction sphere"),
     ({"rule": "lozo", "direction": "sphere"}, "lozo", "--direction sphere"),
-    ({"rule": "meazo", "rule_option": ["groups=true"]}, "groups need", "--blocks layer"),
+    ({"rule": "meazo", "rule_option": ["groups=true"]}, "needs blocks", "--blocks layer"),
     ({"rule": "meazo", "rule_option": ["beta=1"]}, "--rule-option beta must lie in [0, 1), got 1", ""),
     ({"rule": "conmezo", "rule_option": ["theta=4"]}, "--rule-option theta must lie in (0, π/2], got 4", ""),
     ({"rule": "zo_adam", "rule_option": ["beta1=true"]}, "--rule-option beta1 must lie in [0, 1), got True", ""),
