@@ -16,7 +16,7 @@ import typer
 from zowrap.cli.config import apply
 from zowrap.cli.paths import PATH, _is_path, expand
 from zowrap.errors import ZOError
-from zowrap.step.options import ENTRIES, METADATA, StepOptions
+from zowrap.step.options import ENTRIES, StepOptions
 
 
 def takes(options: type) -> Callable[[Callable[[typer.Context, Any], Any]], Callable[..., Any]]:
@@ -58,7 +58,7 @@ def typer_annotations(options: type) -> dict[str, Any]:
     hints = get_type_hints(options, include_extras=True)
     found = {}
     for field in dataclasses.fields(options):
-        entry = field.metadata.get("entry")
+        entry = ENTRIES.get(field.name)
         if entry is not None:
             text = option(f"--{field.name.replace('_', '-')}", entry.help, entry.group)
             found[field.name] = Annotated[hints[field.name], text]
@@ -133,7 +133,7 @@ class SharedOptions(StepOptions):
     """The options that ``tune`` and ``inspect`` share: all that change what moves or what a step costs."""
 
     # A command line has no unions.
-    lr: str | None = dataclasses.field(default=None, metadata=METADATA["lr"])  # type: ignore[assignment]
+    lr: str | None = None  # type: ignore[assignment]
     rule_option: Annotated[
         list[str], option("--rule-option", "Hyper-parameter of the rule, name=value. Repeatable.", "Zeroth order")
     ] = dataclasses.field(default_factory=list)
@@ -186,7 +186,7 @@ class TuneOptions(SharedOptions):
     ] = None
     out: Annotated[str | None, option("--out", "Directory of the run; it loads with from_pretrained."), PATH] = None
     # auto, because no default suits every model. A run keeps the number that was chosen.
-    lr: str = dataclasses.field(default="auto", metadata=METADATA["lr"])  # type: ignore[assignment]
+    lr: str = "auto"  # type: ignore[assignment]
     # 600 steps of 16: the smallest run that moved a pretrained encoder by ten points in our measurements.
     steps: Annotated[int, option("--steps", "Number of steps.", "Training")] = 600
     grad_accum: Annotated[int, option("--grad-accum", "Micro-batches per step, under one direction.", "Training")] = 1

@@ -347,7 +347,7 @@ def test_a_recording_that_fails_leaves_the_step_as_it_was() -> None:
     recorder = recording(ours)
     for length in (6, 6, 7):
         ours.step(**batch_of(2, length)), plain.step(**batch_of(2, length))
-    recorder.record = refuse
+    recorder.capture = refuse
     with pytest.warns(ZOWarning, match="not captured as CUDA graphs"):
         ours.step(**batch_of(2, 7))
     ours.step(**batch_of(2, 6))

@@ -199,7 +199,7 @@ def mixed(engine: str = "eager", **options) -> ZOModel:
 
 def test_float32_weights_beside_16_bit_ones_have_no_master() -> None:
     zm = mixed(masters=True, along="evaluated")
-    assert [name for name in zm.state_dict() if "master" in name] == ["slots/master/w"]
+    assert [name for name in zm.state_dict() if "/master/" in name] == ["slots/master/w"]
     assert zm.inspect().state_bytes == mixed().inspect().state_bytes + 4 * DIMENSION
     assert [rounding for *_, rounding in zm.inspect().moves] == [
         "to the nearest, from a float32 master, along the direction evaluated", "exact"
@@ -219,12 +219,8 @@ def test_both_engines_agree_on_mixed_weights_and_a_state_is_taken(tmp_path) -> N
     assert torch.equal(master_of(other), master_of(eager)) and compiled.inspect().engine == "compiled"
 
 
-def test_a_state_of_before_there_was_a_choice_of_direction_is_taken() -> None:
+def test_a_state_of_another_direction_of_updates_is_refused() -> None:
     state = moved(wrap(rules.zo_sgd(lr=LR))).state_dict()
-    assert state.pop("along") == "drawn"
-    zm = wrap(rules.zo_sgd(lr=LR))
-    zm.load_state_dict(state)
-    assert zm.step_count == 3
     with pytest.raises(ZOError, match="saved with along='drawn', the model is wrapped with 'evaluated'"):
         wrap(rules.zo_sgd(lr=LR), along="evaluated").load_state_dict(state)
 

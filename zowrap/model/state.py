@@ -65,12 +65,13 @@ def check_state(state: Any, mine: Mapping[str, Any]) -> None:
     """
     if not isinstance(state, Mapping):
         raise ZOError(f"a state is the dictionary that state_dict() returned, not {type(state).__name__}")
+    missing = [name for name, value in mine.items() if name not in state and not isinstance(value, Tensor)]
+    if missing:
+        raise ZOError(f"this is not the state of such a model: {missing[0]} is missing")
     for name, value in mine.items():
         if not isinstance(value, Tensor) and name not in _SAME:
             _check_fact(state, name, value)
     for name in _SAME:
-        if name not in state:
-            raise ZOError(f"this is not the state of such a model: {name} is missing")
         if not isinstance(state[name], _PLAIN):
             raise ZOError(f"this state is damaged: its {name} is of type {type(state[name]).__name__}")
         if state[name] != mine[name]:
@@ -86,8 +87,6 @@ def check_state(state: Any, mine: Mapping[str, Any]) -> None:
 
 
 def _check_fact(state: Mapping[str, Any], name: str, mine: Any) -> None:
-    if name not in state:
-        raise ZOError(f"this is not the state of such a model: {name} is missing")
     value = state[name]
     kinds = (int, float) if type(mine) is float else (type(mine),)
     if type(value) not in kinds:

@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from zowrap import names
@@ -212,7 +213,8 @@ class StepKeywords(TypedDict, total=False):
 
 ENTRIES: dict[str, Entry] = {field.name: field.metadata["entry"] for field in dataclasses.fields(StepOptions)}
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(StepOptions)}
-METADATA = {field.name: field.metadata for field in dataclasses.fields(StepOptions)}  # to redeclare a field with
+for field in dataclasses.fields(StepOptions):  # transformers' HfArgumentParser hands all metadata on to argparse
+    field.metadata = MappingProxyType({"help": field.metadata["help"]})
 # What a journal and a saved state say of a run, and what going on with it must have in common with it.
 IDENTITY = tuple(name for name, entry in ENTRIES.items() if entry.identity)
 

@@ -132,7 +132,7 @@ def _with_nan(value: Any) -> Any:
 
 # --- the identity of a run ----------------------------------------------------------------------------------------
 
-_SAME = ("hyper", *IDENTITY, "parameters_hash")
+_SAME = ("rule", "hyper", *(name for name in IDENTITY if name != "rule"), "parameters_hash")
 
 
 def describe(zm: ZOModel, *, model_name: str | None = None) -> dict[str, Any]:
