@@ -139,13 +139,13 @@ def test_a_table_from_end_to_end(family, tasks, tuning, tiny, data_dir, tmp_path
 
 
 def test_finished_runs_are_not_made_again(tiny, data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(llm, "SPLITS", (8, 8, 8))
+    monkeypatch.setattr(llm_run, "SPLITS", (8, 8, 8))
     given = ["--model", tiny["causal"], "--tasks", "sst2", "--steps", 4, "--batch-size", 4, "--lrs", 1e-4, 1e-3]
     given += ["--engine", "eager", "--data-dir", data_dir, "--out", tmp_path, "--rules", "zo_sgd", "conmezo(beta=0.9)"]
     first = llm.run(options(*given))
     assert len((tmp_path / "llm.jsonl").read_text().splitlines()) == 4
     assert not list((tmp_path / "runs").iterdir())
-    monkeypatch.setattr(llm, "_train", None)
+    monkeypatch.setattr(llm_run, "_train", None)
     assert json.dumps(llm.run(options(*given))) == json.dumps(first)
 
 

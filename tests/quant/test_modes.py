@@ -21,7 +21,7 @@ from zowrap.model.zo_model import ZOModel
 from zowrap.numerics import codes, noise
 from zowrap.quant import lowering, modes
 from zowrap.quant.layers import Int8Linear
-from zowrap.training import journal
+from zowrap.training.environment import describe_environment
 
 WAYS = names.QUANT_MODES
 
@@ -204,7 +204,7 @@ def test_rows_are_counted_on_demand_alone(monkeypatch: pytest.MonkeyPatch) -> No
         raise AssertionError("all codes were read")
 
     monkeypatch.setattr(modes, "count_saturated_rows", refuse)
-    assert journal.environment(zm)["engine"] == "eager" and zm.inspect().quantized.startswith("codes move")
+    assert describe_environment(zm)["engine"] == "eager" and zm.inspect().quantized.startswith("codes move")
 
 
 def test_a_row_of_zeros_keeps_them() -> None:

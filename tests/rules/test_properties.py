@@ -107,7 +107,7 @@ def test_a_rule_without_a_mistake_passes() -> None:
 
 def test_a_claim_about_the_scale_of_the_loss_is_checked(monkeypatch) -> None:
     monkeypatch.setitem(rules.REGISTRY, "mine", rules.Entry(lambda: SOUND, "nobody", "1", "2q", True))
-    with pytest.raises(AssertionError, match="scale_free=True, but a loss times 1024"):
+    with pytest.raises(AssertionError, match="scale_free=True, but with a loss times 1024"):
         testing.check_rule(SOUND, engines=["eager"])
     entry = replace(rules.REGISTRY["meazo"], scale_free=False)
     monkeypatch.setitem(rules.REGISTRY, "meazo", entry)

@@ -95,7 +95,7 @@ def choose_mode(model: nn.Module, asked: str | None) -> QuantMode | None:
             return QuantMode(
                 "adapters", f"the scales of {fixed[0]} weights are themselves rounded, and cannot move", rounds
             )
-        why = "the default of 8-bit weights: one number per row moves, and the codes stay as they are"
+        why = "the default for 8-bit weights: one number per row moves, and the codes stay as they are"
         return QuantMode("scales", why, rounds, CLIP)
     if adapted and asked != "adapters":
         raise ZOError(
