@@ -30,8 +30,8 @@ DATA = Path(__file__).parent / "support_messages"
 # directions of a step and computed once, so 256 evaluations cost little more than one forward. The settings were chosen
 # on held-out situations of the training file (python -m benchmarks.demo_settings), for the test file has new ones, too.
 SETTINGS = [
-    *("--head", "vectors", "--queries", "128", "--batch-size", "32"),
-    *("--lr", "2e-3", "--lr-schedule", "cosine"),
+    *("--head", "vectors", "--queries", "128", "--batch-size", "48"),
+    *("--lr", "1.5e-3", "--lr-schedule", "cosine"),
 ]
 STEPS = 400
 CHANGED = 3  # messages shown: the first of the test file whose answer changed, for better or worse
