@@ -87,21 +87,11 @@ def split(groups: list[int], seed: int) -> Split:
     return Split(torch.tensor(rest[DEV:]), torch.tensor(rest[:DEV]), torch.tensor(held_out))
 
 
-def tune(
-    x: Tensor,
-    y: Tensor,
-    names: Tensor,
-    parts: Split,
-    seed: int,
-    *,
-    steps: int,
-    queries: int,
-    batch_size: int,
-    lr: float,
-) -> float:
+def tune(x: Tensor, y: Tensor, names: Tensor, parts: Split, seed: int, candidate: dict[str, Any]) -> float:
     """Accuracy on the held-out situations at the evaluation that is best on the dev rows."""
+    steps, batch_size, lr = candidate["steps"], candidate["batch_size"], candidate["lr"]
     model, found = LabelVectors(names), []
-    zm = zowrap.zo_wrap(model, lr=lr, queries=queries, seed=seed, loss_fn=loss_fn, engine="eager")
+    zm = zowrap.zo_wrap(model, lr=lr, queries=candidate["queries"], seed=seed, loss_fn=loss_fn, engine="eager")
     shuffle, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
     for step in range(1, steps + 1):
         if len(order) < batch_size:
@@ -143,7 +133,7 @@ def main() -> None:
         ]
         print(f"logistic regression, C {c:g}: {np.mean(fitted):.3f}")
     for candidate in CANDIDATES:
-        found = [tune(x, y, names, parts, seed, **candidate) for seed, parts in enumerate(splits)]
+        found = [tune(x, y, names, parts, seed, candidate) for seed, parts in enumerate(splits)]
         print(f"{candidate}: {np.mean(found):.3f}", flush=True)
 
 

@@ -166,10 +166,10 @@ class Rule:
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.hyper.items())})"
 
 
-P = ParamSpec("P")
+_P = ParamSpec("_P")
 
 
-def known(constructor: Callable[P, Rule]) -> Callable[P, Rule]:
+def known(constructor: Callable[_P, Rule]) -> Callable[_P, Rule]:
     """Name a constructor and its arguments as the origin of its rules: they share compiled kernels with their equals.
 
     For constructors of this package, whose functions depend on their arguments and on nothing else. η is left out: it
@@ -178,7 +178,7 @@ def known(constructor: Callable[P, Rule]) -> Callable[P, Rule]:
     signature = inspect.signature(constructor)
 
     @functools.wraps(constructor)
-    def build(*args: P.args, **named: P.kwargs) -> Rule:
+    def build(*args: _P.args, **named: _P.kwargs) -> Rule:
         rule = constructor(*args, **named)
         bound = signature.bind(*args, **named)
         bound.apply_defaults()
