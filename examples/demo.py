@@ -27,11 +27,11 @@ from typing import Any
 
 DATA = Path(__file__).parent / "support_messages"
 # A vector for each label moves; it begins as the embedding of the label's name. The encoder is the same for all 128
-# directions of a step and computed once, so 256 evaluations cost little more than one forward. The settings were chosen
-# on held-out situations of the training file (python -m benchmarks.demo_settings), for the test file has new ones, too.
+# directions of a step and computed once, so 256 evaluations cost little more than one forward. Chosen on rows held out
+# of the training file, split six ways: 300 steps of 64 directions reach 0.80 on them, these 0.85, more of either no more.
 SETTINGS = [
-    *("--head", "vectors", "--queries", "128", "--batch-size", "48"),
-    *("--lr", "1.5e-3", "--lr-schedule", "cosine"),
+    *("--head", "vectors", "--queries", "128", "--batch-size", "32"),
+    *("--lr", "2e-2", "--lr-schedule", "cosine"),
 ]
 STEPS = 400
 CHANGED = 3  # messages shown: the first of the test file whose answer changed, for better or worse
