@@ -28,7 +28,7 @@ from typing import Any
 DATA = Path(__file__).parent / "support_messages"
 # A vector for each label moves; it begins as the embedding of the label's name. The encoder is the same for all 128
 # directions of a step and computed once, so 256 evaluations cost little more than one forward. Chosen on rows held out
-# of the training file, split six ways: 300 steps of 64 directions reach 0.80 on them, these 0.85, more of either no more.
+# of the training file, split six ways: 300 steps of 64 directions reach 0.80 on them, these 0.85, and more no more.
 SETTINGS = [
     *("--head", "vectors", "--queries", "128", "--batch-size", "32"),
     *("--lr", "2e-2", "--lr-schedule", "cosine"),
