@@ -126,7 +126,6 @@ def check_quantization(options: SharedOptions) -> None:
     """Raise :class:`ZOError` for options about quantisation and adapters that exclude or need one another."""
     if options.load_in_8bit and options.load_in_4bit:
         raise ZOError("--load-in-8bit and --load-in-4bit are two ways to load a model: give one")
-    one_of("--quantized", options.quantized, names.QUANT_MODES)
     if options.load_in_4bit and options.quantized not in (None, "adapters"):
         raise ZOError(f"--quantized {options.quantized} is for 8-bit weights: 4-bit ones take adapters")
     if options.use_peft and options.quantized not in (None, "adapters"):

@@ -27,7 +27,7 @@ from zowrap.rules.base import Rule
 from zowrap.step import blocks as block_lib
 from zowrap.step.blocks import Block
 from zowrap.step.job import Job, QuantMode
-from zowrap.step.method import Method, build_rule, choose_method
+from zowrap.step.method import Method, choose_method
 from zowrap.step.options import DEFAULTS, StepKeywords, StepOptions, build_options
 from zowrap.step.parameters import Parameter, select
 
@@ -109,7 +109,7 @@ def _fill_in(options: StepOptions, method: Method, mode: QuantMode | None) -> St
     eps = modes.EPS_PLAIN if mode is None else modes.EPS[mode.name]
     return dataclasses.replace(
         options,
-        rule=build_rule(options),  # type: ignore[arg-type]
+        rule=method.asked_rule,  # type: ignore[arg-type]
         lr="auto" if method.lr is None else method.lr,
         eps=float(eps if options.eps is None else options.eps),
         direction=method.direction,  # type: ignore[arg-type]

@@ -24,12 +24,14 @@ class Method:
     """The rule, direction and estimator by which the steps of a run probe the loss and update the weights.
 
     Attributes:
+        asked_rule: the rule as it was asked for: with the same options it makes the same method again.
         rule: shaped by the direction where that needs state, and with masters where they are asked for.
         lr: η, or None where it is still to be chosen (``"auto"``).
         second_point: coefficient of the point that, with 1, spans the evaluated direction; None where updates go along
             the direction drawn. See :func:`zowrap.step.arithmetic.evaluated_direction`.
     """
 
+    asked_rule: Rule
     rule: Rule
     direction: Direction
     estimator: Estimator
@@ -47,7 +49,7 @@ class Method:
         self.rule.check(Choice(self.direction.name, self.estimator.name, self.queries, count))
 
 
-def build_rule(options: StepOptions) -> Rule:
+def _build_rule(options: StepOptions) -> Rule:
     """The rule by itself, at the learning rate asked for; one that is built already keeps its own."""
     if isinstance(options.rule, Rule) or not isinstance(options.lr, int | float):
         return rules.get(options.rule)
@@ -60,7 +62,7 @@ def choose_method(options: StepOptions) -> Method:
     Raises:
         ZOError: a name is unknown, or two choices exclude one another.
     """
-    rule = build_rule(options)
+    rule = asked = _build_rule(options)
     lr = rule.lr if options.lr is None else options.lr
     estimator = estimators.get_estimator(options.estimator or rule.defaults.estimator)
     queries = options.queries or rule.defaults.queries
@@ -71,7 +73,7 @@ def choose_method(options: StepOptions) -> Method:
     if options.masters:
         rule = with_masters(rule)
     second = _second_point(options.along, rule, estimator, direction, queries)
-    method = Method(rule, direction, estimator, queries, None if isinstance(lr, str) else float(lr), second)
+    method = Method(asked, rule, direction, estimator, queries, None if isinstance(lr, str) else float(lr), second)
     method.check_blocks(1 if options.blocks is None else SEVERAL)
     _check_together(method, options.engine)
     return method
