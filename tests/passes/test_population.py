@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.passes.test_perturb import TWO_LAYERS, Words
+from tests.passes.test_perturb_lowrank import AFTER as LOW_RANK
 from tests.passes.test_perturb_lowrank import TwoMatrices
 from tests.support.programs import (
     TwoLayers,
@@ -39,39 +40,7 @@ from zowrap.passes.population import Population
 from zowrap.passes.split_streams import SplitStreams
 from zowrap.passes.strip_training import StripTraining
 
-BEFORE = """
-def forward(a_weight, b_weight, batch_x, factors, coefficients):
-    slice_tensor_2 = aten.slice.Tensor(factors, 0, 64, 66)
-    view_2 = aten.view(slice_tensor_2, [2, 1])
-    slice_tensor_3 = aten.slice.Tensor(factors, 0, 96, 100)
-    view_3 = aten.view(slice_tensor_3, [4, 1])
-    slice_tensor = aten.slice.Tensor(factors, 0, 0, 4)
-    view = aten.view(slice_tensor, [4, 1])
-    slice_tensor_1 = aten.slice.Tensor(factors, 0, 32, 35)
-    view_1 = aten.view(slice_tensor_1, [3, 1])
-    select_int_2 = aten.select.int(coefficients, 0, 0)
-    linear_1 = aten.linear(batch_x, a_weight)
-    matmul_1 = aten.matmul(batch_x, view_1)
-    slice_tensor_5 = aten.slice.Tensor(matmul_1, -1, 0, 1)
-    select_int_3 = aten.select.int(view, 1, 0)
-    mul_tensor_2 = aten.mul.Tensor(slice_tensor_5, select_int_3)
-    mul_tensor_3 = aten.mul.Tensor(mul_tensor_2, select_int_2)
-    add_tensor_1 = aten.add.Tensor(linear_1, mul_tensor_3)
-    tanh = aten.tanh(add_tensor_1)
-    select_int = aten.select.int(coefficients, 0, 0)
-    linear = aten.linear(tanh, b_weight)
-    matmul = aten.matmul(tanh, view_3)
-    slice_tensor_4 = aten.slice.Tensor(matmul, -1, 0, 1)
-    select_int_1 = aten.select.int(view_2, 1, 0)
-    mul_tensor = aten.mul.Tensor(slice_tensor_4, select_int_1)
-    mul_tensor_1 = aten.mul.Tensor(mul_tensor, select_int)
-    add_tensor = aten.add.Tensor(linear, mul_tensor_1)
-    square = aten.square(add_tensor)
-    mean = aten.mean.dim(square, [-1])
-    to = aten.to.dtype(mean, torch.float32)
-    ones_like = aten.ones_like(to, pin_memory = False)
-    return (to, ones_like)
-"""
+BEFORE = LOW_RANK  # the program as the pass for low-rank directions leaves it
 
 AFTER = """
 def forward(arg0_1, arg1_1, arg2_1, arg3_1, arg4_1):
