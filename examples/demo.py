@@ -28,10 +28,12 @@ from typing import Any
 DATA = Path(__file__).parent / "support_messages"
 # A vector for each label moves; it begins as the embedding of the label's name. The encoder is the same for all 128
 # directions of a step and computed once, so 256 evaluations cost little more than one forward. Chosen on rows held out
-# of the training file, split six ways: 300 steps of 64 directions reach 0.80 on them, these 0.85, and more no more.
+# of the training file, which was split sixteen ways by what the messages are about, because the test file has other
+# situations than the training file: plain descent reaches 0.78 there, with rates from 5e-3 to 3e-2, from 0.70 untuned;
+# MEAZO, which does not slow down as the loss falls, 0.76; full gradients at their best step 0.79.
 SETTINGS = [
-    *("--head", "vectors", "--queries", "128", "--batch-size", "32"),
-    *("--lr", "2e-2", "--lr-schedule", "cosine"),
+    *("--head", "vectors", "--rule", "zo_sgd", "--queries", "128", "--batch-size", "32"),
+    *("--lr", "1e-2", "--lr-schedule", "cosine"),
 ]
 STEPS = 400
 CHANGED = 3  # messages shown: the first of the test file whose answer changed, for better or worse
