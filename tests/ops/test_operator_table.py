@@ -113,9 +113,9 @@ def test_a_new_operator_is_known_to_passes_and_analysis() -> None:
     assert tunable_values(graph) == values and written_weights(graph) == []
     inputs = [Input("matrix", "parameter", "matrix")]
     program = Program(fx.GraphModule(torch.nn.Module(), graph), inputs, {}, FakeTensorMode(), points=2)
-    streams = html.streams_of(program)
+    kinds = html.points_of(program)
     copied = {n.name: n for n in program.graph.nodes}
-    assert streams[copied[node.name]] == html.ALL and [streams[copied[v.name]] for v in values] == ["s0", "s1"]
+    assert kinds[copied[node.name]] == html.ALL and [kinds[copied[v.name]] for v in values] == ["s0", "s1"]
     assert operators.is_called(perturb.overload) and operators.looks_up(perturb.overload)
     w = torch.empty(4, 3)
     cost = operators.operator_cost(node, (2, w), {}, [w, w], counted=0)

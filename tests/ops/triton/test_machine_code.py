@@ -85,12 +85,12 @@ def step(rule, dtype, direction):
     job, engine, kernel = zm.job, zm.engine, zm.engine.kernels
     engine._warm(0, 2)
     warmed = {line["variant"] for line in found}
-    stream = zm.directions.queries[0]
+    query = zm.directions.queries[0]
     for i, p in enumerate(zm.parameters if direction != "lowrank(1)" else []):
         seen = [job.slots[name][i].view(-1) for name in kernel.perturbation.slot_names]
-        scalars = [stream.scalars[name] for name in kernel.perturbation.scalar_names]
+        scalars = [query.scalars[name] for name in kernel.perturbation.scalar_names]
         w = p.tensor.detach().view(-1)
-        noise = NoiseArgs(seen, stream.keys[i], stream.scale, scalars)
+        noise = NoiseArgs(seen, query.keys[i], query.scale, scalars)
         kernel.perturbation.write(w, noise, torch.ones(2), [torch.empty_like(w) for _ in range(2)])
     zm.update(projected_grad=torch.ones(()))
     return [f"{rule} {direction} {line['variant']}" for line in found if line["variant"] not in warmed]
