@@ -206,7 +206,7 @@ class CostModel:
         return work + update, factors + max(transient, temporary)
 
     def _update(self, block: int) -> tuple[Work, int]:
-        """Return the work and peak bytes of the epilogue, which reads and writes each active weight and its state once."""
+        """Return the work and peak bytes of the epilogue: each active weight and its state is read and written once."""
         job, work, pair = self.job, Work(), 0
         directions = self._directions()
         for i in job.blocks[block].indices:

@@ -77,7 +77,7 @@ with machine_code.compiling() as found:
     note("cross-entropy")
 
 def step(rule, dtype, direction):
-    \"\"\"What a step launches that was not compiled before it; of lengths that Triton tells apart.\"\"\"
+    \"\"\"Return the kernels that a step compiles only when it runs, for lengths that Triton distinguishes.\"\"\"
     model = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.Linear(48, 3))
     model.register_parameter("scale", torch.nn.Parameter(torch.ones(1)))
     loss = lambda m, b: (m(b["x"]) * m.scale).sum(-1)
