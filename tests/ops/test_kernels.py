@@ -91,7 +91,7 @@ def test_other_shapes_do_not() -> None:
 @pytest.mark.parametrize("wrapped", [lambda rule: rule, with_masters], ids=["plain", "with masters"])
 @pytest.mark.parametrize("direction", SHAPING)
 def test_rules_from_elsewhere_never_share(direction: str, wrapped: Callable[[Rule], Rule]) -> None:
-    """Such rules differ from each other and from their namesake, despite equal names and hyper-parameters."""
+    """They differ from each other and from the rule of ours with the same name and hyper-parameters."""
     made = [wrapped(each) for each in (hand_made(1.0), hand_made(2.0), rules.zo_sgd())]
     assert made[0].describe() == made[1].describe() == made[2].describe()
     assert len({key(rule, direction) for rule in made}) == 3

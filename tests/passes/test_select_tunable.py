@@ -179,7 +179,7 @@ def test_a_rule_may_read_one_number_of_each_parameter() -> None:
 
 
 class Tied(nn.Module):
-    """A model whose two layers share one matrix under two names."""
+    """A model of two layers that share one matrix under two names."""
 
     def __init__(self) -> None:
         super().__init__()

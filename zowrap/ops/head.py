@@ -187,7 +187,7 @@ def _product(x: Tensor, w: Tensor) -> Tensor:
 
 
 class _Tokens:
-    """The tokens whose labels are not ignored, flattened.
+    """The tokens without an ignored label, flattened.
 
     Args:
         everything: keep ignored tokens too. On a GPU they are always kept, because finding them would wait for it.
