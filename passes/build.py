@@ -1,4 +1,4 @@
-"""All passes in order."""
+"""Run all passes in order."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def build(
     epilogue: Epilogue,
     per_example: bool = False,
 ) -> Program:
-    """Turn a captured program into the ``points`` evaluations along one direction of one block.
+    """Turn a captured program into ``points`` evaluations along one direction of one block.
 
-    ``points`` 0 leaves the plain loss at θ; with ``per_example`` every example has a direction of its own.
+    With ``points`` 0 the program stays the plain loss at θ. With ``per_example`` every example gets its own direction.
     """
     passes: list[Pass] = [StripTraining(), CheckLookups(), FuseHead()]
     if points:

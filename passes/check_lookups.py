@@ -1,16 +1,16 @@
-"""Look-ups report an index out of range instead of ending the process, on a CPU.
+"""Make look-ups on a CPU report an index out of range instead of ending the process.
 
     before                                  after
     e = embedding(w, ids, 0)                e = zowrap.rows(w, ids)
     x = index(table, [ids])                 x = index(table, [ids + zowrap.index_error(ids, 50, True, None)])
     s = cross_entropy_loss(logits, labels)  s = cross_entropy_loss(logits, labels + zowrap.index_error(labels, …))
 
-Compiled CPU code checks an index with an assertion that terminates the process; a user who feeds one wrong token id
-or label would lose the run. ``zowrap.rows`` and ``zowrap.index_error`` raise an ``IndexError`` before anything is
-written. The second adds 0 to the index, so that gathers and losses stay part of the loops around them.
+Compiled CPU code checks an index with an assertion that terminates the process, so one wrong token id or label would
+lose the run. ``zowrap.rows`` and ``zowrap.index_error`` raise an ``IndexError`` before anything is written.
+``zowrap.index_error`` returns a 0 that is added to the index, so gathers and losses still fuse into their neighbours.
 
-On a GPU the kernel of the look-up asserts and CUDA serves the process no more, as under plain torch: to look first
-would make every step wait for the device. What a run has saved by then is whole.
+On a GPU, as in plain torch, the look-up's kernel asserts and the process can no longer use CUDA: checking first would
+make every step wait for the device. Everything the run has saved by then is intact.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LOSSES = {
 
 
 class CheckLookups(Pass):
-    """See the module."""
+    """Check the index of every look-up; see the module docstring."""
 
     name = "check_lookups"
 
@@ -58,7 +58,7 @@ class CheckLookups(Pass):
 
 
 class _Checks:
-    """Puts a check before each look-up; look-ups by one index among as many entries share theirs."""
+    """Puts a check before each look-up. Look-ups with the same index and the same number of entries share one check."""
 
     def __init__(self, program: Program) -> None:
         self.graph = program.graph
@@ -68,11 +68,11 @@ class _Checks:
     def put(self, node: fx.Node) -> None:
         args: list[Any] = list(node.args)
         if node.target is aten.index.Tensor:
-            if all(i is None or _is_integer(i) for i in args[1]):  # a mask among them may span several dimensions
+            if all(i is None or _is_integer(i) for i in args[1]):  # a mask may span several dimensions
                 args[1] = [i and self._checked(node, i, args[0], d, wraps=True) for d, i in enumerate(args[1])]
         elif node.target in _PICKS:
             args[2] = self._checked(node, args[2], args[0], args[1])
-        elif node.target in _LOSSES and _is_integer(args[1]):  # else they are probabilities
+        elif node.target in _LOSSES and _is_integer(args[1]):  # otherwise the targets are probabilities
             ignored: Any = args[4] if len(args) > 4 else node.kwargs.get("ignore_index", IGNORED)
             args[1] = self._checked(node, args[1], args[0], 1 if args[0].meta["val"].ndim > 1 else 0, ignored=ignored)
         node.args = tuple(args)
@@ -80,17 +80,17 @@ class _Checks:
     def _checked(
         self, node: fx.Node, index: fx.Node, table: fx.Node, dim: int, wraps: bool = False, ignored: int | None = None
     ) -> fx.Node:
-        """``index``, to be used by ``node`` along ``dim`` of ``table``, behind its check."""
+        """Return ``index`` with its check added, for ``node`` to use along ``dim`` of ``table``."""
         value, entries = index.meta["val"], table.meta["val"]
         if value.device.type != "cpu" or not entries.ndim:
             return index
         size = entries.shape[dim]
         if index not in self.read and not isinstance(size, int):
-            return index  # positions in a batch, counted out by its own sizes
+            return index  # positions in the batch, computed from its sizes alone
         key = (index, str(size), wraps, ignored)
         if key not in self.made:
             source = index
-            while source.target is aten.expand.default:  # the same numbers over and over
+            while source.target is aten.expand.default:  # repeats the same numbers
                 source = source.args[0]  # type: ignore[assignment]
             with self.graph.inserting_before(node):
                 count: Any = size
@@ -109,7 +109,7 @@ def _is_integer(node: fx.Node) -> bool:
 
 
 def _readers_of_values(graph: fx.Graph) -> set[fx.Node]:
-    """The inputs and all that is computed of their numbers, not of their sizes alone."""
+    """Return the inputs and every node computed from their values, not only from their sizes."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or (node.target is not aten.sym_size.int and found & set(node.all_input_nodes)):

@@ -1,4 +1,4 @@
-"""The update rule, the only place that writes weights.
+"""Append the update rule, the only place that writes weights.
 
     losses, keys, state, hyper →
         g = (losses[0] − losses[1]) / 2ε;  v' = …;  coefficients = …;  apply = isfinite(…)
@@ -6,9 +6,9 @@
         zowrap.update_(w_1, slots_1, keys[:, 1], …, apply)
         return v', coefficients, apply, g, loss
 
-The scalar part is the rule's own function, recorded; each ``update_`` is one fused kernel per parameter: noise
-regenerated from its key, rule, rounding and write in one loop. Weights no loss depends on are updated too, exactly as
-the eager engine does, so that what moves does not depend on the engine.
+The scalar part is the recorded function of the rule. Each ``update_`` is one fused kernel for one parameter: a single
+loop regenerates the noise from its key, applies the rule, rounds and writes. Weights that no loss depends on are
+updated too, as in the eager engine, so both engines move the same weights.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from zowrap.step.job import Job
 
 @dataclass
 class Epilogue:
-    """The second program of a step.
+    """The program that updates the weights at the end of a step.
 
     Attributes:
-        graph_module: inputs ``keys…, scales…, scalars…, rounding_keys, coefficients…, lr, eps, weight_decay, apply``,
-            then each active parameter followed by its slots, and by its rows' scales where it holds codes; along
-            low-rank directions no keys and scales, and the two factors of ĝ after each parameter's slots.
-        coefficient_names: order of the rule's coefficients.
+        graph_module: takes ``keys…, scales…, scalars…, rounding_keys, coefficients…, lr, eps, weight_decay, apply``,
+            then each active parameter followed by its slots and, if it holds codes, by the scales of its rows. With
+            low-rank directions there are no keys and scales, and each parameter's slots are followed by the two
+            factors of ĝ.
+        coefficient_names: the rule's coefficients, in order.
     """
 
     graph_module: fx.GraphModule
@@ -47,9 +48,9 @@ class Epilogue:
 
 @torch.no_grad()
 def coefficient_shapes(job: Job, points: int) -> dict[str, torch.Size]:
-    """The rule's coefficients and their shapes, learnt by calling its scalar function once on made-up losses."""
+    """Return the rule's coefficients and their shapes, found by calling its scalar function once on dummy losses."""
     losses = torch.zeros(points, device=job.device)
-    one = torch.ones(job.queries, device=job.device)  # a population is one direction here: its "g" is never passed
+    one = torch.ones(job.queries, device=job.device)  # a population counts as one direction: its "g" is never passed
     candidates = None
     if job.rule.candidates is not None:
         candidates = torch.zeros_like(job.rule.candidates(one[:1], job.hyper))
@@ -59,14 +60,14 @@ def coefficient_shapes(job: Job, points: int) -> dict[str, torch.Size]:
 
 
 def update_operator(job: Job, index: int) -> custom_op.Operator:
-    """The operator that writes the update of a parameter."""
+    """Return the operator that writes a parameter's update."""
     if job.direction.lowrank is not None:
         return update_lowrank_
     return update_codes_ if job.parameters[index].codes else update_
 
 
 def build_epilogue(job: Job, block: int, kernel_key: str, names: list[str], scalar_names: list[str]) -> Epilogue:
-    """The updates of one block as a program, of one operator for each parameter (:func:`update_operator`)."""
+    """Build the program that updates one block, with one operator for each parameter (:func:`update_operator`)."""
     graph = fx.Graph()
     lowrank = job.direction.lowrank is not None
     queries = 0 if lowrank else job.queries
@@ -74,7 +75,7 @@ def build_epilogue(job: Job, block: int, kernel_key: str, names: list[str], scal
     scales = [graph.placeholder(f"scale_{q}") for q in range(queries)]
     scalars = [graph.placeholder(f"scalar_{n}") for n in scalar_names]
     rounding_keys = graph.placeholder("rounding_keys")
-    names = [name for name in names if not (lowrank and name == "g")]  # ĝ is formed already
+    names = [name for name in names if not (lowrank and name == "g")]  # ĝ has already been formed
     coefficients = [graph.placeholder(f"coefficient_{n}") for n in names]
     hyper = [graph.placeholder(n) for n in ("lr", "eps", "weight_decay")]
     apply = graph.placeholder("apply")
@@ -98,7 +99,7 @@ def build_epilogue(job: Job, block: int, kernel_key: str, names: list[str], scal
         arguments = (*weight, slots, *along, coefficients, hyper, apply, decay, kernel_key)
         graph.call_function(update_operator(job, i).overload, arguments)
     graph.output(())
-    # Placeholders were created where they are needed; a function's arguments come first.
+    # The placeholders were created where they are used; move them to the front, where a function has its arguments.
     first = next(iter(graph.nodes))
     for node in list(graph.find_nodes(op="placeholder")):
         if node is not first:
@@ -110,14 +111,14 @@ def build_epilogue(job: Job, block: int, kernel_key: str, names: list[str], scal
 
 
 def _check(job: Job, block: int, graph: fx.Graph) -> None:
-    """Every active parameter is written exactly once, and nothing else is."""
+    """Check that every active parameter is written exactly once, and nothing else is."""
     graph.lint()
     if [w.name for w in written_weights(graph)] != [f"w_{i}" for i in job.blocks[block].indices]:
         raise ZOInternalError("the epilogue does not write every active parameter exactly once")
 
 
 def written_weights(graph: fx.Graph) -> list[fx.Node]:
-    """The weights that a graph writes, in order."""
+    """Return the weights that a graph writes, in order."""
     found = []
     for node in graph.nodes:
         updates = custom_op.find(node.target)
@@ -127,7 +128,7 @@ def written_weights(graph: fx.Graph) -> list[fx.Node]:
 
 
 class AppendEpilogue(Pass):
-    """Attach the epilogue's text to the program, so that ``inspect`` prints the whole step."""
+    """Attach the epilogue to the program, so that ``inspect`` prints the whole step."""
 
     name = "epilogue"
 

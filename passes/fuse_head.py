@@ -1,12 +1,13 @@
-"""A vocabulary head and its cross-entropy → one operator that never holds the logits.
+"""Fuse a vocabulary head and its cross-entropy into one operator that never holds the logits.
 
     before                                          after
     logits = linear(x, w)                           s = zowrap.ops.head(slice(x, 1, 0, -1), w, None, …, labels)
     shifted = slice(logits, 1, 0, -1)
     s = zowrap.token_losses(shifted, labels)
 
-Where something stands between the product and the loss (a soft cap, a scale), or reads the logits as well, or where
-the classes are few, the loss is written out instead, and the compiler fuses it as it likes.
+The head is not fused if another operation (a soft cap, a scale) comes between the product and the loss, if something
+else reads the logits, or if there are few classes. Then the loss is written out as plain operations, which the
+compiler fuses as it sees fit.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _MARK = torch.ops.zowrap.token_losses.default
 
 
 class FuseHead(Pass):
-    """See the module."""
+    """Fuse heads with their losses; see the module docstring."""
 
     name = "fuse_head"
 
@@ -84,7 +85,7 @@ def _fuse(program: Program, loss: fx.Node) -> bool:
 
 
 def _write_out(program: Program, loss: fx.Node) -> None:
-    """Put the operations of :func:`sum_token_losses` in the mark's place."""
+    """Replace the mark ``token_losses`` by the operations of :func:`sum_token_losses`."""
     given = cast("tuple[fx.Node, ...]", loss.args)
     with torch.no_grad(), size_oblivious(use_duck_shape=False), program.fake_mode:
         traced = make_fx(sum_token_losses)(*[n.meta["val"] for n in given])

@@ -1,4 +1,4 @@
-"""Questions that several passes ask of a graph: perturbed weights, products with a weight, the points' common uses."""
+"""Graph helpers shared by several passes: find perturbed weights, recognise products, replace uses at all points."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def tunable_values(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that stand for a perturbed weight at some point."""
+    """Return the nodes that represent a perturbed weight at one point."""
     return [
         user
         for perturbation in custom_op.with_trait("perturbs")
@@ -27,7 +27,7 @@ def tunable_values(graph: fx.Graph) -> list[fx.Node]:
 
 
 class Product(NamedTuple):
-    """``x · weightᵀ + bias``; ``x · weight + bias`` where ``transposed``, the weight standing as [inputs, outputs]."""
+    """``x · weightᵀ + bias``; if ``transposed``, ``x · weight + bias`` with a weight of shape [inputs, outputs]."""
 
     x: Any
     bias: Any
@@ -35,7 +35,7 @@ class Product(NamedTuple):
 
 
 def product_with(use: fx.Node, weight: fx.Node) -> Product | None:
-    """``use`` as a product of something else with the matrix ``weight``, or None."""
+    """Return ``use`` as a product of another value with the matrix ``weight``, or None if it is not one."""
     args = use.args
     if use.target is aten.linear.default and args[1] is weight and args[0] is not weight:
         return Product(args[0], args[2] if len(args) > 2 else None, transposed=False)
@@ -47,12 +47,12 @@ def product_with(use: fx.Node, weight: fx.Node) -> Product | None:
 
 
 def once(values: Sequence[Any]) -> list[Any]:
-    """One value for each point, or a single one where all points share it."""
+    """Return the points' values, reduced to a single one if all points share it."""
     return [values[0]] if all(v is values[0] for v in values) else list(values)
 
 
 def replace(graph: fx.Graph, uses: Sequence[fx.Node], fused: fx.Node, biases: Sequence[Any] | None = None) -> None:
-    """Put the outputs of ``fused``, one for each point and with its bias added, in the place of ``uses``."""
+    """Replace ``uses``, one for each point, by the outputs of ``fused``, with each point's bias added."""
     after = fused
     for p, use in enumerate(uses):
         with graph.inserting_after(after):

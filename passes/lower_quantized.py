@@ -1,4 +1,4 @@
-"""The points of a step share one product of each quantised weight: its codes are read once.
+"""Compute the product with each quantised weight once for all points, so that its codes are read once.
 
     before                                                  after
     y_0 = zowrap.int8_linear(x_0, codes, scale_0, b, t)     p = zowrap.int8_points([x_0, x_1], codes, [scale_0, …], …)
@@ -7,7 +7,7 @@
     theta = zowrap.perturb_codes(codes, key, …)             p = zowrap.codes_points([x_0, x_1], codes, scale, …, key, …)
     y_0 = zowrap.int8_linear(x_0, theta[0], scale, b, t)    y_0 = p[0];  y_1 = p[1]
 
-Integers add up exactly in any order and each row has its own scale, so the results are those of separate products.
+Integer sums are exact in any order and each row has its own scale, so the results equal those of separate products.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from zowrap.passes.manager import Pass
 
 
 class LowerQuantized(Pass):
-    """See the module."""
+    """Merge the points' quantised products; see the module docstring."""
 
     name = "lower_quantized"
 
@@ -35,11 +35,11 @@ class LowerQuantized(Pass):
         uses = graph.find_nodes(op="call_function", target=torch.ops.zowrap.int8_linear.default)
         twins: dict[str, list[fx.Node]] = {}
         for use in uses:
-            if "stream" in use.meta:
-                twins.setdefault(use.meta["stream"][0], []).append(use)
+            if "copy_of" in use.meta:
+                twins.setdefault(use.meta["copy_of"][0], []).append(use)
         stacked = perturbed = 0
         for group in twins.values():
-            group.sort(key=lambda use: use.meta["stream"][1])
+            group.sort(key=lambda use: use.meta["copy_of"][1])
             theta = _theta(group[0].args[1])
             if theta is not None:
                 _perturbed(graph, theta, group)
@@ -55,7 +55,7 @@ class LowerQuantized(Pass):
 
 
 def _theta(codes: Any) -> fx.Node | None:
-    """The ``perturb_codes`` that a point's codes come from."""
+    """Return the ``perturb_codes`` node that a point's codes come from, or None."""
     source = codes.args[0] if codes.target is operator.getitem else None
     return source if source is not None and source.target is torch.ops.zowrap.perturb_codes.default else None
 

@@ -1,4 +1,4 @@
-"""Runs passes in order, verifies after each, and names the one that broke something."""
+"""Run passes in order, verify the program after each, and name the pass that broke it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from zowrap.errors import ZOCaptureError, ZOInternalError
 
 
 class Pass:
-    """One rewrite. ``name`` is how ``inspect`` and errors call it.
+    """One rewrite of a program. ``inspect`` and errors refer to it by ``name``.
 
-    ``requires`` and ``ensures`` raise :class:`ZOInternalError` when the program is not what the pass needs or promises;
-    ``call`` rewrites ``program`` in place and returns a sentence about what it did.
+    ``requires`` and ``ensures`` raise :class:`ZOInternalError` if the program does not have the properties that the
+    pass needs or promises. ``call`` rewrites ``program`` in place and returns a short summary of its changes.
     """
 
     name = "pass"
 
     def requires(self, program: Program) -> None:
-        """Checked before ``call``."""
+        """Check the program before ``call``."""
 
     def call(self, program: Program) -> str:
         raise NotImplementedError(f"{type(self).__name__}.call")
 
     def ensures(self, program: Program) -> None:
-        """Checked after ``call``, beside the invariants of every program."""
+        """Check the program after ``call``, in addition to the invariants of every program."""
 
 
 def run(program: Program, passes: Sequence[Pass]) -> Program:
@@ -33,7 +33,7 @@ def run(program: Program, passes: Sequence[Pass]) -> Program:
 
     Raises:
         ZOCaptureError: a pass cannot handle the model; the message names the pass.
-        ZOInternalError: a pass broke an invariant; the message names it and those that ran before it.
+        ZOInternalError: a pass broke an invariant; the message names this pass and those that ran before it.
     """
     done: list[str] = []
     for step in passes:

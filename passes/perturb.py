@@ -1,4 +1,4 @@
-"""Matrices and embeddings: the perturbed weight is never formed.
+"""Fuse perturbations into matrix products, embeddings and heads, without forming the perturbed weight.
 
     before                                            after
     y_0 = linear(x_0, theta[0], b_0)                  p = zowrap.perturb_linear([x_0, x_1], w, key, …)
@@ -8,8 +8,8 @@
     s_0 = zowrap.ops.head(x_0, theta[0], …)               s = zowrap.perturb_head([x_0, x_1], w, key, …)
     s_1 = zowrap.ops.head(x_1, theta[1], …)               s_0 = s[0];  s_1 = s[1]
 
-Vectors keep ``zowrap.perturb``: they are small. So does any use without a cheaper form (convolutions, stacked expert
-weights): it costs one weight-sized temporary per point, and the note counts such uses.
+Vectors keep ``zowrap.perturb``, because they are small. Uses without a cheaper form (convolutions, stacked expert
+weights) keep it too, at the cost of one weight-sized temporary per point; the pass's note counts them.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ Rewrite = Callable[["Perturb", fx.Graph, fx.Node, list[fx.Node]], list[fx.Node]]
 
 
 class Perturb(Pass):
-    """See the module."""
+    """Replace uses of perturbed weights by fused operators; see the module docstring."""
 
     name = "perturb"
 
     def call(self, program: Program) -> str:
         graph = program.graph
-        streams: dict[tuple[str, int], fx.Node] = {n.meta["stream"]: n for n in graph.nodes if "stream" in n.meta}
+        copies: dict[tuple[str, int], fx.Node] = {n.meta["copy_of"]: n for n in graph.nodes if "copy_of" in n.meta}
         counts = {"matrix products": 0, "embeddings": 0, "heads": 0, "whole vectors": 0, "whole tensors": 0}
         for theta in graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb.default):
             values = sorted((u for u in theta.users if u.target is operator.getitem), key=lambda n: n.args[1])  # type: ignore[arg-type]
             for use in list(values[0].users):
-                if "stream" not in use.meta:  # a fused operator of an earlier pass
+                if "copy_of" not in use.meta:  # an operator fused by an earlier pass
                     continue
-                twins = [streams.get((use.meta["stream"][0], p)) for p in range(program.points)]
+                twins = [copies.get((use.meta["copy_of"][0], p)) for p in range(program.points)]
                 kind = _rewrite(graph, theta, values, [t for t in twins if t is not None], program.points)
                 if kind is not None:
                     counts[kind] += 1
@@ -53,7 +53,11 @@ class Perturb(Pass):
 
 
 def _rewrite(graph: fx.Graph, theta: fx.Node, values: list[fx.Node], uses: list[fx.Node], points: int) -> str | None:
-    """Replace one use (its twins at every point) by a fused operator; None where it has no cheaper form."""
+    """Replace one use, given as its copies at all points, by a fused operator.
+
+    Returns:
+        The kind of use, or None if it has no cheaper form and stays.
+    """
     weight = theta.args[0]
     if len(uses) != points or weight.meta["val"].ndim != 2:  # type: ignore[union-attr]
         return None

@@ -1,4 +1,4 @@
-"""Low-rank directions in the activations: neither the perturbed weight nor U Vᵀ is formed.
+"""Apply low-rank directions to the activations, without forming the perturbed weight or U Vᵀ.
 
     before                                 after
     y_0 = linear(x_0, theta[0], b_0)       y_0 = linear(x_0, w, b_0) + ((x_0 right) leftᵀ) * c_0
@@ -6,8 +6,8 @@
     s_0 = zowrap.ops.head(x_0, theta[0], …)    s_0 = zowrap.ops.head(x_0, w, (x_0 right) * c_0, left, …)
     theta[0] of a vector                   w + left * c_0
 
-with c_0 the first point's coefficient. The forward costs two thin products per matrix more than the plain one. Any
-other use keeps ``perturb_lowrank``, which forms the weight-sized tensor; the note counts such uses.
+Here c_0 is the first point's coefficient. The forward pass costs two more thin products per matrix than the plain one.
+Any other use keeps ``perturb_lowrank``, which forms a weight-sized tensor; the pass's note counts these uses.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from zowrap.passes.graph import product_with
 from zowrap.passes.manager import Pass
 
 aten = torch.ops.aten
-# Up to this rank the outer product is written out, so that it fuses into what comes next.
+# Up to this rank the outer product is unrolled, so that it fuses into the operations that follow.
 UNROLLED_RANK = 4
 
 
 class PerturbLowRank(Pass):
-    """See the module."""
+    """Replace uses of weights perturbed along low-rank directions; see the module docstring."""
 
     name = "perturb_lowrank"
 
@@ -50,7 +50,7 @@ class PerturbLowRank(Pass):
 
 
 class _Writer:
-    """Appends nodes one after another before ``use``, each with the layer and the stream of what it replaces."""
+    """Inserts nodes before the node ``before``, in order, each with the layer and the point of that node."""
 
     def __init__(self, graph: fx.Graph, before: fx.Node) -> None:
         self.graph, self.before = graph, before
@@ -58,18 +58,22 @@ class _Writer:
     def __call__(self, target: Any, *args: Any) -> fx.Node:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args)
-        for name in ("stream", "nn_module_stack"):
+        for name in ("copy_of", "nn_module_stack"):
             if name in self.before.meta:
                 node.meta[name] = self.before.meta[name]
         return node
 
     def to(self, node: Any, dtype: torch.dtype, wanted: torch.dtype) -> Any:
-        """``node``, which has ``dtype``, in the wanted one."""
+        """Convert ``node`` from ``dtype`` to the wanted dtype, if they differ."""
         return node if dtype == wanted else self(aten.to.dtype, node, wanted)
 
 
 def _rewrite(graph: fx.Graph, theta: fx.Node, value: fx.Node, use: fx.Node) -> str | None:
-    """Replace one use of one point's perturbed weight; None where it has no thin form."""
+    """Replace one use of one point's perturbed weight.
+
+    Returns:
+        The kind of use, or None if it has no form with thin products and stays.
+    """
     weight, left, right, coefficients = cast("tuple[Any, ...]", theta.args)
     if right is None or weight.meta["val"].ndim != 2:
         return None
@@ -106,7 +110,7 @@ def _rewrite(graph: fx.Graph, theta: fx.Node, value: fx.Node, use: fx.Node) -> s
 
 
 def _outer(write: _Writer, thin: fx.Node, other: Any, rank: int) -> fx.Node:
-    """``thin [..., rank] · other [n, rank]ᵀ``."""
+    """Write ``thin [..., rank] · other [n, rank]ᵀ``."""
     if rank > UNROLLED_RANK:
         return write(aten.matmul.default, thin, write(aten.t.default, other))
     total: fx.Node | None = None

@@ -1,10 +1,10 @@
-"""One direction for all → one direction for each example.
+"""Give each example of a batch its own direction.
 
     before                                    after
     program(ids [rows, n], factors [size])    vmap(program)(ids [rows, 1, n], factors [rows, size])
 
-The program is recorded again under ``torch.vmap`` over the examples: each sees itself as a batch of one, with its own
-factors, while the weights have no example dimension, so their products stay one product for the whole batch.
+The program is recorded again under ``torch.vmap`` over the examples. Each example is a batch of one with its own
+factors. The weights have no example dimension, so each product with a weight stays one product for the whole batch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from zowrap.passes.manager import Pass
 
 
 class Population(Pass):
-    """See the module. Inputs from the batch are per example, unless they have one row, which all examples share.
+    """Record the program again for each example; see the module docstring.
 
-    That is the rule of :func:`zowrap.loss.module.per_example_names`. Whether the model needs the sizes to be equal does
-    not matter: attention takes a mask of any number of rows.
+    Batch inputs are per example, except those with a single row, which all examples share, as in
+    :func:`zowrap.loss.module.per_example_names`. This holds even where the model does not require the numbers of rows
+    to agree: attention takes a mask with any number of rows.
     """
 
     name = "population"
@@ -89,7 +90,7 @@ class Population(Pass):
             raise ZOInternalError("a tensor was baked into the program")
 
     def _rows(self, program: Program) -> Any:
-        # The sizes of an input that nothing reads are symbols of their own.
+        # The sizes of unused inputs are separate symbols.
         placeholders = zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=True)
         named = {given.target: n.meta["val"] for given, n in placeholders if given.kind == "batch" and n.users}
         tensors = [v for v in (named.get("labels"), *named.values()) if isinstance(v, torch.Tensor) and v.ndim]
@@ -106,12 +107,12 @@ _FIXED = "recording it for each example would fix the size of its batches"
 
 
 class _Mapped(fx.Interpreter):
-    """Runs a graph under vmap: in place of operators that have no form there for sizes that vary, ones that do."""
+    """Runs a graph under vmap, replacing operators that vmap cannot handle with varying sizes."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.aten.sym_size.int:
             return args[0].shape[args[1]]
-        if target is torch.ops.aten.view.default:  # what is one block of memory for all examples may be several for one
+        if target is torch.ops.aten.view.default:  # one example's values need not be contiguous even if all are
             return args[0].reshape(args[1])
         if target is torch.ops.aten.layer_norm.default:
             return _layer_norm(*args[:5])
@@ -142,7 +143,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    if mask is not None:  # heads and queries may be broadcast: their dimensions stay, the batch's is given to each
+    if mask is not None:  # only the batch dimension is expanded: heads and queries may stay broadcast
         mask = mask.expand(query.shape[0], *mask.shape[1:])
     return torch.ops.zowrap.attention(query, key, value, mask, causal, scale, enable_gqa)
 
@@ -155,7 +156,10 @@ def _cross_entropy(
     ignored: int = -100,
     smoothing: float = 0.0,
 ) -> torch.Tensor | None:
-    """By logsumexp, ``reduction`` 0 none, 1 mean, 2 sum; None for weighted classes and smoothed labels."""
+    """Compute the cross-entropy from a logsumexp; return None for weighted classes and smoothed labels.
+
+    ``reduction`` is 0 for none, 1 for mean, 2 for sum.
+    """
     if weight is not None or smoothing or logits.ndim < 2:
         return None
     counted = labels != ignored
@@ -182,7 +186,7 @@ def _layer_norm(
 
 
 def _varies(value: torch.Tensor) -> bool:
-    """Whether the number of rows is still a symbol that nothing pinned down."""
+    """Return whether the number of rows is still a free symbol."""
     size = value.shape[0]
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 

@@ -1,17 +1,17 @@
-"""Each tunable weight of the active block → ``perturb(weight, key, coefficients)``.
+"""Replace each tunable weight of the active block by ``perturb(weight, key, coefficients)``.
 
     before                       after
     y = linear(x, w, b)          key = select(keys, 0, 17)
                                  theta = zowrap.perturb(w, [], key, scale, [], coefficients, kernel_key)
                                  y = linear(x, theta[0], b)
 
-With low-rank directions the noise is one input, ``factors``, and each weight takes its own part of it:
+With low-rank directions the noise is a single input, ``factors``, and each weight uses its own part of it:
 
     left = factors[a : b].view(rows, rank);  right = factors[b : c].view(columns, rank)
     theta = zowrap.perturb_lowrank(w, left, right, coefficients)
 
-A tied weight is one parameter: every placeholder that names its storage is replaced by the same ``theta``. Embedding
-and head then look along one direction and receive one update.
+A tied weight is one parameter: every placeholder of its storage is replaced by the same ``theta``. A tied embedding and
+head are thus perturbed along one direction and receive one update.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class UnusedBlock(ZOCaptureError):
 
 
 class SelectTunable(Pass):
-    """See the module.
+    """Perturb the tunable weights of one block; see the module docstring.
 
     Args:
         block: index of the active block.
         kernel_key: names the kernels (:mod:`zowrap.ops.kernels`).
-        points: how many evaluations the finished program makes.
-        scalar_names: what the rule's direction reads.
+        points: number of evaluations in the finished program.
+        scalar_names: names of the scalars that the rule's direction reads.
     """
 
     name = "select_tunable"

@@ -1,9 +1,9 @@
-"""Dropout, run-time assertions, aliases and full slices → nothing.
+"""Remove inactive dropout, run-time assertions, aliases and full slices.
 
-before                                              after
-d = dropout(x, 0.1, False)                          y = linear(x, w)
-_assert_tensor_metadata(d, None, None, int64)
-y = linear(alias(d), w)
+    before                                              after
+    d = dropout(x, 0.1, False)                          y = linear(x, w)
+    _assert_tensor_metadata(d, None, None, int64)
+    y = linear(alias(d), w)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DROPOUT = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropo
 
 
 class StripTraining(Pass):
-    """See the module."""
+    """Remove nodes that matter only in training; see the module docstring."""
 
     name = "strip_training"
 
@@ -49,7 +49,7 @@ class StripTraining(Pass):
         return f"removed {checks} assertions and {aliases} aliases or inactive dropouts"
 
     def ensures(self, program: Program) -> None:
-        """The two evaluations of a step must differ in the weights alone."""
+        """Check that nothing random is left: the evaluations of a step must differ only in the weights."""
         for node in program.graph.nodes:
             if isinstance(node, fx.Node) and _draws(node):
                 raise ZOCaptureError(f"the model draws random numbers in evaluation mode ({node.target})")
@@ -58,7 +58,7 @@ class StripTraining(Pass):
 
 
 def _keeps_everything(node: fx.Node) -> bool:
-    """An inactive dropout, or a slice from the start to the end."""
+    """Return whether the node is an inactive dropout or a slice from start to end."""
     if node.target in _DROPOUT:
         return not node.args[2]
     return node.target is aten.slice.Tensor and node.args[2:] in ((0, sys.maxsize), (0, sys.maxsize, 1))
@@ -69,7 +69,7 @@ def _draws(node: fx.Node) -> bool:
 
 
 def _fused_attention(node: fx.Node) -> bool:
-    """Attention has a dropout inside, which is what tags it; probability 0 draws nothing."""
+    """Return whether the node is attention without dropout: its tag says random, but probability 0 draws nothing."""
     if node.target is not aten.scaled_dot_product_attention.default:
         return False
     probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)

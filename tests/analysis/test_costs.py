@@ -1,4 +1,4 @@
-"""Predicted costs: against formulas, against a measured process, and the choice of a schedule."""
+"""Predicted costs agree with formulas and with a measured process, and the schedule is chosen by them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ SIZES = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 192}
 
 
 def opt(device: str) -> nn.Module:
-    """A language model, whose head and loss are one operator."""
+    """Return a language model; its head and loss become one operator."""
     config = T.OPTConfig(vocab_size=1024, ffn_dim=768, max_position_embeddings=256, word_embed_proj_dim=192, **SIZES)
     with torch.device(device):
         return T.OPTForCausalLM(config).eval()
 
 
 def bert(device: str) -> nn.Module:
-    """A classifier."""
+    """Return a classifier."""
     config = T.BertConfig(vocab_size=512, intermediate_size=768, max_position_embeddings=256, num_labels=3, **SIZES)
     with torch.device(device):
         return T.BertForSequenceClassification(config).eval()
@@ -61,7 +61,7 @@ def predicted(kind: str, rows: int, length: int, **options: Any) -> Costs:
 
 
 def measure_here(kind: str, sizes: list[list[int]]) -> list[tuple[int | None, int]]:
-    """For each size of batch, bytes that a step allocates at its peak here, and that it keeps for the next."""
+    """Measure, for each batch size, the peak bytes that a step allocates in this process, and those it keeps."""
     zm = zowrap.zo_wrap(MODELS[kind]("cpu"), "zo_sgd", engine="compiled")
     found = []
     for rows, length in sizes:
@@ -78,7 +78,7 @@ def measure_here(kind: str, sizes: list[list[int]]) -> list[tuple[int | None, in
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_predicted_memory_is_the_measured_one(kind: str) -> None:
-    """In a process whose allocator gives freed memory back at once: what it keeps for later is not the step's."""
+    """Measure in a process with an allocator that returns freed memory at once, so that only the step's is counted."""
     sizes = [[8, 64], [16, 128]]
     code = "import json; from tests.analysis.test_costs import measure_here; "
     code += f"print(json.dumps(measure_here({kind!r}, {sizes})))"
@@ -89,14 +89,14 @@ def test_predicted_memory_is_the_measured_one(kind: str) -> None:
         told = predicted(kind, rows, length).memory
         assert told.scratch == kept
         rest = told.peak - told.transient
-        assert transient >= 0.3 * (rest + transient)  # else the weights, which are exact, would hide what is predicted
+        assert transient >= 0.3 * (rest + transient)  # otherwise the weights would hide errors
         assert told.peak == pytest.approx(rest + transient, rel=0.1)
         assert told.transient == pytest.approx(transient, rel=0.1)
 
 
-def test_schedules_differ_by_one_stream() -> None:
+def test_schedules_differ_by_one_point() -> None:
     told = predicted("opt", 16, 128)
-    inner = 16 * 128 * 768 * 4  # the widest activation of a stream
+    inner = 16 * 128 * 768 * 4  # the widest activation of one point
     assert told.memory.peak == told.schedules["paired"]
     assert told.forward_transient >= inner
     alone = predicted("opt", 16, 128, memory="sequential")
@@ -107,7 +107,7 @@ def test_schedules_differ_by_one_stream() -> None:
 
 def test_state_and_weights_are_exact() -> None:
     model = opt("cpu")
-    size = sum(p.numel() * 4 for p in model.parameters())  # tied ones once
+    size = sum(p.numel() * 4 for p in model.parameters())  # tied ones count once
     assert weight_bytes(model) == size + sum(b.nbytes for b in model.buffers())
     told = predicted("opt", 2, 8, rule="zo_adam")
     assert told.memory.weights == weight_bytes(model)
@@ -124,21 +124,21 @@ def test_operations_are_those_of_the_products() -> None:
     products += 2 * rows * (length - 1) * width * vocabulary  # the last token predicts nothing
     attention = layers * 4 * rows * length**2 * width
     assert told.forwards.flops == 2 * (products + attention)
-    assert told.step.flops == told.forwards.flops  # no operation but theirs
+    assert told.step.flops == told.forwards.flops  # a step adds no operations
 
 
-def test_noise_is_drawn_once_for_both_streams_and_once_for_the_update() -> None:
+def test_noise_is_drawn_once_for_both_points_and_once_for_the_update() -> None:
     rows, length = 4, 32
     model = opt("meta")
     elements = {name: p.numel() for name, p in model.named_parameters()}
-    looked_up = 2 * rows * length * 192  # of the two embeddings the rows that are looked up
+    looked_up = 2 * rows * length * 192  # the looked-up rows of the two embeddings
     tables = sum(count for name, count in elements.items() if "embed_positions" in name)
     total = sum(elements.values())
     assert predicted("opt", rows, length).step.noise == total + total - tables + looked_up
     assert predicted("opt", rows, length, direction="lowrank(1)").step.noise < total / 20
 
 
-def test_every_weight_is_read_once_for_both_streams() -> None:
+def test_every_weight_is_read_once_for_both_points() -> None:
     told = predicted("bert", 2, 16)
     assert told.step.weight_bytes < 0.6 * told.forwards.weight_bytes
     assert told.step.update_bytes == 2 * sum(p.numel() * 4 for p in bert("meta").parameters())
@@ -186,7 +186,7 @@ def test_a_population_costs_without_weights() -> None:
 
 
 def empty(family: str) -> nn.Module:
-    """The family's model on the meta device; moved there, tied weights would come apart."""
+    """Build the family's model on the meta device, because moving a model there would untie its weights."""
     with torch.device("meta"):
         return make(family)
 
@@ -263,7 +263,7 @@ def test_a_cgroup_limits_what_is_free(tmp_path: Path) -> None:
 
 
 def test_a_graph_is_built_once_for_all_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Costs of another schedule or block reuse what was captured."""
+    """The costs of another schedule or block reuse the captured program."""
     captures: list[int] = []
     own = CompiledEngine.captured
     monkeypatch.setattr(CompiledEngine, "captured", lambda self, b: captures.append(1) or own(self, b))

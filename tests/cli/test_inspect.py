@@ -110,7 +110,7 @@ def test_programs_are_printed_after_each_pass(zowrap_cli: Cli, bare: dict[str, P
     assert all("def " in text for _, text in history)
 
 
-def test_a_picture_tells_streams_apart(zowrap_cli: Cli, bare: dict[str, Path], tmp_path: Path) -> None:
+def test_a_picture_tells_points_apart(zowrap_cli: Cli, bare: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "step.html"
     told = zowrap_cli("inspect", bare["causal"], "--html", file)
     assert told.code == 0 and "step.html written" in told.err
@@ -132,7 +132,7 @@ def test_a_picture_tells_streams_apart(zowrap_cli: Cli, bare: dict[str, Path], t
         ("--load-in-8bit", "--quantized", "codes"),
     ],
 )
-def test_every_picture_of_two_points_has_both_streams(
+def test_every_picture_of_two_points_has_both(
     zowrap_cli: Cli, bare: dict[str, Path], tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     file = tmp_path / "step.html"

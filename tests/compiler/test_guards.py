@@ -98,7 +98,7 @@ def test_a_number_that_each_point_has_another_one_of_is_not_taken_from_the_first
     if of == "batch":
         losses = [zm.step(**inputs).losses for zm in made]
     else:
-        with pytest.warns(zowrap.errors.ZOWarning, match=r"makes a Python number of a tensor .*\.item"):
+        with pytest.warns(zowrap.errors.ZOWarning, match=r"turns a tensor .* into a Python number .*\.item"):
             losses = [zm.step(**inputs).losses for zm in made]
     assert torch.allclose(*losses, rtol=1e-5)
     assert made[1].inspect().engine == ("compiled" if of == "batch" else "eager")

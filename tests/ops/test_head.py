@@ -1,4 +1,4 @@
-"""The fused head: the cross-entropy of the logits that it never holds."""
+"""The fused head computes the cross-entropy of logits without storing them all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASSES, WIDTH = 301, 17
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks, the last one shorter."""
+    """Cut heads into several chunks, the last one shorter."""
     monkeypatch.setattr(scratch, "CHUNK_ROWS", 40)
     monkeypatch.setattr(scratch, "LEAST_ELEMENTS", 1)
 
@@ -130,7 +130,7 @@ def test_heads_of_language_models_are_fused(name) -> None:
 
 
 class Capped(nn.Module):
-    """What stands between head and loss: a soft cap."""
+    """A model with a soft cap between head and loss."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which runs share compiled kernels: those whose arithmetic is the same for certain, and no others."""
+"""Runs share compiled kernels if and only if their arithmetic is certain to be the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zowrap.step import directions
 
 
 def hand_made(factor: float) -> Rule:
-    """Rules that call themselves alike and differ inside."""
+    """Make a rule with a fixed name and a body that depends on ``factor``."""
 
     def leaf(w, g, slots, c, hyper):
         return w - factor * hyper["lr"] * g, slots
@@ -79,7 +79,7 @@ def test_other_directions_do_not() -> None:
     ]
     assert len({key(rules.zo_sgd(), name) for name in names}) == len(names)
     assert key(rules.zo_sgd(), "cone(1.0)") == key(rules.zo_sgd(), " cone( theta = 1.0 )")
-    mine = directions.Direction("gaussian", "rademacher")  # a name says nothing
+    mine = directions.Direction("gaussian", "rademacher")  # a name identifies nothing
     assert key(rules.zo_sgd(), mine) != key(rules.zo_sgd())
     assert key(rules.zo_sgd(), directions.Direction("gaussian", scale=lambda *_: torch.ones(()))) != key(rules.zo_sgd())
 
@@ -91,7 +91,7 @@ def test_other_shapes_do_not() -> None:
 @pytest.mark.parametrize("wrapped", [lambda rule: rule, with_masters], ids=["plain", "with masters"])
 @pytest.mark.parametrize("direction", SHAPING)
 def test_rules_from_elsewhere_never_share(direction: str, wrapped: Callable[[Rule], Rule]) -> None:
-    """Equal names and hyper-parameters, other functions; and none shares with the rule that it is called after."""
+    """They differ from each other and from the rule of ours with the same name and hyper-parameters."""
     made = [wrapped(each) for each in (hand_made(1.0), hand_made(2.0), rules.zo_sgd())]
     assert made[0].describe() == made[1].describe() == made[2].describe()
     assert len({key(rule, direction) for rule in made}) == 3
@@ -109,7 +109,7 @@ def test_rules_from_elsewhere_never_share(direction: str, wrapped: Callable[[Rul
 def test_a_changed_copy_of_a_rule_does_not_pass_for_it(change: Callable[[Rule], Rule]) -> None:
     rule = rules.zo_sgd()
     changed = change(rule)
-    assert (key(changed) == key(rule)) == (change is copy.deepcopy)  # a whole copy has the same functions
+    assert (key(changed) == key(rule)) == (change is copy.deepcopy)  # a deep copy has the same functions
     assert key(change(hand_made(1.0))) not in {key(hand_made(1.0)), key(rule)}
 
 

@@ -1,4 +1,4 @@
-"""The one table of operators: each says all there is to it where it is defined, and nothing else keeps a list."""
+"""The table of operators: each operator declares its traits and cost where it is defined, and no other list exists."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_operator_has_a_fake(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_traits_agree_with_the_schema(name: str) -> None:
-    """What is said to be written, and nothing else, is mutable; results for all points come as a list."""
+    """Exactly the arguments declared as written are mutable, and results for all points are a list."""
     made = OPERATORS[name]
     schema = made.overload._schema
     mutable = [each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write]
@@ -60,7 +60,7 @@ def test_traits_agree_with_the_schema(name: str) -> None:
 
 
 def test_costs_are_of_one_call() -> None:
-    """Against numbers that were counted by hand."""
+    """Compare costs with numbers counted by hand."""
     x, w, points = torch.empty(2, 5, 3), torch.empty(7, 3), torch.zeros(2)
     arguments = {"x": [x], "w": w, "coefficients": points, "transposed": False, "result": [torch.empty(2, 5, 7)] * 2}
     product = OPERATORS["perturb_linear"]
@@ -80,7 +80,7 @@ def test_costs_are_of_one_call() -> None:
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of the table, which is thrown away with what a test adds to it."""
+    """Replace the table by a copy, which is discarded with everything a test adds to it."""
     monkeypatch.setattr(custom_op, "OPERATORS", {**custom_op.OPERATORS})
     monkeypatch.setattr(custom_op, "_by_target", {**custom_op._by_target})
 
@@ -98,7 +98,7 @@ def test_a_new_operator_is_known_to_passes_and_analysis() -> None:
         ),
     )
     def perturb(count: int, matrix: Tensor) -> list[Tensor]:
-        """Copies."""
+        """Return copies of a matrix."""
         return [matrix.clone() for _ in range(count)]
 
     @perturb.register_fake
@@ -113,9 +113,9 @@ def test_a_new_operator_is_known_to_passes_and_analysis() -> None:
     assert tunable_values(graph) == values and written_weights(graph) == []
     inputs = [Input("matrix", "parameter", "matrix")]
     program = Program(fx.GraphModule(torch.nn.Module(), graph), inputs, {}, FakeTensorMode(), points=2)
-    streams = html.streams_of(program)
+    kinds = html.points_of(program)
     copied = {n.name: n for n in program.graph.nodes}
-    assert streams[copied[node.name]] == html.ALL and [streams[copied[v.name]] for v in values] == ["s0", "s1"]
+    assert kinds[copied[node.name]] == html.ALL and [kinds[copied[v.name]] for v in values] == ["s0", "s1"]
     assert operators.is_called(perturb.overload) and operators.looks_up(perturb.overload)
     w = torch.empty(4, 3)
     cost = operators.operator_cost(node, (2, w), {}, [w, w], counted=0)
@@ -126,7 +126,7 @@ def test_a_new_operator_is_known_to_passes_and_analysis() -> None:
 def test_a_new_operator_that_writes_is_one_of_the_epilogue() -> None:
     @operator("test_write_", traits=Traits(writes="matrix"), cost=Cost(), mutates=("matrix",))
     def write(factor: float, matrix: Tensor) -> None:
-        """In place."""
+        """Write in place."""
         matrix.mul_(factor)
 
     graph = fx.Graph()
@@ -158,7 +158,7 @@ def test_names_that_the_operator_does_not_have_are_refused(traits: Traits, cost:
 
 
 def lists_of_operators(source: str) -> Iterator[int]:
-    """Lines of the displays (sets, lists, tuples, dictionaries' keys or values) that name two or more operators."""
+    """Yield lines of displays (sets, lists, tuples, keys or values of dictionaries) that name two or more operators."""
     tree = ast.parse(source)
     aliases = {"torch.ops.zowrap"}
     for node in ast.walk(tree):
@@ -186,7 +186,7 @@ def _pairs(node: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 
 def _is_assigned_apart(node: ast.AST, tree: ast.AST) -> bool:
-    """Whether a tuple is the right side of ``a, b = x, y``: names, not a list."""
+    """Return whether a tuple is the right side of ``a, b = x, y``, which is no list of operators."""
     assigns = (each for each in ast.walk(tree) if isinstance(each, ast.Assign) and each.value is node)
     return any(isinstance(target, ast.Tuple) for each in assigns for target in each.targets)
 

@@ -1,4 +1,4 @@
-"""Scratch memory is one per thread, and chunks cover what there is."""
+"""Each thread has its own scratch buffers, and chunks cover every row."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_threads_do_not_share_scratch() -> None:
 
 
 def test_models_may_step_side_by_side_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six steps of each of two, at the same time and one after the other: the same losses bit for bit."""
+    """Two models take six steps each, concurrently and then in sequence, with the same losses bit for bit."""
 
     def losses(zm: zowrap.ZOModel) -> list[float]:
         return [float(zm.step(**batch("opt", 4, 9, seed=i)).loss) for i in range(6)]

@@ -1,4 +1,4 @@
-"""What holds for every test of a pass: shapes are recomputed after it, and nothing is compiled."""
+"""Fixtures for all tests of passes: shapes are recomputed after each pass, and nothing is compiled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zowrap.compiler import program
 
 @pytest.fixture(scope="module", autouse=True)
 def check_shapes_and_compile_nothing() -> Iterator[None]:
-    """For a whole file, whose tests share programs."""
+    """Apply to a whole test file, because its tests share programs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "CHECK_SHAPES", True)
         compile_nothing(patch)

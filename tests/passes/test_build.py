@@ -1,4 +1,4 @@
-"""Which passes make the program of a step, and that together they evaluate every point."""
+"""The passes that build the program of a step run in order, and together they evaluate every point."""
 
 from __future__ import annotations
 

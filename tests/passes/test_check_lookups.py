@@ -1,4 +1,4 @@
-"""Every index that a batch brings is looked at before it is used; nothing else is."""
+"""Every index that comes from the batch is checked before it is used, and no other index is."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ROWS, CLASSES = 9, 6
 
 
 class Lookups(nn.Module):
-    """An embedding and a table read by the same ids, then classes."""
+    """A model that reads an embedding and a table by the same ids, then predicts classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def first_label(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 def labelled(rows: int = 5) -> dict[str, Tensor]:
     batch = tokens(rows, vocabulary=CLASSES)
-    batch["labels"][0, 0] = -100  # ignored, and no mistake
+    batch["labels"][0, 0] = -100  # ignored, not an error
     return batch
 
 

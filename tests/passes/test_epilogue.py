@@ -1,4 +1,4 @@
-"""The update rule as a program: each active parameter is written once, and with the oracle's numbers."""
+"""The epilogue writes each active parameter once, with the same numbers as the eager oracle."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_text_of_two_layers(options, expected) -> None:
 
 
 def updates(epilogue: Epilogue) -> dict[str, list[str]]:
-    """Which weights each operator writes, in order."""
+    """Return the weights that each operator writes, in order."""
     found: dict[str, list[str]] = {}
     for node in epilogue.graph_module.graph.nodes:
         if node.op == "call_function" and "update" in str(node.target):
@@ -136,7 +136,7 @@ RUNS = {
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_it_writes_what_the_eager_engine_writes(options, dtype) -> None:
-    """Interpreted node by node, the update of the same projected gradients is the oracle's."""
+    """Interpreted node by node, the epilogue and the oracle update alike for the same projected gradients."""
     models = []
     for engine in ("compiled", "eager"):
         torch.manual_seed(0)

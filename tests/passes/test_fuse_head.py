@@ -1,4 +1,4 @@
-"""A vocabulary head and its loss become one operator; anything else is written out and computes the same."""
+"""A vocabulary head and its loss become one operator; other losses are written out and compute the same values."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ WRITTEN_OUT = {
 
 
 class Words(nn.Module):
-    """An embedding and a head over a vocabulary."""
+    """A model with an embedding and a vocabulary head."""
 
     def __init__(self, classes: int = LEAST_CLASSES) -> None:
         super().__init__()
@@ -114,14 +114,14 @@ def test_a_head_and_its_loss_are_one_operator() -> None:
 
 
 class Capped(Words):
-    """What stands between head and loss: a soft cap."""
+    """A model with a soft cap between head and loss."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return 5 * torch.tanh(super().forward(ids) / 5)
 
 
 def with_penalty(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """A second reader of the logits."""
+    """Compute a loss that reads the logits a second time."""
     logits = model(batch["ids"])
     sums, counts = token_losses(logits[:, :-1], batch["labels"][:, 1:])
     return sums / counts + 0.01 * logits.square().mean((1, 2))

@@ -1,4 +1,4 @@
-"""What passes ask of a graph: perturbed weights, products with a weight, what the points share."""
+"""The graph helpers of passes: find perturbed weights, recognise products, share values between points."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_uses_are_replaced_by_the_outputs_of_one_operator_with_their_own_biases(
     x, w, b = (graph.placeholder(name) for name in ("x", "w", "b"))
     uses = [graph.call_function(aten.linear.default, (x, w, b)), graph.call_function(aten.linear.default, (x, w))]
     for point, use in enumerate(uses):
-        use.meta.update(stream=("linear", point), nn_module_stack={"a": ("a", nn.Linear)})
+        use.meta.update(copy_of=("linear", point), nn_module_stack={"a": ("a", nn.Linear)})
     total = graph.call_function(aten.add.Tensor, tuple(uses))
     graph.output(total)
     with graph.inserting_before(uses[0]):
@@ -87,7 +87,7 @@ def test_uses_are_replaced_by_the_outputs_of_one_operator_with_their_own_biases(
     first, second = total.args
     assert first.target is aten.add.Tensor and first.args[1] is b
     assert second.target is operator.getitem and second.args == (fused, 1)
-    assert [node.meta["stream"] for node in (first, second)] == [("linear", 0), ("linear", 1)]
+    assert [node.meta["copy_of"] for node in (first, second)] == [("linear", 0), ("linear", 1)]
     assert not graph.find_nodes(op="call_function", target=aten.linear.default)
     values = torch.randn(3, 4), torch.randn(2, 4), torch.randn(2)
     got = fx.GraphModule(nn.Module(), graph)(*values)

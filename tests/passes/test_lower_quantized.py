@@ -1,4 +1,4 @@
-"""The points of a step share one product of each quantised weight; values are those of separate products."""
+"""The points of a step share one product with each quantised weight; the values equal those of separate products."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:quantized='codes' rounds every w
 
 
 class TwoQuantized(nn.Module):
-    """Two 8-bit layers, the second with a bias."""
+    """A model of two 8-bit layers, the second with a bias."""
 
     def __init__(self, threshold: float = 0.0) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class TwoQuantized(nn.Module):
 
 def quantized(**options: Any) -> nn.Module:
     torch.manual_seed(0)
-    return TwoQuantized(**options).to("cpu")  # which is when the library quantises
+    return TwoQuantized(**options).to("cpu")  # the library quantises in this call
 
 
 def inputs(rows: int = 5) -> dict[str, Tensor]:
@@ -223,7 +223,7 @@ def test_along_scales_values_are_those_of_separate_products_bit_for_bit(points, 
 
 @pytest.mark.parametrize("points", [2, 3])
 def test_along_codes_the_change_of_the_weights_is_added_to_the_product_of_the_codes(points) -> None:
-    """The oracle: the library's product of the codes, and a plain one with what the weights move by."""
+    """The oracle adds two products: the library's with the codes, and a plain one with the change of the weights."""
     zm, program = prepared("codes", points)
     lowered, batch = after(program, LowerQuantized()), inputs()
     *losses, _ = evaluate(lowered, zm, batch)

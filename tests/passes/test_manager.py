@@ -18,7 +18,7 @@ def program():
 
 
 class Recorded(Pass):
-    """Writes down when each of its parts is called."""
+    """Records the calls of its methods."""
 
     def __init__(self, name: str, calls: list[str]) -> None:
         self.name, self.calls = name, calls
@@ -66,7 +66,7 @@ def test_dead_code_goes_after_a_pass(program) -> None:
 
 
 class Breaks(Pass):
-    """Does to the program what no pass may."""
+    """Breaks the program in a way that no pass may."""
 
     name = "breaks"
 

@@ -1,4 +1,4 @@
-"""No matrix is perturbed whole: its products, rows and head take the noise on the way."""
+"""No perturbed copy of a matrix is formed: products, look-ups and heads add the noise themselves."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ TWO_LAYERS = TwoLayers()
 
 
 class Turned(nn.Module):
-    """Matrices that stand as [inputs, outputs]: ``addmm``, ``mm`` and ``matmul``."""
+    """A model with matrices of shape [inputs, outputs], used by ``addmm``, ``mm`` and ``matmul``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Turned(nn.Module):
 
 
 class Words(nn.Module):
-    """An embedding and a vocabulary head."""
+    """A model with an embedding and a vocabulary head."""
 
     def __init__(self, bias: bool = True) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def cross_entropy(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 class Whole(nn.Module):
-    """A convolution, and a matrix that is also read by itself: neither has a cheaper form."""
+    """A model with a convolution and a matrix that is also read directly; neither has a cheaper form."""
 
     def __init__(self) -> None:
         super().__init__()

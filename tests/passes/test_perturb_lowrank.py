@@ -1,4 +1,4 @@
-"""Low-rank directions enter as thin products: no perturbed weight, and no product of the factors, is formed."""
+"""Low-rank directions become thin products; neither a perturbed weight nor a product of the factors is formed."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def forward(a_weight, b_weight, batch_x, factors, coefficients):
 
 
 class TwoMatrices(TwoLayers):
-    """Two layers without biases."""
+    """A model of two layers without biases."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -125,8 +125,8 @@ def test_operators_before_and_after() -> None:
     _, program = prepared(TWO_LAYERS)
     thin = after(program, PerturbLowRank())
     assert change(operators(program), operators(thin)) == {
-        "aten.add.Tensor": 8,  # of each of four parameters at two points
-        "aten.matmul": 4,  # of each of two matrices at two points
+        "aten.add.Tensor": 8,  # four parameters at two points
+        "aten.matmul": 4,  # one for each of two matrices at two points
         "aten.mul.Tensor": 12,
         "aten.select.int": 12,
         "aten.slice.Tensor": 4,
@@ -177,7 +177,7 @@ def test_losses_are_those_of_the_program_before_and_of_weights_moved_by_hand(
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 2e-2), (torch.float64, 1e-6)], ids=str)
 def test_other_precisions(dtype, rtol) -> None:
-    """The change of a 16-bit product is added in float32 and rounded once; float64 keeps its digits."""
+    """A 16-bit product gets its change added in float32 and is rounded once; float64 keeps its precision."""
 
     def batch() -> Batch:
         return {"x": numbers()["x"].to(dtype)}

@@ -1,4 +1,4 @@
-"""One direction for all becomes one direction for each example; products with the weights stay one for the batch."""
+"""Each example gets its own direction, and each product with a weight stays one product for the whole batch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from zowrap.passes.population import Population
 from zowrap.passes.split_streams import SplitStreams
 from zowrap.passes.strip_training import StripTraining
 
-BEFORE = LOW_RANK  # the program as the pass for low-rank directions leaves it
+BEFORE = LOW_RANK  # the program after the pass for low-rank directions
 
 AFTER = """
 def forward(arg0_1, arg1_1, arg2_1, arg3_1, arg4_1):
@@ -113,7 +113,7 @@ def prepared(
 
 @functools.cache
 def mapped_of(model: nn.Module, batch: Callable[[], Batch] = numbers, loss_fn: LossFn = mean_square):
-    """The wrapped model, its program before the pass, and after it."""
+    """Return the wrapped model and its programs before and after the pass."""
     zm, program = prepared(model, batch, loss_fn)
     return zm, program, after(program, Population())
 
@@ -149,7 +149,7 @@ def test_factors_and_what_has_rows_are_per_example() -> None:
 
 
 class Normed(nn.Module):
-    """What has a form of its own under vmap: a norm, attention, a concatenation, a gather, a loss of classes."""
+    """A model of all operations with a special form under vmap: norm, attention, concatenation, gather, class loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,21 +226,21 @@ def test_full_rank_directions_are_refused() -> None:
 
 
 def test_a_second_time_is_refused() -> None:
-    """The factors have a row for each example already."""
+    """After one run the factors already have a row for each example."""
     _, program = prepared(TWO_LAYERS)
     with pytest.raises(ZOCaptureError, match="cannot give each example a direction of its own"):
         after(program, Population(), Population())
 
 
 class Branching(TwoLayers):
-    """A forward that asks for the number of rows, and is captured for that number alone."""
+    """A model that branches on the number of rows, and is captured for that number only."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if x.shape[0] == 5 else -x)
 
 
 class Joined(TwoLayers):
-    """A forward that needs five rows together."""
+    """A model that needs five rows at once."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.reshape(5, 3))

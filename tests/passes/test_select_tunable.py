@@ -1,4 +1,4 @@
-"""Each weight that moves is perturbed once, along its own direction, whatever its uses and its names."""
+"""Each tunable weight is perturbed once, along its own direction, however many uses and names it has."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_the_loss_is_that_of_weights_moved_by_hand(direction) -> None:
 
 
 def test_a_rule_may_read_its_state_and_numbers_of_the_step() -> None:
-    """The momentum of a cone has the parameter's shape; its two numbers are of the whole step."""
+    """The cone direction reads a momentum of the parameter's shape and two numbers of the step."""
     zm, program = prepared(rule="conmezo")
     names = ["momentum", "noise"]
     selected = after(program, select(zm, scalars=names))
@@ -179,7 +179,7 @@ def test_a_rule_may_read_one_number_of_each_parameter() -> None:
 
 
 class Tied(nn.Module):
-    """One matrix under two names, used in both layers."""
+    """A model of two layers that share one matrix under two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ def test_only_the_active_block_is_perturbed() -> None:
 
 
 class Unused(TwoLayers):
-    """A layer that the loss does not depend on."""
+    """A model with a layer that the loss does not depend on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ def test_a_block_that_the_loss_does_not_read_is_named() -> None:
 
 @pytest.mark.parametrize("direction", ["gaussian", "lowrank(1)"])
 def test_a_second_time_is_refused(direction) -> None:
-    """It would look along one direction twice."""
+    """A second run would perturb each weight twice."""
     zm, program = prepared(direction=direction)
     with pytest.raises(ZOInternalError, match=r"pass select_tunable \(after select_tunable\) broke the program"):
         after(program, select(zm), select(zm))

@@ -1,4 +1,4 @@
-"""One stream for each point; what no perturbation reaches is computed once."""
+"""Each point has its own copy of the evaluation; nodes that no perturbation reaches are computed once."""
 
 from __future__ import annotations
 
@@ -109,13 +109,13 @@ def test_below_the_active_block_everything_is_shared() -> None:
     split = after(program, SplitStreams(2))
     added = change(operators(program), operators(split))
     assert added["aten.linear"] == 1 and "aten.tanh" not in added
-    assert split.notes["split_streams"].startswith("7 nodes in 2 streams, 6 shared")
+    assert split.notes["split_streams"].startswith("7 nodes at 2 points, 6 shared")
 
 
 def test_what_comes_of_the_batch_alone_is_computed_once() -> None:
     class Masked(TwoLayers):
         def forward(self, x: Tensor) -> Tensor:
-            positions = (x > 0).cumsum(1).to(x.dtype)  # as a transformer counts them out of its mask
+            positions = (x > 0).cumsum(1).to(x.dtype)  # as a transformer derives them from its mask
             return self.b(torch.tanh(self.a(x + positions))) * positions.sum(1, keepdim=True)
 
     zm, program = prepared(Masked())
@@ -129,7 +129,7 @@ def test_what_comes_of_the_batch_alone_is_computed_once() -> None:
 
 
 @pytest.mark.parametrize("points", [1, 2, 3])
-def test_each_stream_is_the_loss_at_its_own_point(points) -> None:
+def test_each_copy_is_the_loss_at_its_own_point(points) -> None:
     zm, program = prepared(points=points)
     split = after(program, SplitStreams(points))
     for rows in (5, 3):
@@ -141,15 +141,15 @@ def test_each_stream_is_the_loss_at_its_own_point(points) -> None:
 def test_every_copy_says_which_node_and_point_it_is() -> None:
     _, program = prepared()
     split = after(program, SplitStreams(2))
-    streams: dict[str, list[int]] = {}
+    copies: dict[str, list[int]] = {}
     for node in split.graph.nodes:
-        if "stream" in node.meta:
-            streams.setdefault(node.meta["stream"][0], []).append(node.meta["stream"][1])
-    assert streams.pop("ones_like") == [0], "the weights of the rows are the first stream's"
-    assert len(streams) == 10 and all(points == [0, 1] for points in streams.values())
+        if "copy_of" in node.meta:
+            copies.setdefault(node.meta["copy_of"][0], []).append(node.meta["copy_of"][1])
+    assert copies.pop("ones_like") == [0], "the weights of the rows are those of the first point"
+    assert len(copies) == 10 and all(points == [0, 1] for points in copies.values())
 
 
-def test_sizes_are_the_same_in_every_stream() -> None:
+def test_sizes_are_the_same_at_every_point() -> None:
     class Counted(TwoLayers):
         def forward(self, x: Tensor) -> Tensor:
             y = super().forward(x)
@@ -175,11 +175,11 @@ def test_a_program_without_perturbed_weights_is_refused() -> None:
 
 
 def test_a_python_number_of_what_moves_is_refused() -> None:
-    """Each point has a number of its own, and Python can follow one alone."""
+    """The number differs at each point, and Python can follow only one value."""
     _, program = prepared()
     program = program.clone()
     (mean,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.mean.dim)
     with program.graph.inserting_after(mean):
         program.graph.call_function(torch.ops.aten.item.default, (mean,))
-    with pytest.raises(ZOCaptureError, match=r"makes a Python number of a tensor that depends on what moves"):
+    with pytest.raises(ZOCaptureError, match=r"turns a tensor that depends on the moving weights into a Python number"):
         after(program, SplitStreams(2))

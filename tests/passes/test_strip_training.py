@@ -1,4 +1,4 @@
-"""Dropout, assertions and aliases leave the program; what draws random numbers is refused."""
+"""Dropout, assertions and aliases are removed from the program; operators that draw random numbers are refused."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def forward(a_weight, a_bias, b_weight, b_bias, batch_x):
 
 
 class Trained(TwoLayers):
-    """Two layers with everything between them that training leaves behind."""
+    """A model of two layers, with all kinds of nodes that the pass removes between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,14 +108,14 @@ def test_a_slice_that_leaves_something_out_stays() -> None:
 
 
 class Noisy(TwoLayers):
-    """A dropout that evaluation mode does not switch off."""
+    """A model with a dropout that evaluation mode does not switch off."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(nn.functional.dropout(torch.tanh(self.a(x)), 0.1, training=True))
 
 
 class Attending(TwoLayers):
-    """Attention with a dropout of its own."""
+    """A model with dropout inside its attention."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()

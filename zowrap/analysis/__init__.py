@@ -1,8 +1,8 @@
-"""What a step costs, without running it.
+"""Compute the costs of a step without running it.
 
-``operators`` what single operators compute, draw and hold
-``region``    memory and work of one region
-``program``   of a whole program at the sizes of a batch
-``costs``     of a step, beside two plain forwards
-``html``      a program as a page
+``operators`` the work, random numbers and memory of single operators
+``region``    the memory and work of one region
+``program``   the memory and work of a whole program at the sizes of a batch
+``costs``     the costs of a step, compared with two plain forwards
+``html``      draws a program as a web page
 """

@@ -1,8 +1,8 @@
-"""What a step costs, from shapes alone: operations, bytes, random numbers and peak memory, beside two plain forwards.
+"""Compute the costs of a step from shapes alone: operations, bytes, random numbers and peak memory.
 
-Nothing is computed and no weight is read, so a model on the ``meta`` device serves: one that does not fit can be asked
-about. The programs are those that the compiled engine runs; what they hold in memory follows their regions
-(:mod:`zowrap.compiler.regions`) from call to call, and inside a region :mod:`zowrap.analysis.region`.
+Nothing is executed and no weight is read, so the model may be on the ``meta`` device, and models that do not fit into
+memory can be analysed. The programs are those of the compiled engine. Their memory is tracked from region to region
+(:mod:`zowrap.compiler.regions`), and inside each region by :mod:`zowrap.analysis.region`.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from zowrap.step.lowrank import matrix_shape
 from zowrap.step.parameters import weight_bytes
 from zowrap.step.step_directions import groups
 
-SAMPLED_BLOCKS = 5  # of many blocks so many are looked at; between them costs are taken to grow evenly
+SAMPLED_BLOCKS = 5  # with more blocks, only this many are analysed and the others interpolated
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of memory of a step.
+    """Memory of a step, in bytes.
 
     Attributes:
-        weights: parameters and buffers, each storage once.
-        state: the rule's.
-        scratch: kept from step to step by the operators.
-        transient: activations and whatever else a step allocates and frees, at its peak.
+        weights: parameters and buffers, each storage counted once.
+        state: state of the rule.
+        scratch: buffers that operators keep from step to step.
+        transient: peak of the memory that a step allocates and frees, such as activations.
     """
 
     weights: int
@@ -55,15 +55,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one step on one batch costs.
+    """The costs of one step on one batch.
 
     Attributes:
-        sizes: of the batch's tensors, by name.
-        step: the whole step, the update included; with blocks the mean over all of them.
-        forwards: two plain forwards of the same batch.
-        memory: under the schedule in use; with blocks of the block that needs most.
+        sizes: sizes of the batch's tensors, by name.
+        step: work of the whole step, including the update; the mean over all blocks.
+        forwards: work of two plain forwards of the same batch.
+        memory: memory under the schedule in use, for the block that needs most.
         schedules: peak bytes under ``"paired"`` and ``"sequential"``.
-        forward_transient: bytes that one plain forward allocates and frees.
+        forward_transient: peak bytes that one plain forward allocates and frees.
     """
 
     sizes: dict[str, tuple[int, ...]]
@@ -74,12 +74,13 @@ class Costs:
     forward_transient: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON.
+        """Return the costs as a dictionary for JSON.
 
         ``{"batch": {name: [sizes]}, "step": work, "two_forwards": work, "flops_ratio", "bytes_ratio", "memory":
-        {"weights", "state", "scratch", "transient", "peak", "forward_transient", "paired", "sequential"}}`` with
-        ``work`` being ``{"flops", "bytes", "weight_bytes", "activation_bytes", "update_bytes", "noise"}``: whole
-        numbers, memory in bytes; ``noise`` counts random numbers, ``paired`` and ``sequential`` are peaks.
+        {"weights", "state", "scratch", "transient", "peak", "forward_transient", "paired", "sequential"}}``, where
+        ``work`` is ``{"flops", "bytes", "weight_bytes", "activation_bytes", "update_bytes", "noise"}``. Numbers other
+        than ratios are integers, and memory is in bytes. ``noise`` counts random numbers; ``paired`` and
+        ``sequential`` are peaks.
         """
         return {
             "batch": {name: list(shape) for name, shape in self.sizes.items()},
@@ -103,11 +104,11 @@ def _record(work: Work) -> dict[str, int]:
 
 
 class Order(Protocol):
-    """In which order a step evaluates its points, see :mod:`zowrap.model.schedule`."""
+    """The order in which a step evaluates its points, see :mod:`zowrap.model.schedule`."""
 
     @property
     def sequential(self) -> bool:
-        """One point at a time, in place of both sides of a direction together."""
+        """Whether points are evaluated one at a time instead of both sides of a direction together."""
         ...
 
 
@@ -115,16 +116,16 @@ class CostModel:
     """The costs of a wrapped model's step on batches of given sizes.
 
     Args:
-        job, engine, schedule: of a model under the compiled engine, on any device.
-        batch: tensors of the sizes asked about; on the ``meta`` device, and nothing is read of others either.
+        job, engine, schedule: those of a model that uses the compiled engine, on any device.
+        batch: tensors of the given sizes, on the ``meta`` or any other device; their values are not read.
 
     Raises:
-        ZOCaptureError: the model cannot be captured, or sizes follow from its data.
+        ZOCaptureError: the model cannot be captured, or its sizes depend on its data.
     """
 
     def __init__(self, job: Job, engine: Engine, schedule: Order, batch: Batch) -> None:
         if not isinstance(engine, CompiledEngine):
-            raise ZOCaptureError("costs are those of the compiled engine, and this model runs eagerly")
+            raise ZOCaptureError("costs are only computed for the compiled engine, but this model runs eagerly")
         if engine.fallen_back is not None:
             raise ZOCaptureError(f"this model runs eagerly, because {engine.fallen_back}")
         self.job, self.engine, self.schedule, self.batch = job, engine, schedule, batch
@@ -135,7 +136,7 @@ class CostModel:
     # --- the step ---------------------------------------------------------------------------------------------
 
     def costs(self, sequential: bool | None = None) -> Costs:
-        """Costs under a schedule, by default the model's own."""
+        """Compute the costs under a schedule, by default the model's own."""
         job = self.job
         sequential = self.schedule.sequential if sequential is None else sequential
         plain, blocks = self.program_cost(-1, 0), _sample(len(job.blocks))
@@ -155,21 +156,22 @@ class CostModel:
         )
 
     def bound(self) -> int:
-        """Bytes that a paired step does not exceed at its peak, in milliseconds: as if nothing were ever freed.
+        """Return an upper bound on the peak bytes of a paired step, quickly: it takes milliseconds.
 
-        Each value of the captured program counts once for every point that is evaluated with others. Weights are among
-        them: uses that no operator of ours stands for perturb a copy.
+        The bound assumes that nothing is ever freed. Each value of the captured program is counted once for each of the
+        points that are evaluated together. This includes weights, because uses without an operator of ours need a
+        perturbed copy.
         """
         counts = {max(points, 1) for points in self.evaluations(False)}
         values = max(counts) * self._programs.bytes_of_all_values(self.engine.captured(self.batch))
         update = max(self._factors(block) + self._update(block)[1] for block in _sample(len(self.job.blocks)))
-        # Chunks of perturbed weights for each number of points, and of logits and a gradient once.
+        # One set of perturbed chunks for each number of points, and one chunk each of logits and of a gradient.
         widest = max(parameter.tensor.element_size() for parameter in self.job.parameters)
         scratch = (sum(counts) + max(counts) + 1) * MOST_ELEMENTS * max(widest, 4)
         return weight_bytes(self.job.loss.model) + self.job.state_bytes + values + update + scratch
 
     def _scratch(self, sequential: bool) -> int:
-        """Bytes that the operators of a step keep for the next one."""
+        """Return the bytes of the buffers that the operators of a step keep for the next step."""
         buffers = [cost.buffers for _, cost in self.programs(sequential)]
         for i in range(len(self.job.parameters)):
             update = update_operator(self.job, i)
@@ -177,7 +179,7 @@ class CostModel:
         return sum(merged(buffers).values())
 
     def programs(self, sequential: bool | None = None) -> list[tuple[str, ProgramCost]]:
-        """``(name, cost)`` of each program of a step under a schedule: of one block, or of some of many."""
+        """Return ``(name, cost)`` for each program of a step under a schedule, for a sample of the blocks."""
         sequential = self.schedule.sequential if sequential is None else sequential
         found: dict[str, ProgramCost] = {}
         for block in _sample(len(self.job.blocks)):
@@ -187,14 +189,14 @@ class CostModel:
         return list(found.items())
 
     def evaluations(self, sequential: bool) -> list[int]:
-        """How many points each evaluation of a step has; 0 is θ itself."""
+        """Return the number of points in each evaluation of a step; 0 means θ itself."""
         grouped = groups(self.job.points, self.job.device, sequential)
         counts = [0 if direction is None else signs.shape[0] for direction, signs in grouped]
         candidates = self.job.candidates
         return counts + ([1] * candidates if sequential else [candidates] * (candidates > 0))
 
     def _step(self, block: int, sequential: bool) -> tuple[Work, int]:
-        """A step that moves the block: its work, and the bytes it allocates at its peak."""
+        """Return the work of a step that moves the block, and its peak transient bytes."""
         work, transient = Work(), 0
         for points in self.evaluations(sequential):
             cost = self.program_cost(block if points else -1, points)
@@ -204,7 +206,7 @@ class CostModel:
         return work + update, factors + max(transient, temporary)
 
     def _update(self, block: int) -> tuple[Work, int]:
-        """The epilogue: every active weight and its state read and written once; and the bytes it allocates."""
+        """Return the work and peak bytes of the epilogue: each active weight and its state is read and written once."""
         job, work, pair = self.job, Work(), 0
         directions = self._directions()
         for i in job.blocks[block].indices:
@@ -219,10 +221,10 @@ class CostModel:
         if not job.layouts:
             return work, 0
         work.noise += directions * job.layouts[block].size
-        return work, self._factors(block) + pair  # the factors of all directions are put together once more
+        return work, self._factors(block) + pair  # the epilogue concatenates a copy of all directions' factors
 
     def _update_arguments(self, update: Operator, index: int) -> dict[str, Any]:
-        """What the cost of a parameter's update is a function of."""
+        """Return the arguments on which the cost of a parameter's update depends."""
         job, w = self.job, self.job.parameters[index].tensor
         arguments: dict[str, Any] = {str(update.traits.writes): w, "keys": [None] * job.queries}
         if (law := job.direction.lowrank) is not None:
@@ -231,11 +233,11 @@ class CostModel:
         return arguments
 
     def _directions(self) -> int:
-        """How many directions a step has."""
+        """Return the number of directions of a step."""
         return count_rows(self.batch) if self.per_example else self.job.queries
 
     def _factors(self, block: int) -> int:
-        """Bytes of the factors of low-rank directions, which live as long as the step does."""
+        """Return the bytes of the factors of low-rank directions, which are held for the whole step."""
         if not self.job.layouts:
             return 0
         directions = self._directions()
@@ -244,7 +246,7 @@ class CostModel:
     # --- one program ------------------------------------------------------------------------------------------
 
     def program_cost(self, block: int, points: int) -> ProgramCost:
-        """The cost of the program of so many points of a block; the program is built on first need."""
+        """Return the cost of a block's program for this number of points, built when it is first needed."""
         key = (block, points)
         if key not in self._found:
             program = self.engine.program(self.batch, block, points, self.per_example and points > 0)
@@ -257,14 +259,14 @@ def _size(value: Tensor) -> int:
 
 
 def _sample(count: int) -> list[int]:
-    """Which of ``count`` blocks are looked at: all, or both ends and the middle."""
+    """Return the indices of the blocks to analyse: all ``count``, or some at both ends and the middle one."""
     if count <= SAMPLED_BLOCKS:
         return list(range(count))
     return [0, 1, count // 2, count - 2, count - 1]
 
 
 def _mean(values: Sequence[Work], blocks: Sequence[int], count: int) -> Work:
-    """Mean over all blocks of what is known of some, in between along a line."""
+    """Return the mean over all blocks; between the analysed ``blocks``, ``values`` are interpolated linearly."""
     total = Work()
     for block in range(count):
         after = min(bisect.bisect_left(blocks, block), len(blocks) - 1)
@@ -278,11 +280,11 @@ def _mean(values: Sequence[Work], blocks: Sequence[int], count: int) -> Work:
 
 
 def what_helps(costs: Costs | None, batch_size: int, itemsize: int) -> list[str]:
-    """Options of the command line under which less memory is needed, where each would save a tenth or more.
+    """Return command-line options that reduce memory, limited to those that should save a tenth or more.
 
     Args:
-        costs: under the schedule in use; None where they are not known.
-        itemsize: bytes of a weight.
+        costs: costs under the schedule in use; None if they are not known.
+        itemsize: bytes of one weight.
     """
     found = []
     if costs is not None:

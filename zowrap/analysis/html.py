@@ -1,7 +1,7 @@
-"""A step's program as one HTML page: a lane for each layer, a column for each stream, nothing from the network.
+"""Draw a step's program as one self-contained HTML page, with a lane for each layer and a column for each point.
 
-Colours tell apart what is shared by all streams, each stream, what draws noise for all of them at once, and the
-epilogue. Neighbouring layers that compute the same are one lane.
+Colours distinguish nodes shared by all points, nodes of each point, operators that draw noise for all points at once,
+and the epilogue. Neighbouring layers that compute the same share one lane.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ SHARED, ALL = "shared", "all"
 
 
 def page(title: str, cost: ProgramCost, facts: Sequence[str]) -> str:
-    """The page.
+    """Return the page as text.
 
     Args:
-        cost: of a step's program at some batch's sizes, :meth:`zowrap.analysis.costs.CostModel.program_cost`.
-        facts: lines for its head.
+        cost: cost of a step's program for a batch, from :meth:`zowrap.analysis.costs.CostModel.program_cost`.
+        facts: lines for the head of the page.
     """
     points = cost.program.points
-    columns = [SHARED, *(f"stream {p}" for p in range(points))]
-    streams = streams_of(cost.program)
+    columns = [SHARED, *(f"point {p}" for p in range(points))]
+    kinds = points_of(cost.program)
     placeholders = cost.program.graph.find_nodes(op="placeholder")
     weights = {n for n, given in zip(placeholders, cost.program.inputs, strict=True) if given.kind == "parameter"}
-    legend = [(SHARED, "shared"), (ALL, "noise, for all streams at once")]
-    legend += [(f"s{p}", f"stream {p}") for p in range(points)] + [("weight", "weights"), ("update", "epilogue")]
+    legend = [(SHARED, "shared"), (ALL, "noise, for all points at once")]
+    legend += [(f"s{p}", f"point {p}") for p in range(points)] + [("weight", "weights"), ("update", "epilogue")]
     body = [
         f"<h1>{escape(title)}</h1>",
         "<pre>" + escape("\n".join(facts)) + "</pre>",
         "<p class=legend>" + " ".join(f"<span class='{kind}'>{text}</span>" for kind, text in legend) + "</p>",
     ]
     for same in _lanes(cost.regions):
-        body += _lane(same, streams, columns, weights)
+        body += _lane(same, kinds, columns, weights)
     if cost.program.epilogue is not None:
         body += _epilogue(cost.program.epilogue.graph)
     colours = "".join(f".s{p}{{background:hsl({_HUES[p % len(_HUES)]} 75% 82%)}}" for p in range(points))
     return _PAGE.format(title=escape(title), style=_STYLE + colours, body="\n".join(body))
 
 
-def streams_of(program: Program) -> dict[fx.Node, str]:
-    """``"shared"``, ``"s<point>"`` or ``"all"`` for every node that is computed."""
-    # Not by the placeholder's name: passes that record the program again give it another.
+def points_of(program: Program) -> dict[fx.Node, str]:
+    """Return ``"shared"``, ``"s<point>"`` or ``"all"`` for every computed node."""
+    # The placeholder is not looked up by its node's name, because passes that record the program again change it.
     points, coefficients = program.points, program.placeholder("stream", "coefficients")
     reached: dict[fx.Node, frozenset[int]] = {}
     for node in program.graph.nodes:
@@ -81,13 +81,13 @@ def _serves_all_points(node: fx.Node) -> bool:
 
 
 def _lanes(regions: Sequence[tuple[Region, Analysis]]) -> Iterator[list[tuple[Region, Analysis]]]:
-    """Runs of neighbouring regions that compute the same."""
+    """Yield runs of neighbouring regions that compute the same."""
     for _, same in itertools.groupby(regions, key=lambda each: id(each[1])):
         yield list(same)
 
 
 def _lane(
-    same: list[tuple[Region, Analysis]], streams: dict[fx.Node, str], columns: list[str], weights: set[fx.Node]
+    same: list[tuple[Region, Analysis]], kinds: dict[fx.Node, str], columns: list[str], weights: set[fx.Node]
 ) -> list[str]:
     region, analysis = same[0]
     name = _layer_name(region.nodes)
@@ -97,7 +97,7 @@ def _lane(
     told = f"{len(region.nodes)} nodes, {work.flops:.3g} FLOPs, {moved} moved, {held} held"
     counts = {kind: 0 for kind in [SHARED, ALL, *(f"s{p}" for p in range(len(columns) - 1))]}
     for node in region.nodes:
-        counts[streams[node]] += 1
+        counts[kinds[node]] += 1
     bar = "".join(
         f"<span class='{kind}' style='flex:{count}' title='{count} nodes'></span>"
         for kind, count in counts.items()
@@ -113,15 +113,15 @@ def _lane(
     ]
     for i, node in enumerate(region.nodes):
         if node.target is operator.getitem:
-            continue  # one of several results: its reader shows it
-        kind = streams[node]
+            continue  # selects one of several results; the node that reads it names it
+        kind = kinds[node]
         place = "2 / -1" if kind == ALL else "1" if kind == SHARED else str(int(kind[1:]) + 2)
         lines.append(f"<div style='grid-column:{place}'>{_chip(node, kind, analysis, i)}</div>")
     return [*lines, "</div></details></section>"]
 
 
 def _layer_name(nodes: Sequence[fx.Node]) -> str:
-    """The layer that nodes of a region came from."""
+    """Return the name of the layer that a region's nodes come from."""
     layers = [name for node in nodes if (name := layer_of(node)) is not None]
     first = (
         max(set(layers), key=layers.count, default="outside of layers")

@@ -1,7 +1,7 @@
-"""What single operators compute, draw and hold, where their results alone do not say it.
+"""The costs of single operators that do not follow from their results: operations, random numbers, scratch memory.
 
-Our own operators state it where they are defined (:class:`zowrap.custom_op.Cost`); what is here is of torch's, and of
-libraries'.
+Our own operators declare their costs where they are defined (:class:`zowrap.custom_op.Cost`). This module adds those of
+torch and of other libraries.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from zowrap.custom_op import PersistentBuffers
 
 aten = torch.ops.aten
 
-# Inductor has no code of its own for these: they are called, with their inputs and results in memory.
+# Inductor generates no code for these operators but calls them, with inputs and results in memory.
 _CALLED = {
     aten.sort.default, aten.sort.stable, aten.topk.default, aten.nonzero.default, aten.cumsum.default,
     aten.index_put.default, aten.bincount.default, aten.histc.default, aten.searchsorted.Tensor,
 }  # fmt: skip
 _LOOK_UPS = {aten.embedding.default, aten.index.Tensor, aten.gather.default}
-_GEMM = "bitsandbytes.gemm_4bit.default"  # of a library that need not be there
+_GEMM = "bitsandbytes.gemm_4bit.default"  # from a library that may not be installed
 
 
 @dataclass
 class Work:
-    """What is computed and moved.
+    """Computation and memory traffic.
 
     Attributes:
-        flops: floating-point operations of products, convolutions and attention; a multiplication and an addition are
-            two. What fuses into their neighbours is limited by memory and counted in bytes alone.
-        weight_bytes: read of parameters and buffers.
-        activation_bytes: read and written of everything between.
-        update_bytes: read and written of weights and rule state by the update.
-        noise: random numbers drawn.
+        flops: floating-point operations of products, convolutions and attention; a multiplication and an addition count
+            as two. Operations that fuse into their neighbours are limited by memory and counted only in bytes.
+        weight_bytes: bytes of parameters and buffers read.
+        activation_bytes: bytes of all other values read and written.
+        update_bytes: bytes of weights and rule state read and written by the update.
+        noise: number of random numbers drawn.
     """
 
     flops: float = 0
@@ -61,7 +61,7 @@ class Work:
 
 
 class OperatorCost(NamedTuple):
-    """What one node costs beside reading its inputs and writing its results, see :class:`zowrap.custom_op.Cost`."""
+    """The cost of a node in addition to reading inputs and writing results, see :class:`zowrap.custom_op.Cost`."""
 
     flops: int
     noise: int
@@ -73,12 +73,12 @@ NO_COST = OperatorCost(0, 0, 0, {})
 
 
 def is_called(target: Any) -> bool:
-    """Whether a node of that target is a kernel of its own, whatever it costs."""
+    """Return whether a node with this target always runs as a separate kernel."""
     return target in _CALLED or custom_op.find(target) is not None
 
 
 def looks_up(target: Any) -> bool:
-    """Whether a node of that target reads no more of a table than the rows that it returns."""
+    """Return whether a node with this target reads only those rows of a table that it returns."""
     found = custom_op.find(target)
     return target in _LOOK_UPS if found is None else found.traits.looks_up
 
@@ -86,11 +86,11 @@ def looks_up(target: Any) -> bool:
 def operator_cost(
     node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, counted: int
 ) -> OperatorCost:
-    """The cost of a node.
+    """Return the cost of a node.
 
     Args:
         args, kwargs, result: fake values.
-        counted: operations that torch's counter found in it, with :func:`flop_formulas` beside its own.
+        counted: operations counted by torch's counter, extended by :func:`flop_formulas`.
     """
     found = custom_op.find(node.target)
     if found is None:
@@ -107,22 +107,22 @@ def _scratch(node: fx.Node, args: Sequence[Any]) -> int:
         weights = args[0].numel() // args[0].shape[-1] * 4  # the logarithm of each row's sum
         return weights + (mask.numel() * args[0].element_size() if mask is not None and mask.dtype == torch.bool else 0)
     if str(node.target) == _GEMM:
-        # A 4-bit weight that is not in the processors' own layout is dequantised whole, one layer at a time.
+        # A 4-bit weight that is not in the packed CPU layout is fully dequantised, one layer at a time.
         return math.prod(args[2]) * args[0].element_size()
     return 0
 
 
 def merged(buffers: Iterable[PersistentBuffers]) -> PersistentBuffers:
-    """One buffer serves everything that asks for it: each is as large as the largest wish."""
+    """Merge buffers with equal keys: one buffer serves all operators that request it, with the largest size."""
     result: PersistentBuffers = {}
-    for wishes in buffers:
-        for key, size in wishes.items():
+    for requested in buffers:
+        for key, size in requested.items():
             result[key] = max(result.get(key, 0), size)
     return result
 
 
 def flop_formulas() -> dict[Any, Callable[..., int]]:
-    """Operator → its operations from shapes, of those that torch's counter does not know and that are not ours."""
+    """Return formulas for the operations of operators that are not ours and that torch's counter does not know."""
     formulas: dict[Any, Callable[..., int]] = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
     if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
         formulas[torch.ops.bitsandbytes.gemm_4bit] = _gemm

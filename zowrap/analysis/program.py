@@ -1,4 +1,4 @@
-"""A whole program at given sizes: its regions one after another, and what passes between them in memory."""
+"""Compute the cost of a whole program at given sizes, region by region, including the values held between regions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from zowrap.loss.module import Batch
 
 @dataclass
 class ProgramCost:
-    """What a program costs at given sizes.
+    """The cost of a program at given sizes.
 
     Attributes:
-        regions: each with its analysis, in the order they run; regions that compute the same share one analysis.
-        transient: bytes allocated at the peak, above the program's inputs.
-        buffers: what its operators keep from step to step.
+        regions: each region with its analysis, in execution order; regions that compute the same share one analysis.
+        transient: peak bytes allocated in addition to the program's inputs.
+        buffers: buffers that its operators keep from step to step.
     """
 
     program: Program
@@ -39,11 +39,11 @@ class ProgramCost:
 
 
 class ProgramCosts:
-    """The costs of programs for batches of one size; regions that compute the same are analysed once.
+    """Computes the costs of programs for batches of one size; regions that compute the same are analysed once.
 
     Args:
-        batch: tensors of the sizes asked about, on any device; nothing of them is read.
-        min_layers, share: as the programs are compiled with, see :func:`zowrap.compiler.regions.cut`.
+        batch: tensors of the given sizes, on any device; their values are not read.
+        min_layers, share: as in the compilation of the programs, see :func:`zowrap.compiler.regions.cut`.
     """
 
     def __init__(self, batch: Batch, min_layers: int, share: bool = False) -> None:
@@ -52,24 +52,24 @@ class ProgramCosts:
         self._analyses: dict[tuple, Analysis] = {}
 
     def cost(self, program: Program) -> ProgramCost:
-        """The cost of a program at these sizes.
+        """Compute the cost of a program at the batch's sizes.
 
         Raises:
-            ZOCaptureError: sizes inside the program follow from its data.
+            ZOCaptureError: sizes inside the program depend on its data.
         """
         try:
             regions = self._analyse(program)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             first = first_line(error, "")
             raise ZOCaptureError(
-                f"the sizes inside this model follow from its data ({type(error).__name__}: {first[:160]})"
+                f"the sizes inside this model depend on its data ({type(error).__name__}: {first[:160]})"
             ) from error
         work = sum((analysis.work for _, analysis in regions), Work())
         buffers = merged(analysis.buffers for _, analysis in regions)
         return ProgramCost(program, regions, _transient(program, regions), work, buffers)
 
     def _analyse(self, program: Program) -> list[tuple[Region, Analysis]]:
-        """Every region of a program, in order, with its analysis."""
+        """Return every region of a program with its analysis, in order."""
         pieces = cut(program, self.min_layers, self.share)
         values = self._inputs(program)
         weights = {g.node for g in program.inputs if g.kind in ("parameter", "buffer", "constant")}
@@ -90,12 +90,12 @@ class ProgramCosts:
         return found
 
     def bytes_of_all_values(self, program: Program) -> int:
-        """Bytes of all that a captured program reads and makes, each memory once, as if nothing were freed.
+        """Return the bytes of all values that a captured program reads or computes, as if none were freed.
 
-        Nothing is executed: the shapes are those that capture found.
+        Values that share a storage count once. Nothing is executed: the shapes are those found by capture.
 
         Raises:
-            ZOCaptureError: sizes inside the program follow from its data.
+            ZOCaptureError: sizes inside the program depend on its data.
         """
         number = self._numbers(program)
         memory: dict[int, int] = {}
@@ -106,22 +106,22 @@ class ProgramCosts:
                         storage = value.untyped_storage()
                         memory[storage._cdata] = number(storage.nbytes())
         except TypeError as error:
-            raise ZOCaptureError("the sizes inside this model follow from its data") from error
+            raise ZOCaptureError("the sizes inside this model depend on its data") from error
         return sum(memory.values())
 
     def _numbers(self, program: Program) -> Callable[[Any], int]:
-        """``number(size)``: a size inside the program, with the batch's sizes in place of the symbols."""
+        """Return a function that evaluates a symbolic size of the program at the batch's sizes."""
         sizes: dict[Any, int] = {}
         for node, given in zip(program.graph.find_nodes(op="placeholder"), program.inputs, strict=True):
             if given.kind == "batch" and isinstance(self.batch[given.target], Tensor):
                 for symbol, size in zip(node.meta["val"].shape, self.batch[given.target].shape, strict=True):
                     if isinstance(symbol, torch.SymInt) and symbol.node.expr.is_symbol:
                         sizes[symbol.node.expr] = size
-        substituted = functools.cache(lambda expression: int(expression.subs(sizes)))  # a few, for thousands of sizes
+        substituted = functools.cache(lambda expression: int(expression.subs(sizes)))  # few, for thousands of sizes
         return lambda size: substituted(size.node.expr) if isinstance(size, torch.SymInt) else size
 
     def _inputs(self, program: Program) -> dict[fx.Node, Any]:
-        """Fake values of the program's inputs at the batch's sizes."""
+        """Return fake values of the program's inputs at the batch's sizes."""
         number = self._numbers(program)
         values: dict[fx.Node, Any] = {}
         with self.mode:
@@ -134,8 +134,8 @@ class ProgramCosts:
 
 
 def _transient(program: Program, regions: Sequence[tuple[Region, Analysis]]) -> int:
-    """Most bytes that a program's regions and what passes between them take at one moment."""
-    lies_in: dict[fx.Node, Any] = {}  # value → its memory: (region, number), or absent for the program's inputs
+    """Return the peak bytes of a program's regions and of the values held between them."""
+    lies_in: dict[fx.Node, Any] = {}  # value → (region, number) of its memory; program inputs are absent
     last: dict[Any, int] = {}
     sizes: dict[Any, int] = {}
     for i, (region, analysis) in enumerate(regions):

@@ -1,15 +1,15 @@
-"""What one region of a program computes, moves and holds, without running it.
+"""Compute the work and memory of one region of a program without running it.
 
-A region's nodes are executed on fake tensors of the batch's sizes: shapes, dtypes and which tensors share memory come
-out exactly; nothing is computed. Which values Inductor writes to memory is a model of what it does:
+The region's nodes are executed on fake tensors of the batch's sizes, which computes nothing but gives exact shapes,
+dtypes and shared storages. Which values Inductor writes to memory is modelled:
 
-    a kernel of its own   products, attention, convolutions, this library's operators: reads its inputs from memory
-                          and writes its results
-    fused                 everything else: a value lives in registers, unless a kernel of its own or another region
-                          reads it, or a node that has to wait for such a kernel
-    taken over            a fused kernel writes over an input of the same size that nothing reads afterwards
+    separate kernels   products, attention, convolutions and this library's operators read their inputs from memory and
+                       write their results
+    fused nodes        the value of any other node stays in registers, unless a separate kernel reads it, another region
+                       reads it, or a node reads it that has to wait for a separate kernel
+    reused memory      a fused kernel overwrites an input of the same size that nothing reads afterwards
 
-Inputs of a region stay alive while it runs: the caller holds them.
+A region's inputs stay alive while it runs, because the caller holds them.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from zowrap.custom_op import PersistentBuffers
 
 @dataclass
 class Analysis:
-    """A region at given sizes.
+    """The analysis of a region at given sizes.
 
     Attributes:
-        outputs: fake values of its outputs, in order.
-        owners: for each output, which memory it lies in: ``("input", i)`` or ``("own", n)``.
-        own: bytes of each piece of memory that the region allocates and its outputs lie in.
-        peak: most bytes allocated by the region at one moment, its outputs included.
-        work: what it computes and moves.
-        buffers: what its operators keep from step to step.
-        flops: of each node, by position, where there are any.
-        stored: positions of the nodes whose values are written to memory.
+        outputs: fake values of the region's outputs, in order.
+        owners: the memory of each output: ``("input", i)`` or ``("own", n)``.
+        own: bytes of each piece of memory that the region allocates for its outputs.
+        peak: peak bytes allocated by the region, including its outputs.
+        work: computation and memory traffic of the region.
+        buffers: buffers that its operators keep from step to step.
+        flops: operations by position of the node, for nodes that have any.
+        stored: positions of the nodes with values that are written to memory.
     """
 
     outputs: list[Any]
@@ -64,7 +64,7 @@ class Analysis:
 
 @dataclass
 class _Memory:
-    """One piece of memory: what made it, and who reads it (a view does not)."""
+    """A piece of memory, the node that allocates it, and the nodes that read it (views do not count as readers)."""
 
     bytes: int
     made_by: int  # position of the node; -1 for an input
@@ -74,10 +74,10 @@ class _Memory:
 
 
 def analyse(region: Region, given: Sequence[Any], weights: Sequence[bool], mode: FakeTensorMode) -> Analysis:
-    """Execute a region on fake tensors and follow what is in memory.
+    """Execute a region on fake tensors and track its memory.
 
     Args:
-        given: fake values (or numbers) of the region's inputs, ``mode``'s own, at the sizes wanted.
+        given: fake values (or numbers) of the region's inputs at the given sizes, created under ``mode``.
         weights: whether each input is a parameter or a buffer.
     """
     run = _Run(region.nodes, region.inputs, given, mode)
@@ -97,9 +97,13 @@ def analyse(region: Region, given: Sequence[Any], weights: Sequence[bool], mode:
 
 
 class _Run:
-    """The region executed: ``values`` of its nodes, and the ``memory`` they lie in (``place`` is an index into it).
+    """An execution of a region on fake tensors.
 
-    ``costs`` are those of the nodes that are kernels of their own, by position.
+    Attributes:
+        values: fake value of each node.
+        memory: all pieces of memory.
+        place: for each node, the indices of its memory.
+        costs: costs of the nodes that are separate kernels, by position.
     """
 
     def __init__(
@@ -136,7 +140,7 @@ class _Run:
             self.costs[i] = operator_cost(node, args, kwargs, value, counted)
 
     def _place(self, node: fx.Node, value: Any, made_by: int, level: int) -> bool:
-        """Find where a value (or a list of them) lies; False where it is a view of what was there before."""
+        """Record the memory of a value or a list of values; return False if all are views of existing memory."""
         tensors = [t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, Tensor)]
         new = False
         for tensor in tensors:
@@ -149,10 +153,10 @@ class _Run:
             self.place[node] = tuple(self._known[t.untyped_storage()._cdata] for t in tensors)
         return new or not tensors
 
-    # --- what is written to memory ----------------------------------------------------------------------------
+    # --- values written to memory -----------------------------------------------------------------------------
 
     def decide(self, kept: set[int]) -> None:
-        """Which values are stored; the readers of one that is not read on in what it is made of."""
+        """Decide which values are stored; a value that is not is recomputed by its readers from stored ones."""
         for number, memory in enumerate(self.memory):
             if memory.made_by < 0 or self.own_kernel[memory.made_by]:
                 continue
@@ -162,7 +166,7 @@ class _Run:
             memory.stored = number in kept or called or (later and computed)
 
     def _bases(self, i: int) -> set[int]:
-        """The stored memory that node ``i`` reads, through whatever is fused into it."""
+        """Return the indices of the stored memory that node ``i`` reads, directly or through nodes fused into it."""
         found: set[int] = set()
         todo, seen = [i], {i}
         while todo:
@@ -177,7 +181,7 @@ class _Run:
         return found
 
     def replay(self, kept: set[int], weights: set[int]) -> tuple[int, Work]:
-        """Run through the kernels once more, allocating and freeing: the peak, and the work."""
+        """Simulate the kernels' allocations, and return the peak bytes and the work."""
         kernels = [m.made_by for m in self.memory if m.stored and m.made_by >= 0]
         kernels = sorted({*kernels, *(i for i, own in enumerate(self.own_kernel) if own)})
         made: dict[int, list[int]] = {}
@@ -201,7 +205,7 @@ class _Run:
             work.noise += cost.noise
             work.activation_bytes += new
             for number in bases[i]:
-                # Fused kernels of one level are one loop, as a rule: what they read, they read once.
+                # Fused kernels of one level usually form one loop, which reads each input once.
                 group = (number, i if self.own_kernel[i] else ("level", self.level[i]))
                 if group not in read:
                     read.add(group)
@@ -212,7 +216,7 @@ class _Run:
                         work.weight_bytes += size
                     else:
                         work.activation_bytes += size
-            for n in made.get(i, ()):  # results that nothing reads
+            for n in made.get(i, ()):  # results that are never read
                 if n not in last and n not in kept:
                     live -= self.memory[n].bytes
         return peak, work

@@ -1,23 +1,23 @@
-"""The operators of a step, registered as ``torch.ops.zowrap`` when their files are imported (``all`` imports all).
+"""The operators of a step, registered as ``torch.ops.zowrap`` when their files are imported (``all`` imports them all).
 
 Operators:
 
 ``perturb``         perturbed weights and products
 ``lookups``         embeddings and other look-ups
 ``head``            a vocabulary head with its cross-entropy
-``update``          the write of the epilogue
-``vmap_forms``      forms for one example at a time
-``int8``            products of quantised weights
-``codes``           integer codes that move
+``update``          the epilogue's writes of weights
+``vmap_forms``      torch operators with a rule for ``vmap``
+``int8``            products with quantised weights
+``codes``           products with tunable integer codes, and their update
 
-What they are made of:
+Building blocks:
 
-``arguments``       arguments that belong together
-``points``          arguments that differ from point to point
-``kernels``         the kernels of a run, by the key that programs name them by
+``arguments``       groups of operator arguments
+``points``          arguments that may differ from point to point
+``kernels``         the kernels of a run, looked up by key
 ``perturb_kernels`` noise, direction and perturbation in one loop
 ``update_kernels``  the rule's update in one loop
-``loops``           functions over elements, compiled once for all lengths
-``scratch``         the buffers that they keep
-``triton``          their counterparts on an NVIDIA GPU
+``loops``           elementwise functions, compiled once for all lengths
+``scratch``         buffers that are reused from step to step
+``triton``          kernels for NVIDIA GPUs
 """

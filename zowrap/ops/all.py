@@ -1,4 +1,4 @@
-"""Importing this registers every operator of ``torch.ops.zowrap``."""
+"""Register every operator of ``torch.ops.zowrap`` on import."""
 
 from __future__ import annotations
 

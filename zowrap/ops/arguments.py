@@ -1,6 +1,7 @@
-"""Arguments of operators that belong together.
+"""Groups of operator arguments.
 
-An operator's schema is flat. It packs these where it begins, and kernels and helpers take them whole.
+An operator's schema is flat. The operator packs related arguments into these tuples and passes them on to kernels and
+helpers.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from torch import Tensor
 
 
 class NoiseArgs(NamedTuple):
-    """What determines the direction z of one parameter, beside its weights.
+    """Everything except the weights that determines the direction z of one parameter.
 
     Attributes:
-        slots: float32 of the parameter's shape: those that the rule's direction reads, in the rule's order.
+        slots: the slots that the rule's direction reads, in the rule's order; float32, of the parameter's shape.
         key: int32 ``[2]``.
-        scale: 0-d float32, the direction's normalisation.
-        scalars: 0-d float32, the numbers that the rule's direction reads, in the order of the kernels.
+        scale: normalisation of the direction, 0-d float32.
+        scalars: the numbers that the rule's direction reads, in the kernels' order; 0-d float32.
     """
 
     slots: Sequence[Tensor]
@@ -27,28 +28,29 @@ class NoiseArgs(NamedTuple):
     scalars: Sequence[Tensor]
 
     def flat(self) -> NoiseArgs:
-        """With slots of one dimension."""
+        """Return these arguments with slots flattened to one dimension."""
         return self._replace(slots=[s.reshape(-1) for s in self.slots])
 
     def part(self, first: int, last: int) -> NoiseArgs:
-        """The elements (or rows) ``first … last`` of the slots."""
+        """Return these arguments with the elements (or rows) ``first … last`` of the slots."""
         return self._replace(slots=[s[first:last] for s in self.slots])
 
     def rows(self, ids: Tensor) -> NoiseArgs:
-        """Those rows of the slots."""
+        """Return these arguments with the rows ``ids`` of the slots."""
         return self._replace(slots=[s.index_select(0, ids) for s in self.slots])
 
     def numbers(self) -> list[Tensor]:
-        """What is the same for every element."""
+        """Return the tensors that are the same for every element."""
         return [self.key, self.scale, *self.scalars]
 
 
 class DrawnDirections(NamedTuple):
-    """The directions of a step, of which an update forms ĝ again.
+    """The directions of a step, drawn again by an update to form ĝ.
 
     Attributes:
-        keys: int32 ``[2]`` for each query; ``scales``: 0-d float32 for each.
-        scalars: as in :class:`NoiseArgs`, the same for all.
+        keys: int32 ``[2]`` for each query.
+        scales: 0-d float32 for each query.
+        scalars: as in :class:`NoiseArgs`, shared by all queries.
     """
 
     keys: Sequence[Tensor]
@@ -57,14 +59,14 @@ class DrawnDirections(NamedTuple):
 
 
 class UpdateArgs(NamedTuple):
-    """What a rule's update of one parameter takes, beside its weights and where ĝ comes from.
+    """The arguments of a rule's update of one parameter, except its weights and the source of ĝ.
 
     Attributes:
-        slots: float32 of the parameter's shape: every slot that the rule has of weights of this dtype.
+        slots: every slot that the rule has for weights of this dtype; float32, of the parameter's shape.
         rounding_key: int32 ``[2]``.
-        coefficients: the rule's, in the order of the kernels; without ``"g"`` where ĝ is given.
+        coefficients: the rule's coefficients, in the kernels' order; without ``"g"`` if ĝ is given.
         hyper: ``(lr, eps, weight_decay)``, 0-d float32.
-        apply: 0-d bool; False leaves everything as it is.
+        apply: 0-d bool; if False, weights and slots stay unchanged.
         decay: whether weight decay applies.
     """
 
@@ -76,9 +78,9 @@ class UpdateArgs(NamedTuple):
     decay: bool
 
     def flat(self) -> UpdateArgs:
-        """With slots of one dimension, in the same memory."""
+        """Return these arguments with slots flattened to one dimension, in the same memory."""
         return self._replace(slots=[s.view(-1) for s in self.slots])
 
     def part(self, first: int, last: int) -> UpdateArgs:
-        """The elements ``first … last`` of the slots."""
+        """Return these arguments with the elements ``first … last`` of the slots."""
         return self._replace(slots=[s[first:last] for s in self.slots])

@@ -1,10 +1,10 @@
-"""Integer codes in a program: their perturbed products, and the write of the epilogue.
+"""Products with perturbed integer codes, and the epilogue's update of codes.
 
-``perturb_codes``  stands for perturbed codes between two passes; it has no values of its own
+``perturb_codes``  a placeholder for perturbed codes between two passes; it cannot be run
 ``codes_points``   x_p · (W + c_p · z)ᵀ for all points: one integer product, and one of the stacked inputs with z
-``update_codes_``  the rule's update of one parameter: row chunks of float32 weights pass through a scratch
+``update_codes_``  the rule's update of one parameter: row chunks are dequantised to float32 in a scratch buffer
 
-W itself never exists in floating point.
+The whole W never exists in floating point.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def perturb_codes(
     coefficients: Tensor,
     kernel_key: str,
 ) -> list[Tensor]:
-    """The codes at every point, to a pass; see the module."""
+    """Represent the codes at every point until a pass replaces their products; see the module docstring."""
     raise NotImplementedError("perturbed codes have no integer value: a pass replaces their products")
 
 
@@ -42,7 +42,7 @@ def _(codes, slots, key, scale, scalars, coefficients, kernel_key):
 
 
 def _chunk_bytes(codes: Tensor) -> int:
-    """Bytes of the longest chunk of a matrix in float32."""
+    """Return the bytes of a matrix's longest chunk in float32."""
     return 4 * longest(*codes.shape) * codes.shape[1]
 
 
@@ -50,7 +50,7 @@ def _points_scratch(x: list[Tensor], codes: Tensor, coefficients: Tensor) -> int
     outputs, points, rows = codes.shape[0], coefficients.shape[0], [rows_of(each) for each in x]
     plain = sum(rows) * outputs * x[0].element_size()
     rounding = rounding_scratch(x, outputs, len(x))
-    rounding -= (points - len(x)) * max(rows) * outputs * x[0].element_size()  # results that are not there yet
+    rounding -= (points - len(x)) * max(rows) * outputs * x[0].element_size()  # results that do not exist yet
     floats = 4 * sum(t.numel() for t in x) * ((len(x) > 1) + (x[0].dtype != torch.float32))
     return plain + max(rounding, floats + 4 * outputs * (sum(rows) + max(rows)))
 
@@ -82,12 +82,14 @@ def codes_points(
     coefficients: Tensor,
     kernel_key: str,
 ) -> list[Tensor]:
-    """``[x[p] · (W + coefficients[p] · z)ᵀ + bias[p] for p]``.
+    """Compute ``[x[p] · (W + coefficients[p] · z)ᵀ + bias[p] for p]``.
 
     Args:
-        x: ``[..., inputs]`` for each point, or a single one that all share; ``bias`` likewise, or empty.
-        codes: int8 ``[outputs, inputs]``, ``row_scale`` float32 ``[outputs]``: W.
-        slots, key, scale, scalars: z, see :class:`zowrap.ops.arguments.NoiseArgs`.
+        x: ``[..., inputs]`` for each point, or a single tensor that all points share.
+        codes: int8 ``[outputs, inputs]``; together with ``row_scale`` they represent W.
+        row_scale: float32 ``[outputs]``.
+        bias: one for each point, a single one that all points share, or none.
+        slots, key, scale, scalars: determine z, see :class:`zowrap.ops.arguments.NoiseArgs`.
     """
     perturbation, noise = kernels.get(kernel_key).perturbation, NoiseArgs(slots, key, scale, scalars).flat()
     plain = products(x, codes, [row_scale], bias, threshold)
@@ -141,7 +143,7 @@ def update_codes_(
     decay: bool,
     kernel_key: str,
 ) -> None:
-    """The rule's update of one matrix of codes, in place; see :class:`zowrap.ops.arguments.UpdateArgs`."""
+    """Apply the rule's update to one matrix of codes, in place; see :class:`zowrap.ops.arguments.UpdateArgs`."""
     kernel, unit = kernels.get(kernel_key), integer.unit_of(row_scale)
     args = UpdateArgs(slots, rounding_key, coefficients, hyper, apply, decay).flat()
     along = DrawnDirections(keys, scales, scalars)
@@ -166,13 +168,13 @@ def _(codes, row_scale, slots, keys, scales, scalars, rounding_key, coefficients
 
 
 def warm(kernel: kernels.Kernels, device: torch.device, columns: int) -> None:
-    """Compile what a write of codes needs, by running it on dummies, so that no update stops half-way.
+    """Compile the kernels that write codes by running them on dummies, so that no update fails half-way.
 
     Args:
-        columns: of a row, see :func:`zowrap.ops.loops.alike`.
+        columns: length of a dummy row, see :func:`zowrap.ops.loops.alike`.
     """
     key = torch.zeros(2, dtype=torch.int32, device=device)
-    for rows in (16, 1):  # a chunk, and the last one
+    for rows in (16, 1):  # an ordinary chunk, and the last one
         matrix, ones = torch.zeros(rows, columns, device=device), torch.ones(rows, device=device)
         _write(kernel, matrix.to(torch.int8), matrix, matrix, ones, 0, key, ones[0] > 0)
 
@@ -187,7 +189,7 @@ def _write(
     key: Tensor,
     apply: Tensor,
 ) -> None:
-    """Round ``new − old`` into the rows of ``codes`` from number ``first`` on, in one loop."""
+    """Add ``new − old``, rounded, to ``codes``, which are the matrix's rows from number ``first`` on, in one loop."""
     rows = torch.arange(first, first + codes.shape[0], device=codes.device)
 
     def write(*inputs: Tensor) -> tuple:

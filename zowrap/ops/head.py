@@ -1,11 +1,11 @@
-"""The cross-entropy of a vocabulary head without its logits.
+"""The cross-entropy of a vocabulary head, computed without storing all logits.
 
-A language model's logits, ``[tokens, vocabulary]``, are by far its largest activation, and all that a forward-only
-step wants of them is one number per row. Here the head's rows pass by chunk after chunk: a chunk's logits are added
-to a running logsumexp and forgotten. Tokens whose label is ignored take no part at all.
+A language model's logits, ``[tokens, vocabulary]``, are by far its largest activation, but a forward-only step needs
+only one number per row of the batch. These operators process the head in chunks of rows: each chunk's logits are added
+to a running logsumexp and discarded. Tokens with an ignored label are skipped.
 
-``head``           product with a head that nothing perturbs, or that low-rank factors perturb, and cross-entropy
-``perturb_head``   the same for w ± εz, whose chunks are made as they pass by, once for all points
+``head``           product and cross-entropy for a head that is unperturbed or perturbed by low-rank factors
+``perturb_head``   the same for w ± εz; each perturbed chunk is made when it is needed, once for all points
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _compiled: dict[tuple, Compiled] = {}
 
 
 def _chunk_rows(w: Tensor, labels: Tensor) -> int:
-    """Rows of a vocabulary head that pass by at once, where no label is ignored."""
+    """Return the number of head rows in a chunk, if no label is ignored."""
     return longest(w.shape[0], w.shape[1], labels.numel())
 
 
 def _scratch(x: Sequence[Tensor], w: Tensor, labels: Tensor, changes: int) -> int:
-    """Bytes held beside the logits.
+    """Return the bytes that are held in addition to the logits.
 
     Args:
-        changes: how often a chunk of logits is formed anew in float32, to add something to it.
+        changes: how many times a chunk of logits is copied in float32 to add something to it.
     """
-    # Of each token at each point: label, running numbers and loss.
+    # Each token has a label, and running numbers and a loss at each point.
     numbers = labels.numel() * (labels.element_size() + 20 * len(x))
     return copied_bytes(x) + numbers + changes * 4 * _chunk_rows(w, labels) * labels.numel()
 
@@ -60,12 +60,15 @@ def _head_scratch(x: Tensor, w: Tensor, bias: Tensor | None, thin: Tensor | None
 
 @operator("head", traits=Traits(), cost=Cost(flops=_head_flops, scratch=_head_scratch, buffers=_logits))
 def head(x: Tensor, w: Tensor, bias: Tensor | None, thin: Tensor | None, left: Tensor | None, labels: Tensor) -> Tensor:
-    """``token_losses(x · wᵀ + bias + thin · leftᵀ, labels)``.
+    """Compute ``token_losses(x · wᵀ + bias + thin · leftᵀ, labels)``.
 
     Args:
-        x: ``[rows, length, inputs]``; ``labels`` int64 ``[rows, length]``.
-        w: ``[vocabulary, inputs]``; ``bias`` ``[vocabulary]``, or ``[rows, vocabulary]`` where rows differ.
-        thin: float32 ``[rows, length, rank]``; ``left`` ``[vocabulary, rank]``, or ``[rows, vocabulary, rank]``.
+        x: ``[rows, length, inputs]``.
+        w: ``[vocabulary, inputs]``.
+        bias: ``[vocabulary]``, or ``[rows, vocabulary]`` if it differs between rows.
+        thin: float32 ``[rows, length, rank]``.
+        left: ``[vocabulary, rank]``, or ``[rows, vocabulary, rank]`` if it differs between rows.
+        labels: int64 ``[rows, length]``.
 
     Returns:
         float32 ``[rows]``.
@@ -98,10 +101,10 @@ def _(x, w, bias, thin, left, labels):
 
 @head.register_vmap
 def _(info, in_dims, x, w, bias, thin, left, labels):
-    """Over the examples, each with factors and a bias of its own; the head itself is one for all."""
+    """Map over examples, each with its own factors and bias; all share the head itself."""
 
     def rows(t: Tensor | None, dim: int | None) -> Tensor | None:
-        """The examples' own rows laid end to end."""
+        """Concatenate the examples' rows."""
         if t is None:
             return None
         return (t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)).flatten(0, 1)
@@ -150,10 +153,11 @@ def perturb_head(
     labels: Tensor,
     kernel_key: str,
 ) -> list[Tensor]:
-    """``[token_losses(x[p] · (w + coefficients[p] · z)ᵀ + bias[p], labels) for p]``, float32 ``[rows]`` each.
+    """Compute ``[token_losses(x[p] · (w + coefficients[p] · z)ᵀ + bias[p], labels) for p]``, float32 ``[rows]`` each.
 
     Args:
-        x: ``[rows, length, inputs]`` for each point, or one that all points share; ``bias`` likewise, or none.
+        x: ``[rows, length, inputs]`` for each point, or a single tensor that all points share.
+        bias: ``[vocabulary]`` for each point, a single one that all points share, or none.
     """
     tokens = _Tokens(labels)
     inputs = [tokens.of(t) for t in x]
@@ -173,22 +177,25 @@ def _(x, w, bias, slots, key, scale, scalars, coefficients, labels, kernel_key):
 
 
 def _product(x: Tensor, w: Tensor) -> Tensor:
-    """``x · wᵀ`` in a scratch, which the next product writes over: one for all points stays in the cache."""
+    """Compute ``x · wᵀ`` in a scratch buffer that the next product overwrites.
+
+    All points use the same buffer, so it stays in the cache.
+    """
     size = x.shape[0] * w.shape[0]
     out = buffers("logits", w.dtype, w.device, 1, size)[0][:size].view(x.shape[0], w.shape[0])
     return torch.mm(x, w.t(), out=out)
 
 
 class _Tokens:
-    """The tokens that count, laid end to end.
+    """The tokens without an ignored label, flattened.
 
     Args:
-        everything: keep the others too. Also on a GPU, where finding out would wait for it.
+        everything: keep ignored tokens too. On a GPU they are always kept, because finding them would wait for it.
     """
 
     def __init__(self, labels: Tensor, everything: bool = False) -> None:
         self.shape = labels.shape
-        # The kernels are compiled for int64; of rows of one token the view has gaps.
+        # The kernels are compiled for contiguous int64; labels of rows with one token may be a view with gaps.
         flat = labels.reshape(-1).to(torch.int64).contiguous()
         counted = flat != IGNORED
         self.index = None
@@ -197,28 +204,28 @@ class _Tokens:
         self.labels = flat if self.index is None else flat[self.index]
 
     def of(self, x: Tensor) -> Tensor:
-        """``[tokens, features]`` of ``[rows, length, features]``."""
+        """Select the tokens of ``[rows, length, features]``, as ``[tokens, features]``."""
         flat = x.reshape(-1, x.shape[-1])
         return flat if self.index is None else flat.index_select(0, self.index)
 
     def sums(self, losses: Tensor) -> Tensor:
-        """float32 ``[rows]`` from one loss per token."""
+        """Sum one loss per token to float32 ``[rows]``."""
         if self.index is not None:
             losses = losses.new_zeros(self.shape.numel()).index_copy_(0, self.index, losses)
         return losses.view(self.shape).sum(-1)
 
 
 class _Running:
-    """Logsumexp over the vocabulary so far, and the logit of each token's label once it has passed by."""
+    """The running logsumexp over the vocabulary, and the logit of each token's label once its class was seen."""
 
     def __init__(self, labels: Tensor) -> None:
         self.labels = labels
         self.highest = torch.full(labels.shape, _LOWEST, dtype=torch.float32, device=labels.device)
         self.total = torch.zeros_like(self.highest)
-        self.picked = torch.full_like(self.highest, torch.nan)  # what a label that names no class leaves
+        self.picked = torch.full_like(self.highest, torch.nan)  # stays NaN if the label is not a class
 
     def add(self, logits: Tensor, first: int) -> None:
-        """``logits``: ``[tokens, classes]`` of the classes ``first …``."""
+        """Add the ``logits`` of the classes from ``first`` on, ``[tokens, classes]``."""
         key = (logits.dtype, logits.device)
         tensors = [logits, self.labels, self.highest, self.total, self.picked]
         start = offset(first, logits.device)
@@ -234,7 +241,7 @@ class _Running:
         return None
 
     def losses(self) -> Tensor:
-        """float32, one per token; 0 where the label is ignored."""
+        """Return float32 losses, one per token; 0 where the label is ignored."""
         losses = self.highest + self.total.log() - self.picked
         return torch.where(self.labels == IGNORED, 0.0, losses)
 

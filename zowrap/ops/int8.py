@@ -1,12 +1,12 @@
-"""The products of quantised weights, as library operators.
+"""Products with quantised weights, as operators.
 
-``int8_linear``   bitsandbytes' 8-bit product of one input: what a lowered layer calls, and what capture sees
-``int8_points``   the same for several points at once: one integer product over their stacked rows reads the codes once
-``nf4_linear``    the product of a 4-bit weight in the layout that processors with bfloat16 instructions take
+``int8_linear``   bitsandbytes' 8-bit product for one input; lowered layers call it, so captured programs contain it
+``int8_points``   the same for several points: one integer product over their stacked rows reads the codes once
+``nf4_linear``    the product with a 4-bit weight in the layout for processors with bfloat16 instructions
 
-Each is opaque to the compiler (it sees shapes only) and made of the library's own operators, in the library's own
-order, so that its results are the library's bit for bit. Source: ``MatMul8bitLt`` and ``matmul_4bit`` of
-bitsandbytes 0.50, LLM.int8() (2208.07339), QLoRA (2305.14314).
+The compiler sees only the shapes of these operators. Each calls bitsandbytes' own operators in the library's order, so
+its results equal the library's bit for bit. Source: ``MatMul8bitLt`` and ``matmul_4bit`` of bitsandbytes 0.50,
+LLM.int8() (2208.07339), QLoRA (2305.14314).
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from zowrap.ops.points import at_point, empty_products
 def products(
     x: Sequence[Tensor], codes: Tensor, scale: Sequence[Tensor], bias: Sequence[Tensor], threshold: float
 ) -> list[Tensor]:
-    """``[x_p · Wᵀ + bias_p for p]`` by one integer product; W = codes · scale_p / 127, and x rounded to 8 bit by row.
+    """Compute ``[x_p · Wᵀ + bias_p for p]`` with one integer product.
+
+    W is codes · scale_p / 127, and x is rounded to 8 bits row by row.
 
     Args:
-        x: ``[..., inputs]`` of one dtype for each point; one for all of them where it is alone.
+        x: ``[..., inputs]`` for each point, all of one dtype, or a single tensor that all points share.
         codes: int8 ``[outputs, inputs]``.
-        scale: float32 ``[outputs]``, the largest magnitude of each row of W: one for each point, or one for all.
+        scale: the largest magnitude of each row of W, float32 ``[outputs]``: one for each point, or one for all.
         bias: ``[outputs]`` for each point, one for all, or none.
-        threshold: columns of x in which some magnitude reaches it are multiplied in x's own dtype; 0: none are.
+        threshold: columns of x with a magnitude of at least this are multiplied in x's own dtype; 0 disables it.
     """
     library = torch.ops.bitsandbytes
     points = max(len(x), len(scale), len(bias))
@@ -57,29 +59,29 @@ def products(
 
 
 def product_flops(x: Sequence[Tensor], outputs: int) -> int:
-    """Operations of the products of all ``x``, ``[..., inputs]`` each, with a matrix of ``outputs`` rows."""
+    """Return the FLOPs of the products of all ``x``, each ``[..., inputs]``, with a matrix of ``outputs`` rows."""
     return sum(2 * math.prod(each.shape) * outputs for each in x)
 
 
 def rows_of(x: Tensor) -> int:
-    """The number of vectors ``[inputs]`` in ``x``."""
+    """Return the number of vectors ``[inputs]`` in ``x``."""
     return x.numel() // max(x.shape[-1], 1)
 
 
 def rounding_scratch(x: Sequence[Tensor], outputs: int, points: int) -> int:
-    """Bytes that :func:`products` holds while it rounds the inputs, or while it scales the results.
+    """Return the bytes that :func:`products` holds at its peak in addition to its results.
 
-    It is that of the library's plain code, which processors run: inputs are rounded by way of float16 and float32
-    copies, and integer results are scaled by way of float32 ones.
+    The model is bitsandbytes' plain code, which CPUs run: it rounds inputs through float16 and float32 copies, and
+    scales the integer results through float32 copies.
     """
     sizes, rows = [t.numel() for t in x], [rows_of(t) for t in x]
-    made = points * max(rows) * outputs * x[0].element_size()  # the results, which are not there yet
+    made = points * max(rows) * outputs * x[0].element_size()  # the results, which do not exist yet
     whole = sum(sizes)
     codes = whole * (2 if len(x) > 1 else 1)
     scaling = codes + 4 * outputs * (sum(rows) + max(rows))
     product = 0
     if not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        # Without these instructions the library multiplies in float32, and one layer's codes are a copy in it.
+        # Without these instructions the library multiplies in float32, with a float32 copy of the layer's codes.
         product = codes + 4 * (whole + outputs * x[0].shape[-1] + outputs * sum(rows)) - made
     return max(whole + 10 * max(sizes) - made, product, scaling)
 
@@ -93,7 +95,7 @@ def rounding_scratch(x: Sequence[Tensor], outputs: int, points: int) -> int:
     ),
 )
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """See :func:`products`: one point."""
+    """Compute :func:`products` for one point."""
     return products([x], codes, [scale], [] if bias is None else [bias], threshold)[0]
 
 
@@ -113,7 +115,7 @@ def _(x, codes, scale, bias, threshold):
 def int8_points(
     x: list[Tensor], codes: Tensor, scale: list[Tensor], bias: list[Tensor], threshold: float
 ) -> list[Tensor]:
-    """See :func:`products`: all points of a step."""
+    """Compute :func:`products` for all points of a step."""
     return products(x, codes, scale, bias, threshold)
 
 
@@ -134,7 +136,12 @@ def _nf4_scratch(x: Tensor, shape: list[int]) -> int:
 def nf4_linear(
     x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, shape: list[int], blocksize: int, bias: Tensor | None
 ) -> Tensor:
-    """x · Wᵀ + bias with W in the packed layout; ``shape`` is W's, ``code`` the table of its 16 values."""
+    """Compute x · Wᵀ + bias, with W in the packed layout.
+
+    Args:
+        code: the table of W's 16 values.
+        shape: W's shape.
+    """
     if not x.numel():
         return x.new_empty((*x.shape[:-1], shape[0]))
     y = torch.ops.bitsandbytes.gemv_4bit(x, packed, shape, absmax, code, blocksize)

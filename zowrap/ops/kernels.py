@@ -1,7 +1,7 @@
-"""The kernels of a run: what perturbs its weights and what updates them.
+"""The kernels of a run, which perturb and update its weights.
 
-Kernels are shared by everything that has the same :func:`kernel_key`, a text that determines their arithmetic, so that
-programs can refer to them and caches can be shared between processes.
+All runs with the same :func:`kernel_key` share kernels. The key is a text that determines the kernels' arithmetic, so
+programs can refer to kernels by it, and processes can share caches.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from zowrap.step.directions import Direction
 
 
 class Kernels:
-    """The kernels of one key. Compiled on first use, per dtype and number of points.
+    """The kernels of one key, compiled on first use for each dtype and number of points.
 
     Args:
-        coefficient_shapes: the rule's coefficients, in the order they are passed.
-        scalar_names: numbers that the rule's direction reads, in the order they are passed: global ones, then the
-            rule's ``"parameter"`` slots.
+        coefficient_shapes: shapes of the rule's coefficients, in the order they are passed.
+        scalar_names: names of the numbers that the rule's direction reads, in the order they are passed: the step's
+            numbers first, then the rule's ``"parameter"`` slots.
         other: see :func:`zowrap.step.arithmetic.evaluated_direction`.
 
     Attributes:
-        key: the text that programs refer to these kernels by.
+        key: the text by which programs refer to these kernels.
         perturbation: draws directions and perturbs weights along them.
         update: writes the rule's update.
-        loops: what is compiled, for kernels of other operators too.
+        loops: the compiled functions; other operators add theirs.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Kernels:
     def warm(
         self, dtype: torch.dtype, device: torch.device, queries: int, points: int, decay: bool, rows: bool, size: int
     ) -> None:
-        """Compile what parameters of ``dtype`` need, by running it on a dummy, so that no step stops half-way.
+        """Compile the kernels for parameters of ``dtype`` by running them on a dummy, so that no step fails half-way.
 
         Args:
-            points: of the evaluations; 0 compiles the update alone.
+            points: points of an evaluation; 0 compiles only the update.
             rows: whether an embedding is perturbed.
             size: elements of the dummy, see :func:`zowrap.ops.loops.alike`.
         """
@@ -81,7 +81,7 @@ class Kernels:
         return self.update.write(w, args, DrawnDirections([key] * queries, [one] * queries, scalars))
 
 
-_unknown: dict[Hashable, int] = {}  # rules whose origin is an object of their own, numbered as they come
+_unknown: dict[Hashable, int] = {}  # rules with an origin that is not a text, numbered in order of appearance
 
 
 def kernel_key(
@@ -91,11 +91,11 @@ def kernel_key(
     scalar_names: Sequence[str],
     other: float | None,
 ) -> str:
-    """All that determines the arithmetic of kernels, as a text; the arguments are those of :class:`Kernels`.
+    """Return a text that determines the arithmetic of kernels; the arguments are those of :class:`Kernels`.
 
-    Which functions a rule has, its :attr:`~zowrap.rules.base.Rule.origin` says: rules from elsewhere are different from
-    each other whatever they call themselves. Of a direction, kernels take its law, whether its length is scaled, and
-    whether it comes in factors; what it makes of the rule is in the rule's origin.
+    The rule's functions are identified by its :attr:`~zowrap.rules.base.Rule.origin`: rules from outside the package
+    always differ from each other, even with equal names. From the direction, kernels depend on its law, on whether
+    its length is scaled and on whether it is low-rank; its changes to the rule are part of the rule's origin.
     """
     origin = rule.origin
     if not isinstance(origin, str):
@@ -109,10 +109,10 @@ _registry: dict[str, Kernels] = {}
 
 
 def register(kernels: Kernels) -> Kernels:
-    """These kernels, or those that were registered under the same key before."""
+    """Register kernels and return them, or return those already registered under the same key."""
     return _registry.setdefault(kernels.key, kernels)
 
 
 def get(kernel_key: str) -> Kernels:
-    """The registered kernels of that key."""
+    """Return the kernels registered under ``kernel_key``."""
     return _registry[kernel_key]

@@ -1,8 +1,8 @@
-"""The operators that stand for look-ups.
+"""Operators for look-ups.
 
-``perturb_rows``    an embedding: noise for the touched rows only
-``rows``            an embedding that nothing perturbs
-``index_error``     stands before every other look-up: 0, or an error where an index is out of range
+``perturb_rows``    a perturbed embedding, with noise for the looked-up rows only
+``rows``            an unperturbed embedding
+``index_error``     the check before every other look-up: returns 0, or raises an error if an index is out of range
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def perturb_rows(
     coefficients: Tensor,
     kernel_key: str,
 ) -> list[Tensor]:
-    """``[(w + coefficients[p] · z)[ids] for p]``: ``ids`` int64 or int32 of any shape, results
-    ``[*ids.shape, columns]``.
+    """Compute ``[(w + coefficients[p] · z)[ids] for p]``, each ``[*ids.shape, columns]``.
 
-    An id out of range: see :func:`rows`.
+    Args:
+        ids: int64 or int32 of any shape; an id out of range has the effect described in :func:`rows`.
     """
-    # The kernel is compiled for int64; of rows of one token the view has gaps.
+    # The kernel is compiled for contiguous int64; ids of rows with one token may be a view with gaps.
     flat = ids.reshape(-1).to(torch.int64).contiguous()
     noise = NoiseArgs(slots, key, scale, scalars).rows(flat)
     out = kernels.get(kernel_key).perturbation.rows(w.index_select(0, flat), noise, coefficients, flat)
@@ -53,7 +53,7 @@ def _(w, slots, ids, key, scale, scalars, coefficients, kernel_key):
 
 @operator("rows", traits=Traits(looks_up=True), cost=Cost())
 def rows(w: Tensor, ids: Tensor) -> Tensor:
-    """``w[ids]``; an id out of range raises ``IndexError`` on a CPU and is a device-side assertion on a GPU."""
+    """Return ``w[ids]``. An id out of range raises ``IndexError`` on a CPU and a device-side assertion on a GPU."""
     return w.index_select(0, ids.reshape(-1)).view(*ids.shape, *w.shape[1:])
 
 
@@ -64,7 +64,7 @@ def _(w, ids):
 
 @rows.register_vmap
 def _(info, in_dims, w, ids):
-    """Over the examples: one look-up for all; where each has its own table, in all of them laid end to end."""
+    """Map over examples with one look-up; if each example has its own table, it reads the concatenated tables."""
     w_dim, ids_dim = in_dims
     if ids_dim is None:
         ids, ids_dim = ids.expand(info.batch_size, *ids.shape), 0
@@ -78,15 +78,18 @@ def _(info, in_dims, w, ids):
 
 @operator("index_error", traits=Traits(), cost=Cost())
 def index_error(index: Tensor, size: int, wraps: bool, ignored: int | None) -> Tensor:
-    """0-d zero of ``index``'s dtype, to be added to it: the look-up cannot run before it has been looked at.
+    """Check an index and return a 0-d zero of its dtype.
+
+    The caller adds the zero to the index, so that the look-up cannot run before the check.
 
     Args:
-        index: int64 or int32 of any shape; ``size``: what it looks up has this many entries.
-        wraps: negative numbers count from the end.
-        ignored: a number that names no entry and is none the less allowed.
+        index: int64 or int32 of any shape.
+        size: number of entries of the table.
+        wraps: whether negative indices count from the end.
+        ignored: an index that is allowed although it is not in the table.
 
     Raises:
-        IndexError: a number names no entry.
+        IndexError: an index is out of range.
     """
     if index.numel():
         first = -size if wraps else 0

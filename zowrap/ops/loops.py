@@ -1,4 +1,4 @@
-"""Functions over the elements of a parameter, compiled once for all lengths."""
+"""Elementwise functions over a parameter, compiled once for all lengths."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from zowrap.compiler.inductor import Compiled, compile_function
 
-# Largest run of elements handled by one call. It divides 2³², so the high half of the element index is constant within
-# a call, and it fits an int32 counter.
+# Most elements handled by one call. It divides 2³², so the high half of the element index is constant within a call,
+# and it fits an int32 counter.
 SEGMENT = 1 << 30
-_EXAMPLE = 4096  # elements of the tensors that kernels are traced with; a size hint, nothing else depends on it
+_EXAMPLE = 4096  # elements of the example tensors for tracing; only a size hint
 
 
 class Loops:
-    """Compiled functions by name; each is compiled when it is first run."""
+    """Compiled functions by name. Each is compiled when it first runs."""
 
     def __init__(self) -> None:
         self._compiled: dict[tuple, Compiled] = {}
@@ -25,7 +25,7 @@ class Loops:
     def run(
         self, name: tuple, function: Callable[..., Any], arrays: Sequence[Tensor], small: Sequence[Tensor]
     ) -> Sequence[Tensor]:
-        """Call the function, compiled for every length of ``arrays``; ``small`` inputs have fixed shapes."""
+        """Call the function, compiled for any length of ``arrays``; ``small`` inputs have fixed shapes."""
         key = (*name, arrays[0].device)
         if key not in self._compiled:
             rows = arrays[0].ndim == 2
@@ -37,7 +37,7 @@ class Loops:
 
 
 def compile_loop(function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]) -> Compiled:
-    """Compile an elementwise function: to C++ for a CPU, to Triton for a GPU."""
+    """Compile an elementwise function, to C++ for a CPU or to Triton for a GPU."""
     if examples[0].is_cuda:
         from zowrap.ops.triton import loops
 
@@ -46,18 +46,18 @@ def compile_loop(function: Callable[..., Any], examples: Sequence[Tensor], dynam
 
 
 def alike(count: int) -> int:
-    """The smallest number of elements that takes the same machine code on a GPU as ``count``.
+    """Return the smallest number of elements for which a GPU runs the same machine code as for ``count``.
 
-    Triton has code of its own for multiples of 16, whose elements are read four or eight at a time, and for 1.
+    Triton compiles separate code for multiples of 16, reading four or eight elements at a time, and for 1.
     """
     return 16 if count % 16 == 0 else min(count, 2)
 
 
 def segments(start: int, count: int) -> Iterator[tuple[int, slice]]:
-    """Runs that make up ``count`` elements of a parameter from number ``start`` on, cut at multiples of ``SEGMENT``.
+    """Cut ``count`` elements of a parameter, from number ``start`` on, into segments at multiples of ``SEGMENT``.
 
     Yields:
-        The number of a run's first element, and where the run lies among the ``count``.
+        The number of the segment's first element, and the segment's slice of the ``count`` elements.
     """
     first, end = start, start + count
     while first < end:
@@ -67,12 +67,12 @@ def segments(start: int, count: int) -> Iterator[tuple[int, slice]]:
 
 
 def flat_index(like: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """int32 halves, low and high, of the element numbers of a run that begins at ``offset`` (see :func:`offset`)."""
+    """Return the low and high int32 halves of the element numbers of a segment that begins at :func:`offset`."""
     return torch.arange(like.shape[0], dtype=torch.int32, device=like.device) + offset[0], offset[1]
 
 
 def split(values: Sequence[Tensor], *counts: int) -> list[Sequence[Tensor]]:
-    """``values`` in runs of these lengths, which make up all of them."""
+    """Split ``values`` into consecutive parts of these lengths, which must add up to all of them."""
     runs, first = [], 0
     for count in counts:
         runs.append(values[first : first + count])
@@ -85,7 +85,10 @@ _offsets: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def offset(first: int, device: torch.device) -> Tensor:
-    """int32 ``[2]``: low and high half of an element index, kept per device (chunk starts recur every step)."""
+    """Return the low and high half of an element index as int32 ``[2]``.
+
+    Results are cached for each device, because the same chunk starts recur at every step.
+    """
     key = (first, device)
     if key not in _offsets:
         low, high = first & 0xFFFFFFFF, first >> 32

@@ -1,11 +1,11 @@
-"""The operators that a captured program uses in place of a perturbed weight.
+"""Operators that a captured program uses instead of a perturbed weight.
 
-``perturb``         a whole parameter at every point: for vectors, and for uses that have no cheaper form
-``perturb_linear``  a matrix product: row chunks of w ± εz pass through a small reused scratch, once for all points
-``perturb_lowrank`` a whole parameter along a product of thin factors; passes turn its uses into thin products
+``perturb``         a whole perturbed parameter for each point: for vectors, and for uses without a cheaper form
+``perturb_linear``  a matrix product: row chunks of w ± εz are formed in a small reused buffer, once for all points
+``perturb_lowrank`` a whole parameter perturbed by a product of thin factors; passes turn its uses into thin products
 
-Each is opaque to the compiler (it sees shapes only), so noise never multiplies into the consumers' code, and each
-carries its key, so that noise is a function of the operator's inputs alone.
+The compiler sees only the shapes of these operators, so it never inlines the noise into the code of each use. Each
+takes its key as an input, so the noise depends only on the operator's inputs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def perturb(
     coefficients: Tensor,
     kernel_key: str,
 ) -> list[Tensor]:
-    """``[w + coefficients[p] · z for p]``, each of ``w``'s shape and dtype."""
+    """Compute ``[w + coefficients[p] · z for p]``, each of ``w``'s shape and dtype."""
     out = [torch.empty_like(w, memory_format=torch.contiguous_format) for _ in range(coefficients.shape[0])]
     noise = NoiseArgs(slots, key, scale, scalars).flat()
     kernels.get(kernel_key).perturbation.write(w.reshape(-1), noise, coefficients, [o.view(-1) for o in out])
@@ -59,7 +59,7 @@ def _product_scratch(x: list[Tensor], w: Tensor, coefficients: Tensor, transpose
     copied = copied_bytes(x)
     if not transposed or w.shape[0] <= longest(*w.shape):
         return copied
-    rows = x[0].numel() // x[0].shape[-1]  # sums over chunks: one more product, in float32 beside 16-bit results
+    rows = x[0].numel() // x[0].shape[-1]  # summing chunks takes one more product, and float32 for 16-bit results
     wide = 4 * coefficients.shape[0] * rows * w.shape[1] if w.element_size() == 2 else 0
     return copied + wide + rows * w.shape[1] * w.element_size()
 
@@ -85,11 +85,11 @@ def perturb_linear(
     transposed: bool,
     kernel_key: str,
 ) -> list[Tensor]:
-    """``[x[p] · (w + coefficients[p] · z)ᵀ for p]`` without a perturbed copy of ``w``.
+    """Compute ``[x[p] · (w + coefficients[p] · z)ᵀ for p]`` without a perturbed copy of ``w``.
 
     Args:
-        x: one tensor ``[..., inputs]`` for each point, or a single one that all points share.
-        w: ``[outputs, inputs]``; ``[inputs, outputs]`` with ``transposed``.
+        x: ``[..., inputs]`` for each point, or a single tensor that all points share.
+        w: ``[outputs, inputs]``, or ``[inputs, outputs]`` if ``transposed``.
     """
     noise, points = NoiseArgs(slots, key, scale, scalars), coefficients.shape[0]
     inputs = [t.reshape(-1, t.shape[-1]) for t in x]
@@ -101,7 +101,7 @@ def perturb_linear(
         if product.applies(inputs, w):
             out = product.perturbed_products(inputs, w, noise, coefficients, transposed, kernel_key)
             return _with_shapes_of(x, out)
-    # A transposed product adds up over the chunks: in float32, so that 16-bit sums do not lose the later chunks.
+    # A transposed product is summed over the chunks, in float32, so that 16-bit sums do not lose the later chunks.
     sums = torch.promote_types(w.dtype, torch.float32) if transposed and longest(rows, columns) < rows else w.dtype
     out = [torch.empty((inputs[0].shape[0], outputs), dtype=sums, device=w.device) for _ in range(points)]
     perturbation = kernels.get(kernel_key).perturbation
@@ -118,7 +118,7 @@ def perturb_linear(
 
 
 def _with_shapes_of(x: Sequence[Tensor], out: Sequence[Tensor]) -> list[Tensor]:
-    """``out[p]``, ``[tokens, outputs]``, with the first dimensions that the point's x has."""
+    """Reshape each ``out[p]``, ``[tokens, outputs]``, to the leading dimensions of the point's x."""
     return [o.view(*at_point(x, p).shape[:-1], o.shape[-1]) for p, o in enumerate(out)]
 
 
@@ -129,7 +129,12 @@ def _(x, w, slots, key, scale, scalars, coefficients, transposed, kernel_key):
 
 @operator("perturb_lowrank", traits=Traits(perturbs="w", all_points=True), cost=Cost())
 def perturb_lowrank(w: Tensor, left: Tensor, right: Tensor | None, coefficients: Tensor) -> list[Tensor]:
-    """``[w + coefficients[p] · left · rightᵀ for p]``; ``left`` ``[rows, rank]``, ``right`` ``[columns, rank]``."""
+    """Compute ``[w + coefficients[p] · left · rightᵀ for p]``.
+
+    Args:
+        left: ``[rows, rank]``.
+        right: ``[columns, rank]``; None for a vector.
+    """
     z = lowrank.product(left, right, w.shape)
     return [perturb_weight(w, z, c).contiguous() for c in coefficients]
 
@@ -141,7 +146,7 @@ def _(w, left, right, coefficients):
 
 @perturb_lowrank.register_vmap
 def _(info, in_dims, w, left, right, coefficients):
-    """Over the examples, each with its own factors: a copy of the parameter for each, so for small ones alone."""
+    """Map over examples, each with its own factors and its own copy of the parameter; only for small parameters."""
     left = left.movedim(in_dims[1], 0)
     z = left if right is None else left @ right.movedim(in_dims[2], 0).mT
     z = z.reshape(info.batch_size, *w.shape)

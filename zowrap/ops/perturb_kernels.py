@@ -1,7 +1,7 @@
 """Kernels that draw a direction and perturb weights along it, in one loop over a parameter.
 
-Each is an ordinary function over flat tensors, traced together with the noise reference and the rule's own direction.
-No noise and no perturbed weight exists outside a small scratch.
+Each kernel is an ordinary function over flat tensors, traced together with the reference noise and the rule's
+direction. Noise and perturbed weights exist only in a small scratch buffer.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from zowrap.step.lowrank import Layout, draw
 
 
 class PerturbKernels:
-    """The kernels of one rule's directions.
+    """The kernels that draw and apply the directions of one rule.
 
     Args:
-        scalar_names: numbers that the rule's direction reads, in the order they are passed: global ones, then the
-            rule's ``"parameter"`` slots.
+        scalar_names: names of the numbers that the rule's direction reads, in the order they are passed: the step's
+            numbers first, then the rule's ``"parameter"`` slots.
     """
 
     def __init__(self, rule: Rule, direction: Direction, scalar_names: Sequence[str], loops: Loops) -> None:
@@ -37,10 +37,14 @@ class PerturbKernels:
         self._loops = loops
         self._factors: dict[torch.device, Compiled] = {}
 
-    # --- what is traced ---------------------------------------------------------------------------------------
+    # --- traced functions -------------------------------------------------------------------------------------
 
     def direction_at(self, w: Tensor, low: Tensor, high: Tensor, noise: NoiseArgs, table: Tensor) -> Tensor:
-        """z at some elements of a parameter; ``low``, ``high``: int32 halves of their numbers."""
+        """Compute z for some elements of a parameter.
+
+        Args:
+            low, high: int32 halves of the element numbers.
+        """
         u = laws.LAWS[self.direction.law](laws.hash_bits(low, high, noise.key), table)
         if self.direction.needs_norm:
             u = u * noise.scale
@@ -52,18 +56,19 @@ class PerturbKernels:
     def points(
         self, w: Tensor, low: Tensor, high: Tensor, noise: NoiseArgs, coefficients: Tensor, table: Tensor
     ) -> tuple[Tensor, ...]:
-        """``w + coefficients[p] · z`` for every point, elementwise; see :meth:`direction_at`."""
+        """Compute ``w + coefficients[p] · z`` for every point, elementwise; see :meth:`direction_at`."""
         z = self.direction_at(w, low, high, noise, table)
         return tuple(perturb_weight(w, z, coefficients[p]) for p in range(coefficients.shape[0]))
 
     # --- kernels ----------------------------------------------------------------------------------------------
 
     def write(self, w: Tensor, noise: NoiseArgs, coefficients: Tensor, out: Sequence[Tensor], start: int = 0) -> None:
-        """``out[p] = w + coefficients[p] · z`` for the elements ``start …`` of a parameter.
+        """Set ``out[p] = w + coefficients[p] · z`` for a parameter's elements from number ``start`` on.
 
         Args:
-            w: flat; the slots of ``noise`` and ``out`` likewise.
+            w: flat, as are the slots of ``noise``.
             coefficients: float32 ``[points]``.
+            out: one flat tensor for each point.
         """
         slot_count, points = len(self.slot_names), len(out)
 
@@ -85,11 +90,13 @@ class PerturbKernels:
     def chunks(
         self, w: Tensor, noise: NoiseArgs, coefficients: Tensor, runs: Iterable[tuple[int, int]]
     ) -> Iterator[tuple[int, int, list[Tensor]]]:
-        """``(first, last, rows at every point)`` for each run of rows of a matrix; the next run overwrites the scratch.
+        """Yield ``(first, last, perturbed rows for each point)`` for each run of rows of a matrix.
+
+        The perturbed rows lie in a scratch buffer that the next run overwrites.
 
         Args:
-            w: ``[rows, columns]``, the slots of ``noise`` likewise.
-            runs: ``(first, last)``.
+            w: ``[rows, columns]``, as are the slots of ``noise``.
+            runs: ``(first, last)`` row numbers.
         """
         columns, points = w.shape[1], coefficients.shape[0]
         flat, flat_noise = w.reshape(-1), noise.flat()
@@ -100,11 +107,11 @@ class PerturbKernels:
             yield first, last, [part.view(last - first, columns) for part in scratch]
 
     def rows(self, w: Tensor, noise: NoiseArgs, coefficients: Tensor, ids: Tensor) -> list[Tensor]:
-        """Rows of a matrix w + coefficients[p] · z: the noise of these rows only.
+        """Compute rows of a matrix w + coefficients[p] · z, drawing noise for these rows only.
 
         Args:
-            w: ``[touched, columns]``, already gathered; the slots of ``noise`` likewise.
-            ids: int64 ``[touched]``, their row numbers in the full matrix.
+            w: the gathered rows, ``[touched, columns]``; the slots of ``noise`` are gathered likewise.
+            ids: row numbers in the full matrix, int64 ``[touched]``.
 
         Returns:
             One tensor of ``w``'s shape and dtype for each point.
@@ -122,7 +129,7 @@ class PerturbKernels:
         return list(self._loops.run(("rows", w.dtype, points), kernel, [w, ids, *noise.slots], small))
 
     def factors(self, layout: Layout, keys: Tensor, right_keys: Tensor) -> Tensor:
-        """:func:`zowrap.step.lowrank.draw` in one loop, for any number of directions and parameters."""
+        """Run :func:`zowrap.step.lowrank.draw` in one loop, for any number of directions and parameters."""
         table = laws.gaussian_table(keys.device)
         out = torch.empty(keys.shape[0], layout.size, device=keys.device)
         given = (out, layout.owner, layout.start, layout.scale, keys, right_keys)
@@ -139,7 +146,7 @@ class PerturbKernels:
         return out
 
     def squared_norm(self, like: Tensor, key: Tensor) -> Tensor:
-        """0-d int64 sum of :func:`zowrap.step.directions.integer_squares` over the raw noise of a parameter (flat)."""
+        """Sum :func:`zowrap.step.directions.integer_squares` over a flat parameter's raw noise, as 0-d int64."""
         table = laws.gaussian_table(like.device)
 
         def kernel(like: Tensor, key: Tensor, offset: Tensor, table: Tensor) -> tuple:

@@ -1,4 +1,4 @@
-"""``update_`` and ``update_lowrank_``, the epilogue's write: the only operators that change a floating-point weight."""
+"""``update_`` and ``update_lowrank_``, the epilogue's operators and the only ones that write floating-point weights."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def update_lowrank_(
     decay: bool,
     kernel_key: str,
 ) -> None:
-    """The rule's update of one parameter along ĝ = left · rightᵀ, in place; row chunks of ĝ pass through a scratch.
+    """Apply the rule's update to one parameter, in place, with ĝ = left · rightᵀ formed chunk by chunk in a buffer.
 
     Args:
-        left: ``[rows, k]``, ``right`` ``[columns, k]`` (None for a vector, then k is 1), float32.
+        left: float32 ``[rows, k]``.
+        right: float32 ``[columns, k]``; None for a vector, in which case k is 1.
     """
     update, flat = kernels.get(kernel_key).update, w.view(-1)
     args = UpdateArgs(slots, rounding_key, coefficients, hyper, apply, decay).flat()
@@ -79,7 +80,7 @@ def update_(
     decay: bool,
     kernel_key: str,
 ) -> None:
-    """The rule's update of one parameter, in place; see :class:`zowrap.ops.arguments.UpdateArgs`."""
+    """Apply the rule's update to one parameter, in place; see :class:`zowrap.ops.arguments.UpdateArgs`."""
     args = UpdateArgs(slots, rounding_key, coefficients, hyper, apply, decay).flat()
     kernels.get(kernel_key).update.write(w.view(-1), args, DrawnDirections(keys, scales, scalars))
 

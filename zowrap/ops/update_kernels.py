@@ -1,7 +1,7 @@
 """The kernel of a rule's update: ĝ, rule, rounding and write in one loop over a parameter.
 
-It is an ordinary function over flat tensors, traced together with the noise reference and the rule's own functions. No
-noise and no gradient exists outside of it.
+The kernel is an ordinary function over flat tensors, traced together with the reference noise and the rule's own
+functions. Noise and ĝ exist only inside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class UpdateKernels:
 
     Args:
         perturbation: draws the directions again.
-        coefficient_shapes: the rule's coefficients, in the order they are passed.
+        coefficient_shapes: shapes of the rule's coefficients, in the order they are passed.
         other: see :func:`zowrap.step.arithmetic.evaluated_direction`.
     """
 
@@ -42,12 +42,12 @@ class UpdateKernels:
         self._loops = loops
 
     def write(self, w: Tensor, args: UpdateArgs, along: DrawnDirections | Tensor, start: int = 0) -> None:
-        """Write the rule's update of the elements ``start …`` of a parameter, in place.
+        """Write the rule's update of a parameter's elements from number ``start`` on, in place.
 
         Args:
-            w: flat weights; the slots of ``args`` likewise.
-            along: the directions that ĝ is made of; or ĝ itself, flat float32, as along low-rank directions, where it
-                is a thin matrix product.
+            w: flat weights; the slots of ``args`` are flat too.
+            along: the directions that ĝ is a combination of, or ĝ itself, flat float32. ĝ is given for low-rank
+                directions, where it is a thin matrix product.
         """
         drawn, given = (None, [along]) if isinstance(along, Tensor) else (along, [])
         names = [name for name in self.coefficient_shapes if drawn is not None or name != "g"]
@@ -87,6 +87,6 @@ class UpdateKernels:
             self._loops.run(name, kernel, arrays, [*directions, *args.coefficients, *numbers, *tables])
 
     def _seen(self, slots: Sequence[Tensor]) -> list[Tensor]:
-        """Of a parameter's slots those that the rule's direction reads."""
+        """Select those of a parameter's slots that the rule's direction reads."""
         names = self.rule.slot_names("element")
         return [slots[names.index(name)] for name in self.perturbation.slot_names]

@@ -1,6 +1,6 @@
-"""``attention``, ``gather`` and ``cat``: torch's own, with a form for one example at a time.
+"""torch's ``attention``, ``gather`` and ``cat`` with rules for ``vmap`` over examples.
 
-They stand in a program only while the population pass records it, which has torch's again when that is done.
+Only the population pass uses them, while it records a program; then it replaces them by torch's operators again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from zowrap.custom_op import Cost, Traits, operator
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None, grouped: bool
 ) -> Tensor:
-    """torch's fused attention, without dropout, in a form that ``vmap`` can take: examples go along its batch."""
+    """Compute torch's fused attention without dropout; under ``vmap`` the examples join the batch dimension."""
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped
     ).contiguous()
@@ -40,7 +40,7 @@ def _(info, in_dims, query, key, value, mask, causal, scale, grouped):
 
 @operator("gather", traits=Traits(plain_form=torch.ops.aten.gather.default), cost=Cost())
 def gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    """``torch.gather`` in a form that ``vmap`` can take when sizes vary."""
+    """Compute ``torch.gather``, also under ``vmap`` with varying sizes."""
     return torch.gather(x, dim, index)
 
 
@@ -60,7 +60,7 @@ def _(info, in_dims, x, dim, index):
 
 @operator("cat", traits=Traits(plain_form=torch.ops.aten.cat.default), cost=Cost())
 def cat(tensors: list[Tensor], dim: int) -> Tensor:
-    """``torch.cat`` in a form that ``vmap`` can take when sizes vary."""
+    """Compute ``torch.cat``, also under ``vmap`` with varying sizes."""
     return torch.cat(tensors, dim)
 
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to treat bfloat16 as hardware does."""
+"""Fixtures that make Triton's interpreter treat bfloat16 as hardware does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from packaging.version import Version
 
 @pytest.fixture(autouse=True)
 def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter cuts off the bits that a GPU rounds, and multiplies matrices of the bit patterns."""
+    """Correct the interpreter, which truncates where a GPU rounds and multiplies matrices of raw bit patterns."""
     pytest.importorskip("triton", reason="the kernels for a GPU are written in Triton")
     if torch.cuda.is_available():
         return
@@ -41,7 +41,7 @@ def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def loops_run() -> None:
-    """Skips where the interpreter cannot count: Triton 3.6 has one-element arrays made numbers, NumPy 2.4 refuses."""
+    """Skip if the interpreter cannot run loops: Triton 3.6 makes numbers of one-element arrays, NumPy 2.4 refuses."""
     triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
     old = Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4")
     if old and not torch.cuda.is_available():
@@ -50,5 +50,5 @@ def loops_run() -> None:
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the kernels run: on a GPU if there is one."""
+    """Return the device on which kernels run: a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""The running logsumexp as a Triton kernel, against torch's cross-entropy."""
+"""Compare the Triton kernel of the running logsumexp with torch's cross-entropy."""
 
 from __future__ import annotations
 

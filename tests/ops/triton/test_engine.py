@@ -1,4 +1,4 @@
-"""The compiled engine where its loops are Triton: what cannot be written, compiled or launched runs eagerly."""
+"""The compiled engine with Triton loops runs eagerly if a kernel cannot be generated, compiled or launched."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def triton_loops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrap(device: torch.device, engine: str | None, squash: Callable[[Tensor], Tensor] = torch.sign) -> ZOModel:
-    """A layer under a rule that takes ``squash`` of ĝ."""
+    """Wrap a layer with a rule that applies ``squash`` to ĝ."""
 
     def leaf(w: Tensor, g: Tensor, slots: Any, c: Any, hyper: Any) -> tuple:
         return w - hyper["lr"] * squash(g), slots
@@ -38,7 +38,7 @@ def wrap(device: torch.device, engine: str | None, squash: Callable[[Tensor], Te
 
 
 def check_falls_back(device: torch.device, match: str, **options: Any) -> None:
-    """The first step warns and is the eager engine's; where that was ruled out, nothing moves."""
+    """Check that the first step warns and runs eagerly, or fails without moving weights if the engine is fixed."""
     x = torch.ones(4, 5, device=device)
     eager = wrap(device, "eager", **options)
     eager.step(x=x)
@@ -71,7 +71,7 @@ def test_without_triton_no_kernel_is_written(device: torch.device, monkeypatch: 
 
 
 class Refusing:
-    """Stands where a kernel stands: launched ``count`` times, it refuses."""
+    """Replaces a kernel and raises an error after ``count`` launches."""
 
     def __init__(self, kernel: Any, count: int) -> None:
         self.kernel, self.count = kernel, count

@@ -1,4 +1,4 @@
-"""Kernels over elements, written as Triton, against the functions that they were written from: bit for bit."""
+"""Generated Triton loops equal the functions that they were generated from, bit for bit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CASES = [
 
 
 class RoundedRoots(TorchDispatchMode):
-    """Eager torch takes roots through a library that errs by a bit here and there; compiled code rounds correctly."""
+    """Rounds eager square roots correctly, as compiled code does; torch's library is sometimes off by one bit."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.sqrt.default and not args[0].is_cuda:
@@ -45,13 +45,13 @@ class RoundedRoots(TorchDispatchMode):
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, NaN included."""
+    """Return whether two tensors are equal bit for bit, NaN included."""
     return one.dtype == other.dtype and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every kernel runs twice, as Triton and as the plain function; the names of what was compared."""
+    """Run every kernel twice, as Triton and as the plain function; return the names of the compared kernels."""
     names: list[str] = []
 
     def compile_both(function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]) -> Compiled:
@@ -78,7 +78,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def kernels_of(
     rule: str | Rule, direction: str | None, dtype: torch.dtype, device: torch.device, **options: Any
 ) -> Any:
-    """A wrapped layer, which holds them; skipped where the rule does not take the direction."""
+    """Return a wrapped layer that holds the kernels; skip if the rule does not support the direction."""
     options = {"loss_fn": lambda m, b: m(b["x"]).sum(-1), "weight_decay": 0.1, **options}
     layer = torch.nn.Linear(5, 3).to(device, dtype)
     try:
@@ -102,7 +102,7 @@ def test_every_option_of_a_rule_updates_as_the_reference(case: tuple, checked: l
 def test_the_example_of_a_rule_updates_as_the_reference(
     checked: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "register", lambda *_, **__: None)  # it is not to stay
+    monkeypatch.setattr(rules, "register", lambda *_, **__: None)  # the example must not stay registered
     names = runpy.run_path(str(Path(__file__).parents[3] / "examples" / "my_rule.py"))
     exercise(kernels_of(names["zo_lion"](), None, torch.float32, device), torch.float32, checked, device)
 
@@ -119,7 +119,7 @@ def test_sixteen_bit_weights_are_written_as_the_reference_writes_them(
 def exercise(
     zm: Any, dtype: torch.dtype, checked: list[str], device: torch.device, count: int = 1003, columns: int = 17
 ) -> None:
-    """Every kernel of a model on numbers of all kinds."""
+    """Run every kernel of a model on numbers of all kinds."""
     kernel, job = zm.engine.kernels, zm.job
     generator = torch.Generator().manual_seed(0)
 
@@ -130,7 +130,7 @@ def exercise(
     shapes = {name: tuple(shape) for name, shape in kernel.update.coefficient_shapes.items()}
     hyper = [torch.tensor(v, device=device) for v in (1e-2, 1e-3, 0.1)]
     names = kernel.rule.slot_names("element")
-    # From the middle of a parameter that is longer than 2³² elements.
+    # Start in the middle of a parameter with more than 2³² elements.
     w, start = random(count, of=dtype), (1 << 32) + 77
     slots = [random(count).abs() for _ in names]
     scalars = [random().abs() for _ in kernel.perturbation.scalar_names]
@@ -202,7 +202,7 @@ def test_an_empty_array_is_left_alone(device: torch.device) -> None:
     assert out.shape == (0,)
 
 
-# Whatever a rule may be written with: of one number, of two, of three.
+# All operations that a rule may use: of one operand, of two, of three.
 OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "sign": lambda a, b, c: a.sign(),
     "reciprocal": lambda a, b, c: 1 / a,
@@ -234,7 +234,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_operations_have_the_bits_of_a_cpu(dtype: torch.dtype, device: torch.device) -> None:
-    """On numbers of all sizes, NaN, infinities, zeros and subnormals among them."""
+    """Compare on numbers of all sizes, with NaN, infinities, zeros and subnormals."""
 
     def function(a: Tensor, b: Tensor, c: Tensor) -> tuple:
         return tuple(operation(a, b, c) for operation in OPERATIONS.values())
@@ -251,7 +251,7 @@ def test_operations_have_the_bits_of_a_cpu(dtype: torch.dtype, device: torch.dev
     loop = loops.compile_loop(function, [t.to(device) for t in examples], range(3))
     for name, found, wanted in zip(OPERATIONS, loop(*(t.to(device) for t in given)), expected, strict=True):
         found = found.cpu()
-        nothing = found.isnan() & wanted.isnan()  # their bits differ, and mean the same
+        nothing = found.isnan() & wanted.isnan()  # NaNs may have different bits
         assert same(found.masked_fill(nothing, 0), wanted.masked_fill(nothing, 0)), name
 
 
@@ -281,7 +281,7 @@ REFUSED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_written_says_so(name: str, device: torch.device) -> None:
-    """Rather than to come out different, or as an error of Triton's."""
+    """It must neither give different results nor end in an error of Triton's."""
     examples = [torch.empty(64, device=device), torch.ones(3, device=device)]
     with pytest.raises(ZOCaptureError, match=r"aten\.\w+.*engine='eager' runs"):
         loops.compile_loop(lambda x, few: (REFUSED[name](x, few),), examples, [0])

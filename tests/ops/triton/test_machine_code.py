@@ -1,4 +1,4 @@
-"""Every kernel through Triton's compiler and NVIDIA's assembler: what a GPU would run, without one."""
+"""Compile every kernel with Triton's compiler and NVIDIA's assembler, and check the machine code without a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels for a GPU are written in Triton")
 
-# In a process of its own: Triton decides at its import whether kernels are interpreted or compiled.
+# Run in a separate process, because Triton decides at import whether kernels are interpreted or compiled.
 SCRIPT = """
 import json, pytest, re, torch
 from benchmarks.gpu import machine_code
@@ -77,7 +77,7 @@ with machine_code.compiling() as found:
     note("cross-entropy")
 
 def step(rule, dtype, direction):
-    \"\"\"What a step launches that was not compiled before it; of lengths that Triton tells apart.\"\"\"
+    \"\"\"Return the kernels that a step compiles only when it runs, for lengths that Triton distinguishes.\"\"\"
     model = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.Linear(48, 3))
     model.register_parameter("scale", torch.nn.Parameter(torch.ones(1)))
     loss = lambda m, b: (m(b["x"]) * m.scale).sum(-1)
@@ -85,12 +85,12 @@ def step(rule, dtype, direction):
     job, engine, kernel = zm.job, zm.engine, zm.engine.kernels
     engine._warm(0, 2)
     warmed = {line["variant"] for line in found}
-    stream = zm.directions.queries[0]
+    query = zm.directions.queries[0]
     for i, p in enumerate(zm.parameters if direction != "lowrank(1)" else []):
         seen = [job.slots[name][i].view(-1) for name in kernel.perturbation.slot_names]
-        scalars = [stream.scalars[name] for name in kernel.perturbation.scalar_names]
+        scalars = [query.scalars[name] for name in kernel.perturbation.scalar_names]
         w = p.tensor.detach().view(-1)
-        noise = NoiseArgs(seen, stream.keys[i], stream.scale, scalars)
+        noise = NoiseArgs(seen, query.keys[i], query.scale, scalars)
         kernel.perturbation.write(w, noise, torch.ones(2), [torch.empty_like(w) for _ in range(2)])
     zm.update(projected_grad=torch.ones(()))
     return [f"{rule} {direction} {line['variant']}" for line in found if line["variant"] not in warmed]
@@ -108,7 +108,7 @@ with machine_code.compiling() as found:
 
 for line in lines:
     ptx = line.pop("ptx")
-    # A floor takes subnormal numbers for 0; what is made of it does not (zowrap/ops/triton/emit.py).
+    # The floor instruction treats subnormal numbers as 0; the emitted code corrects it (zowrap/ops/triton/emit.py).
     line["flushes"] = ".ftz" in ptx.replace("cvt.rmi.ftz", "")
     line["fused"], line["approximate"] = re.search(r"\\bfma\\.", ptx) is not None, "approx" in ptx
 print(json.dumps({"lines": lines, "cold": cold}))
@@ -130,27 +130,27 @@ def kernels_named(pattern: str) -> list[dict[str, Any]]:
 
 
 def test_loops_round_after_every_operation() -> None:
-    """No product and sum made one, no approximate division or root, and small numbers are not taken for 0."""
+    """Loops have no fused multiply-add and no approximate division or root, and keep subnormal numbers."""
     for line in kernels_named("loop"):
         assert not (line["fused"] or line["flushes"] or line["approximate"]), line
 
 
 def test_loops_and_the_cross_entropy_do_not_spill() -> None:
-    """A register that does not fit is a trip to memory for every element."""
+    """A spilled register costs an access to memory for every element."""
     assert [line["name"] for line in kernels_named("loop|cross-entropy") if line["stack"]] == []
 
 
 @pytest.mark.parametrize(("points", "most"), [(2, 8), (3, 256)])
 def test_products_spill_no_more_than_is_said(points: int, most: int) -> None:
-    """docs/gpu.md says so many bytes of a thread; their tiles are made to fill the registers."""
+    """docs/gpu.md states these bytes per thread; the tiles are sized to fill the registers."""
     assert max(line["stack"] for line in kernels_named(f"product of {points}")) <= most
 
 
 def test_products_fit_into_the_shared_memory_of_small_gpus() -> None:
-    """99 KiB of a consumer's card, the least among those that have bfloat16 (compute capability 8.6 and 8.9)."""
+    """Consumer cards with compute capability 8.6 and 8.9 have 99 KiB, the least of all GPUs with bfloat16."""
     assert max(line["shared"] for line in kernels_named("product")) <= 99 << 10
 
 
 def test_a_step_launches_what_was_compiled_before_it() -> None:
-    """Triton compiles again for each alignment and for numbers that are 1: not between two writes of an update."""
+    """Triton recompiles for each alignment and for arguments equal to 1; this must not happen during an update."""
     assert compiled()["cold"] == []

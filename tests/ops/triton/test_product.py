@@ -1,4 +1,4 @@
-"""The product that reads a weight once, against one product per point with a perturbed copy."""
+"""Compare the product that reads a weight once with separate products with a perturbed copy for each point."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def kernels_of(rule: str, direction: str | None, device: torch.device) -> kernel
 def reference(
     x: list[Tensor], w: Tensor, args: NoiseArgs, coefficients: Tensor, kernel: kernels.Kernels, transposed: bool
 ) -> list[Tensor]:
-    """Perturbed copies of the weight, rounded to its dtype, and products in float64."""
+    """Compute products in float64 with perturbed copies of the weight, rounded to its dtype."""
     low, high = noise.split_index(torch.arange(w.numel(), device=w.device).view(w.shape))
     table = noise.gaussian_table(w.device)
     copies = kernel.perturbation.points(w, low, high, args, coefficients, table)
@@ -53,7 +53,7 @@ def test_products_equal_those_with_perturbed_copies(
         pytest.skip("one case of several blocks of tokens is enough")
     kernel = kernels_of(rule, direction, device)
     torch.manual_seed(0)
-    inputs, outputs = 70, 37  # neither fills its tiles
+    inputs, outputs = 70, 37  # neither is a multiple of the tile size
     w = torch.randn((inputs, outputs) if transposed else (outputs, inputs), device=device).to(dtype)
     x = [torch.randn(tokens, inputs, device=device).to(dtype) for _ in range(1 if shared else 2)]
     slots = [torch.rand(w.shape, device=device) + 0.5 for _ in kernel.perturbation.slot_names]

@@ -1,11 +1,12 @@
-"""What runs on an NVIDIA GPU in place of the C++ loops: Triton kernels behind the same operators.
+"""Triton kernels for NVIDIA GPUs, used by the same operators in place of the C++ loops.
 
-``emit``           an elementwise function, traced as for a CPU, written as Triton
-``loops``          kernels over the elements of a parameter: perturbation, touched rows, and every rule's update
-``product``        one read of a weight feeds the products of all points, for batches of few tokens
-``cross_entropy``  one chunk of logits into the running logsumexp
+``emit``           translates a traced elementwise function to Triton
+``loops``          kernels over the elements of a parameter: perturbation, looked-up rows, and every rule's update
+``product``        products at all points from one read of the weight, for batches of few tokens
+``cross_entropy``  adds one chunk of logits to the running logsumexp
+``sources``        loads and launches generated Triton
 
-The loops are written from the very functions that the eager engine runs, rounding after every operation as a CPU does,
-so noise, perturbed weights and updates have the same bits on both. Nothing here is imported without a GPU, or Triton's
-interpreter (``TRITON_INTERPRET=1``) in the tests.
+The loops are generated from the functions that the eager engine runs and round after every operation as a CPU does, so
+noise, perturbed weights and updates have the same bits on both. This package is imported only on a GPU, or in tests
+under Triton's interpreter (``TRITON_INTERPRET=1``).
 """

@@ -1,4 +1,4 @@
-"""One chunk of logits into the running logsumexp of :mod:`zowrap.ops.head`, read once and in float32."""
+"""Add a chunk of logits to the running logsumexp of :mod:`zowrap.ops.head`, reading it once and summing in float32."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from zowrap.ops.triton import sources
 
-# Logits that one program holds at a time; a token's chunk takes a few turns.
+# Logits that one program holds at a time; a token's chunk takes a few iterations.
 BLOCK = 1024
 
 
-# Of the alignment of single numbers nothing is gained, and each would be a kernel of its own.
+# Specialising on the alignment of these pointers gains nothing, and each alignment would compile another kernel.
 @triton.jit(do_not_specialize=["labels", "highest", "total", "picked", "first"])
 def _add(logits, labels, highest, total, picked, first, classes, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
@@ -39,14 +39,15 @@ def _add(logits, labels, highest, total, picked, first, classes, BLOCK: tl.const
 
 
 def add(logits: Tensor, labels: Tensor, highest: Tensor, total: Tensor, picked: Tensor, first: Tensor) -> None:
-    """Take in the classes ``first …`` for every token; a NaN among the logits leaves NaN in ``total``.
+    """Add the logits of the classes from ``first`` on for every token; a NaN logit makes ``total`` NaN.
 
     Args:
         logits: ``[tokens, classes]``, contiguous, any float dtype.
         labels: int64 ``[tokens]``.
-        highest, total, picked: float32 ``[tokens]``: the largest logit so far, the sum of exp(logit − highest), and
-            the logit of the label once it has passed by.
-        first: int32 ``[1]`` or more, of which the first counts.
+        highest: the largest logit so far, float32 ``[tokens]``; updated in place.
+        total: the sum of exp(logit − highest) so far, float32 ``[tokens]``; updated in place.
+        picked: the logit of each label once its class was seen, float32 ``[tokens]``; updated in place.
+        first: int32, its first element is the number of the first class.
     """
     if logits.shape[0]:
         with torch.cuda.device_of(logits):

@@ -1,9 +1,9 @@
-"""An elementwise function, traced to an fx graph, written as statements of Triton.
+"""Translate an elementwise function, traced to an fx graph, to Triton statements.
 
-The traced functions (:mod:`zowrap.ops.perturb_kernels`, :mod:`zowrap.ops.update_kernels`) are built from three dozen
-operations on three kinds of inputs: arrays, one element for each that is computed; small tensors, of which single
-numbers are read; and tables. Every operation is written so that it rounds once, as a CPU does: true division and square
-root, and no product and sum made one (kernels are launched without fusing them).
+The traced functions (:mod:`zowrap.ops.perturb_kernels`, :mod:`zowrap.ops.update_kernels`) consist of about three dozen
+operations on three kinds of inputs: arrays, read element by element; small tensors, from which single numbers are read;
+and tables. Every operation rounds once, as on a CPU: division and square root are exactly rounded, and products are not
+fused with sums (kernels are launched without this fusion).
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Small:
-    """An input of which single numbers are read, or a table: the name of its pointer."""
+    """An input from which single numbers are read, or a table; ``pointer`` is the name of its pointer."""
 
     pointer: str
 
 
 @dataclass
 class Body:
-    """What a function becomes.
+    """The Triton code of a function.
 
     Attributes:
-        once: statements that are the same for every element.
+        once: statements with the same value for every element.
         lines: statements for each element.
-        stores: ``(input's number, expression)`` of what is written into inputs.
-        outputs: expressions of what is returned.
-        sums: for each output, whether it is the sum over all elements.
+        stores: ``(number of the input, expression)`` for each write into an input.
+        outputs: expressions of the returned values.
+        sums: whether each output is a sum over all elements.
     """
 
     once: list[str]
@@ -61,14 +61,15 @@ class Body:
 
 
 def emit(graph_module: fx.GraphModule, inputs: Sequence[str | Small], sizes: Callable[[str], str]) -> Body:
-    """The graph as statements.
+    """Translate a graph to statements.
 
     Args:
-        inputs: for each placeholder an expression of its element, or where its numbers lie.
-        sizes: name of a symbolic size → expression of it, or ``"index <name>"`` → of the index that runs to it.
+        inputs: for each placeholder, the expression of its element or the pointer to its numbers.
+        sizes: maps the name of a symbolic size to its expression, and ``"index <name>"`` to the expression of the index
+            along that size.
 
     Raises:
-        ZOCaptureError: an operation that has no counterpart here, which is named.
+        ZOCaptureError: an operation has no counterpart in Triton; the message names it.
     """
     return _Emitter(graph_module, inputs, sizes).run()
 
@@ -82,7 +83,7 @@ class _Emitter:
         self.number = {node: i for i, node in enumerate(self.given)}
         self.text: dict[fx.Node, str | Small] = dict(self.given)
         self.body = Body([], [], [], [], [])
-        # Names of what differs from element to element: inputs, indices, and what is made of them.
+        # Names of values that differ between elements: inputs, indices, and everything computed from them.
         self.elements = {name for text in inputs if isinstance(text, str) for name in _NAMES.findall(text)}
 
     def run(self) -> Body:
@@ -147,7 +148,7 @@ class _Emitter:
         if node.target is aten.where.self:
             condition, *branches = operands
             texts = [self._read(condition), *(self._cast(b, result) for b in branches)]
-        elif result == torch.bool:  # of a comparison: what its operands have in common
+        elif result == torch.bool:  # a comparison: use the common dtype of its operands
             common = _common(operands)
             texts = [self._cast(a, common) for a in operands]
         else:
@@ -162,7 +163,7 @@ class _Emitter:
         self._name(node, template.format(*texts, type=_type(node)))
 
     def _cast(self, value: Any, dtype: torch.dtype) -> str:
-        """The value as ``dtype``."""
+        """Return the expression of a value, converted to ``dtype``."""
         if not isinstance(value, fx.Node):
             return f"tl.full((), {_number(value)}, {TYPES[dtype]})" if dtype == torch.float64 else _number(value, dtype)
         text, held = self._read(value), value.meta["val"]
@@ -175,7 +176,7 @@ class _Emitter:
             return _number(value)
         text = self._text(value)
         if isinstance(text, Small):
-            if value.meta["val"].numel() != 1:  # which of its numbers is wanted nothing says
+            if value.meta["val"].numel() != 1:  # it is unclear which of its numbers is meant
                 raise _refused(value)
             name = self._define(f"tl.load({text.pointer})")
             self.text[value] = name
@@ -183,7 +184,7 @@ class _Emitter:
         return text
 
     def _text(self, value: Any) -> str | Small:
-        if value not in self.text:  # a constant that the function holds, or what another operation would return
+        if value not in self.text:  # a constant of the function, or an additional result of an operation
             raise _refused(value)
         return self.text[value]
 
@@ -206,13 +207,13 @@ class _Emitter:
 def _refused(node: fx.Node) -> ZOCaptureError:
     what = str(node.target) if node.op == "call_function" else f"a value of its own ({node.name})"
     return ZOCaptureError(
-        f"the rule or its direction takes {what}, which no kernel on a GPU computes as a CPU does (engine='eager' runs "
-        f"it as it is)"
+        f"the rule or its direction uses {what}, which no GPU kernel can compute with the same bits as a CPU "
+        f"(engine='eager' runs it as it is)"
     )
 
 
 def _is_exact_total(node: fx.Node) -> bool:
-    """Whether a sum is one over all elements that is returned, and of integers: their order does not matter."""
+    """Return whether a sum is an output and of integers, so that the order of its terms does not matter."""
     return not node.meta["val"].dtype.is_floating_point and all(user.op == "output" for user in node.users)
 
 
@@ -236,7 +237,7 @@ def _common(operands: Sequence[Any]) -> torch.dtype:
     return common.dtype
 
 
-# What leaves the elements as they are; each expression stands for one element, whatever its tensor's shape.
+# Operations that do not change elements; each expression represents one element, whatever its tensor's shape.
 _SAME = (
     aten.detach.default,
     aten.unsqueeze.default,
@@ -246,7 +247,7 @@ _SAME = (
     aten.alias.default,
     aten.clone.default,
 )
-# The value of every element, from an operation's arguments.
+# For each operation, the value of every element as a function of the operation's arguments.
 _FILLED: dict[Any, Callable[..., Any]] = {
     aten.ones.default: lambda size: 1.0,
     aten.ones_like.default: lambda like: 1.0,
@@ -268,12 +269,12 @@ _OPERATIONS: dict[Any, str] = {
     aten.reciprocal.default: "tl.div_rn(1.0, {0})",
     aten.sqrt.default: "tl.sqrt_rn({0})",
     aten.rsqrt.default: "tl.div_rn(1.0, tl.sqrt_rn({0}))",
-    aten.sign.default: "({0} > 0).to({type}) - ({0} < 0).to({type})",  # of NaN it is 0
+    aten.sign.default: "({0} > 0).to({type}) - ({0} < 0).to({type})",  # 0 for NaN
     aten.neg.default: "-{0}",
     aten.abs.default: "tl.abs({0})",
-    # The machine's own takes a subnormal number for 0.
+    # The GPU's floor treats subnormal numbers as 0.
     aten.floor.default: "tl.where(({0} < 0.0) & ({0} > -1.0), -1.0, tl.floor({0}))",
-    # Half-way cases go to the even number, and 0 keeps its sign.
+    # Round half to even, and keep the sign of 0.
     aten.round.default: "tl.where(tl.abs({0}) <= 0.5, {0} * 0.0, tl.floor({0}) + tl.where({0} - tl.floor({0}) == 0.5, "
     "tl.floor({0}) - 2.0 * tl.floor(tl.floor({0}) * 0.5), tl.where({0} - tl.floor({0}) > 0.5, 1.0, 0.0)))",
     aten.maximum.default: _MAXIMUM,
@@ -301,7 +302,7 @@ _OPERATIONS: dict[Any, str] = {
         for kind in ("Tensor", "Scalar")
     },
 }
-# float64 divides and takes roots exactly without a word.
+# In float64 the plain division and square root are already exactly rounded.
 _FLOAT64: dict[Any, str] = {
     aten.div.Tensor: "{0} / {1}",
     aten.reciprocal.default: "1.0 / {0}",

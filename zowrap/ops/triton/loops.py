@@ -1,4 +1,4 @@
-"""A traced elementwise function as one Triton kernel over all elements, for every length."""
+"""Compile a traced elementwise function to one Triton kernel over all elements, for any length."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from zowrap.errors import ZOCaptureError, ZOInternalError
 from zowrap.ops.triton import sources
 from zowrap.ops.triton.emit import Body, Small, emit
 
-# Elements of one program: enough independent work to hide the memory's latency, few enough registers for rules with
-# three slots.
+# Elements and warps of one program: enough independent work to hide the latency of memory, few enough registers for
+# rules with three slots.
 BLOCK, WARPS = 1024, 4
 
 
 def compile_loop(function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]) -> Compiled:
-    """:func:`zowrap.compiler.inductor.compile_function` for a GPU.
+    """Compile a function as :func:`zowrap.compiler.inductor.compile_function` does, but for a GPU.
 
     Args:
-        function: writes into its inputs elementwise, or returns new tensors of the elements' shape, or sums over all
-            elements of int64.
-        examples: those listed in ``dynamic`` are arrays: ``[n]``, or ``[rows, columns]`` with ``[rows]`` and
-            ``[columns]`` beside it, all contiguous.
+        function: writes into its inputs elementwise, returns new tensors of the elements' shape, or returns int64 sums
+            over all elements.
+        examples: example inputs; those listed in ``dynamic`` are contiguous arrays: ``[n]``, or ``[rows, columns]``
+            together with ``[rows]`` and ``[columns]``.
 
     Raises:
-        ZOCaptureError: an operation of the function has no counterpart on a GPU, or there is no Triton.
+        ZOCaptureError: an operation of the function has no counterpart on a GPU, or Triton is not installed.
     """
     start = time.perf_counter()
     loop = _Loop(function, examples, dynamic)
@@ -37,14 +37,14 @@ def compile_loop(function: Callable[..., Any], examples: Sequence[Tensor], dynam
 
 
 class _Loop:
-    """See :func:`compile_loop`. Call it with the function's inputs in order."""
+    """A compiled loop, called with the function's inputs in order; see :func:`compile_loop`."""
 
     def __init__(self, function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[int]) -> None:
         graph_module, fakes = trace(function, examples, dynamic)
         self.main = max(dynamic, key=lambda i: fakes[i].ndim)
         self.axes = [str(size) for size in fakes[self.main].shape]
         self.arrays = set(dynamic)
-        # An array's element is loaded where the kernel begins; a small input's numbers where they are needed.
+        # Elements of arrays are loaded at the start of the kernel, numbers of small inputs where they are used.
         inputs = [f"x{i}" if i in self.arrays else Small(f"p{i}") for i in range(len(fakes))]
         body = emit(graph_module, inputs, self._size)
         returned = graph_module.graph.output_node().args[0]
@@ -67,7 +67,7 @@ class _Loop:
         if count := main.numel():
             with torch.cuda.device_of(main):
                 grid = (triton.cdiv(count, BLOCK),)
-                # Fusing a product with a sum would round once where a CPU rounds twice.
+                # Fusing a product with a sum would round only once, but a CPU rounds twice.
                 given = [*inputs, *outputs, count, columns]
                 sources.launch(self.kernel, grid, *given, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)
         return outputs
@@ -79,11 +79,11 @@ class _Loop:
         return "row" if axes == self.axes[:1] else "column"
 
     def _size(self, name: str) -> str:
-        """See :func:`zowrap.ops.triton.emit.emit`."""
+        """Return the expression of a size or an index, as ``sizes`` of :func:`zowrap.ops.triton.emit.emit`."""
         indices = ["i"] if len(self.axes) == 1 else ["row", "column"]
         extents = ["count"] if len(self.axes) == 1 else ["count // columns", "columns"]
         if name.removeprefix("index ") not in self.axes:
-            raise ZOCaptureError(f"a kernel on a GPU knows the sizes of its elements, and no size {name}")
+            raise ZOCaptureError(f"a kernel on a GPU can use only the sizes of its arrays, not {name}")
         if name.startswith("index "):
             return indices[self.axes.index(name.removeprefix("index "))]
         return extents[self.axes.index(name)]
@@ -105,16 +105,17 @@ class _Loop:
             else:
                 lines.append(f"tl.store(o{i} + i, {text}, mask=inside)")
         arguments = ", ".join([*pointers, "count", "columns", "BLOCK: tl.constexpr"])
-        # Triton compiles again for each alignment of an argument. Where single numbers are read it gains nothing, and
-        # keys lie aligned or not by the parameter's number; of the elements, their count and columns it makes wide
-        # loads and fewer divisions, so those stay as they are and :meth:`zowrap.ops.kernels.Kernels.warm` meets each.
+        # Triton compiles a separate kernel for each alignment of an argument. For inputs read as single numbers this
+        # gains nothing, and the alignment of a key depends on the parameter's number, so they are not specialised. For
+        # arrays, their count and columns it yields wide loads and fewer divisions, so these are specialised, and
+        # :meth:`zowrap.ops.kernels.Kernels.warm` compiles every case.
         loose = [f"p{i}" for i in range(len(fakes)) if i not in self.arrays or self._address(fakes[i]) != "i"]
         head = f"@triton.jit(do_not_specialize={loose})\ndef kernel({arguments}):\n"
         return head + "".join(f"    {line}\n" for line in lines)
 
 
 def _is_read(node: Any) -> bool:
-    """Whether an array's elements are needed: some are only written to, of others only the size matters."""
+    """Return whether an array's elements are read; some arrays are only written, or only their size is used."""
     aten = torch.ops.aten
     return any(
         user.target is not aten.sym_size.int and not (user.target is aten.copy_.default and user.args[0] is node)

@@ -1,8 +1,9 @@
-"""x · (w ± εz)ᵀ at all points of a step from one read of w: for batches of few tokens, whose products wait for memory.
+"""Compute x · (w ± εz)ᵀ at all points of a step from one read of w, for batches of few tokens.
 
-A tile of the weight is read once; its perturbed forms are made in registers, rounded as a perturbed copy would be, and
-each meets its own point's activations. With many tokens every block of them would make the same noise again: there
-the chunked scratch of :mod:`zowrap.ops.perturb` makes it once.
+Products of few tokens are limited by memory. The kernel reads each tile of the weight once, perturbs it for every point
+in registers, rounding as a perturbed copy would, and multiplies each result with its point's activations. With many
+tokens every block of tokens would have to draw the same noise again, so there :mod:`zowrap.ops.perturb` draws it once
+into a scratch buffer.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from zowrap.ops.loops import split
 from zowrap.ops.triton import sources
 from zowrap.ops.triton.emit import Small, emit
 
-# Up to so many tokens one block holds them all, and the noise of a tile is made once.
+# Up to this many tokens fit into one block, so the noise of a tile is drawn once.
 FEW_TOKENS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}  # float32 tiles take twice the memory
-# Elements of a row of the weight in a tile: as many as fit into the registers with the noise of all points, and into
-# the shared memory of small GPUs (the tests compile them). And rows, fewer where a matrix would otherwise make too few
-# tiles for all processors (an H100 has 132). Fixed, not tuned on the spot: another tiling adds up in another order, and
-# a resumed run would differ in the last bit.
+# The width of a weight tile: as many elements as fit into the registers with the noise of all points, and into the
+# shared memory of small GPUs (the tests compile for them). The height is smaller if a matrix would otherwise have too
+# few tiles for all processors (an H100 has 132). Both are fixed and not tuned at run time: another tiling sums in
+# another order, and a resumed run would differ in the last bit.
 TILE_INPUTS = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 16}
 TILE_OUTPUTS, PROGRAMS = (64, 32, 16), 128
 
 
 def applies(x: Sequence[Tensor], w: Tensor) -> bool:
-    """Whether the product of ``x``, flat ``[tokens, inputs]`` each, is made here."""
+    """Return whether this kernel computes the product of ``x``, each ``[tokens, inputs]``, with ``w``."""
     return w.is_cuda and x[0].shape[0] <= FEW_TOKENS.get(w.dtype, 0)
 
 
@@ -45,10 +46,10 @@ def perturbed_products(
     transposed: bool,
     kernel_key: str,
 ) -> list[Tensor]:
-    """``[tokens, outputs]`` for each point; see :func:`zowrap.ops.perturb.perturb_linear`.
+    """Compute ``[tokens, outputs]`` for each point; see :func:`zowrap.ops.perturb.perturb_linear`.
 
     Args:
-        x: ``[tokens, inputs]`` for each point, or a single one that all points share.
+        x: ``[tokens, inputs]`` for each point, or a single tensor that all points share.
     """
     points = coefficients.shape[0]
     tokens, inputs = x[0].shape
@@ -75,14 +76,14 @@ def perturbed_products(
             INPUTS=TILE_INPUTS[w.dtype],
             PRECISION=_precision(w),
             num_warps=4,
-            num_stages=2,  # the tiles of all points, twice, must fit into the shared memory of small GPUs
+            num_stages=2,  # two stages of all points' tiles must fit into the shared memory of small GPUs
             enable_fp_fusion=False,
         )
     return out
 
 
 def _precision(w: Tensor) -> str:
-    """As torch multiplies: in TF32 only where the program allows it, by the older of its settings or the newer."""
+    """Return the precision of torch's products: TF32 only if the user allowed it, by torch's older or newer setting."""
     return "tf32" if w.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -133,7 +134,7 @@ def _source(
             f"a_{x} = tl.load({x} + m[:, None] * inputs + k[None, :], mask=held, other=0)"
             for x in dict.fromkeys(sources_of)
         ],
-        # What lies outside of the matrix may have become anything, NaN included: it must count as nothing.
+        # Elements outside the matrix may have any value by now, even NaN, so they are set to 0.
         *[
             f"b{p} = tl.trans(tl.where(inside, {text}, 0.0).to(w.dtype.element_ty))"
             for p, text in enumerate(body.outputs)
@@ -155,6 +156,6 @@ def _source(
     ]
     constants = [f"{name}: tl.constexpr" for name in ("TOKENS", "OUTPUTS", "INPUTS", "PRECISION")]
     arguments = ", ".join([*given, *names, "tokens", "outputs", "inputs", *constants])
-    # Of these nothing is gained by their alignment, and each would be a kernel of its own.
+    # Specialising on the alignment of these arguments gains nothing, and each alignment would compile another kernel.
     head = f"@triton.jit(do_not_specialize={[*names, 'tokens']})\ndef kernel({arguments}):\n"
     return head + "".join(f"    {line}\n" for line in lines)

@@ -1,4 +1,4 @@
-"""Generated Triton. Triton reads a kernel's source from where it was defined: here a module that is on no disk."""
+"""Load and launch generated Triton, which reads a kernel's source from its module: here one that is only in memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ import triton.language as tl
 
 
 class _InMemory(importlib.abc.InspectLoader):
-    """A module from its text; tracebacks and Triton find its lines under a name of its own."""
+    """Loads a module from its text; tracebacks and Triton find its lines under a unique file name."""
 
     def __init__(self, name: str, text: str) -> None:
         self.text, self.path = text, f"<{name}>"
-        # No time of change: the entry stays, though no file has that name.
+        # Without a modification time, linecache keeps the entry although no such file exists.
         linecache.cache[self.path] = (len(text), None, text.splitlines(keepends=True), self.path)
 
     def get_source(self, fullname: str) -> str:
@@ -36,9 +36,9 @@ class _InMemory(importlib.abc.InspectLoader):
 
 
 def kernel(source: str) -> Any:
-    """The function ``kernel`` of a piece of Triton, compiled when it is first launched.
+    """Return the function ``kernel`` that the source defines; Triton compiles it when it is first launched.
 
-    Triton keeps the machine code by the text, so another process that writes the same kernel compiles nothing.
+    Triton caches machine code by source text, so another process with the same kernel does not compile it again.
 
     Raises:
         ZOCaptureError: Triton is not installed.
@@ -56,15 +56,15 @@ def kernel(source: str) -> Any:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *given: Any, **options: Any) -> None:
-    """Run a kernel, compiled if it was not yet.
+    """Run a kernel, and compile it first if necessary.
 
     Raises:
-        ZOCaptureError: Triton, an assembler or compiler that it calls, or the driver refuses the kernel.
+        ZOCaptureError: Triton, an assembler or compiler that it calls, or the driver rejects the kernel.
     """
     try:
         kernel[grid](*given, **options)
-    except Exception as error:  # their errors have no type in common
+    except Exception as error:  # these errors have no common type
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise  # it has run before: the recording is what cannot be
+            raise  # the kernel ran before, so it is the CUDA graph that cannot be recorded
         first = first_line(error, "no reason given")
         raise ZOCaptureError(f"Triton refused a kernel ({type(error).__name__}: {first[:200]})") from error
