@@ -1,9 +1,9 @@
 """Remove inactive dropout, run-time assertions, aliases and full slices.
 
-    before                                              after
-    d = dropout(x, 0.1, False)                          y = linear(x, w)
-    _assert_tensor_metadata(d, None, None, int64)
-    y = linear(alias(d), w)
+before                                              after
+d = dropout(x, 0.1, False)                          y = linear(x, w)
+_assert_tensor_metadata(d, None, None, int64)
+y = linear(alias(d), w)
 """
 
 from __future__ import annotations
