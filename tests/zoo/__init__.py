@@ -1,0 +1,1 @@
+"""Tiny random models of every transformers family, made from their configuration classes alone."""
