@@ -946,3 +946,22 @@ def test_a_module_that_returns_a_tuple_or_a_dictionary_is_evaluated_as_the_train
         assert got.metrics["test_loss"] == pytest.approx(want.metrics["test_loss"], rel=1e-5)
     assert ours.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], rel=1e-5)
     assert ours.train().global_step == 2
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_ends_as_it_would_have(tmp_path: Path) -> None:
+    class Fails(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise RuntimeError("the machine went down")
+
+    options = {"max_steps": 4, "processing_class": tiny_bert_tokenizer(), "lr": "auto", "learning_rate": None}
+    whole = trainer_in(tmp_path / "a", **options)
+    whole.train()
+    with pytest.raises(RuntimeError):
+        trainer_in(tmp_path / "b", callbacks=[Fails()], **options).train()
+    again = trainer_in(tmp_path / "b", **options)
+    assert again.train(resume_from_checkpoint=True).global_step == 4 and again.resumed_from == 4
+    assert again.args.learning_rate == whole.args.learning_rate
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
+    assert "pad_token_id" in (tmp_path / "b" / "generation_config.json").read_text()

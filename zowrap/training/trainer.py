@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, set_seed
-from transformers.trainer import logger
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
+from transformers.trainer import align_special_tokens, logger
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from zowrap.errors import ZOError, ZOWarning
@@ -567,6 +567,11 @@ class ZOTrainer(Trainer):
         say(f"{self.run.path} is finished: {start.step} steps are done")
         self.state = start.state
         self._load_callback_state()
+        # What a training does before its first step, and every later start as well.
+        self.args.learning_rate = start.plan.get("learning_rate", self.args.learning_rate)
+        tokenizer = self.processing_class
+        if isinstance(tokenizer, PreTrainedTokenizerBase | ProcessorMixin) and hasattr(self._bare, "config"):
+            align_special_tokens(self._bare, tokenizer)
         if not start.finished:
             try:
                 writer.close(interrupted=False)
