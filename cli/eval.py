@@ -82,6 +82,7 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
 
     rows = sample(read_rows(options.data, default_split="test"), options.max_eval_examples)
     source = open_source(options.model, options.trust_remote_code)
+    source.complete = True
     task, why = _task(context, options, saved, rows, source)
     task.check(rows)
     say(why)

@@ -261,7 +261,10 @@ class LossModule(nn.Module):
         if self.head is not None and "labels" in batch:
             return self.head(self._logits(batch), batch, self.model)
         output = self.model(**batch)
-        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        if isinstance(output, tuple):  # a model that is not of the library returns its loss first
+            loss = next(iter(output), None)
+        else:
+            loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if loss is None:
             raise ZOError(
                 "the model returned no loss: put 'labels' into the batch, or give loss_fn=(lambda model, batch: ...)"
@@ -309,6 +312,10 @@ class LossModule(nn.Module):
         if hasattr(config, "use_cache"):
             inputs["use_cache"] = False
         return self.model(**inputs)
+
+    def weigh(self, loss: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return a batch's mean loss as sums and weights, as :meth:`forward` does."""
+        return self._as_rows(loss, batch)
 
     def _as_rows(self, loss: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Convert a loss to (sums, weights). Per-example losses have weight 1; a 0-d mean has the weight of what it

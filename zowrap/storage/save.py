@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from zowrap.errors import ZOError
 from zowrap.quant import lowering
@@ -147,13 +147,36 @@ def _is_weight_file(name: str) -> bool:
 def write_weights(part: nn.Module, directory: Path, max_shard_size: int | str) -> None:
     if _is_a(part, "PreTrainedModel"):
         with _skip_irreversible_conversions(part):
-            part.save_pretrained(str(directory), max_shard_size=max_shard_size)  # type: ignore[operator]
+            state = _copy_shared_by_hand(part)
+            options = {} if state is None else {"state_dict": state}
+            part.save_pretrained(str(directory), max_shard_size=max_shard_size, **options)  # type: ignore[operator]
     elif hasattr(part, "save_pretrained"):
         part.save_pretrained(str(directory))  # type: ignore[operator]
     else:
         from safetensors.torch import save_model as save_module
 
         save_module(part, str(directory / WEIGHTS), metadata={"format": "pt"})
+
+
+def _copy_shared_by_hand(model: nn.Module) -> dict[str, Any] | None:
+    """Return the model's state with a copy of each weight that a script shared, or None where there is none.
+
+    transformers writes a shared tensor once, and shares it again on loading only where the model's class and
+    configuration say so. Elsewhere one of its places would come back random, or saving would fail.
+    """
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "_hf_peft_config_loaded", False):
+        return None
+    declared = set(getattr(model, "all_tied_weights_keys", None) or {})
+    state, copied = model.state_dict(), False
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.numel():
+            continue
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        other = first.setdefault(place, name)
+        if other != name and not declared & {name, other}:
+            state[name], copied = tensor.clone(), True
+    return state if copied else None
 
 
 @contextmanager

@@ -32,13 +32,14 @@ def load_adapted(folder: StrPath) -> Any:
     dtype = NAMES.get(facts.get("dtype") or "", torch.float32)
     if run.get("task"):
         source = open_source(str(folder))
+        source.complete = True
         source.quantization = facts.get("quantization")
         model: Any = saved_part(restore_task(run["task"]).build(source, dtype))[0]
         return _drop_renaming(model)
     config = transformers.AutoConfig.from_pretrained(adapters_base(folder) or folder)
     name = facts.get("architecture") or (config.architectures or [""])[0]
     kind: Any = getattr(transformers, name, transformers.AutoModel)
-    source = Source(str(folder), config, None, quantization=facts.get("quantization"))
+    source = Source(str(folder), config, None, quantization=facts.get("quantization"), complete=True)
     changes = {"num_labels": facts["num_labels"]} if "num_labels" in facts else {}
     return _drop_renaming(load_model(source, kind, dtype, **changes))
 

@@ -20,6 +20,7 @@ from zowrap.numerics.dtypes import DTYPES
 from zowrap.quant.lowering import is_quantized_layer, mark_fresh
 from zowrap.quant.schemes import check_config, check_requested
 from zowrap.step.parameters import canonical_name
+from zowrap.storage.folder import RunFolder
 from zowrap.storage.safetensors import ADAPTER, adapters_base, check_adapter_settings, check_directory, open_safetensors
 
 log = logging.getLogger("zowrap")
@@ -37,6 +38,7 @@ class Source:
         empty: :func:`load_model` builds the model on the ``meta`` device, without weights.
         label_vectors: file of the label vectors to start from, instead of those in the model's folder.
         quantization: arguments of ``BitsAndBytesConfig`` to load the weights with; None loads them unchanged.
+        complete: no weight may be missing, as nothing will train it: the model is to be evaluated or written.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Source:
     empty: bool = False
     quantization: dict[str, Any] | None = None
     label_vectors: Path | None = None
+    complete: bool = False
 
     @property
     def architectures(self) -> list[str]:
@@ -229,14 +232,15 @@ def load_model(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 
 
     Weights that are missing from the checkpoint, such as those of a new classification head, start random (drawn with
     ``seed``). They are logged as a warning, recorded on the model (:func:`zowrap.quant.lowering.mark_fresh`), and not
-    quantised, because they have to move: ``source.quantization`` is changed accordingly.
+    quantised, because they have to move: ``source.quantization`` is changed accordingly. Weights of the checkpoint that
+    the model has no place for are logged too; of a run's own folder they are an error.
 
     Args:
         changes: attributes of the configuration to set first (``num_labels`` …).
 
     Raises:
-        ZOError: the weights cannot be loaded, an already quantised checkpoint lacks some, or it is quantised to
-            another width than ``source.quantization``.
+        ZOError: the weights cannot be loaded, some are missing although ``source.complete``, an already quantised
+            checkpoint lacks some, or it is quantised to another width than ``source.quantization``.
     """
     check_requested(source.name, source.config, source.quantization)
     if source.empty:
@@ -246,13 +250,15 @@ def load_model(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 
         model = _build_empty(source, auto_class, dtype, **changes)
         with _explain_load_errors(source.name):
             return quantize_empty(model, source.quantization)
-    model, fresh = _from_pretrained(source, auto_class, dtype, seed, changes)
+    model, fresh, untaken = _from_pretrained(source, auto_class, dtype, seed, changes)
+    unused = {name for name in fresh if getattr(auto_class, "__name__", "") == "AutoModel" and "pooler." in name}
+    _check_complete(source, [name for name in fresh if name not in unused], untaken)
     rounded = _quantized_layers(model, fresh)
     if rounded and source.quantization is not None:
         kept = {*model.hf_quantizer.modules_to_not_convert, *rounded}
         source.quantization = {**source.quantization, "llm_int8_skip_modules": sorted(kept)}
         del model
-        model, fresh = _from_pretrained(source, auto_class, dtype, seed, changes)
+        model, fresh, untaken = _from_pretrained(source, auto_class, dtype, seed, changes)
         rounded = _quantized_layers(model, fresh)
     if rounded:
         raise ZOError(
@@ -260,18 +266,36 @@ def load_model(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 
             "with --load-in-8bit or --load-in-4bit"
         )
     if fresh:
-        names = ", ".join(fresh[:4]) + (", …" if len(fresh) > 4 else "")
-        log.warning("freshly initialised, because they are missing from %s: %s", source.name, names)
+        log.warning("freshly initialised, because they are missing from %s: %s", source.name, _list(fresh))
+    if untaken:
+        log.warning("not taken from %s, as this model has no place for them: %s", source.name, _list(untaken))
     mark_fresh(model, fresh)
     if getattr(model.config, "pad_token_id", None) is None and source.tokenizer is not None:
         model.config.pad_token_id = source.tokenizer.pad_token_id
     return model.eval()
 
 
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f", … ({len(names)} in all)" if len(names) > 4 else "")
+
+
+def _check_complete(source: Source, fresh: list[str], untaken: list[str]) -> None:
+    """Refuse a model with random weights that nothing will train, and a run's folder that holds another model's."""
+    if not source.complete:
+        return
+    if fresh:
+        raise ZOError(
+            f"{source.name} lacks weights that this model has, and random ones would take their place: {_list(fresh)}; "
+            "give a model that was trained with them (zowrap tune trains a new head)"
+        )
+    if untaken and RunFolder(source.name).config_file.is_file():
+        raise ZOError(f"{source.name} holds weights that its own model has no place for: {_list(untaken)}")
+
+
 def _from_pretrained(
     source: Source, auto_class: Any, dtype: torch.dtype, seed: int, changes: dict[str, Any]
-) -> tuple[Any, list[str]]:
-    """Load the model, and list the weights that are missing from its checkpoint."""
+) -> tuple[Any, list[str], list[str]]:
+    """Load the model, and list the weights that its checkpoint lacks and those of it that were not taken."""
     check_adapter_settings(source.name)
     options = dict(changes)
     torch.manual_seed(seed)
@@ -292,7 +316,8 @@ def _from_pretrained(
     # mismatched_keys holds (name, old shape, new shape) or names, depending on the version.
     fresh = [*report["missing_keys"], *(k if isinstance(k, str) else k[0] for k in report.get("mismatched_keys", ()))]
     beside = _beside_adapters(source.name)
-    return model, sorted(name for name in fresh if canonical_name(name) not in beside)
+    missing = sorted(name for name in fresh if canonical_name(name) not in beside)
+    return model, missing, sorted(report.get("unexpected_keys", ()))
 
 
 def _beside_adapters(name: str) -> set[str]:

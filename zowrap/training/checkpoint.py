@@ -65,7 +65,12 @@ def load_checkpoint(directory: str | os.PathLike[str], zm: ZOModel) -> dict[str,
 
 def _read_state(directory: Path) -> dict[str, Any]:
     if not (directory / STATE).is_file():
-        raise ZOError(f"{directory} is not a checkpoint of zowrap: there is no {STATE} in it")
+        if (directory / TRAINER).is_file():
+            raise ZOError(
+                f"{directory} holds a model alone, without the state that a run goes on from (as save_only_model "
+                "writes it): begin a new run from that model"
+            )
+        raise ZOError(f"Can't find a valid checkpoint at {directory}: there is no {STATE} in it")
     return _read_object(directory / STATE)
 
 
