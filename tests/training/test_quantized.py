@@ -19,7 +19,8 @@ from zowrap.errors import ZOError
 from zowrap.model.zo_model import ZOModel
 from zowrap.numerics import codes
 from zowrap.ops import codes as code_operators
-from zowrap.quant import adapters, lowering, merge
+from zowrap.quant import lowering, merge
+from zowrap.step.pretrained import has_adapters
 from zowrap.storage import compare
 from zowrap.storage.export import export_run
 from zowrap.storage.merge import export_merged
@@ -183,7 +184,7 @@ def test_merging_adapters_requantises_and_says_what_it_lost() -> None:
     tuned = logits(model, inputs)
     errors = merge.merge(model)
     assert len(errors) == 12 and all(0 < error < 1 for error in errors.values())
-    assert not adapters.has_adapters(model)
+    assert not has_adapters(model)
     spread = (logits(model, inputs) - tuned).abs().mean() / tuned.std()
     assert 0 < spread < 0.1
     with pytest.raises(ZOError, match="no adapters to merge"):
@@ -301,4 +302,4 @@ def test_adapters_of_another_kind_are_not_merged() -> None:
     quant.lower(around)
     with pytest.raises(ZOError, match="DoRA"):
         merge.merge(around)
-    assert adapters.has_adapters(around)
+    assert has_adapters(around)
