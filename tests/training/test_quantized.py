@@ -303,3 +303,22 @@ def test_adapters_of_another_kind_are_not_merged() -> None:
     with pytest.raises(ZOError, match="DoRA"):
         merge.merge(around)
     assert has_adapters(around)
+
+
+@pytest.mark.parametrize("name", ["p-tuning", "prompt tuning", "context-aware prompt", "vblora", "lora"])
+def test_the_best_of_adapters_that_peft_saves_otherwise_is_loaded_at_the_end(name: str, tmp_path) -> None:
+    """Of a prompt peft saves what its encoder makes, and not the encoder, which goes on to be trained."""
+    pytest.importorskip("peft")
+    from tests.support.peft_methods import adapted, base_folder, words
+
+    rows = [{key: value[i % 3] for key, value in words().items()} for i in range(6)]
+    model = adapted(name, base_folder(tmp_path / "base"))
+    args = ZOConfig(
+        str(tmp_path / "run"), max_steps=6, lr=0.3, rule="zo_sgd", engine="eager", report_to="none",
+        per_device_train_batch_size=3, eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = ZOTrainer(model, args, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    assert trainer.best_step == min(losses, key=losses.__getitem__)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), abs=1e-6)

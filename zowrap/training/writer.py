@@ -14,6 +14,7 @@ from zowrap.loss.evaluation import Evaluation, measure_certainty
 from zowrap.model.zo_model import StepResult, ZOModel
 from zowrap.storage.save import save_model, save_settings
 from zowrap.training.best_model import BestModel, is_finite
+from zowrap.training.checkpoint import keep_apart
 from zowrap.training.environment import describe_environment, say_differences
 from zowrap.training.journal import Journal
 from zowrap.training.resume import Start
@@ -337,6 +338,7 @@ class RunWriter:
     def _write_model(self) -> None:
         """Write the present model, whose weights are checked, to the root of the run."""
         save_model(self.zm.model, self.run.path, {**self.zm.facts(), **self.facts}, tokenizer=self.tokenizer)
+        keep_apart(self.run.path, self.zm)
 
 
 def _pick_losses(line: dict[str, Any]) -> dict[str, Any]:
