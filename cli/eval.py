@@ -95,7 +95,8 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
     if not len(examples):
         raise ZOError(f"{options.data}: no row has anything to predict")
     model = task.build(source, dtype)
-    lower(model)  # the same outputs, of more shapes: some processors' 4-bit layers want a multiple of 32 rows
+    # The same outputs, of more shapes: on some processors the library's 4-bit layers want a multiple of 32 rows.
+    lower(model, forward_only=True)
     say(f"{dtype}".removeprefix("torch.") + f" ({reason})")
     record = measure(model, task, examples, source, options.batch_size, options.predictions)
     accuracy = f"accuracy {record['accuracy']:.4f}{spread(record['accuracy_interval'])}"

@@ -17,6 +17,7 @@ from zowrap.cli.paths import PATH
 from zowrap.cli.tasks import check_target, recorded_base
 from zowrap.errors import ZOError
 from zowrap.storage import safetensors
+from zowrap.storage.encoder_files import pickled_modules
 from zowrap.storage.lock import lock_folder
 from zowrap.storage.safetensors import ADAPTER, could_be_hub_name, pickled_weights, weight_files
 
@@ -72,7 +73,7 @@ def _write(options: ExportOptions, source: Path) -> None:
         files, errors = export_merged(
             source, options.to, load_adapted, options.max_shard_size, options.overwrite, options.format
         )
-    elif options.allow_pickle and pickled_weights(source) and not weight_files(source):
+    elif options.allow_pickle and _holds_pickles(source):
         _check_as_it_is(options)
         files = convert_pickle(source, options.to, overwrite=options.overwrite)
     else:
@@ -115,9 +116,14 @@ def _check(options: ExportOptions) -> None:
             raise ZOError(f"no such run or model directory: {options.source}")
         return check_target(options.to, options.overwrite, "--to")
     check_target(options.to, options.overwrite, "--to", options.source, recorded_base(path))
-    if options.allow_pickle and pickled_weights(path) and not weight_files(path):
+    if options.allow_pickle and _holds_pickles(path):
         return _check_as_it_is(options)
     safetensors.check_model(path, whole=False)
+
+
+def _holds_pickles(folder: Path) -> bool:
+    """Whether the weights of a model, or of one of a sentence encoder's modules, are pickled."""
+    return bool(pickled_weights(folder) and not weight_files(folder)) or bool(pickled_modules(folder))
 
 
 def _check_as_it_is(options: ExportOptions) -> None:

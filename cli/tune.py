@@ -98,6 +98,7 @@ class Plan:
 
 def prepare(options: TuneOptions) -> Plan:
     """Read and check the data, open the model, tokenise."""
+    from zowrap.quant.schemes import check_config
     from zowrap.storage.safetensors import adapters_base
     from zowrap.tasks.loading import open_source
     from zowrap.tasks.rows import read_rows, sample
@@ -115,6 +116,9 @@ def prepare(options: TuneOptions) -> Plan:
         eval_rows = sample(read_rows(options.eval_data, default_split="test"), options.max_eval_examples)
     test_rows = None if options.test_data is None else read_rows(options.test_data, default_split="test")
     source = open_source(options.model, options.trust_remote_code)
+    if not options.use_peft and options.quantized != "adapters":
+        with spelled_for(options):
+            check_config(source.config)
     task, why = resolve_task(options, rows, source)
     task.check(rows)
     for others in (eval_rows, test_rows):

@@ -8,13 +8,14 @@ single row.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zowrap.errors import ZOError
+from zowrap.errors import ZOError, first_line
 from zowrap.loss.evaluation_mode import evaluation_mode
 
 Batch = dict[str, Any]
@@ -50,8 +51,20 @@ def sum_token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.sum(-1)
 
 
+def pad_for_prompt(labels: Tensor, logits: Tensor) -> Tensor:
+    """Pad label tokens ``[rows, positions]`` on the left to the positions of ``logits``, which are more with a prompt.
+
+    The last of peft's virtual tokens predicts the first label.
+    """
+    more = logits.shape[1] - labels.shape[1]
+    return nn.functional.pad(labels, (more, 0), value=IGNORED) if more > 0 else labels
+
+
 def _causal_loss(output: Any, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
-    return token_losses(output.logits[:, :-1], batch["labels"][:, 1:])
+    labels = batch["labels"]
+    if _is_prompted(model):
+        labels = pad_for_prompt(labels, output.logits)
+    return token_losses(output.logits[:, :-1], labels[:, 1:])
 
 
 def _aligned_loss(output: Any, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -83,12 +96,26 @@ _HEADS: tuple[tuple[str, Callable[..., tuple[Tensor, Tensor]]], ...] = (
 _FORMS = {_causal_loss: "causal", _aligned_loss: "aligned", _class_loss: "classes"}
 
 
+def _is_prompted(model: nn.Module) -> bool:
+    """Whether peft puts virtual tokens in front of the model's input."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return bool(getattr(config, "is_prompt_learning", False))
+
+
+def _weighs_tokens(model: nn.Module) -> bool:
+    """Whether the model is adapted by a context-aware prompt (CPT), whose loss depends on the types of the tokens."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return _is_prompted(model) and config.peft_type.value == "CPT"
+
+
 def _find_head(model: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     inner = _without_adapters(model)
-    if not hasattr(inner, "config"):
+    if not hasattr(inner, "config") or _weighs_tokens(model):
         return None
     names = [base.__name__ for base in type(inner).__mro__]
     head = next((head for name in names for ending, head in _HEADS if name.endswith(ending)), None)
+    if head is _aligned_loss and _is_prompted(model):
+        return None
     if head is _aligned_loss and any(n.endswith("ForConditionalGeneration") for n in names):
         return _aligned_loss if getattr(inner.config, "is_encoder_decoder", False) else _causal_loss
     return head
@@ -260,7 +287,9 @@ class LossModule(nn.Module):
             return self._as_rows(given, batch)
         if self.head is not None and "labels" in batch:
             return self.head(self._logits(batch), batch, self.model)
-        output = self.model(**batch)
+        if _weighs_tokens(self.model):  # peft writes to these
+            batch = {n: v.clone() if n == "input_type_mask" else v for n, v in batch.items()}
+        output = self._call(batch)
         if isinstance(output, tuple):  # a model that is not of the library returns its loss first
             loss = next(iter(output), None)
         else:
@@ -270,6 +299,17 @@ class LossModule(nn.Module):
                 "the model returned no loss: put 'labels' into the batch, or give loss_fn=(lambda model, batch: ...)"
             )
         return self._as_rows(loss, batch)
+
+    def _call(self, batch: Batch) -> Any:
+        try:
+            return self.model(**batch)
+        except TypeError as error:
+            if _accepts(self.model, batch):
+                raise
+            raise ZOError(
+                f"the model cannot be called with this batch ({first_line(error)}): give "
+                "loss_fn=(lambda model, batch: ...), which calls it in its own way"
+            ) from error
 
     @property
     def form(self) -> str:
@@ -397,6 +437,15 @@ class LossModule(nn.Module):
         if distinct_rows and not (each.max() - each.min()) > 10 * rtol * ours.abs():
             return False
         return torch.allclose(ours, own.float(), rtol=rtol, atol=1e-6, equal_nan=True)
+
+
+def _accepts(model: nn.Module, batch: Batch) -> bool:
+    """Whether the names in a batch are arguments of the model's forward, and all that it needs."""
+    try:
+        inspect.signature(model.forward).bind(**batch)
+    except TypeError:
+        return False
+    return True
 
 
 def shift_labels_right(labels: Tensor, config: Any) -> Tensor:

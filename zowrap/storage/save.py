@@ -20,6 +20,7 @@ from zowrap.quant import lowering
 from zowrap.step.pretrained import _base_model, _is_a, saved_part
 from zowrap.storage.atomic import TMP, guard_write, move_into, read_json, remove, write_json
 from zowrap.storage.base_options import describe_base
+from zowrap.storage.encoder_files import copy_modules
 from zowrap.storage.safetensors import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -53,7 +54,8 @@ def save_model(
     Args:
         model: a ``transformers`` model (weights, config, generation settings; tied weights once), a PEFT model (its
             adapter), a module that wraps one of these, or any module (``model.safetensors`` from its state dict). A
-            submodule with an attribute ``separate_file`` is written to the file of that name.
+            submodule with an attribute ``separate_file`` is written to the file of that name, and the JSON files that
+            one has in ``folder_documents`` beside it.
         directory: created if needed; files of the same names are replaced, others stay.
         metadata: strings for the header of the weight files, in addition to ``zowrap`` (the version) and
             ``base_model``.
@@ -71,9 +73,10 @@ def save_model(
             write_weights(part, beside, max_shard_size)
             for name, _, module in separate_parts(model):
                 write_separate_part(module, beside / name)
+            write_documents(model, beside)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
-        if (beside / ADAPTER).is_file():
+        if any(beside.rglob(ADAPTER)):  # of an adapter with a name of its own in a folder of that name
             facts |= describe_base(part)
         _name_base_absolutely(beside)
         for file in sorted(beside.rglob("*.safetensors")):
@@ -82,8 +85,16 @@ def save_model(
 
 def write_separate_part(module: nn.Module, file: Path) -> None:
     """Write a module into a file of its own, with its ``facts`` in the header."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
     save_file(tensors, file, metadata={"format": "pt", **getattr(module, "facts", {})})
+
+
+def write_documents(model: nn.Module, directory: Path) -> None:
+    """Write the JSON files that modules of ``model`` have in ``folder_documents``: path → content."""
+    for module in model.modules():
+        for path, value in getattr(module, "folder_documents", {}).items():
+            write_json(directory / path, value)
 
 
 def save_settings(model: nn.Module, directory: StrPath, tokenizer: Any = None) -> None:
@@ -104,6 +115,7 @@ def save_settings(model: nn.Module, directory: StrPath, tokenizer: Any = None) -
         for holder in (*holders, tokenizer):
             if hasattr(holder, "save_pretrained"):
                 holder.save_pretrained(str(beside))  # type: ignore[union-attr]
+        write_documents(model, beside)
         _name_base_absolutely(beside)
 
 
@@ -224,8 +236,10 @@ _RUN_FILES |= {"zo_state.json", "all_results.json", "train_results.json", "eval_
 
 
 def copy_settings(source: Path, to: Path) -> None:
+    """Copy everything of a model folder but its weights; of a sentence encoder the modules that follow it, whole."""
     for file in sorted(source.iterdir()):
         kept = file.suffix in SETTINGS and file.name not in _RUN_FILES and not file.name.endswith(".index.json")
         kept |= file.name == LABEL_VECTORS
         if file.is_file() and kept:
             shutil.copyfile(file, to / file.name)
+    copy_modules(source, to)

@@ -19,6 +19,7 @@ from zowrap.step.parameters import canonical_name
 from zowrap.storage.safetensors import LABEL_VECTORS, open_safetensors, read_metadata
 from zowrap.tasks import templates
 from zowrap.tasks.batches import Collator, Example, Examples, truncate
+from zowrap.tasks.encoder import SENTENCE_TRANSFORMER, Encoder, default_encoder, kind_of_encoder
 from zowrap.tasks.loading import Source, load_model
 from zowrap.tasks.rows import Row, label_index, read_text
 
@@ -45,6 +46,9 @@ def choose_form(source: Source, head: str = "auto") -> tuple[str, str]:
     name = names[0] if names else "no architecture"
     if name.endswith("ForSequenceClassification"):
         return "sequence", f"the checkpoint is a {name}: it has a classification head"
+    kind = kind_of_encoder(*source.places)
+    if kind == SENTENCE_TRANSFORMER:
+        return "sentence", f"{source.name} is a sentence encoder ({name}): texts are compared with label names"
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "words", f"the checkpoint is a {name}: labels are scored as words after the text"
     if getattr(source.config, "is_encoder_decoder", False):
@@ -67,7 +71,7 @@ class Classification:
         template: renders a row as text; ``{text}`` stands for ``text_column``, other fields for their columns.
         text_column, label_column: names in the data.
         max_length: the largest number of tokens in a row, including the label's words.
-        pooling: of a sentence encoder, ``"mean"`` or ``"cls"``.
+        pooling: of a sentence encoder whose folder says nothing of it, a name of :data:`POOLINGS`.
         numbered: whether a row may give the number of its label, from 0, instead of its name.
     """
 
@@ -115,7 +119,8 @@ class Classification:
 
     def examples(self, rows: Sequence[Row], source: Source) -> Examples:
         """Tokenise rows to ``{"input_ids": [int], "labels": int}``, truncating texts (a prompt from its left)."""
-        texts = [self.text(row) for row in rows]
+        prompt = self._prompt(source)
+        texts = [prompt + self.text(row) for row in rows]
         labels = [label_index(row, self.label_column, self.labels, self.numbered) for row in rows]
         words = self.form == "words"
         if words:
@@ -144,13 +149,27 @@ class Classification:
             kept.append(row.index)
         return Examples(items, truncated, dropped, kept)
 
+    def encoder(self, source: Source) -> Encoder | None:
+        """The sentence encoder that this form compares texts with, ready to tokenise; None for other forms."""
+        if self.form not in ("sentence", "vectors"):
+            return None
+        found = source.encoder or default_encoder(source.name, source.config, self.pooling)
+        if source.tokenizer is not None:
+            found.prepare(source.tokenizer)
+        return found
+
+    def _prompt(self, source: Source) -> str:
+        encoder = self.encoder(source)
+        return "" if encoder is None else encoder.prompt
+
     def collator(self, source: Source) -> Collator:
         return Collator(source.tokenizer.pad_token_id, "left" if self.form == "words" else "right")
 
     def label_words(self, source: Source) -> tuple[Tensor, Tensor]:
         """Tokenise the labels, as words after a text or as names to embed: ids and mask, int64 ``[labels, tokens]``."""
         tokenizer = source.tokenizer
-        names = [label_to_words(label) for label in self.labels]
+        prompt = self._prompt(source)
+        names = [prompt + label_to_words(label) for label in self.labels]
         if self.form == "words":
             rows = _tokenize_continuations(tokenizer, names)
         else:
@@ -171,7 +190,12 @@ class Classification:
 
     def build(self, source: Source, dtype: torch.dtype, seed: int = 0) -> nn.Module:
         """Load the checkpoint and wrap it in the form."""
-        from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+        from transformers import (
+            AutoModel,
+            AutoModelForCausalLM,
+            AutoModelForSequenceClassification,
+            AutoModelForTextEncoding,
+        )
 
         from zowrap.tasks.forms import SentenceForm, SequenceForm, VectorsForm, WordsForm
 
@@ -182,12 +206,22 @@ class Classification:
         if self.form == "words":
             module = load_model(source, AutoModelForCausalLM, dtype, seed)
             return WordsForm(module, ids, mask).eval()
-        module = load_model(source, AutoModel, dtype, seed)
+        encoder = self.encoder(source)
+        assert encoder is not None
+        # Of an encoder-decoder, sentence-transformers takes the encoder alone.
+        half = getattr(source.config, "is_encoder_decoder", False) or any(
+            name.endswith("EncoderModel") for name in source.architectures
+        )
+        auto = AutoModelForTextEncoding if half else AutoModel
+        module = load_model(source, auto, dtype, seed)
+        window = limit_window(encoder, source)
+        shorter = self.max_length if window is not None and self.max_length < window else None
+        after = encoder.build(source.tokenizer, source.empty, shorter)
         if self.form == "vectors":
             begin = source.label_vectors or Path(source.name) / LABEL_VECTORS
             vectors = None if source.empty else read_saved_vectors(begin, self.labels)
-            return VectorsForm(module, ids, mask, self.pooling, self.labels, vectors).eval()
-        return SentenceForm(module, ids, mask, self.pooling).eval()
+            return VectorsForm(module, ids, mask, after, self.labels, vectors).eval()
+        return SentenceForm(module, ids, mask, after).eval()
 
     def _head_config(self, source: Source) -> dict[str, Any]:
         """The configuration's entries for the labels; warns if the checkpoint's head has another size."""
@@ -219,7 +253,8 @@ class Classification:
             return [r"^vectors\.weight$"]
         if self.form != "sentence":
             return None
-        names = [name for name, tensor in model.named_parameters() if tensor.ndim >= 2 and _is_in_layer(name)]
+        inside = ((name, tensor) for name, tensor in model.named_parameters() if name.startswith("module."))
+        names = [name for name, tensor in inside if tensor.ndim >= 2 and _is_in_layer(name)]
         return [f"^{re.escape(canonical_name(name))}$" for name in names] or None
 
     @property
@@ -310,14 +345,11 @@ def order_labels(names: list[str], source: Source) -> list[str]:
     return names
 
 
-def read_pooling(source: Source) -> str:
-    """Read the pooling of a sentence encoder: ``"cls"`` if its settings say so, else ``"mean"``."""
-    path = Path(source.name).expanduser() / "1_Pooling" / "config.json"
-    try:
-        modes = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "mean"
-    return "cls" if modes.get("pooling_mode_cls_token") else "mean"
+def limit_window(encoder: Encoder | None, source: Source) -> int | None:
+    """The largest number of tokens of a text: that of the encoder's settings, as far as its model reads them."""
+    if encoder is None or encoder.window is None:
+        return source.window
+    return source.limit_window(encoder.window)
 
 
 def label_to_words(label: str) -> str:

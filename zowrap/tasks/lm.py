@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zowrap.errors import ZOError
-from zowrap.loss.module import IGNORED, token_losses
+from zowrap.loss.module import IGNORED, pad_for_prompt, token_losses
 from zowrap.tasks.batches import Collator, Example, Examples, truncate
 from zowrap.tasks.loading import Source, load_model
 from zowrap.tasks.rows import Row, check_encodable, read_text
@@ -122,14 +122,14 @@ class LanguageModelling:
 
     def metrics(self, output: Any, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """``{"accuracy": (right, counted)}`` over the label tokens, float32 ``[rows]`` each."""
-        wanted = batch["labels"][:, 1:]
+        wanted = pad_for_prompt(batch["labels"], output.logits)[:, 1:]
         counted = wanted != IGNORED
         right = (output.logits[:, :-1].argmax(-1) == wanted) & counted
         return {"accuracy": (right.sum(-1).float(), counted.sum(-1).float())}
 
     def predictions(self, output: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         """One JSON-able record per row: the mean loss per label token, and the number of label tokens."""
-        sums, counts = token_losses(output.logits[:, :-1], batch["labels"][:, 1:])
+        sums, counts = token_losses(output.logits[:, :-1], pad_for_prompt(batch["labels"], output.logits)[:, 1:])
         return [
             {"loss": total / max(count, 1.0), "tokens": int(count)}
             for total, count in zip(sums.tolist(), counts.tolist(), strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ from zowrap.errors import ZOError, first_line, nearest, need_package
 from zowrap.machine import free_memory
 from zowrap.numerics.dtypes import DTYPES
 from zowrap.quant.lowering import is_quantized_layer, mark_fresh
-from zowrap.quant.schemes import check_config, check_requested
+from zowrap.quant.schemes import check_requested
 from zowrap.step.parameters import canonical_name
 from zowrap.storage.folder import RunFolder
-from zowrap.storage.safetensors import ADAPTER, adapters_base, check_adapter_settings, check_directory, open_safetensors
+from zowrap.storage.safetensors import adapters_base, check_adapter_settings, check_directory, open_safetensors
+from zowrap.tasks.encoder import Encoder, read_encoder
+from zowrap.tasks.saved_adapters import attach_saved, stored_names
 
 log = logging.getLogger("zowrap")
 
@@ -55,8 +58,23 @@ class Source:
         return list(getattr(self.config, "architectures", None) or [])
 
     @property
+    def places(self) -> list[str]:
+        """Where files of the model may be: a folder or hub name each, of adapters their own and their base's."""
+        base = adapters_base(self.name)
+        return [self.name, *([] if base is None else [base])]
+
+    @functools.cached_property
+    def encoder(self) -> Encoder | None:
+        """What sentence-transformers saved of the model, if it saved it as a sentence encoder; see read_encoder."""
+        return read_encoder(*self.places)
+
+    @property
     def window(self) -> int | None:
         """The largest number of tokens the model reads; None if nothing says."""
+        return self.limit_window(getattr(self.tokenizer, "model_max_length", None))
+
+    def limit_window(self, declared: Any) -> int | None:
+        """The largest number of tokens, at most as many as are ``declared`` elsewhere; None if nothing says."""
         said = [
             getattr(self.config, name, None)
             for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
@@ -65,7 +83,6 @@ class Source:
         # The RoBERTa family numbers positions from the padding index + 1, so a table of 514 rows reads 512 tokens.
         if limits and getattr(self.config, "model_type", "") in _OFFSET_POSITIONS:
             limits = [value - (self.config.pad_token_id or 0) - 1 for value in limits]
-        declared = getattr(self.tokenizer, "model_max_length", None)
         if isinstance(declared, int) and 0 < declared < 10**9:  # in transformers, a larger number means "not set"
             limits.append(declared)
         return min(limits, default=None)
@@ -81,8 +98,7 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
         empty: only its shapes are needed, so neither weights nor a tokenizer have to exist.
 
     Raises:
-        ZOError: there is no such directory or hub model, no tokenizer, no weights or only pickled ones, or the
-            quantisation is not supported.
+        ZOError: there is no such directory or hub model, no tokenizer, no weights or only pickled ones.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -91,7 +107,6 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
         need_package("peft", f"{name} holds adapters: they need")
     with _explain_load_errors(name):
         config = AutoConfig.from_pretrained(adapters_base(name) or name, trust_remote_code=trust_remote_code)
-    check_config(config)
     try:
         with _explain_load_errors(name, "the tokenizer of "):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -117,13 +132,26 @@ def fetch(name: str, pickles: bool = False) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    from zowrap.storage.atomic import read_json
+    from zowrap.storage.encoder_files import (
+        MODULE_PICKLE,
+        MODULE_SETTINGS,
+        MODULE_WEIGHTS,
+        MODULES,
+        check_modules,
+    )
     from zowrap.storage.safetensors import PICKLED_WEIGHTS, PICKLES, SETTINGS, pickled_weights, weight_files
 
-    def download(*patterns: str) -> Path:
+    def download(*patterns: str, inside: bool = False) -> Path:
         with _explain_load_errors(name):
-            return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+            ignored = None if inside else ["*/*"]
+            return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=ignored))
 
     found = download("*.safetensors", *(f"*{ending}" for ending in SETTINGS))
+    if (found / MODULES).is_file():  # a sentence encoder, whose modules have folders of their own
+        paths = [each["path"] for each in check_modules(read_json(found / MODULES), f"{name}: {MODULES}")]
+        files = [MODULE_SETTINGS, MODULE_WEIGHTS, *([MODULE_PICKLE] if pickles else [])]
+        download(MODULES, *(f"{path}/{file}" for path in paths if path for file in files), inside=True)
     if not weight_files(found) and pickles:
         found = download(*(f"{stem}*{ending}" for stem in PICKLED_WEIGHTS for ending in PICKLES))
     if not weight_files(found) and not (pickles and pickled_weights(found)):
@@ -272,6 +300,8 @@ def load_model(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 
     mark_fresh(model, fresh)
     if getattr(model.config, "pad_token_id", None) is None and source.tokenizer is not None:
         model.config.pad_token_id = source.tokenizer.pad_token_id
+    if adapters_base(source.name) is not None:
+        model = attach_saved(model, source.name)
     return model.eval()
 
 
@@ -306,7 +336,7 @@ def _from_pretrained(
         options["quantization_config"] = BitsAndBytesConfig(**source.quantization)
     with _explain_load_errors(source.name):
         model, report = auto_class.from_pretrained(
-            source.name,
+            adapters_base(source.name) or source.name,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
@@ -315,18 +345,9 @@ def _from_pretrained(
         )
     # mismatched_keys holds (name, old shape, new shape) or names, depending on the version.
     fresh = [*report["missing_keys"], *(k if isinstance(k, str) else k[0] for k in report.get("mismatched_keys", ()))]
-    beside = _beside_adapters(source.name)
+    beside = stored_names(source.name)
     missing = sorted(name for name in fresh if canonical_name(name) not in beside)
     return model, missing, sorted(report.get("unexpected_keys", ()))
-
-
-def _beside_adapters(name: str) -> set[str]:
-    """The canonical names of the weights in a folder of adapters, which its base need not have."""
-    file = Path(name).expanduser() / ADAPTER
-    if not file.is_file():
-        return set()
-    with open_safetensors(file) as tensors:
-        return {canonical_name(key) for key in tensors.keys()}  # noqa: SIM118 (no dict)
 
 
 def _quantized_layers(model: nn.Module, names: list[str]) -> list[str]:

@@ -13,10 +13,11 @@ from zowrap.tasks.classification import (
     TEMPLATES,
     Classification,
     choose_form,
+    limit_window,
     order_labels,
-    read_pooling,
     read_saved_labels,
 )
+from zowrap.tasks.encoder import default_pooling
 from zowrap.tasks.lm import LanguageModelling, choose_layout
 from zowrap.tasks.loading import Source
 from zowrap.tasks.rows import Row, are_numbers, collect_labels
@@ -65,13 +66,19 @@ def resolve(
         ZOError: an option does not fit, or the data cannot be used.
     """
     check_task_kind(kind)
-    length = _limit_length(max_length, source)
+    length = _limit_length(max_length, source.window)
     if kind == "lm":
         layout, column = choose_layout(rows[0], text_column)
         task: Task = LanguageModelling(layout, column, length, end_of_text)
         how = {"text": f"every token of {column!r}", "prompt": "the completion", "messages": "the assistant's turns"}
         return task, f"language modelling on {how[layout]}, up to {length} tokens"
     form, why = choose_form(source, head)
+    pooling = "mean"
+    if form in ("sentence", "vectors"):
+        encoder = source.encoder
+        length = _limit_length(max_length, limit_window(encoder, source))
+        pooling = default_pooling(source.config) if encoder is None else encoder.modes[0]
+        why += "" if encoder is None else f" ({encoder.describe()})"
     saved = read_saved_labels(Path(source.name) / LABEL_VECTORS) if form == "vectors" else None
     names = list(labels) if labels else saved or collect_labels(rows, label_column)
     # If the names come from the data, a number in other data is not an index but a label that training never saw.
@@ -85,16 +92,15 @@ def resolve(
         text_column=text_column,
         label_column=label_column,
         max_length=length,
-        pooling=read_pooling(source) if form in ("sentence", "vectors") else "mean",
+        pooling=pooling,
         numbered=numbered,
     )
     return task, f"classification by {form}: {why}"
 
 
-def _limit_length(asked: int | None, source: Source) -> int:
+def _limit_length(asked: int | None, window: int | None) -> int:
     if asked is not None and asked < 2:
         raise ZOError(f"--max-length must be at least 2, got {asked}")
-    window = source.window
     if window is None:
         return asked or UNSET_WINDOW
     return min(asked or window, window)

@@ -15,6 +15,7 @@ from zowrap.model.zo_model import StepResult, ZOModel
 from zowrap.storage.lines import Lines
 from zowrap.storage.save import save_model, save_settings
 from zowrap.training.best_model import BestModel, is_finite
+from zowrap.training.checkpoint import keep_apart
 from zowrap.training.environment import describe_environment, say_differences
 from zowrap.training.journal import Journal, describe
 from zowrap.training.resume import Start
@@ -364,6 +365,7 @@ class RunWriter:
             self.write_model(self.run.path)
             return
         save_model(self.zm.model, self.run.path, {**self.zm.facts(), **self.facts}, tokenizer=self.tokenizer)
+        keep_apart(self.run.path, self.zm)
 
 
 def _pick_losses(line: dict[str, Any]) -> dict[str, Any]:
