@@ -225,3 +225,13 @@ def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
     monkeypatch.setattr(logging.getLogger("zowrap"), "propagate", True)
     caplog.set_level(logging.INFO)
     return caplog
+
+
+def test_many_classes_in_few_rows_are_no_ids_where_the_head_knows_them(tmp_path: Path) -> None:
+    names = {i: f"intent {i}" for i in range(30)}
+    source = open_source(str(save("BertForSequenceClassification", tmp_path, id2label=names)))
+    rows = [Row({"text": "good", "label": name, "id": str(1000 + i)}, "") for i, name in names.items()]
+    task, _ = resolve("classification", rows, source)
+    assert task.labels == list(names.values())
+    with pytest.raises(ZOError, match="each of the 30 rows has a label of its own in column 'id', as if it held ids"):
+        resolve("classification", [*rows], source, label_column="id", head="sentence")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from zowrap.errors import ZOError
-from zowrap.tasks.labels import collect_labels, label_index, list_numbers, read_label
+from zowrap.tasks.labels import check_classes, collect_labels, label_index, list_numbers, read_label
 from zowrap.tasks.rows import Row, Rows
 
 NAN = float("nan")
@@ -52,6 +52,7 @@ def test_labels_are_read_alike_in_every_format(labels: tuple, want: list[str]) -
         (("4.2", "0.8", "5.0"), r"f line 1: label 'label' is 4\.2, a measurement"),
         (("5.0", "0.5"), r"f line 2: .* 0\.5, a measurement"),
         (("1e-3", "2"), "a measurement"),
+        (("4,2", "3"), "label 'label' is 4,2, a measurement"),
         ((1.0, NAN), "f line 2: label 'label' is missing"),
         (("1.0", "0.0", "nan"), "f line 3: label 'label' is 'nan' where the other labels are numbers"),
         (("0", "NA"), "is 'NA' where the other labels are numbers"),
@@ -106,12 +107,12 @@ def test_a_column_of_ids_is_noticed(caplog: pytest.LogCaptureFixture, monkeypatc
         with pytest.raises(
             ZOError, match="each of the 30 rows has a label of its own in column 'label', as if it held"
         ):
-            collect_labels(rows_of(*ids), "label")
+            check_classes(collect_labels(rows_of(*ids), "label"), 30, "label")
     assert caplog.text == ""
-    collect_labels(rows_of(*"abcdef", "a"), "label")
+    check_classes(list("abcdef"), 7, "label")
     assert "column 'label' has 6 labels in 7 rows" in caplog.text
     caplog.clear()
-    collect_labels(rows_of(*"abcdef" * 4), "label")
+    check_classes(list("abcdef"), 24, "label")
     assert caplog.text == ""
-    collect_labels(rows_of("Good", "good", "bad"), "label")
+    check_classes(["Good", "bad", "good"], 9, "label")
     assert "'Good' and 'good' differ in case alone" in caplog.text

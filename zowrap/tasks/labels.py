@@ -18,6 +18,7 @@ from zowrap.tasks.rows import Row, check_encodable, describe_type, read_value
 log = logging.getLogger("zowrap")
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_WITH_COMMA = re.compile(r"[+-]?\d+,\d+")  # a decimal comma, or one that groups digits: no class either way
 _MISSING = {"nan", "na", "n/a", "null", "none", "-"}  # what tables write into a column of numbers where one is missing
 _BOOLEANS = {"false": "0", "true": "1"}
 
@@ -59,7 +60,7 @@ def collect_labels(rows: Sequence[Row], column: str) -> list[str]:
     labels are whole numbers, else alphabetical.
 
     Raises:
-        ZOError: the labels are measurements, a row has none, or every row has a label of its own.
+        ZOError: the labels are measurements, or a row has none.
     """
     first: dict[str, Row] = {}
     for row in rows:
@@ -72,9 +73,7 @@ def collect_labels(rows: Sequence[Row], column: str) -> list[str]:
                 raise ZOError(f"{row.where}: label {name!r} is none of the classes that the file names{unlabelled}")
         return list(classes)
     names = {_read_plain(name) for name in first} if _are_plain(first, column) else set(first)
-    found = sorted(names, key=lambda name: (int(name), name)) if are_numbers(names) else sorted(names)
-    _check_classes(found, len(rows), column)
-    return found
+    return sorted(names, key=lambda name: (int(name), name)) if are_numbers(names) else sorted(names)
 
 
 def are_numbers(names: Iterable[str]) -> bool:
@@ -136,7 +135,7 @@ def _are_plain(first: dict[str, Row], column: str) -> bool:
     """
     if all(name.lower() in _BOOLEANS for name in first):
         return True
-    numbers = [name for name in first if _NUMBER.fullmatch(name)]
+    numbers = [name for name in first if _NUMBER.fullmatch(name) or _WITH_COMMA.fullmatch(name)]
     others = [name for name in first if name not in numbers]
     if not numbers or any(name.lower() not in _MISSING for name in others):
         return False
@@ -158,8 +157,16 @@ def _measured(row: Row, column: str, value: str) -> ZOError:
     )
 
 
-def _check_classes(names: Sequence[str], rows: int, column: str) -> None:
-    """Notice a column of ids, and names that differ in case alone."""
+def check_classes(names: Sequence[str], rows: int, column: str) -> None:
+    """Notice a column of ids, and names that differ in case alone, where only the data say what the classes are.
+
+    Args:
+        names: the classes that were found in ``column``.
+        rows: the number of rows.
+
+    Raises:
+        ZOError: every row has a label of its own.
+    """
     count = len(names)
     if count == rows >= _ROWS_OF_IDS:
         raise ZOError(

@@ -18,7 +18,7 @@ from zowrap.tasks.classification import (
     read_saved_labels,
 )
 from zowrap.tasks.heads import Numbering, identify, match_given, match_labels, name_classes
-from zowrap.tasks.labels import are_numbers, collect_labels, list_numbers
+from zowrap.tasks.labels import are_numbers, check_classes, collect_labels, list_numbers
 from zowrap.tasks.lm import LanguageModelling, choose_layout
 from zowrap.tasks.loading import Source
 from zowrap.tasks.rows import Row
@@ -117,8 +117,10 @@ def _number_labels(
     names = collect_labels(rows, column)
     # If the names come from the data, a number in other data is not an index but a label that training never saw.
     by_data = Numbering(names, are_numbers(names))
-    if own:
-        return match_labels(names, list_numbers(rows, column), own, source, keep_head) or by_data
+    found = match_labels(names, list_numbers(rows, column), own, source, keep_head) if own else None
+    if found is not None:
+        return found
+    check_classes(names, len(rows), column)
     if form != "sequence" and are_numbers(names):
         log.warning(
             "the labels are numbers (%s), and a text is compared with their names: name them with --labels, in the "
