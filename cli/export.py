@@ -14,6 +14,7 @@ from zowrap.cli.console import begin, quiet_libraries, result
 from zowrap.cli.eval import say_failure
 from zowrap.cli.options import Json, option, takes
 from zowrap.cli.paths import PATH
+from zowrap.cli.scope import check_scope, list_asked
 from zowrap.cli.tasks import check_target, recorded_base
 from zowrap.errors import ZOError
 from zowrap.storage import safetensors
@@ -43,7 +44,7 @@ class ExportOptions:
 @takes(ExportOptions)
 def export(context: typer.Context, options: ExportOptions) -> None:
     """Write the tuned model of a run as safetensors that load with from_pretrained."""
-    _check(options)
+    _check(options, list_asked(context, options))
     assert options.to is not None
     begin(options.source)
     quiet_libraries()
@@ -102,15 +103,16 @@ def _write(options: ExportOptions, source: Path) -> None:
     result(record, options.json, lines)
 
 
-def _check(options: ExportOptions) -> None:
+def _check(options: ExportOptions, asked: frozenset[str]) -> None:
     """Raise :class:`ZOError` for what is seen to be wrong without torch, and before a download."""
     if options.to is None:
         raise ZOError("where to? give --to DIR")
     one_of("--format", options.format, names.FORMATS)
     one_of("--dtype", options.dtype, names.DTYPES)
-    if options.format != "same" and (options.dtype or options.allow_pickle):
-        raise ZOError("--format says what the weights become: leave out --dtype and --allow-pickle")
     path = Path(options.source)
+    check_scope("export", asked, format=options.format)
+    if options.format == "same" and (path / ADAPTER).is_file():  # adapters stay adapters, in one file
+        check_scope("export", asked & {"max_shard_size"}, format="adapters")
     if not path.is_dir():
         if path.exists() or not could_be_hub_name(options.source):
             raise ZOError(f"no such run or model directory: {options.source}")

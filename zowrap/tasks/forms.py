@@ -53,9 +53,14 @@ class Form(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> SequenceClassifierOutput:
-        logits = self.scores(input_ids, attention_mask)
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        logits = self.scores(input_ids, attention_mask, **types)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
@@ -82,10 +87,19 @@ class LabelTokens(nn.Module):
 
 
 class SequenceForm(Form):
-    """A model with a classification head, scored by its own logits."""
+    """A model with a classification head, scored by its own logits.
 
-    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self._call(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+    Rows of two texts come with ``token_type_ids``, int64 ``[batch, length]``, which are handed on if the model takes
+    them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._takes_types = "token_type_ids" in inspect.signature(module.forward).parameters
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        types = {"token_type_ids": token_type_ids} if self._takes_types and token_type_ids is not None else {}
+        return self._call(input_ids=input_ids, attention_mask=attention_mask, **types).logits.float()
 
 
 class WordsForm(Form):
@@ -223,5 +237,6 @@ class VectorsForm(SentenceForm):
 
 def per_example_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Cross-entropy of each example, float32 ``[batch]``: the ``loss_fn`` of a classification run."""
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    output = model(**inputs)
     return F.cross_entropy(output.logits, batch["labels"], reduction="none")

@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from zowrap.quant.lowering import is_quantized_layer, mark_fresh
 from zowrap.quant.schemes import check_requested
 from zowrap.step.parameters import canonical_name
 from zowrap.storage.folder import RunFolder
-from zowrap.storage.safetensors import adapters_base, check_adapter_settings, check_directory, open_safetensors
+from zowrap.storage.safetensors import ADAPTER, adapters_base, check_adapter_settings, check_directory, open_safetensors
 from zowrap.tasks.encoder import Encoder, read_encoder
 from zowrap.tasks.saved_adapters import attach_saved, stored_names
 
@@ -86,6 +87,28 @@ class Source:
         if isinstance(declared, int) and 0 < declared < 10**9:  # in transformers, a larger number means "not set"
             limits.append(declared)
         return min(limits, default=None)
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """The number of tokens that the model has an embedding for; None if its configuration does not say.
+
+        Adapters may bring a larger embedding with them than their base has.
+        """
+        try:
+            text = self.config.get_text_config()
+        except (AttributeError, ValueError):  # no such method, or several texts
+            text = self.config
+        size = getattr(text, "vocab_size", None)
+        if not isinstance(size, int) or size < 1:
+            return None
+        return max(size, _read_adapted_vocabulary(self.name))
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills short rows, which the mask hides: the tokenizer's own if the model can embed it."""
+        tokenizer, size = self.tokenizer, self.vocabulary_size
+        found = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, 0]
+        return next(each for each in found if each is not None and (size is None or each < size))
 
 
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "xmod", "data2vec-text"}
@@ -234,7 +257,7 @@ def count_parameters(source: Source) -> int:
                 raise
     from transformers import AutoModel
 
-    return sum(p.numel() for p in _build_empty(source, AutoModel, torch.float32).parameters())
+    return sum(p.numel() for p in build_empty(source, AutoModel, torch.float32).parameters())
 
 
 def _count_elements(file: Path) -> int:
@@ -243,7 +266,7 @@ def _count_elements(file: Path) -> int:
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 (no dict)
 
 
-def _build_empty(source: Source, auto_class: Any, dtype: torch.dtype, **changes: Any) -> nn.Module:
+def build_empty(source: Source, auto_class: Any, dtype: torch.dtype, **changes: Any) -> nn.Module:
     """Build a model on the ``meta`` device, without weights."""
     config = copy.deepcopy(source.config)
     for name, value in changes.items():
@@ -275,7 +298,7 @@ def load_model(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 
         from zowrap.quant.empty import quantize_empty
 
         changes.pop("ignore_mismatched_sizes", None)
-        model = _build_empty(source, auto_class, dtype, **changes)
+        model = build_empty(source, auto_class, dtype, **changes)
         with _explain_load_errors(source.name):
             return quantize_empty(model, source.quantization)
     model, fresh, untaken = _from_pretrained(source, auto_class, dtype, seed, changes)
@@ -299,7 +322,7 @@ def load_model(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 
         log.warning("not taken from %s, as this model has no place for them: %s", source.name, _list(untaken))
     mark_fresh(model, fresh)
     if getattr(model.config, "pad_token_id", None) is None and source.tokenizer is not None:
-        model.config.pad_token_id = source.tokenizer.pad_token_id
+        model.config.pad_token_id = source.pad_id
     if adapters_base(source.name) is not None:
         model = attach_saved(model, source.name)
     return model.eval()
@@ -348,6 +371,25 @@ def _from_pretrained(
     beside = stored_names(source.name)
     missing = sorted(name for name in fresh if canonical_name(name) not in beside)
     return model, missing, sorted(report.get("unexpected_keys", ()))
+
+
+def _read_adapted_vocabulary(name: str) -> int:
+    """The rows of the embedding that a folder of adapters holds beside them; 0 if it holds none."""
+    file = Path(name).expanduser() / ADAPTER
+    if not file.is_file():
+        return 0
+    with open_safetensors(file) as tensors:
+        shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 (no dict)
+    rows = [
+        shape[0]
+        for key, shape in shapes.items()
+        if len(shape) == 2 and _EMBEDDING.search(key) and "position" not in key and "token_type" not in key
+    ]
+    return max(rows, default=0)
+
+
+# The last parts of an embedding's name in the families of transformers, or in peft's copy of it.
+_EMBEDDING = re.compile(r"(embed\w*|wte)\.(modules_to_save\.)?(base_layer\.)?weight$")
 
 
 def _quantized_layers(model: nn.Module, names: list[str]) -> list[str]:

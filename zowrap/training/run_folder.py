@@ -77,9 +77,17 @@ class Run(RunFolder):
 
     # --- zowrap.json --------------------------------------------------------------------------------------------
 
-    def write_config(self, model: str | None, options: dict[str, Any], task: dict[str, Any] | None = None) -> None:
-        """Write ``zowrap.json``: the model, the options, and what it takes to evaluate the result on the task."""
+    def write_config(
+        self,
+        model: str | None,
+        options: dict[str, Any],
+        task: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        """Write ``zowrap.json``: the model, the options, what it takes to evaluate it, and digests of the data."""
         config = {"zowrap": __version__, "model": model, "options": options, "task": task or {}, "status": {}}
+        if data:
+            config["data"] = data
         write_json(self.config_file, config)
 
     def update_status(self, **facts: Any) -> None:

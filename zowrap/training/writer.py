@@ -99,7 +99,9 @@ class RunWriter:
             self._last_evaluations.update(dict.fromkeys(_pick_losses(line), line))
         if not start.finished:
             if not start.step or not run.config_file.is_file():
-                run.write_config(self.config["model"], self.config["options"], self.config.get("task"))
+                run.write_config(
+                    self.config["model"], self.config["options"], self.config.get("task"), self.config.get("data")
+                )
             if not start.step:
                 save_settings(self.zm.model, run.path, self.tokenizer)
         self._journal = self._journal or Journal.start(run.journal_file, start.header)
