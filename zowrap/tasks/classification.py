@@ -145,7 +145,10 @@ class Classification:
         return Examples(items, truncated, dropped, kept)
 
     def collator(self, source: Source) -> Collator:
-        return Collator(source.tokenizer.pad_token_id, "left" if self.form == "words" else "right")
+        pad = source.tokenizer.pad_token_id
+        if self.form == "sequence":
+            pad = head_pad_id(source.config, pad)
+        return Collator(pad, "left" if self.form == "words" else "right")
 
     def label_words(self, source: Source) -> tuple[Tensor, Tensor]:
         """Tokenise the labels, as words after a text or as names to embed: ids and mask, int64 ``[labels, tokens]``."""
@@ -245,6 +248,17 @@ class Classification:
             }
             for row, label in zip(probabilities, batch["labels"].tolist(), strict=True)
         ]
+
+
+def head_pad_id(config: Any, pad: int) -> int:
+    """The token that a classification head takes for padding: its configuration's, or ``pad`` where that has none.
+
+    The head of a decoder reads the last token of each row that is not this one: padded with another, a row would be
+    classified by its padding.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    own, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    return own if isinstance(own, int) and 0 <= own < (size or 0) else pad
 
 
 def read_saved_labels(file: Path) -> list[str] | None:
