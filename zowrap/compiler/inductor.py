@@ -26,6 +26,11 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from zowrap.compiler import cache
 from zowrap.errors import ZOCaptureError, first_line
 
+
+class RefusedProgram(ZOCaptureError):
+    """The compiler cannot express a program; it may well take one that leaves fewer sizes open."""
+
+
 compile_count = 0  # graphs and kernels that this process compiled or loaded from the cache
 cache.use_cache_folder()
 
@@ -71,7 +76,7 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compil
         with torch.no_grad(), size_oblivious(use_duck_shape=False), torch._guards.tracing(context):
             call = standalone_compile(graph_module, list(inputs), dynamic_shapes="from_tracing_context")
     except Exception as error:
-        raise ZOCaptureError(_explain_failure(error)) from error
+        raise _explain_failure(error) from error
     compile_count += 1
     return Compiled(call, time.perf_counter() - start, cached=_misses() == misses)
 
@@ -176,7 +181,7 @@ def compile_function(
     return compile_graph(*trace(function, examples, dynamic, fixed))
 
 
-def _explain_failure(error: Exception) -> str:
+def _explain_failure(error: Exception) -> ZOCaptureError:
     name = type(error).__name__
     cause: BaseException | None = error
     text = ""
@@ -184,8 +189,8 @@ def _explain_failure(error: Exception) -> str:
         name, text = type(cause).__name__, f"{text} {cause}"
         cause = cause.__cause__
     if "InvalidCxxCompiler" in text + name or "No working C++ compiler" in text or isinstance(error, FileNotFoundError):
-        return "no working C++ compiler was found (install g++, or set CXX to one)"
+        return ZOCaptureError("no working C++ compiler was found (install g++, or set CXX to one)")
     if "CppCompileError" in text + name or isinstance(error, subprocess.CalledProcessError):
-        return "the C++ compiler failed on generated code (set CXX to a recent g++ or clang)"
+        return ZOCaptureError("the C++ compiler failed on generated code (set CXX to a recent g++ or clang)")
     first = first_line(error, name)
-    return f"the compiler refused the captured program ({name}: {first[:200]})"
+    return RefusedProgram(f"the compiler refused the captured program ({name}: {first[:200]})")

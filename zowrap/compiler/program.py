@@ -54,6 +54,7 @@ class Program:
         notes: reports of the passes, for people.
         epilogue: the update that follows the evaluations, once attached.
         guards: decides for which batch sizes the program is valid.
+        freedom: how few sizes are left open, a number of :data:`zowrap.compiler.capture.FREEDOMS`.
     """
 
     graph_module: fx.GraphModule
@@ -65,6 +66,7 @@ class Program:
     notes: dict[str, str] = field(default_factory=dict)
     epilogue: fx.GraphModule | None = None
     guards: Guards = field(default_factory=lambda: Guards({}, None))
+    freedom: int = 0
 
     @property
     def graph(self) -> fx.Graph:
@@ -111,6 +113,13 @@ class Program:
     def accepts(self, batch: dict[str, Any]) -> bool:
         """Whether the program is valid for the sizes of ``batch``, which has its signature."""
         return self.guards.hold(batch)
+
+    @property
+    def varies(self) -> bool:
+        """Whether any size of its batch is left open."""
+        given = zip(self.inputs, self.fakes(), strict=True)
+        tensors = [value for each, value in given if each.kind == "batch" and isinstance(value, torch.Tensor)]
+        return any(isinstance(size, torch.SymInt) for value in tensors for size in value.shape)
 
     def clone(self) -> Program:
         """Copy the program so that passes may rewrite it; tensors and symbolic sizes are shared."""

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zowrap.compiler.capture import batch_signature, canonical_batch, capture
+from zowrap.compiler.capture import FREEDOMS, ROWS_ALONE, batch_signature, canonical_batch, capture
+from zowrap.compiler.inductor import RefusedProgram
 from zowrap.compiler.program import Program
 from zowrap.compiler.regions import MIN_LAYERS, Kind, Regions, compile_regions
 from zowrap.engines.compile_time import compile_seconds
@@ -68,6 +69,7 @@ class CompiledEngine:
         self._kinds: dict[str, Kind] = {}
         self.fallen_back: str | None = None
         self._captured: dict[tuple, list[Program]] = {}
+        self._first_freedom: dict[tuple, int] = {}  # by kind of batch: the first of FREEDOMS that the compiler may take
         self._refused: tuple[Batch, ZOCaptureError] | None = None
         self._warmed: set[tuple] = set()
         self._kept: dict[int, dict[int, Any]] | None = None  # inside one_batch: by executable, what is shared
@@ -117,21 +119,46 @@ class CompiledEngine:
         return rows.expand(points, -1) if len(rows) < points else rows, weights
 
     def _executable(self, batch: Batch, stream: DirectionNoise | None, points: int) -> Executable:
-        captured = self.captured(batch)
+        while True:
+            captured = self.captured(batch)
+            key = (id(captured), -1 if stream is None else stream.block, points)
+            if key in self.executables:
+                return self.executables[key]
+            try:
+                self.executables[key] = self._build(batch, stream, points)
+            except RefusedProgram:
+                if not self._restrict(batch, captured):
+                    raise
+
+    def _build(self, batch: Batch, stream: DirectionNoise | None, points: int) -> Executable:
+        """Make the program of so many points for this kind of batch, and compile it."""
         block, per_example = (-1, False) if stream is None else (stream.block, stream.per_example)
-        key = (id(captured), block, points)
-        if key not in self.executables:
-            with self.telling.during("capturing the step", finished=True):
-                start = time.perf_counter()
-                program = self.program(batch, block, points, per_example)
-                self.trace_seconds += time.perf_counter() - start
-                with _as_capture_error():
-                    compiled = compile_regions(program, self._kinds, self.min_layers, self.telling.region, self.shares)
-                looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
-                self._warm(block, points, rows=bool(looked_up))
-            self.compile_count += compiled.compilations
-            self.executables[key] = Executable(program, compiled)
-        return self.executables[key]
+        with self.telling.during("capturing the step", finished=True):
+            start = time.perf_counter()
+            program = self.program(batch, block, points, per_example)
+            self.trace_seconds += time.perf_counter() - start
+            with _as_capture_error():
+                compiled = compile_regions(program, self._kinds, self.min_layers, self.telling.region, self.shares)
+            looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
+            self._warm(block, points, rows=bool(looked_up))
+        self.compile_count += compiled.compilations
+        return Executable(program, compiled)
+
+    def _restrict(self, batch: Batch, refused: Program) -> bool:
+        """Leave fewer sizes of this kind of batch open, where the compiler has refused a program of more.
+
+        Convolutions with strides make sizes that it cannot express, and images mostly have one size.
+
+        Returns:
+            Whether there is anything left to fix; the next :meth:`captured` does so.
+        """
+        first = ROWS_ALONE if refused.freedom < ROWS_ALONE else len(FREEDOMS) - 1
+        if refused.freedom >= first or not refused.varies:
+            return False
+        kind = batch_signature(batch)
+        self._first_freedom[kind] = first
+        self._captured[kind] = [program for program in self._captured[kind] if program is not refused]
+        return True
 
     @property
     def min_layers(self) -> int:
@@ -195,12 +222,19 @@ class CompiledEngine:
                 f"what this model does depends on the sizes of its inputs, and {MAX_FIXED_SIZES} sizes were captured "
                 f"already (pad every batch to one size)"
             )
-        if not programs:
-            programs.append(capture(self.job.loss, canonical_batch(batch, self.job.loss.model)))
+        loss, first = self.job.loss, self._first_freedom.get(batch_signature(batch), 0)
+        if first:  # the compiler has refused a program that leaves more sizes open
+            example = batch if first > ROWS_ALONE else canonical_batch(batch, loss.model, lengths=False)
+            programs.append(capture(loss, example, first, len(FREEDOMS) - 1))
+            if programs[-1].accepts(batch):
+                return programs[-1]
+            programs.pop()
+        elif not programs:
+            programs.append(capture(loss, canonical_batch(batch, loss.model)))
             if programs[-1].accepts(batch):
                 return programs[-1]
             programs.pop()  # the canonical sizes got fixed, or the model does something else at the batch's own
-        own = capture(self.job.loss, batch)
+        own = capture(loss, batch, first, len(FREEDOMS) - 1)
         count = len(own.graph.nodes)
         if count > MAX_OWN_NODES:
             raise ZOCaptureError(
@@ -354,7 +388,7 @@ def _as_capture_error() -> Iterator[None]:
         raise
     except Exception as error:
         what = f"{type(error).__name__}: {first_line(error, '')[:200]}"
-        raise ZOCaptureError(f"this model cannot be compiled ({what})") from error
+        raise RefusedProgram(f"this model cannot be compiled ({what})") from error
 
 
 def _too_many(kinds: list[tuple]) -> str:

@@ -214,7 +214,8 @@ class Classification:
         return "" if encoder is None else encoder.prompt
 
     def collator(self, source: Source) -> Collator:
-        return Collator(source.pad_id, "left" if self.form == "words" else "right")
+        pad = head_pad_id(source.config, source.pad_id) if self.form == "sequence" else source.pad_id
+        return Collator(pad, "left" if self.form == "words" else "right")
 
     def label_words(self, source: Source) -> tuple[Tensor, Tensor]:
         """Tokenise the labels, as words after a text or as names to embed: ids and mask, int64 ``[labels, tokens]``."""
@@ -346,6 +347,17 @@ class Classification:
             }
             for row, label in zip(probabilities, batch["labels"].tolist(), strict=True)
         ]
+
+
+def head_pad_id(config: Any, pad: int) -> int:
+    """The token that a classification head takes for padding: its configuration's, or ``pad`` where that has none.
+
+    The head of a decoder reads the last token of each row that is not this one: padded with another, a row would be
+    classified by its padding.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    own, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    return own if isinstance(own, int) and 0 <= own < (size or 0) else pad
 
 
 def read_saved_labels(file: Path) -> list[str] | None:
