@@ -112,3 +112,11 @@ def test_a_run_keeps_its_task(zowrap_cli: Cli, models: dict[str, Path], data: di
     (run / "model.safetensors").unlink()
     told = zowrap_cli("eval", run, "--data", data["test"])
     assert told.code == 2 and "no finished model yet" in told.err
+
+
+def test_a_head_that_is_missing_is_an_error_and_no_random_one_is_measured(
+    zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path]
+) -> None:
+    told = zowrap_cli("eval", models["encoder"], "--head", "sequence", "--data", data["test"], "--json")
+    assert told.code == 2 and "lacks weights that this model has" in told.json["error"]
+    assert "classifier.weight" in told.json["error"]
