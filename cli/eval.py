@@ -229,6 +229,11 @@ def measure(
         write_text(predictions, "\n".join(lines) + "\n")
     means, interval = found.means(), measure_certainty(found.rows())["accuracy"]["interval"]
     record = {"loss": means["loss"], "accuracy": means["accuracy"], "accuracy_interval": interval}
+    broken = found.find_broken_rows()
+    if broken:
+        first = f"the first is row {broken[0]} (counted from 0)"
+        say(f"{len(broken)} of {found.examples} rows have no finite loss, {first}, nor has their mean")
+        record["rows_without_loss"] = len(broken)
     return {**record, "examples": found.examples}
 
 

@@ -211,3 +211,11 @@ def test_numbers_ask_for_names_where_names_are_compared(
 def test_a_length_beyond_the_models_is_told(zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path]) -> None:
     told = zowrap_cli("eval", models["encoder"], "--data", data["test"], "--max-length", 4096)
     assert "--max-length 4096 is cut to the 32 tokens that the model reads" in told.err
+
+
+def test_a_head_that_is_missing_is_an_error_and_no_random_one_is_measured(
+    zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path]
+) -> None:
+    told = zowrap_cli("eval", models["encoder"], "--head", "sequence", "--data", data["test"], "--json")
+    assert told.code == 2 and "lacks weights that this model has" in told.json["error"]
+    assert "classifier.weight" in told.json["error"]

@@ -52,6 +52,8 @@ class TinyTest(unittest.TestCase):
 def test_a_suite_is_counted_against_what_the_trainer_passes(tmp_path: Path) -> None:
     folder = tmp_path / "tests" / "trainer"
     folder.mkdir(parents=True)
+    for package in (folder, folder.parent):
+        (package / "__init__.py").touch()
     (folder / "test_trainer_tiny.py").write_text(SUITE)
     (folder / "test_trainer_distributed.py").write_text("raise AssertionError('needs several processes')")
     command = [sys.executable, "-m", "tests.external.trainer_suite", str(tmp_path), "--list"]

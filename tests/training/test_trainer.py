@@ -965,3 +965,17 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_ends_as_it_would_h
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
     assert "pad_token_id" in (tmp_path / "b" / "generation_config.json").read_text()
+
+
+def test_rows_without_a_loss_are_counted_in_the_metrics(tmp_path: Path) -> None:
+    data = [{"x": torch.full((4,), math.nan if i in (2, 5) else float(i))} for i in range(8)]
+
+    def loss_fn(model, batch):
+        return model(batch["x"]).square().mean(-1)
+
+    args = ZOConfig(output_dir=str(tmp_path), per_device_eval_batch_size=3, **QUIET)
+    trainer = ZOTrainer(nn.Linear(4, 1), args, eval_dataset=data, loss_fn=loss_fn)
+    with pytest.warns(ZOWarning, match="2 rows have no finite loss in the evaluation 'eval', the first is row 2"):
+        assert trainer.evaluate()["eval_rows_without_loss"] == 2
+    sound = ZOTrainer(nn.Linear(4, 1), args, eval_dataset=data[:2], loss_fn=loss_fn)
+    assert "eval_rows_without_loss" not in sound.evaluate()
