@@ -618,3 +618,61 @@ def test_directions_of_the_same_name_do_not_share_kernels() -> None:
         zm.update(projected_grad=torch.tensor(1.0))
         moved.append((zm.model.mix.detach() - before).abs())
     assert torch.allclose(moved[1], torch.ones(7, 7), atol=1e-5) and not torch.allclose(moved[0], moved[1], atol=1e-2)
+
+
+class Strided(nn.Module):
+    """Convolutions with strides over pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("takes", [3, 5])
+def test_a_program_that_the_compiler_refuses_is_captured_with_fewer_open_sizes(takes, monkeypatch) -> None:
+    """Those of the pictures are fixed first, and the number of rows only where that is refused too."""
+    from tests.support.uncompiled import compile_nothing
+    from zowrap.engines import compiled as compiled_engine
+
+    compile_nothing(monkeypatch)
+    interpret = compiled_engine.compile_regions
+
+    def refuse(program, *args):
+        if program.freedom < takes:
+            raise inductor.RefusedProgram("the compiler refused the captured program")
+        return interpret(program, *args)
+
+    monkeypatch.setattr(compiled_engine, "compile_regions", refuse)
+    eager, zm = (
+        zowrap.zo_wrap(Strided(), "zo_sgd", loss_fn=lambda m, b: m(b["x"]), engine=engine, eps=1e-2)
+        for engine in ("eager", "compiled")
+    )
+    for shape in [(4, 3, 16, 16), (3, 3, 16, 16), (4, 3, 20, 16), (4, 3, 16, 16)]:
+        inputs = {"x": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+        for each in (eager, zm):
+            each.discard()
+            each.accumulate(**inputs)
+        assert torch.allclose(eager.peek()[0], zm.peek()[0], rtol=1e-5)
+    (programs,) = zm.engine._captured.values()
+    assert {program.freedom for program in programs} == {takes}
+    assert len(programs) == (2 if takes == 3 else 3)
+
+
+def test_a_program_that_no_freedom_helps_is_refused_once(monkeypatch) -> None:
+    from zowrap.engines import compiled as compiled_engine
+
+    tried = []
+
+    def refuse(program, *args):
+        tried.append(program.freedom)
+        raise inductor.RefusedProgram("the compiler refused the captured program")
+
+    monkeypatch.setattr(compiled_engine, "compile_regions", refuse)
+    zm = zowrap.zo_wrap(Strided(), "zo_sgd", loss_fn=lambda m, b: m(b["x"]))
+    with pytest.warns(UserWarning, match="running eagerly, because the compiler refused"):
+        zm.step(x=torch.randn(4, 3, 16, 16))
+    assert tried == [0, 3, 5]

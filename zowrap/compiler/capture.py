@@ -24,6 +24,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from zowrap.compiler.guards import Guards
 from zowrap.compiler.inductor import size_oblivious
+from zowrap.compiler.lengths import capture_lengths
 from zowrap.compiler.program import Input, Program
 from zowrap.compiler.recurrent import capture_recurrent_layers
 from zowrap.compiler.scans import capture_scans
@@ -189,15 +190,21 @@ def capture(loss: LossModule, batch: Batch, first: int = 0, last: int = _TRIED -
 
 
 def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Program:
-    """Capture with the first of some freedoms for which that succeeds.
+    """Capture with the first of some freedoms for which that succeeds, and leaves the numbers of rows open.
+
+    Where a picture's height and width are open, but not for the model, export may fix the number of pictures with them;
+    where the rows stay fixed whatever is tried, the first program that there was is taken.
 
     Raises:
         ZOCaptureError: none does; caused by the error of the first.
     """
     problem: Exception | None = None
     tried: list[tuple[Any, bool]] = []
+    found: Program | None = None
     for number in numbers:
         free = FREEDOMS[number]
+        if found is not None and (free.equal or not free.rows):
+            continue
         shapes = (_dynamic_shapes(batch, free),)
         if (shapes, free.equal) in tried:  # happens if no input is a float, or none has a length
             continue
@@ -211,6 +218,7 @@ def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Pro
                 evaluation_mode(loss),
                 capture_recurrent_layers(),
                 capture_scans(loss.model),
+                capture_lengths(loss.model),
                 _silence_export(),
             ):
                 warnings.simplefilter("ignore")
@@ -227,8 +235,19 @@ def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Pro
             continue
         program = _build_program(exported)
         program.freedom = number
-        return program
+        if not free.rows or not _fixes_rows(program, batch):
+            return program
+        found = found or program
+    if found is not None:
+        return found
     raise ZOCaptureError("torch.export cannot capture this model") from problem
+
+
+def _fixes_rows(program: Program, batch: Batch) -> bool:
+    """Whether the number of rows of some tensor of the batch is not open."""
+    given = {each.target: value for each, value in zip(program.inputs, program.fakes(), strict=True)}
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+    return any(value.shape[0] > 1 and isinstance(given[name].shape[0], int) for name, value in tensors.items())
 
 
 @contextlib.contextmanager

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._inductor import standalone_compile
@@ -56,6 +58,14 @@ def size_oblivious(**options: Any) -> Any:
     """Enter a context in which symbolic sizes may be 0 or 1 at run time."""
     patch: Any = symbolic_config.patch  # type: ignore[attr-defined]  # installed at import, unknown to checkers
     return patch(backed_size_oblivious=True, **options)
+
+
+@contextmanager
+def symbolic_sizes(mode: FakeTensorMode) -> Iterator[None]:
+    """Enter a context in which operations compute with the fake tensors of ``mode``, whose sizes may be symbols."""
+    # Without Python's dispatcher some operators (padding by a symbolic amount) reach kernels that want numbers.
+    with torch.no_grad(), size_oblivious(use_duck_shape=False), mode, enable_python_dispatcher():
+        yield
 
 
 def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:

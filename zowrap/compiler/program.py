@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from zowrap.compiler.guards import Guards
-from zowrap.compiler.inductor import size_oblivious
+from zowrap.compiler.inductor import symbolic_sizes
 from zowrap.errors import ZOInternalError
 
 # Recompute all shapes after every pass, as the tests do: it detects a broken pass at once, but takes seconds.
@@ -107,7 +107,7 @@ class Program:
 
     def propagate_shapes(self) -> None:
         """Recompute every node's symbolic shape from the inputs; an inconsistent graph raises an error."""
-        with torch.no_grad(), size_oblivious(), self.fake_mode:
+        with symbolic_sizes(self.fake_mode):
             FakeTensorProp(self.graph_module, self.fake_mode).propagate_dont_convert_inputs(*self.fakes())
 
     def accepts(self, batch: dict[str, Any]) -> bool:

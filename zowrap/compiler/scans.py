@@ -26,7 +26,8 @@ class Scan(NamedTuple):
 
     Attributes:
         shaped_like: the argument that its result has the shape of.
-        typed_like: the arguments whose promoted dtype its result has; those that are None do not count.
+        typed_like: the arguments whose promoted dtype its result has; those that are None do not count. Without any it
+            is float32.
         state: the arguments that ask for a state, or give one; with them it is captured as it stands.
         pair: whether it returns the result and a state, here None.
     """
@@ -41,6 +42,7 @@ _DELTA_RULE = Scan("value", ("query",), ("initial_state", "output_final_state"),
 SCANS = {
     "torch_chunk_gated_delta_rule": _DELTA_RULE,
     "chunk_kimi_delta_attention": _DELTA_RULE,
+    "mamba2_chunk_scan": Scan("hidden_states", (), ("initial_states", "return_final_states"), pair=False),
     "mamba_selective_scan": Scan("hidden_states", ("hidden_states", "D", "z"), ("return_last_state",), pair=False),
 }
 
@@ -75,7 +77,8 @@ def _(key, tensors):
     given = call.arguments(tensors)
     kinds = [given[name].dtype for name in call.scan.typed_like if given.get(name) is not None]
     like = given[call.scan.shaped_like]
-    return like.new_empty(like.shape, dtype=functools.reduce(torch.promote_types, kinds))
+    dtype = functools.reduce(torch.promote_types, kinds) if kinds else torch.float32
+    return like.new_empty(like.shape, dtype=dtype)
 
 
 def _apply(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:

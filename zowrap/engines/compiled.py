@@ -69,6 +69,7 @@ class CompiledEngine:
         self._kinds: dict[str, Kind] = {}
         self.fallen_back: str | None = None
         self._captured: dict[tuple, list[Program]] = {}
+        self._restricted: list[Program] = []  # kept, because executables are found by the identity of their program
         self._first_freedom: dict[tuple, int] = {}  # by kind of batch: the first of FREEDOMS that the compiler may take
         self._refused: tuple[Batch, ZOCaptureError] | None = None
         self._warmed: set[tuple] = set()
@@ -100,14 +101,7 @@ class CompiledEngine:
             return self.eager.losses(batch, stream, coefficients)
         points = 0 if stream is None else coefficients.shape[0]
         try:
-            executable = self._executable(batch, stream, points)
-            inputs = self._arguments(executable.program, batch, stream, coefficients)
-            try:
-                kept = None if self._kept is None else self._kept.setdefault(id(executable), {})
-                *sums, weights = executable.compiled(*inputs, kept=kept)
-            except AssertionError as error:  # Inductor checks the sizes that it relies on
-                first = first_line(error)[:200]
-                raise ZOCaptureError(f"the compiled program does not fit this batch ({first})") from error
+            *sums, weights = self._run(batch, stream, coefficients, points)
         except ZOCaptureError as error:
             if not self.fall_back:
                 raise ZOCaptureError(Option("engine", "compiled"), f" was asked for, but {error}") from error
@@ -117,6 +111,19 @@ class CompiledEngine:
         rows = torch.stack(list(sums))
         # The plain loss stands for all points of a block that it does not depend on.
         return rows.expand(points, -1) if len(rows) < points else rows, weights
+
+    def _run(self, batch: Batch, stream: DirectionNoise | None, coefficients: Tensor, points: int) -> Sequence[Tensor]:
+        """The outputs of the program for this batch."""
+        while True:
+            executable = self._executable(batch, stream, points)
+            inputs = self._arguments(executable.program, batch, stream, coefficients)
+            try:
+                kept = None if self._kept is None else self._kept.setdefault(id(executable), {})
+                return executable.compiled(*inputs, kept=kept)
+            except AssertionError as error:  # Inductor checks the sizes that it relies on, and may have fixed some
+                if not self._restrict(batch, self.captured(batch)):
+                    first = first_line(error)[:200]
+                    raise ZOCaptureError(f"the compiled program does not fit this batch ({first})") from error
 
     def _executable(self, batch: Batch, stream: DirectionNoise | None, points: int) -> Executable:
         while True:
@@ -157,6 +164,7 @@ class CompiledEngine:
             return False
         kind = batch_signature(batch)
         self._first_freedom[kind] = first
+        self._restricted.append(refused)
         self._captured[kind] = [program for program in self._captured[kind] if program is not refused]
         return True
 
