@@ -201,7 +201,7 @@ def _task(
         return resolve_task("eval", options, asked, rows, source, keep_head=True)
     changes = {there: getattr(options, name) for name, there in _FIELDS.items() if given(context, name)}
     if options.max_length is not None:
-        changes["max_length"] = limit_length(options.max_length, source)
+        changes["max_length"] = limit_length(options.max_length, source.window)
     return restore_task({**saved, **changes}), f"{saved.get('kind')} as {options.model} was tuned"
 
 

@@ -74,7 +74,7 @@ def resolve(
         ZOError: an option does not fit, or the data cannot be used.
     """
     check_task_kind(kind)
-    length = limit_length(max_length, source)
+    length = limit_length(max_length, source.window)
     if kind == "lm":
         layout, column = choose_layout(rows[0], text_column)
         task: Task = LanguageModelling(layout, column, length, end_of_text)
@@ -146,10 +146,14 @@ def _tell_dropped_head(source: Source) -> None:
                     source.name, name)  # fmt: skip
 
 
-def limit_length(asked: int | None, source: Source) -> int:
+def limit_length(asked: int | None, window: int | None) -> int:
+    """The largest number of tokens of a row: what is ``asked`` for, as far as the model reads it.
+
+    Raises:
+        ZOError: it is below 2.
+    """
     if asked is not None and asked < 2:
         raise ZOError(f"--max-length must be at least 2, got {asked}")
-    window = source.window
     if window is None:
         return asked or UNSET_WINDOW
     if asked is not None and asked > window:
