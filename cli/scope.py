@@ -42,7 +42,7 @@ class Scope:
 
 _CLASSES = ("classification",)
 _ROWS = "it says how rows are read, and without --data none are read"
-_NONE = "it is about adapters, and there are none"
+_NONE = "it is about adapters, and there are none: add --use-peft"
 
 SCOPES = (
     Scope("head", task=_CLASSES),

@@ -42,7 +42,8 @@ def tune(context: typer.Context, options: TuneOptions) -> None:
         result(finished, options.json, lines(finished))
         return
     # A run that goes on has told which options differ from its own, and uses its own.
-    asked = list_asked(context, given) if options is given else frozenset()
+    goes_on = given.resume and given.out is not None and saved_task(given.out) is not None
+    asked = frozenset() if goes_on else list_asked(context, given)
     check_at_once(options, asked)
     begin(f"{options.model} and {options.data}")
     quiet_libraries()

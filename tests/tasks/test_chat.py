@@ -9,7 +9,7 @@ import pytest
 
 from zowrap.errors import ZOError
 from zowrap.loss.module import IGNORED
-from zowrap.tasks.chat import render_chat
+from zowrap.tasks.chat import label_turns, render_chat
 from zowrap.tasks.lm import LanguageModelling
 from zowrap.tasks.loading import Source
 from zowrap.tasks.rows import Row
@@ -145,3 +145,21 @@ def test_the_templates_own_marks_are_followed() -> None:
     assert learned(tokenizer, TWO) == ("".join(tokenizer.convert_ids_to_tokens(want)), 0)
     last = marked.replace("{% if m['role'] == 'assistant' %}", "{% if m['role'] == 'assistant' and loop.last %}")
     assert learned(byte_tokenizer(last), TWO)[1] == 1
+
+
+def test_a_tokenizer_without_offsets_finds_the_same_turns() -> None:
+    tokenizer = byte_tokenizer(PLAIN)
+
+    class Slow:
+        is_fast = False
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            assert "return_offsets_mapping" not in options
+            return tokenizer(text, **options)
+
+    chat = render_chat(TWO, renderer(PLAIN))
+    ids, labels = label_turns(tokenizer, chat, IGNORED)
+    found, slow = label_turns(Slow(), chat, IGNORED)
+    assert found == ids and any(label != IGNORED for label in labels)
+    # A token across the end of a turn is the next one's for it: at most one token a turn.
+    assert sum(a != b for a, b in zip(labels, slow, strict=True)) <= len(chat.turns)

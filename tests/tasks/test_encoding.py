@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from tests.conftest import make_tokenizer
+from tests.conftest import make_model, make_tokenizer
 from zowrap.errors import ZOError
 from zowrap.tasks.encoding import check_vocabulary, encode
 from zowrap.tasks.lm import LanguageModelling
@@ -89,3 +90,21 @@ def test_a_pad_token_without_an_embedding_does_no_harm() -> None:
     task = LanguageModelling("text", "text", 64)
     batch = task.collator(added)(task.examples(rows, added).items)
     assert batch["input_ids"].max() < size and batch["attention_mask"].sum() == 2 + 5
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "embed_tokens"]}])
+def test_adapters_may_bring_a_larger_embedding(tmp_path: Path, options: dict[str, Any]) -> None:
+    import peft
+
+    base = make_model("causal", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    before = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer))
+    peft.get_peft_model(model, peft.LoraConfig(r=2, **options)).save_pretrained(tmp_path / "adapters")
+    config, text = AutoConfig.from_pretrained(base), [Row({"text": "<|user|> good"}, "row 1")]
+    assert Source(str(tmp_path / "adapters"), config, tokenizer).vocabulary_size == before + 1
+    LanguageModelling("text", "text", 64).examples(text, Source(str(tmp_path / "adapters"), config, tokenizer))
+    with pytest.raises(ZOError, match=f"has {before + 1} tokens and the model an embedding of {before}"):
+        LanguageModelling("text", "text", 64).examples(text, Source(str(base), config, tokenizer))

@@ -159,6 +159,11 @@ def window_of(form: str | None, source: Source) -> int | None:
 
 
 def limit_length(asked: int | None, window: int | None) -> int:
+    """The largest number of tokens of a row: what is ``asked`` for, as far as the model reads it.
+
+    Raises:
+        ZOError: it is below 2.
+    """
     if asked is not None and asked < 2:
         raise ZOError(f"--max-length must be at least 2, got {asked}")
     if window is None:
