@@ -450,3 +450,86 @@ def test_a_model_of_sentence_transformers_without_a_loss_is_refused(pooled: Path
     batch = {name: model.preprocess(TEXTS)[name] for name in ("input_ids", "attention_mask")}
     with pytest.raises(ZOError, match=r"cannot be called with this batch.*loss_fn"):
         zowrap.zo_wrap(model, "zo_sgd", engine="eager").step(**batch)
+
+
+# --- captured, without weights, from the cache ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [*POOLINGS, "dense"])
+def test_every_chain_is_captured_with_any_batch_and_length(mode: str, pooled: Path, tmp_path: Path) -> None:
+    if mode == "dense":
+        folder = make_encoder(tmp_path / "encoder", CHAINS["dense, residual"])
+    else:
+        folder = copied(pooled, tmp_path / mode, {"embedding_dimension": WIDTH, "pooling_mode": mode})
+    source = open_source(str(folder))
+    rows = [Row({"text": row["text"], "label": row["label"]}, "row") for row in reviews(6)]
+    task, _ = resolve("classification", rows, source)
+    batch, model = task.collator(source)(task.examples(rows, source).items), task.build(source, torch.float32)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    many, length = torch.export.Dim("rows", min=2, max=64), torch.export.Dim("length", min=2, max=24)
+    shapes = {name: {0: many, 1: length} for name in inputs}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()
+    other = {name: value[:3, :4] for name, value in inputs.items()}
+    assert torch.allclose(program(**other).logits, model(**other).logits, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_equals_an_eager_one(tmp_path: Path) -> None:
+    import zowrap
+
+    folder = make_encoder(
+        tmp_path / "encoder", lambda models: [models.Pooling(WIDTH, "lasttoken"), models.Dense(WIDTH, 8)]
+    )
+    source = open_source(str(folder))
+    rows = [Row({"text": row["text"], "label": row["label"]}, "row") for row in reviews(6)]
+    task, _ = resolve("classification", rows, source)
+    batch = task.collator(source)(task.examples(rows, source).items)
+    losses = []
+    for engine in ("eager", "compiled"):
+        model = task.build(source, torch.float32)
+        moves = task.default_trainable(model)
+        zm = zowrap.zo_wrap(model, "zo_sgd", loss_fn=task.loss_fn, lr=1e-3, trainable=moves, engine=engine)
+        losses.append(zm.step(**batch).losses)
+        assert zm.inspect().engine == engine
+    assert torch.allclose(*losses, rtol=2e-5, atol=0)
+
+
+def test_an_encoder_is_inspected_without_its_weights(tmp_path: Path, zowrap_cli) -> None:
+    folder = make_encoder(tmp_path / "encoder", CHAINS["dense"])
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    told = zowrap_cli(
+        "inspect", folder, "--task", "classification", "--labels", "bad,good", "--engine", "eager", "--json"
+    )
+    assert told.code == 0, told.err
+    assert not any("linear" in move["name"] for move in told.json["moves"])
+
+
+def test_an_encoder_of_the_hub_is_exported_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    from zowrap.tasks.loading import fetch
+
+    folder, asked = make_encoder(tmp_path / "encoder", CHAINS["dense"]), []
+
+    def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str] | None) -> str:
+        asked.extend(allow_patterns if ignore_patterns is None else [])
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert fetch("some/encoder") == folder
+    assert {"1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"} <= set(asked)
+    assert not any(name.endswith((".bin", ".py")) for name in asked)
+
+
+def test_a_run_from_before_pools_as_it_was_tuned(models: dict[str, Path]) -> None:
+    """Its folder has no modules.json, and the task that it keeps says how it pools."""
+    from zowrap.tasks.resolve import restore_task
+
+    source = open_source(str(models["encoder"]))
+    rows = [Row({"text": text, "label": LABELS[i % 2]}, "row") for i, text in enumerate(TEXTS)]
+    task, _ = resolve("classification", rows, source)
+    batch = task.collator(source)(task.examples(rows, source).items)
+    model = restore_task({**task.record(), "pooling": "cls"}).build(source, torch.float32)
+    hidden = model.module(batch["input_ids"], batch["attention_mask"]).last_hidden_state[:, 0]
+    assert same(model.embed(batch["input_ids"], batch["attention_mask"]), nn.functional.normalize(hidden, dim=-1))

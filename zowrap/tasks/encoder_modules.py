@@ -162,13 +162,14 @@ class EncoderModules(nn.Module):
         self, modules: Sequence[nn.Module], cut: int | None = None, documents: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
-        self.steps = nn.ModuleList(modules)
+        # Not a list: what has a number for a name counts as one of the layers that are compiled once for all.
+        self.steps = nn.ModuleDict({f"step_{i}": each for i, each in enumerate(modules)})
         self.cut = cut
         self.folder_documents = dict(documents or {})
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         features = {TOKENS: hidden, MASK: mask}
-        for step in self.steps:
+        for step in self.steps.values():
             features = step(features)
         vector = features[SENTENCE]
         return vector if self.cut is None else vector[:, : self.cut]
