@@ -205,3 +205,24 @@ def test_what_is_only_a_view_of_an_input_is_no_output_of_a_region() -> None:
     region = _region([view, first, total, shaped])
     assert _take_views_out(region) == [view, first]
     assert region.outputs == [total, shaped] and region.nodes == [view, total, shaped]
+
+
+def test_two_inputs_that_are_traced_as_one_tensor_stay_two() -> None:
+    from types import SimpleNamespace
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from zowrap.compiler.regions import _compile, _region
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    same = mode.from_tensor(torch.ones(4))
+    graph = torch.fx.Graph()
+    first, second = (graph.placeholder(name) for name in ("first", "second"))
+    for given in (first, second):
+        given.meta["val"] = same
+    made = [graph.call_function(torch.ops.aten.to.dtype, (given, torch.float32)) for given in (first, second)]
+    graph.output(tuple(made))
+    kind = _compile(SimpleNamespace(fake_mode=mode), _region(made))
+    one, two = kind.compiled(torch.ones(4), torch.full((4,), 2.0))
+    assert one.tolist() == [1.0] * 4 and two.tolist() == [2.0] * 4

@@ -491,8 +491,25 @@ def _compile(program: Program, region: Region) -> Kind:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(tuple(copies[n] for n in region.outputs))
     module = fx.GraphModule(torch.nn.Module(), graph)
-    fakes = [node.meta["val"] for node in region.inputs]
     with symbolic_sizes(program.fake_mode):
+        fakes = _make_distinct([node.meta["val"] for node in region.inputs], program.fake_mode)
         FakeTensorProp(module, program.fake_mode).propagate_dont_convert_inputs(*fakes)
     outputs = [copies[n].meta["val"] for n in region.outputs]
     return Kind(compile_graph(module, fakes), outputs)
+
+
+def _make_distinct(values: list[Any], mode: Any) -> list[Any]:
+    """Replace every fake tensor that occurs a second time by another one like it.
+
+    Equal outputs of two regions of one kind are one fake tensor. The compiler takes one object for one input, and would
+    read the first of two inputs in the place of both.
+    """
+    seen: set[int] = set()
+    distinct = []
+    for value in values:
+        if isinstance(value, torch.Tensor) and id(value) in seen:
+            with mode:
+                value = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        seen.add(id(value))
+        distinct.append(value)
+    return distinct
