@@ -147,7 +147,9 @@ class LossModule(nn.Module):
             ZOCaptureError: the loss is not the model's own, or cannot be kept apart from its forward.
         """
         if self.loss_fn is not None or self.head is not None or self.per_example:
-            raise ZOCaptureError("only a loss that the model computes itself can be kept out of a program")
+            raise ZOCaptureError(
+                "a batch with lists of dictionaries can only be compiled for a loss that the model computes itself"
+            )
         try:
             with torch.no_grad(), evaluation_mode(self):
                 self._deferred = deferred.DeferredLoss(self.model, self._call, convert_labels(batch, self.model))

@@ -341,7 +341,8 @@ def _check_complete(source: Source, fresh: list[str], untaken: list[str]) -> Non
             f"{source.name} lacks weights that this model has, and random ones would take their place: {_list(fresh)}; "
             "give a model that was trained with them (zowrap tune trains a new head)"
         )
-    if untaken and RunFolder(source.name).config_file.is_file():
+    own = adapters_base(source.name) is None  # beside adapters, the weights are those of their base
+    if untaken and own and RunFolder(source.name).config_file.is_file():
         raise ZOError(f"{source.name} holds weights that its own model has no place for: {_list(untaken)}")
 
 
