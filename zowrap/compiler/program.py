@@ -31,9 +31,9 @@ class Input:
 
     Attributes:
         node: the placeholder's name in the graph.
-        kind: ``"parameter"``, ``"buffer"``, ``"constant"``, ``"batch"``, or ``"stream"`` for the inputs that passes add
+        kind: ``"parameter"``, ``"buffer"``, ``"constant"``, ``"batch"``, or ``"added"`` for the inputs that passes add
             (keys, scale, coefficients, rule state).
-        target: state-dict name in the loss module, key of the batch, or name of the stream input.
+        target: state-dict name in the loss module, key of the batch, or name of the added input.
     """
 
     node: str
@@ -80,12 +80,12 @@ class Program:
         return None
 
     def add_input(self, target: str, value: torch.Tensor) -> fx.Node:
-        """Append a ``"stream"`` placeholder shaped like ``value``."""
+        """Append an ``"added"`` placeholder shaped like ``value``."""
         last = self.graph.find_nodes(op="placeholder")[-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(target.replace(".", "_").replace("/", "_"))
         node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
-        self.inputs.append(Input(node.name, "stream", target))
+        self.inputs.append(Input(node.name, "added", target))
         return node
 
     def fakes(self) -> list[Any]:

@@ -209,10 +209,10 @@ def cut(program: Program, min_layers: int = MIN_LAYERS, share: bool = False) -> 
 
 def _reached(program: Program) -> set[fx.Node]:
     """Nodes that a direction reaches."""
-    streams = {given.node for given in program.inputs if given.kind == "stream"}
+    added = {given.node for given in program.inputs if given.kind == "added"}
     reached: set[fx.Node] = set()
     for node in program.graph.nodes:
-        if node.name in streams or any(given in reached for given in node.all_input_nodes):
+        if node.name in added or any(given in reached for given in node.all_input_nodes):
             reached.add(node)
     return reached
 
@@ -281,8 +281,8 @@ def _link(
 
 def _shared(program: Program, calls: list[Call], outputs: list[Any]) -> tuple[frozenset[int], frozenset[int]]:
     """Numbers of the calls that no direction reaches, and the slots of their results that others read."""
-    streams = {given.node for given in program.inputs if given.kind == "stream"}
-    reached = {slot for slot, node in enumerate(program.graph.find_nodes(op="placeholder")) if node.name in streams}
+    added = {given.node for given in program.inputs if given.kind == "added"}
+    reached = {slot for slot, node in enumerate(program.graph.find_nodes(op="placeholder")) if node.name in added}
     shared, made, read = set(), set(), set(_slots_in(outputs))
     for number, call in enumerate(calls):
         if reached.isdisjoint(_slots_in(call.arguments)):
@@ -316,13 +316,13 @@ def _fake(program: Program, node: fx.Node) -> Any:
 
 def _glue(program: Program) -> set[fx.Node]:
     """Views that only pick a part of what is given for all parameters, and the sizes of the inputs."""
-    streams = {g.node for g in program.inputs if g.kind == "stream"}
+    added = {g.node for g in program.inputs if g.kind == "added"}
     found: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op != "call_function" or node.target not in _GLUE:
             continue
         size = node.target is aten.sym_size.int
-        if all(n in found or (n.op == "placeholder" and (size or n.name in streams)) for n in node.all_input_nodes):
+        if all(n in found or (n.op == "placeholder" and (size or n.name in added)) for n in node.all_input_nodes):
             found.add(node)
     return found
 

@@ -96,27 +96,27 @@ class CompiledEngine:
             self._kept = None
 
     @torch.no_grad()
-    def losses(self, batch: Batch, stream: DirectionNoise | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Batch, query: DirectionNoise | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         if self.fallen_back is not None:
-            return self.eager.losses(batch, stream, coefficients)
-        points = 0 if stream is None else coefficients.shape[0]
+            return self.eager.losses(batch, query, coefficients)
+        points = 0 if query is None else coefficients.shape[0]
         try:
-            *sums, weights = self._run(batch, stream, coefficients, points)
+            *sums, weights = self._run(batch, query, coefficients, points)
         except ZOCaptureError as error:
             if not self.fall_back:
                 raise ZOCaptureError(Option("engine", "compiled"), f" was asked for, but {error}") from error
-            result = self.eager.losses(batch, stream, coefficients)  # a batch that is wrong says so here
+            result = self.eager.losses(batch, query, coefficients)  # a batch that is wrong says so here
             self._fall_back(error)
             return result
         rows = torch.stack(list(sums))
         # The plain loss stands for all points of a block that it does not depend on.
         return rows.expand(points, -1) if len(rows) < points else rows, weights
 
-    def _run(self, batch: Batch, stream: DirectionNoise | None, coefficients: Tensor, points: int) -> Sequence[Tensor]:
+    def _run(self, batch: Batch, query: DirectionNoise | None, coefficients: Tensor, points: int) -> Sequence[Tensor]:
         """The outputs of the program for this batch."""
         while True:
-            executable = self._executable(batch, stream, points)
-            inputs = self._arguments(executable.program, batch, stream, coefficients)
+            executable = self._executable(batch, query, points)
+            inputs = self._arguments(executable.program, batch, query, coefficients)
             try:
                 kept = None if self._kept is None else self._kept.setdefault(id(executable), {})
                 return executable.compiled(*inputs, kept=kept)
@@ -125,21 +125,21 @@ class CompiledEngine:
                     first = first_line(error)[:200]
                     raise ZOCaptureError(f"the compiled program does not fit this batch ({first})") from error
 
-    def _executable(self, batch: Batch, stream: DirectionNoise | None, points: int) -> Executable:
+    def _executable(self, batch: Batch, query: DirectionNoise | None, points: int) -> Executable:
         while True:
             captured = self.captured(batch)
-            key = (id(captured), -1 if stream is None else stream.block, points)
+            key = (id(captured), -1 if query is None else query.block, points)
             if key in self.executables:
                 return self.executables[key]
             try:
-                self.executables[key] = self._build(batch, stream, points)
+                self.executables[key] = self._build(batch, query, points)
             except RefusedProgram:
                 if not self._restrict(batch, captured):
                     raise
 
-    def _build(self, batch: Batch, stream: DirectionNoise | None, points: int) -> Executable:
+    def _build(self, batch: Batch, query: DirectionNoise | None, points: int) -> Executable:
         """Make the program of so many points for this kind of batch, and compile it."""
-        block, per_example = (-1, False) if stream is None else (stream.block, stream.per_example)
+        block, per_example = (-1, False) if query is None else (query.block, query.per_example)
         with self.telling.during("capturing the step", finished=True):
             start = time.perf_counter()
             program = self.program(batch, block, points, per_example)
@@ -254,7 +254,7 @@ class CompiledEngine:
         return own
 
     def _arguments(
-        self, program: Program, batch: Batch, stream: DirectionNoise | None, coefficients: Tensor
+        self, program: Program, batch: Batch, query: DirectionNoise | None, coefficients: Tensor
     ) -> list[Any]:
         named: dict[str, Tensor] = dict(self.job.loss.named_parameters(remove_duplicate=False))
         named.update(self.job.loss.named_buffers(remove_duplicate=False))
@@ -263,23 +263,23 @@ class CompiledEngine:
             if given.kind == "batch":
                 value = batch[given.target]
                 values.append(value.contiguous() if isinstance(value, Tensor) else value)  # as it was compiled for
-            elif given.kind == "stream":
-                assert stream is not None
-                values.append(self._stream_value(given.target, stream, coefficients))
+            elif given.kind == "added":
+                assert query is not None
+                values.append(self._added_value(given.target, query, coefficients))
             else:
                 values.append(named[given.target] if given.target in named else program.constants[given.target])
         return values
 
-    def _stream_value(self, target: str, stream: DirectionNoise, coefficients: Tensor) -> Tensor:
+    def _added_value(self, target: str, query: DirectionNoise, coefficients: Tensor) -> Tensor:
         if target == "factors":
-            assert stream.factors is not None
-            return stream.factors if stream.per_example else stream.factors[0]
+            assert query.factors is not None
+            return query.factors if query.per_example else query.factors[0]
         if target in ("keys", "scale"):
-            return getattr(stream, target)
+            return getattr(query, target)
         if target == "coefficients":
             return coefficients
         kind, *rest = target.split("/")
-        return stream.scalars[rest[0]] if kind == "scalar" else self.job.slots[rest[0]][int(rest[1])]
+        return query.scalars[rest[0]] if kind == "scalar" else self.job.slots[rest[0]][int(rest[1])]
 
     def _warm(self, block: int, points: int, rows: bool = False) -> None:
         """Compile every kernel that a step of the block needs, before anything is evaluated or written."""
@@ -334,16 +334,16 @@ class CompiledEngine:
         return self.kernels.perturbation.factors(layout, keys, right_keys)
 
     @torch.no_grad()
-    def update(self, streams: Sequence[DirectionNoise], rounding_keys: Tensor, conclusion: Conclusion) -> None:
-        job, block = self.job, streams[0].block
+    def update(self, queries: Sequence[DirectionNoise], rounding_keys: Tensor, conclusion: Conclusion) -> None:
+        job, block = self.job, queries[0].block
         if not self._ready(block):
-            return self.eager.update(streams, rounding_keys, conclusion)
+            return self.eager.update(queries, rounding_keys, conclusion)
         epilogue, layout = self._epilogues[block], job.layouts[block] if job.layouts else None
-        inputs: list[Tensor] = [] if layout else [s.keys for s in streams] + [s.scale for s in streams]
-        inputs += [streams[0].scalars[name] for name in self._scalar_names]
+        inputs: list[Tensor] = [] if layout else [s.keys for s in queries] + [s.scale for s in queries]
+        inputs += [queries[0].scalars[name] for name in self._scalar_names]
         inputs += [rounding_keys, *[conclusion.coefficients[name] for name in epilogue.coefficient_names]]
         inputs += [job.hyper["lr"], job.hyper["eps"], job.hyper["weight_decay"], conclusion.apply]
-        buffer = torch.cat([s.factors for s in streams if s.factors is not None]) if layout else None
+        buffer = torch.cat([s.factors for s in queries if s.factors is not None]) if layout else None
         for i in job.blocks[block].indices:
             inputs += [job.parameters[i].tensor, *job.slots_of(i).values()]
             inputs += [job.slots[name][i] for name in job.rule.slot_names("parameter")]
@@ -351,7 +351,7 @@ class CompiledEngine:
                 inputs.append(row_scale)
             if layout and buffer is not None:
                 slot = job.left_of(i)
-                left = None if slot is None else realign_slot(job, streams, i, slot, conclusion)
+                left = None if slot is None else realign_slot(job, queries, i, slot, conclusion)
                 pair = lowrank.update_factors(layout, i, buffer, conclusion.coefficients["g"], left)
                 inputs += [factor for factor in pair if factor is not None]
         epilogue.graph_module(*[t.detach() for t in inputs])
