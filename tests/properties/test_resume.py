@@ -230,11 +230,9 @@ def test_resume_of_a_finished_run_changes_nothing_and_loads_the_weights(whole, c
         assert key not in stored or stored[key].equal(tensor)
 
 
-def test_resume_with_nothing_there_starts_over_and_says_so(tmp_path, whole, capfd):
-    trainer = trainer_in(tmp_path)
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.resumed_from == 0 and "starting from the first step" in capfd.readouterr().err
-    assert_same_run(tmp_path, whole)
+def test_resume_with_nothing_there_is_refused_as_the_trainer_refuses_it(tmp_path):
+    with pytest.raises(ZOError, match="No valid checkpoint found in output directory"):
+        trainer_in(tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_ahead_of_its_journal_is_gone_on_from(whole, tmp_path):

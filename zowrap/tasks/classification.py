@@ -23,7 +23,7 @@ from zowrap.tasks.encoder import SENTENCE_TRANSFORMER, Encoder, default_encoder,
 from zowrap.tasks.encoding import check_vocabulary, drop_doubled, unknown_token
 from zowrap.tasks.heads import identify
 from zowrap.tasks.labels import label_index
-from zowrap.tasks.loading import Source, load_model
+from zowrap.tasks.loading import Source, check_complete, load_model
 from zowrap.tasks.rows import Row, read_text
 
 log = logging.getLogger("zowrap")
@@ -261,7 +261,7 @@ class Classification:
                 changes["ignore_mismatched_sizes"] = True
             module = load_model(source, AutoModelForSequenceClassification, dtype, seed, **changes)
             if other:
-                _renew_head(module, seed)
+                check_complete(source, _renew_head(module, seed))
             return SequenceForm(module).eval()
         ids, mask = self.label_words(source)
         if self.form == "words":
@@ -401,8 +401,12 @@ def _is_in_layer(name: str) -> bool:
     return re.search(r"\.\d+\.", name) is not None and "pooler" not in name
 
 
-def _renew_head(model: nn.Module, seed: int) -> None:
-    """Initialise the head of a model anew, drawn with ``seed``: its weights were trained for something else."""
+def _renew_head(model: nn.Module, seed: int) -> list[str]:
+    """Initialise the head of a model anew, drawn with ``seed``: its weights were trained for something else.
+
+    Returns:
+        The names of these weights.
+    """
     from zowrap.quant.lowering import mark_fresh
 
     inside = getattr(model, "base_model_prefix", "")
@@ -417,6 +421,7 @@ def _renew_head(model: nn.Module, seed: int) -> None:
         log.warning("freshly initialised, because it was trained for something else: %s", name)
     fresh = [f"{name}.{each}" for name, head in heads.items() for each, _ in head.named_parameters()]
     mark_fresh(model, {*getattr(model, "fresh_weights", ()), *fresh})
+    return fresh
 
 
 def limit_window(encoder: Encoder | None, source: Source) -> int | None:

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,7 +303,7 @@ def load_model(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 
             return quantize_empty(model, source.quantization)
     model, fresh, untaken = _from_pretrained(source, auto_class, dtype, seed, changes)
     unused = {name for name in fresh if getattr(auto_class, "__name__", "") == "AutoModel" and "pooler." in name}
-    _check_complete(source, [name for name in fresh if name not in unused], untaken)
+    check_complete(source, [name for name in fresh if name not in unused], untaken)
     rounded = _quantized_layers(model, fresh)
     if rounded and source.quantization is not None:
         kept = {*model.hf_quantizer.modules_to_not_convert, *rounded}
@@ -319,7 +319,7 @@ def load_model(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 
     if fresh:
         log.warning("freshly initialised, because they are missing from %s: %s", source.name, _list(fresh))
     if untaken:
-        log.warning("not taken from %s, as this model has no place for them: %s", source.name, _list(untaken))
+        log.warning("not taken from %s, as this model has no place for them: %s", source.name, _list([*untaken]))
     mark_fresh(model, fresh)
     if getattr(model.config, "pad_token_id", None) is None and source.tokenizer is not None:
         model.config.pad_token_id = source.pad_id
@@ -332,8 +332,13 @@ def _list(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f", … ({len(names)} in all)" if len(names) > 4 else "")
 
 
-def _check_complete(source: Source, fresh: list[str], untaken: list[str]) -> None:
-    """Refuse a model with random weights that nothing will train, and a run's folder that holds another model's."""
+def check_complete(source: Source, fresh: list[str], untaken: Sequence[str] = ()) -> None:
+    """Refuse a model with random weights that nothing will train, and a run's folder that holds another model's.
+
+    Args:
+        fresh: names of weights that are random.
+        untaken: names of weights in the folder that the model has no place for.
+    """
     if not source.complete:
         return
     if fresh:
@@ -343,7 +348,7 @@ def _check_complete(source: Source, fresh: list[str], untaken: list[str]) -> Non
         )
     own = adapters_base(source.name) is None  # beside adapters, the weights are those of their base
     if untaken and own and RunFolder(source.name).config_file.is_file():
-        raise ZOError(f"{source.name} holds weights that its own model has no place for: {_list(untaken)}")
+        raise ZOError(f"{source.name} holds weights that its own model has no place for: {_list([*untaken])}")
 
 
 def _from_pretrained(
