@@ -137,14 +137,15 @@ def die_at(operation: int) -> None:
 
 
 def killed_at(folder: Path, operation: int) -> bool:
-    """Whether a run that is to die at that operation died; it is then resumed to its end."""
+    """Whether a run that is to die at that operation died; it is then resumed to its end, or begun if there is none."""
 
     def work():
         die_at(operation)
         train(folder)
 
     died = finish(in_child(work)) == -signal.SIGKILL
-    assert finish(in_child(lambda: train(folder, resume=True))) == 0
+    begun = Run(folder).config_file.is_file()
+    assert finish(in_child(lambda: train(folder, resume=begun))) == 0
     return died
 
 
