@@ -14,6 +14,7 @@ from typing import Any
 from zowrap import names
 from zowrap.cli.console import quiet_libraries
 from zowrap.cli.options import SharedOptions, TuneOptions, load_plugins, split_labels
+from zowrap.cli.scope import check_scope
 from zowrap.cli.spelling import spelled_for
 from zowrap.cli.step import choose_step_method, learning_rate, rule_options, step_values
 from zowrap.errors import ZOError, first_line, nearest, need_package
@@ -22,14 +23,19 @@ from zowrap.step.options import ENTRIES, check_values
 from zowrap.storage.atomic import contains, is_same_place
 from zowrap.storage.folder import RunFolder
 from zowrap.storage.safetensors import check_directory
-from zowrap.tasks.rows import check_source, read_first_row, read_label, read_text
+from zowrap.tasks.labels import read_label
+from zowrap.tasks.rows import check_source, read_first_row, read_text
 
 SCHEDULES = ("constant", "linear", "cosine")
 PATHS = ("model", "data", "eval_data", "test_data")
 
 
-def check_at_once(options: TuneOptions) -> None:
-    """Raise :class:`ZOError` for the first option that is seen to be wrong without torch; nothing is written."""
+def check_at_once(options: TuneOptions, asked: frozenset[str] = frozenset()) -> None:
+    """Raise :class:`ZOError` for the first option that is seen to be wrong without torch; nothing is written.
+
+    Args:
+        asked: the options that the user gave, see :func:`zowrap.cli.scope.list_asked`.
+    """
     if options.model is None:
         raise ZOError("which model? give its directory or its name on the hub")
     if options.data is None:
@@ -54,6 +60,7 @@ def check_at_once(options: TuneOptions) -> None:
         max_length=2,
         show_examples=0,
     )
+    check_scope("tune", asked, task=options.task, form=None if options.head == "auto" else options.head)
     for file in filter(None, (options.data, options.eval_data, options.test_data)):
         check_source(file)
         _check_first_row(file, options)
@@ -120,6 +127,8 @@ def _check_first_row(file: str, options: TuneOptions) -> None:
     read_label(row, options.label_column)
     if options.template is None:
         read_text(row, options.text_column)
+    if options.text_pair_column is not None:
+        read_text(row, options.text_pair_column, "--text-pair-column")
 
 
 def check_quantization(options: SharedOptions) -> None:
@@ -134,10 +143,6 @@ def check_quantization(options: SharedOptions) -> None:
         need_package("bitsandbytes")
     if options.use_peft or options.quantized == "adapters" or options.load_in_4bit:
         need_package("peft")
-    if not (options.use_peft or options.quantized == "adapters" or options.load_in_4bit):
-        for name in ("lora_r", "lora_alpha", "lora_target_modules"):
-            if getattr(options, name) != getattr(TuneOptions(), name):
-                raise ZOError(f"--{name.replace('_', '-')} is about adapters, and there are none: add --use-peft")
 
 
 def one_of(option: str, value: str | None, choices: tuple[str, ...]) -> None:

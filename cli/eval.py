@@ -20,6 +20,7 @@ from zowrap.cli.options import (
     LabelColumn,
     Labels,
     MaxLength,
+    PairColumn,
     TaskKind,
     Template,
     TextColumn,
@@ -30,8 +31,9 @@ from zowrap.cli.options import (
     takes,
 )
 from zowrap.cli.paths import PATH
+from zowrap.cli.scope import check_columns, check_scope, list_asked
 from zowrap.cli.summary import spread
-from zowrap.cli.tasks import resolve_task, saved_task, say_counts
+from zowrap.cli.tasks import check_task_scope, resolve_task, saved_task, say_counts
 from zowrap.errors import ZOError
 from zowrap.storage.atomic import is_same_place
 from zowrap.storage.folder import RunFolder
@@ -59,6 +61,7 @@ class EvalOptions:
     labels: Labels = None
     template: Template = None
     text_column: TextColumn = "text"
+    text_pair_column: PairColumn = None
     label_column: LabelColumn = "label"
     max_length: MaxLength = None
     end_of_text: EndOfText = False
@@ -70,7 +73,8 @@ class EvalOptions:
 @takes(EvalOptions)
 def evaluate(context: typer.Context, options: EvalOptions) -> None:
     """Measure loss and accuracy. A run of zowrap tune needs no option but --data."""
-    saved = _check(context, options)
+    asked = list_asked(context, options)
+    saved = _check(context, options, asked)
     assert options.data is not None
     begin(f"{options.model} and {options.data}")
     quiet_libraries()
@@ -82,7 +86,8 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
 
     rows = sample(read_rows(options.data, default_split="test"), options.max_eval_examples)
     source = open_source(options.model, options.trust_remote_code)
-    task, why = _task(context, options, saved, rows, source)
+    source.complete = True
+    task, why = _task(context, options, asked, saved, rows, source)
     task.check(rows)
     say(why)
     # A run is measured as it was tuned: in its own dtype, and adapters on the base as it was loaded for them.
@@ -94,7 +99,8 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
     if not len(examples):
         raise ZOError(f"{options.data}: no row has anything to predict")
     model = task.build(source, dtype)
-    lower(model)  # the same outputs, of more shapes: some processors' 4-bit layers want a multiple of 32 rows
+    # The same outputs, of more shapes: on some processors the library's 4-bit layers want a multiple of 32 rows.
+    lower(model, forward_only=True)
     say(f"{dtype}".removeprefix("torch.") + f" ({reason})")
     record = measure(model, task, examples, source, options.batch_size, options.predictions)
     accuracy = f"accuracy {record['accuracy']:.4f}{spread(record['accuracy_interval'])}"
@@ -113,7 +119,7 @@ def _check_predictions(options: EvalOptions) -> None:
         raise ZOError(f"--predictions {file} would replace a file that is read here: give the name of a new one")
 
 
-def _check(context: typer.Context, options: EvalOptions) -> dict[str, Any] | None:
+def _check(context: typer.Context, options: EvalOptions, asked: frozenset[str]) -> dict[str, Any] | None:
     """The task of a run, None of another model.
 
     Raises:
@@ -130,7 +136,12 @@ def _check(context: typer.Context, options: EvalOptions) -> dict[str, Any] | Non
     saved = saved_task(options.model)
     if saved is not None:
         _check_saved(context, options, saved)
+        check_task_scope("eval", asked, saved)
+        check_columns(asked, options.template or saved.get("template"))
         _check_finished(options.model)
+    else:
+        form = None if options.head == "auto" else options.head
+        check_scope("eval", asked, task=options.task, form=form)
     check_directory(options.model, whole=False)
     _check_predictions(options)
     return saved
@@ -166,15 +177,33 @@ def say_failure(folder: str | Path) -> None:
         say(f"the run in {folder} failed: {reason}; its folder holds {held}")
 
 
-def _task(context: typer.Context, options: EvalOptions, saved: dict[str, Any] | None, rows: Any, source: Any) -> Any:
+# What a run leaves open: the option, and its field in the record of the task.
+_FIELDS = {
+    "text_column": "text_column",
+    "text_pair_column": "pair_column",
+    "label_column": "label_column",
+    "template": "template",
+    "end_of_text": "end_of_text",
+}
+
+
+def _task(
+    context: typer.Context,
+    options: EvalOptions,
+    asked: frozenset[str],
+    saved: dict[str, Any] | None,
+    rows: Any,
+    source: Any,
+) -> Any:
     """The run's own task with what the user asks otherwise, or one resolved from the options."""
-    from zowrap.tasks.resolve import restore_task
+    from zowrap.tasks.resolve import limit_length, restore_task, window_of
 
     if saved is None:
-        return resolve_task(options, rows, source)
-    fields = ("text_column", "label_column", "template", "max_length", "end_of_text")
-    asked = {name: getattr(options, name) for name in fields if given(context, name) and name in saved}
-    return restore_task({**saved, **asked}), f"{saved.get('kind')} as {options.model} was tuned"
+        return resolve_task("eval", options, asked, rows, source, keep_head=True)
+    changes = {there: getattr(options, name) for name, there in _FIELDS.items() if given(context, name)}
+    if options.max_length is not None:
+        changes["max_length"] = limit_length(options.max_length, window_of(saved.get("form"), source))
+    return restore_task({**saved, **changes}), f"{saved.get('kind')} as {options.model} was tuned"
 
 
 def measure(
@@ -200,6 +229,11 @@ def measure(
         write_text(predictions, "\n".join(lines) + "\n")
     means, interval = found.means(), measure_certainty(found.rows())["accuracy"]["interval"]
     record = {"loss": means["loss"], "accuracy": means["accuracy"], "accuracy_interval": interval}
+    broken = found.find_broken_rows()
+    if broken:
+        first = f"the first is row {broken[0]} (counted from 0)"
+        say(f"{len(broken)} of {found.examples} rows have no finite loss, {first}, nor has their mean")
+        record["rows_without_loss"] = len(broken)
     return {**record, "examples": found.examples}
 
 

@@ -14,9 +14,11 @@ from zowrap.cli.console import begin, quiet_libraries, result
 from zowrap.cli.eval import say_failure
 from zowrap.cli.options import Json, option, takes
 from zowrap.cli.paths import PATH
+from zowrap.cli.scope import check_scope, list_asked
 from zowrap.cli.tasks import check_target, recorded_base
 from zowrap.errors import ZOError
 from zowrap.storage import safetensors
+from zowrap.storage.encoder_files import pickled_modules
 from zowrap.storage.lock import lock_folder
 from zowrap.storage.safetensors import ADAPTER, could_be_hub_name, pickled_weights, weight_files
 
@@ -42,7 +44,7 @@ class ExportOptions:
 @takes(ExportOptions)
 def export(context: typer.Context, options: ExportOptions) -> None:
     """Write the tuned model of a run as safetensors that load with from_pretrained."""
-    _check(options)
+    _check(options, list_asked(context, options))
     assert options.to is not None
     begin(options.source)
     quiet_libraries()
@@ -72,7 +74,7 @@ def _write(options: ExportOptions, source: Path) -> None:
         files, errors = export_merged(
             source, options.to, load_adapted, options.max_shard_size, options.overwrite, options.format
         )
-    elif options.allow_pickle and pickled_weights(source) and not weight_files(source):
+    elif options.allow_pickle and _holds_pickles(source):
         _check_as_it_is(options)
         files = convert_pickle(source, options.to, overwrite=options.overwrite)
     else:
@@ -101,23 +103,29 @@ def _write(options: ExportOptions, source: Path) -> None:
     result(record, options.json, lines)
 
 
-def _check(options: ExportOptions) -> None:
+def _check(options: ExportOptions, asked: frozenset[str]) -> None:
     """Raise :class:`ZOError` for what is seen to be wrong without torch, and before a download."""
     if options.to is None:
         raise ZOError("where to? give --to DIR")
     one_of("--format", options.format, names.FORMATS)
     one_of("--dtype", options.dtype, names.DTYPES)
-    if options.format != "same" and (options.dtype or options.allow_pickle):
-        raise ZOError("--format says what the weights become: leave out --dtype and --allow-pickle")
     path = Path(options.source)
+    check_scope("export", asked, format=options.format)
+    if options.format == "same" and (path / ADAPTER).is_file():  # adapters stay adapters, in one file
+        check_scope("export", asked & {"max_shard_size"}, format="adapters")
     if not path.is_dir():
         if path.exists() or not could_be_hub_name(options.source):
             raise ZOError(f"no such run or model directory: {options.source}")
         return check_target(options.to, options.overwrite, "--to")
     check_target(options.to, options.overwrite, "--to", options.source, recorded_base(path))
-    if options.allow_pickle and pickled_weights(path) and not weight_files(path):
+    if options.allow_pickle and _holds_pickles(path):
         return _check_as_it_is(options)
     safetensors.check_model(path, whole=False)
+
+
+def _holds_pickles(folder: Path) -> bool:
+    """Whether the weights of a model, or of one of a sentence encoder's modules, are pickled."""
+    return bool(pickled_weights(folder) and not weight_files(folder)) or bool(pickled_modules(folder))
 
 
 def _check_as_it_is(options: ExportOptions) -> None:

@@ -17,6 +17,7 @@ from zowrap.cli.checks import at_least, check_step_options, one_of
 from zowrap.cli.console import begin, quiet_libraries, result, say
 from zowrap.cli.options import SharedOptions, load_plugins, option, split_labels, takes
 from zowrap.cli.paths import PATH
+from zowrap.cli.scope import OWN, check_scope, list_asked
 from zowrap.cli.spelling import spelled_for
 from zowrap.cli.step import rule_options, step_values
 from zowrap.cli.tasks import resolve_task, saved_task
@@ -48,7 +49,8 @@ class InspectOptions(SharedOptions):
 @takes(InspectOptions)
 def inspect_model(context: typer.Context, options: InspectOptions) -> None:
     """Say whether a model can be tuned here, what moves, and what a step costs; weights are read with --data alone."""
-    _check(options)
+    asked = list_asked(context, options)
+    _check(options, asked)
     begin(options.model)
     quiet_libraries()
     load_plugins(options.plugin)
@@ -75,7 +77,7 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
         read_rows(options.data, default_split="train")  # a name that is wrong is wrong here, too
         lines.append("floor      none: no layer rounds its activations to 8 bit")
     elif options.data is not None:
-        found = _floor(options, open_source(options.model, options.trust_remote_code), dtype)
+        found = _floor(options, asked, open_source(options.model, options.trust_remote_code), dtype)
         record["noise_floor"] = found.record()
         lines.append(_floor_line(found))
         if found.hidden:
@@ -92,11 +94,13 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
     result(record, options.json, lines)
 
 
-def _check(options: InspectOptions) -> None:
+def _check(options: InspectOptions, asked: frozenset[str]) -> None:
     """Raise :class:`ZOError` for an option that cannot be used, before anything is opened or torch imported."""
     one_of("--task", options.task, names.TASKS)
     check_step_options(options)
     at_least(options, max_length=2)
+    # Without a task the class that the checkpoint names is inspected, with its own loss.
+    check_scope("inspect", asked, task=options.task or OWN, form=None if options.head == "auto" else options.head)
     if options.html is not None:
         file = Path(options.html)
         if file.is_dir() or not file.absolute().parent.is_dir():
@@ -158,7 +162,7 @@ def _why_eps(options: InspectOptions, zm: Any) -> str:
     return "the default" if zm.quantized is None else f"the default of {zm.quantized}"
 
 
-def _floor(options: InspectOptions, source: Any, dtype: Any) -> Any:
+def _floor(options: InspectOptions, asked: frozenset[str], source: Any, dtype: Any) -> Any:
     """Load the weights and measure on a batch of ``--data`` how much of a difference of losses is rounding."""
     from zowrap.calibration.noise_floor import noise_floor
     from zowrap.quant.schemes import bitsandbytes_options
@@ -172,7 +176,7 @@ def _floor(options: InspectOptions, source: Any, dtype: Any) -> Any:
         task = restore_task(saved)
     else:
         kind = options.task or "classification"
-        task, why = resolve_task(dataclasses.replace(options, task=kind), rows, source)
+        task, why = resolve_task("inspect", dataclasses.replace(options, task=kind), asked, rows, source)
         say(why)
     task.check(rows)
     examples = task.examples(rows[: options.batch_size], source)

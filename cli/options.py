@@ -112,6 +112,10 @@ Labels = Annotated[
 ]
 Template = Annotated[str | None, option("--template", "How a row becomes text, e.g. '{text} It was {label}'.", "Data")]
 TextColumn = Annotated[str, option("--text-column", "Column of the text.", "Data")]
+PairColumn = Annotated[
+    str | None,
+    option("--text-pair-column", "Column of a second text, for a head that was trained on pairs of texts.", "Data"),
+]
 LabelColumn = Annotated[str, option("--label-column", "Column of the label.", "Data")]
 MaxLength = Annotated[
     int | None, option("--max-length", "Most tokens of a row; by default what the model reads.", "Data")
@@ -142,6 +146,7 @@ class SharedOptions(StepOptions):
     labels: Labels = None
     template: Template = None
     text_column: TextColumn = "text"
+    text_pair_column: PairColumn = None
     label_column: LabelColumn = "label"
     end_of_text: EndOfText = False
     dtype: Dtype = None

@@ -63,7 +63,7 @@ def restore_options(context: typer.Context, options: TuneOptions) -> tuple[TuneO
         if options.model is None:
             raise ZOError(f"there is no run in {options.out} to go on with")
         say(f"{options.out} holds nothing to go on from: starting over")
-        return options, None
+        return dataclasses.replace(options, resume=run.config_file.is_file()), None
     saved = config["options"]
     _check_rights(options, saved)
     asked = saved_options(options)

@@ -83,10 +83,7 @@ def lines(record: dict[str, Any]) -> list[str]:
     if record.get("full_rows"):
         parts.append(f"{record['full_rows']:,} rows of codes are full: they end at ±127")
     found = [", ".join(parts), _dev(record), _test(record)]
-    skipped = record.get("skipped_steps")
-    if skipped:
-        were, their = ("was", "its") if skipped == 1 else ("were", "their")
-        found.append(f"{skipped} of {record['steps']} steps {were} skipped: {their} loss was not finite")
+
     if record.get("best_is_last") and count and count > 1:
         noise = record.get("improved") is False
         still = "the last evaluation was the best" if noise else "still improving at the last evaluation"

@@ -7,6 +7,7 @@ from typing import Any
 
 from zowrap.cli.console import say
 from zowrap.cli.options import split_labels
+from zowrap.cli.scope import check_columns, check_scope
 from zowrap.errors import ZOError
 from zowrap.storage.atomic import contains
 from zowrap.storage.folder import RunFolder
@@ -20,22 +21,39 @@ def saved_task(model: str) -> dict[str, Any] | None:
     return (run.config().get("task") or None) if run.config_file.is_file() else None
 
 
-def resolve_task(options: Any, rows: Any, source: Any) -> Any:
-    """The task that the options of ``tune`` or ``eval`` describe, with the reason for its form."""
+def resolve_task(
+    command: str, options: Any, asked: frozenset[str], rows: Any, source: Any, keep_head: bool = False
+) -> Any:
+    """Resolve the task that the options of a command describe, and give the reason for its form.
+
+    Args:
+        asked: the options that the user gave; those that have no effect on this task are refused.
+        keep_head: as in :func:`zowrap.tasks.resolve.resolve`.
+    """
     from zowrap.tasks.resolve import resolve
 
-    return resolve(
+    check_columns(asked, options.template)
+    task, why = resolve(
         options.task,
         rows,
         source,
         head=options.head,
         labels=split_labels(options.labels),
         template=options.template,
-        text_column=options.text_column,
+        text_column=options.text_column if "text_column" in asked else None,
         label_column=options.label_column,
+        pair_column=options.text_pair_column,
         max_length=options.max_length,
         end_of_text=options.end_of_text,
+        keep_head=keep_head,
     )
+    check_task_scope(command, asked, task.record())
+    return task, why
+
+
+def check_task_scope(command: str, asked: frozenset[str], task: dict[str, Any]) -> None:
+    """Raise :class:`ZOError` for an option that does nothing in a task, given by its record."""
+    check_scope(command, asked, task=task.get("kind"), form=task.get("form"), layout=task.get("layout"))
 
 
 def say_counts(examples: Any, max_length: int, what: str = "rows") -> None:
@@ -45,6 +63,9 @@ def say_counts(examples: Any, max_length: int, what: str = "rows") -> None:
             f"{examples.truncated} of {len(examples) + examples.dropped} {what} "
             f"were longer than {max_length} tokens and cut"
         )
+    if examples.lost_turns:
+        turns = "turn of the assistant is" if examples.lost_turns == 1 else "turns of the assistant are"
+        say(f"{examples.lost_turns} {turns} not learned, because the chat template does not show where they stand")
     if examples.dropped:
         say(f"{examples.dropped} {what} had no token to learn from and were left out")
 

@@ -20,10 +20,12 @@ from zowrap.cli.checks import check_at_once, check_options, check_out_is_free, t
 from zowrap.cli.console import Interrupted, begin, quiet_libraries, result, say
 from zowrap.cli.options import TuneOptions, load_plugins, takes
 from zowrap.cli.restore import restore_options, saved_options
+from zowrap.cli.scope import list_asked
 from zowrap.cli.spelling import spelled_for
 from zowrap.cli.summary import dev_facts, lines, unseen_facts
-from zowrap.cli.tasks import resolve_task, say_counts
+from zowrap.cli.tasks import resolve_task, saved_task, say_counts
 from zowrap.errors import ZOError
+from zowrap.storage.folder import RunFolder
 from zowrap.storage.lock import check_one_process, lock_folder
 from zowrap.storage.safetensors import START_VECTORS
 
@@ -33,12 +35,16 @@ def tune(context: typer.Context, options: TuneOptions) -> None:
     """Fine-tune MODEL on labelled or plain text, with forward passes alone."""
     began = time.time()
     check_one_process()
-    options, finished = restore_options(context, options)
+    given = options
+    options, finished = restore_options(context, given)
     if finished is not None:
         say(f"{options.out} is finished: nothing is left to do")
         result(finished, options.json, lines(finished))
         return
-    check_at_once(options)
+    # A run that goes on has told which options differ from its own, and uses its own.
+    goes_on = given.resume and given.out is not None and saved_task(given.out) is not None
+    asked = frozenset() if goes_on else list_asked(context, given)
+    check_at_once(options, asked)
     begin(f"{options.model} and {options.data}")
     quiet_libraries()
 
@@ -47,18 +53,19 @@ def tune(context: typer.Context, options: TuneOptions) -> None:
     assert options.out is not None
     with lock_folder(options.out):
         check_out_is_free(options)  # another process may have been at work there until now
-        train(options, began)
+        train(options, began, asked)
 
 
-def train(options: TuneOptions, began: float) -> None:
+def train(options: TuneOptions, began: float, asked: frozenset[str] = frozenset()) -> None:
     """Prepare, train and report, as the one process that writes into ``--out``.
 
     Args:
         began: when the command began, in seconds since the epoch.
+        asked: the options that the user gave.
     """
     from zowrap.cli.progress import Progress
 
-    plan = prepare(options)
+    plan = prepare(options, asked)
     model, options = load(plan, options)
     trainer = build_trainer(plan, model, options)
     say(f"{len(plan.train)} examples, {trainer.zm.rule.describe()}, lr {options.lr}, eps {options.eps:g}")
@@ -95,9 +102,15 @@ class Plan:
     evaluation: Any
     test: Any = None
 
+    def identify_data(self) -> dict[str, Any]:
+        """What tells the data from other data, by the option that names them."""
+        sets = {"data": self.train, "eval_data": self.evaluation, "test_data": self.test}
+        return {name: examples.identity() for name, examples in sets.items() if examples is not None}
 
-def prepare(options: TuneOptions) -> Plan:
+
+def prepare(options: TuneOptions, asked: frozenset[str] = frozenset()) -> Plan:
     """Read and check the data, open the model, tokenise."""
+    from zowrap.quant.schemes import check_config
     from zowrap.storage.safetensors import adapters_base
     from zowrap.tasks.loading import open_source
     from zowrap.tasks.rows import read_rows, sample
@@ -115,7 +128,11 @@ def prepare(options: TuneOptions) -> Plan:
         eval_rows = sample(read_rows(options.eval_data, default_split="test"), options.max_eval_examples)
     test_rows = None if options.test_data is None else read_rows(options.test_data, default_split="test")
     source = open_source(options.model, options.trust_remote_code)
-    task, why = resolve_task(options, rows, source)
+    if not options.use_peft and options.quantized != "adapters":
+        with spelled_for(options):
+            check_config(source.config)
+    saved = RunFolder(str(options.out)).config() if options.resume and saved_task(str(options.out)) else {}
+    task, why = _restore(saved, options) if saved else resolve_task("tune", options, asked, rows, source)
     task.check(rows)
     for others in (eval_rows, test_rows):
         if others is not None:
@@ -124,8 +141,29 @@ def prepare(options: TuneOptions) -> Plan:
     train = _tokenise(task, rows, source, "training rows")
     evaluation = None if eval_rows is None else _tokenise(task, eval_rows, source, "evaluation rows")
     test = None if test_rows is None else _tokenise(task, test_rows, source, "test rows")
+    plan = Plan(source, task, train, evaluation, test)
+    _check_same_data(plan, saved.get("data") or {}, options)
     show(train, source, options.show_examples)
-    return Plan(source, task, train, evaluation, test)
+    return plan
+
+
+def _restore(saved: dict[str, Any], options: TuneOptions) -> tuple[Any, str]:
+    """The task of a run that goes on."""
+    from zowrap.tasks.resolve import restore_task
+
+    return restore_task(saved["task"]), f"{saved['task'].get('kind')} as {options.out} began"
+
+
+def _check_same_data(plan: Plan, saved: dict[str, Any], options: TuneOptions) -> None:
+    """Raise :class:`ZOError` where a run would go on with other data than it began with."""
+    now = plan.identify_data()
+    for name, before in saved.items():
+        if name in now and now[name] != before:
+            raise ZOError(
+                f"the examples of {getattr(options, name)} differ from those that {options.out} began with "
+                f"({now[name]['examples']} now, {before.get('examples')} then): bring the file back, or start anew "
+                "with another --out"
+            )
 
 
 def _tokenise(task: Any, rows: Any, source: Any, what: str) -> Any:
@@ -202,7 +240,12 @@ def build_trainer(plan: Plan, model: Any, options: TuneOptions) -> Any:
             loss_fn=plan.task.loss_fn,
             batch_metrics=plan.task.metrics,
             base_model=options.model,
-            config={"model": options.model, "options": saved_options(options), "task": plan.task.record()},
+            config={
+                "model": options.model,
+                "options": saved_options(options),
+                "task": plan.task.record(),
+                "data": plan.identify_data(),
+            },
         )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

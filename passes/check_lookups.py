@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 import zowrap.ops.all  # noqa: F401 (registers torch.ops.zowrap)
+from zowrap.compiler.inductor import symbolic_sizes
 from zowrap.compiler.program import Program
 from zowrap.errors import ZOInternalError
 from zowrap.loss.module import IGNORED
@@ -61,7 +62,7 @@ class _Checks:
     """Puts a check before each look-up. Look-ups with the same index and the same number of entries share one check."""
 
     def __init__(self, program: Program) -> None:
-        self.graph = program.graph
+        self.graph, self.fake_mode = program.graph, program.fake_mode
         self.made: dict[tuple[Any, ...], fx.Node] = {}
         self.read = _readers_of_values(program.graph)
 
@@ -98,9 +99,11 @@ class _Checks:
                     count = self.graph.call_function(aten.sym_size.int, (table, dim))
                     count.meta["val"] = size
                 zero = self.graph.call_function(torch.ops.zowrap.index_error.default, (source, count, wraps, ignored))
-                zero.meta["val"] = value.new_zeros(())
+                with symbolic_sizes(self.fake_mode):
+                    zero.meta["val"] = value.new_zeros(())
                 self.made[key] = self.graph.call_function(aten.add.Tensor, (index, zero))
-                self.made[key].meta["val"] = value
+                with symbolic_sizes(self.fake_mode):  # where the index is no block of memory, the sum is one
+                    self.made[key].meta["val"] = value + zero.meta["val"]
         return self.made[key]
 
 

@@ -36,7 +36,7 @@ class Population(Pass):
     name = "population"
 
     def requires(self, program: Program) -> None:
-        if program.placeholder("stream", "factors") is None:
+        if program.placeholder("added", "factors") is None:
             raise ZOInternalError("only low-rank directions can differ between the examples of a batch")
 
     def call(self, program: Program) -> str:
@@ -50,7 +50,7 @@ class Population(Pass):
                 raise ZOCaptureError(_FIXED)
             if mapped and str(value.shape[0]) != str(rows):
                 fakes[i] = self._per_example(program, value[0], rows)
-            if given.kind == "stream" and given.target == "factors":
+            if given.kind == "added" and given.target == "factors":
                 fakes[i] = self._per_example(program, value, rows)
                 mapped = True
             dims.append(0 if mapped else None)

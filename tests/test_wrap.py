@@ -109,9 +109,9 @@ def test_results_are_tensors_of_the_promised_shapes() -> None:
 
 def test_the_projected_gradient_is_the_directional_derivative() -> None:
     zm = zowrap.zo_wrap(make("llama").double(), "zo_sgd", eps=1e-4, engine="eager", loss_fn=_own_loss)
-    (stream,) = zm.directions.queries
+    (query,) = zm.directions.queries
     inputs = batch("llama", 4, 9)
-    z = {f"model.{p.names[0]}": zm.engine.direction(stream, i).double() for i, p in enumerate(zm.parameters)}
+    z = {f"model.{p.names[0]}": zm.engine.direction(query, i).double() for i, p in enumerate(zm.parameters)}
     at = {f"model.{p.names[0]}": p.tensor.detach() for p in zm.parameters}
 
     def loss(parameters):
@@ -291,9 +291,9 @@ def tied_loss(model, inputs):
 def test_parameters_on_one_storage_are_one(engine) -> None:
     zm = zowrap.zo_wrap(Tied("same"), "zo_sgd", lr=1e-2, loss_fn=tied_loss, engine=engine)
     assert len(zm.parameters) == 1 and zm.parameters[0].names == ("a", "b")
-    (stream,) = zm.directions.queries
+    (query,) = zm.directions.queries
     x = torch.ones(2, 3)
-    z = zowrap.engines.eager.EagerEngine.direction(getattr(zm.engine, "eager", zm.engine), stream, 0)
+    z = zowrap.engines.eager.EagerEngine.direction(getattr(zm.engine, "eager", zm.engine), query, 0)
     expected = []
     for sign in (1e-3, -1e-3):
         other = Tied("same")

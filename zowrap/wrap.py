@@ -30,6 +30,7 @@ from zowrap.step.job import Job, QuantMode
 from zowrap.step.method import Method, choose_method
 from zowrap.step.options import DEFAULTS, StepKeywords, StepOptions, build_options
 from zowrap.step.parameters import Parameter, select
+from zowrap.step.pretrained import has_adapters
 
 
 def zo_wrap(
@@ -125,7 +126,7 @@ def _select(model: nn.Module, options: StepOptions, method: Method, mode: QuantM
         assert options.eps is not None
         modes.check_mode(mode, method.rule, method.direction, method.estimator, method.queries, options.eps)
         parameters = modes.select_parameters(model, mode, options.trainable, options.seed)
-    elif adapters.has_adapters(model):
+    elif has_adapters(model):
         parameters = adapters.select_parameters(model, options.trainable)
     else:
         parameters = select(model, options.trainable)

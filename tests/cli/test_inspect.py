@@ -257,7 +257,9 @@ def test_options_of_tune_change_what_is_told(zowrap_cli: Cli, bare: dict[str, Pa
     assert large == 2 * small < plain["elements"]
     some = told(zowrap_cli, *model, "--use-peft", "--lora-r", "2", "--lora-target-modules", "q_proj")["elements"]
     assert some < small
-    asked = told(zowrap_cli, *model, "--eps", "0.05", "--weight-decay", "0.1", "--block-order", "random")
+    asked = told(
+        zowrap_cli, *model, "--eps", "0.05", "--weight-decay", "0.1", "--blocks", "layer", "--block-order", "random"
+    )
     assert asked["hyper"] == pytest.approx({**asked["hyper"], "eps": 0.05, "weight_decay": 0.1})
     assert asked["eps_why"] == "as asked"
 

@@ -302,6 +302,54 @@ def test_resume_uses_the_runs_own_options(
     assert again.code == 0 and again.json["steps_run"] == 0 and again.json["accuracy"] == told.json["accuracy"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "changed", "sentence"),
+    [
+        (
+            "sequence",
+            [{"text": f"other movie {i}", "label": ("good", "bad")[i % 2]} for i in range(24)],
+            "differ from those",
+        ),
+        ("sequence", reviews(24)[:-1], "differ from those that"),
+        ("sequence", [*reviews(24), {"text": "so so", "label": "odd"}], "label 'odd' is not one of the labels"),
+        ("encoder", [{**row, "label": row["label"].upper()} for row in reviews(24)], "is not one of the labels"),
+        (
+            "encoder",
+            [{**row, "label": {"good": "bad", "bad": "good"}[row["label"]]} for row in reviews(24)],
+            "differ from",
+        ),
+        ("sequence", [{**row, "more": 1} for row in reviews(24)], None),  # nothing that is used
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data(
+    zowrap_cli: Cli,
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    changed: list,
+    sentence: str | None,
+) -> None:
+    from zowrap.cli import progress
+
+    class Stop(progress.Progress):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise RuntimeError("the machine went down")
+
+    file, run = write_rows(tmp_path / "train.jsonl", reviews(24)), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "Progress", Stop)
+        assert zowrap_cli("tune", models[kind], "--data", file, *QUICK, "--lr", "1e-6", "--out", run).code == 1
+    before = (run / "zowrap.json").read_bytes()
+    write_rows(file, changed)
+    told = zowrap_cli("tune", "--resume", "--out", run)
+    if sentence is None:
+        assert told.code == 0, told.err
+        return
+    assert_refused(told, sentence)
+    assert (run / "zowrap.json").read_bytes() == before
+
+
 def test_the_learning_rate_is_chosen_once(
     zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

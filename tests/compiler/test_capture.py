@@ -189,3 +189,37 @@ def test_a_window_as_short_as_the_canonical_length(window) -> None:
         if given.kind == "batch"
         for size in node.meta["val"].shape
     )
+
+
+def test_a_short_window_is_seen_where_it_stands() -> None:
+    """In a configuration inside of the model's."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 160, "max_position_embeddings": 20}
+    config = transformers.CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8})
+    model = transformers.CLIPModel(config)
+    given = {"input_ids": torch.ones(3, 12, dtype=torch.long), "pixel_values": torch.ones(3, 3, 16, 16)}
+    canonical = canonical_batch(given, model)
+    assert canonical["input_ids"].shape[1] < 20 and canonical["pixel_values"].shape[2:] == (16, 16)
+    assert canonical_batch(given, model, lengths=False)["input_ids"].shape == (8, 12)
+
+
+def test_pairs_of_texts_and_pictures_are_one_program_for_every_size(monkeypatch) -> None:
+    """Their loss counts the rows with ``len``, of which Python makes a number."""
+    import transformers
+
+    compile_nothing(monkeypatch)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 60, "max_position_embeddings": 64, "eos_token_id": 2, "bos_token_id": 1}
+    config = transformers.CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8})
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(config)
+    zm = zowrap.zo_wrap(model, "zo_sgd", engine="compiled")
+    for rows, length in [(3, 11), (2, 17), (4, 5)]:
+        ids = torch.randint(5, 60, (rows, length))
+        ids[:, -1] = 2
+        given = {"input_ids": ids, "pixel_values": torch.randn(rows, 3, 16, 16), "return_loss": True}
+        assert torch.allclose(zm.loss(**given), model.eval()(**given).loss.detach(), rtol=1e-5)
+    assert [len(programs) for programs in zm.engine._captured.values()] == [1]
+    assert "len" not in vars(transformers.models.clip.modeling_clip)

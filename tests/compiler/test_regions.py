@@ -137,3 +137,92 @@ def test_the_next_batch_and_the_moved_weights_share_nothing_with_the_last() -> N
     eager.accumulate(**batch(2, 5))
     assert torch.allclose(zm.peek()[0], eager.peek()[0], rtol=1e-5)
     assert not torch.allclose(zm.loss(**batch(2, 5)), before)
+
+
+class Sliced(torch.nn.Module):
+    """Layers over all positions but the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(20, 8)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(3)])
+        self.head = torch.nn.Linear(8, 20)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return self.head(x)
+
+
+def next_token_loss(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits = model(given["ids"][:, :-1])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), given["ids"][:, 1:].flatten())
+
+
+def test_a_length_that_is_computed_crosses_the_border_of_a_region() -> None:
+    """No region but the first has an input of length n, of which n − 1 is computed."""
+    options = {"loss_fn": next_token_loss, "blocks": "layer", "block_order": "descending", "eps": 1e-2}
+    eager, compiled = (zowrap.zo_wrap(Sliced(), "zo_sgd", engine=engine, **options) for engine in ("eager", "compiled"))
+    for rows, length in [(4, 9), (2, 2)]:
+        ids = torch.randint(0, 20, (rows, length), generator=torch.Generator().manual_seed(rows))
+        for zm in (eager, compiled):
+            zm.discard()
+            zm.accumulate(ids=ids)
+        assert torch.allclose(eager.peek()[0], compiled.peek()[0], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_region_of_views_returns_those_of_the_right_inputs() -> None:
+    """A head behind a pooling: its views have a size among their inputs."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=3)
+    state = transformers.ResNetForImageClassification(config).state_dict()
+    losses = []
+    for engine in ("eager", "compiled"):
+        model = transformers.ResNetForImageClassification(config)
+        model.load_state_dict(state)
+        zm = zowrap.zo_wrap(model, "zo_sgd", engine=engine, eps=1e-2)
+        draw = torch.Generator().manual_seed(0)
+        zm.accumulate(pixel_values=torch.randn(4, 3, 32, 32, generator=draw), labels=torch.tensor([0, 1, 2, 0]))
+        losses.append(zm.peek()[0])
+    assert torch.allclose(*losses, rtol=1e-5)
+
+
+def test_what_is_only_a_view_of_an_input_is_no_output_of_a_region() -> None:
+    from zowrap.compiler.regions import _region, _take_views_out
+
+    graph = torch.fx.Graph()
+    x, size = graph.placeholder("x"), graph.placeholder("size")
+    view = graph.call_function(torch.ops.aten.view.default, (x, [size, 8]))
+    first = graph.call_function(torch.ops.aten.select.int, (view, 0, 0))
+    total = graph.call_function(torch.ops.aten.relu.default, (view,))
+    shaped = graph.call_function(torch.ops.aten.reshape.default, (x, [8, size]))  # which may copy
+    graph.output((first, total, shaped))
+    region = _region([view, first, total, shaped])
+    assert _take_views_out(region) == [view, first]
+    assert region.outputs == [total, shaped] and region.nodes == [view, total, shaped]
+
+
+def test_two_inputs_that_are_traced_as_one_tensor_stay_two() -> None:
+    from types import SimpleNamespace
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from zowrap.compiler.regions import _compile, _region
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    same = mode.from_tensor(torch.ones(4))
+    graph = torch.fx.Graph()
+    first, second = (graph.placeholder(name) for name in ("first", "second"))
+    for given in (first, second):
+        given.meta["val"] = same
+    made = [graph.call_function(torch.ops.aten.to.dtype, (given, torch.float32)) for given in (first, second)]
+    graph.output(tuple(made))
+    kind = _compile(SimpleNamespace(fake_mode=mode), _region(made))
+    one, two = kind.compiled(torch.ones(4), torch.full((4,), 2.0))
+    assert one.tolist() == [1.0] * 4 and two.tolist() == [2.0] * 4

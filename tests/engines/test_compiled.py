@@ -176,17 +176,17 @@ def test_perturbation_noise_is_update_noise_is_replay_noise(direction, dtype) ->
     assert [p.name for p in zm.parameters] == ["embed.weight", "mix", "gain", "conv.weight", "conv.bias"] or len(
         zm.parameters
     ) == 5
-    (stream,) = zm.directions.queries
+    (query,) = zm.directions.queries
     oracle = zm.engine.eager
     for i, parameter in enumerate(zm.parameters):
         zeros = torch.zeros_like(parameter.tensor, dtype=torch.float32)
         one = torch.ones(1)
-        (probe,) = torch.ops.zowrap.perturb(zeros, [], stream.keys[i], stream.scale, [], one, zm.engine.kernels.key)
-        reference = oracle.direction(stream, i)
+        (probe,) = torch.ops.zowrap.perturb(zeros, [], query.keys[i], query.scale, [], one, zm.engine.kernels.key)
+        reference = oracle.direction(query, i)
         assert torch.equal(probe, reference)
         if parameter.tensor.ndim == 2:
             rows = torch.tensor([[0, 3], [2, 3]])
-            args = (zeros, [], rows, stream.keys[i], stream.scale, [], one, zm.engine.kernels.key)
+            args = (zeros, [], rows, query.keys[i], query.scale, [], one, zm.engine.kernels.key)
             assert torch.equal(torch.ops.zowrap.perturb_rows(*args)[0], reference[rows])
     if dtype == torch.float32:
         before = {p.name: p.tensor.detach().clone() for p in zm.parameters}
@@ -195,7 +195,7 @@ def test_perturbation_noise_is_update_noise_is_replay_noise(direction, dtype) ->
         result = zm.update(projected_grad=torch.tensor(-1.0))
         moved = [p.tensor.detach().clone() for p in zm.parameters]
         for i in range(len(moved)):
-            assert torch.equal(moved[i], oracle.direction(stream, i))
+            assert torch.equal(moved[i], oracle.direction(query, i))
         for p in zm.parameters:
             p.tensor.data.copy_(before[p.name])
         zm.step_count = 0
@@ -269,13 +269,13 @@ def test_shared_modules_are_perturbed_everywhere_and_left_as_they_were(engine) -
     model, inputs = Recurring(), {"x": torch.randn(4, 5)}
     zm = zowrap.zo_wrap(model, "zo_sgd", lr=1e-2, eps=0.1, loss_fn=recurring_loss, engine=engine)
     oracle = zm.engine if engine == "eager" else zm.engine.eager
-    (stream,), weight, before = zm.directions.queries, model.first.weight, snapshot(model)
+    (query,), weight, before = zm.directions.queries, model.first.weight, snapshot(model)
     expected = []
     for sign in (0.1, -0.1):
         other = copy.deepcopy(model)
         with torch.no_grad():
             for i, p in enumerate(other.parameters()):
-                p += sign * oracle.direction(stream, i)
+                p += sign * oracle.direction(query, i)
         expected.append(recurring_loss(other, inputs).mean())
     zm.accumulate(**inputs)
     assert torch.allclose(zm.peek()[0], torch.stack(expected), rtol=1e-5)
@@ -288,10 +288,10 @@ def test_the_exact_slope_leaves_shared_modules_as_they_were() -> None:
     torch.manual_seed(0)
     model, inputs = Recurring(), {"x": torch.randn(4, 5)}
     zm = zowrap.zo_wrap(model, "zo_sgd", eps=1e-3, loss_fn=recurring_loss, engine="eager")
-    weight, (stream,) = model.first.weight, zm.directions.queries
-    _, slopes, _ = zm.engine.derivative(inputs, stream)
+    weight, (query,) = model.first.weight, zm.directions.queries
+    _, slopes, _ = zm.engine.derivative(inputs, query)
     assert model.first.weight is weight
-    plus, minus = zm.engine.losses(inputs, stream, torch.tensor([1e-3, -1e-3]))[0]
+    plus, minus = zm.engine.losses(inputs, query, torch.tensor([1e-3, -1e-3]))[0]
     assert torch.allclose(slopes, (plus - minus) / 2e-3, rtol=1e-2, atol=1e-4)
 
 
@@ -563,9 +563,9 @@ def test_random_models_on_a_gpu_draw_alike_at_both_points_too(monkeypatch: pytes
         return model(given["x"]).mean(-1) * 0 + drawn.position
 
     zm = zowrap.zo_wrap(nn.Linear(3, 3), loss_fn=loss, engine="eager")
-    stream = zm.directions.queries[0]
+    query = zm.directions.queries[0]
     monkeypatch.setattr(zm.job, "device", device)
-    sums, _ = zm.engine.losses({"x": torch.zeros(2, 3)}, stream, torch.tensor([1e-3, -1e-3]))
+    sums, _ = zm.engine.losses({"x": torch.zeros(2, 3)}, query, torch.tensor([1e-3, -1e-3]))
     assert torch.equal(sums, torch.ones(2, 2)) and drawn.devices == {device}
 
 
@@ -618,3 +618,61 @@ def test_directions_of_the_same_name_do_not_share_kernels() -> None:
         zm.update(projected_grad=torch.tensor(1.0))
         moved.append((zm.model.mix.detach() - before).abs())
     assert torch.allclose(moved[1], torch.ones(7, 7), atol=1e-5) and not torch.allclose(moved[0], moved[1], atol=1e-2)
+
+
+class Strided(nn.Module):
+    """Convolutions with strides over pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("takes", [3, 5])
+def test_a_program_that_the_compiler_refuses_is_captured_with_fewer_open_sizes(takes, monkeypatch) -> None:
+    """Those of the pictures are fixed first, and the number of rows only where that is refused too."""
+    from tests.support.uncompiled import compile_nothing
+    from zowrap.engines import compiled as compiled_engine
+
+    compile_nothing(monkeypatch)
+    interpret = compiled_engine.compile_regions
+
+    def refuse(program, *args):
+        if program.freedom < takes:
+            raise inductor.RefusedProgram("the compiler refused the captured program")
+        return interpret(program, *args)
+
+    monkeypatch.setattr(compiled_engine, "compile_regions", refuse)
+    eager, zm = (
+        zowrap.zo_wrap(Strided(), "zo_sgd", loss_fn=lambda m, b: m(b["x"]), engine=engine, eps=1e-2)
+        for engine in ("eager", "compiled")
+    )
+    for shape in [(4, 3, 16, 16), (3, 3, 16, 16), (4, 3, 20, 16), (4, 3, 16, 16)]:
+        inputs = {"x": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+        for each in (eager, zm):
+            each.discard()
+            each.accumulate(**inputs)
+        assert torch.allclose(eager.peek()[0], zm.peek()[0], rtol=1e-5)
+    (programs,) = zm.engine._captured.values()
+    assert {program.freedom for program in programs} == {takes}
+    assert len(programs) == (2 if takes == 3 else 3)
+
+
+def test_a_program_that_no_freedom_helps_is_refused_once(monkeypatch) -> None:
+    from zowrap.engines import compiled as compiled_engine
+
+    tried = []
+
+    def refuse(program, *args):
+        tried.append(program.freedom)
+        raise inductor.RefusedProgram("the compiler refused the captured program")
+
+    monkeypatch.setattr(compiled_engine, "compile_regions", refuse)
+    zm = zowrap.zo_wrap(Strided(), "zo_sgd", loss_fn=lambda m, b: m(b["x"]))
+    with pytest.warns(UserWarning, match="running eagerly, because the compiler refused"):
+        zm.step(x=torch.randn(4, 3, 16, 16))
+    assert tried == [0, 3, 5]

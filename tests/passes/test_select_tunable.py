@@ -126,7 +126,7 @@ def test_operators_and_inputs_that_come_in() -> None:
     expected = {"aten.select.int": 4, "getitem": 4, "zowrap.perturb": 4}
     assert change(operators(program), operators(selected)) == expected
     added = [(each.kind, each.target) for each in selected.inputs[len(program.inputs) :]]
-    assert added == [("stream", "keys"), ("stream", "scale"), ("stream", "coefficients")]
+    assert added == [("added", "keys"), ("added", "scale"), ("added", "coefficients")]
     assert selected.notes["select_tunable"].startswith("4 of 4 tunable parameters take part in the loss")
 
 

@@ -199,11 +199,24 @@ def test_a_number_that_changes_with_every_batch_is_not_compiled_for_ever() -> No
     assert zm.engine.fallen_back is not None
 
 
-@pytest.mark.parametrize("value", [["a", "b"], {"y": torch.ones(2)}], ids=["list", "dict"])
+@pytest.mark.parametrize("value", [["a", "b"], {"y": "a"}], ids=["list", "dict"])
 def test_what_holds_several_values_runs_eagerly(value: Any) -> None:
     zm = linear()
     with pytest.warns(UserWarning, match="the batch's 'meta' is a (list|dict)"):
         zm.step(x=torch.ones(2, 4), meta=value)
+
+
+def test_what_holds_tensors_is_compiled() -> None:
+    zm = linear()
+    zm.step(x=torch.ones(2, 4), meta={"y": torch.ones(2)})
+    assert zm.engine.fallen_back is None
+
+
+def test_lists_of_rows_are_for_the_models_own_loss() -> None:
+    with pytest.warns(
+        UserWarning, match="lists of dictionaries can only be compiled for a loss that the model computes"
+    ):
+        linear().step(x=torch.ones(2, 4), meta=[{"y": torch.ones(2)}, {"y": torch.ones(2)}])
 
 
 # --- an update that is broken off ------------------------------------------------------------------------------------

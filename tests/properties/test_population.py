@@ -56,11 +56,11 @@ def tiny(**options):
 
 def directions(zm, examples: int) -> list[Tensor]:
     """z ``[examples, *shape]`` of every parameter, formed here from the factors."""
-    stream = zm.directions.population(range(examples))
+    query = zm.directions.population(range(examples))
     found = []
     for i, parameter in enumerate(zm.parameters):
-        place = zm.job.layouts[stream.block].places[i]
-        left, right = place.left_of(stream.factors), place.right_of(stream.factors)
+        place = zm.job.layouts[query.block].places[i]
+        left, right = place.left_of(query.factors), place.right_of(query.factors)
         z = left if right is None else torch.einsum("bir,bjr->bij", left, right)
         found.append(z.reshape(examples, *parameter.tensor.shape))
     return found

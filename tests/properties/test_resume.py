@@ -137,14 +137,15 @@ def die_at(operation: int) -> None:
 
 
 def killed_at(folder: Path, operation: int) -> bool:
-    """Whether a run that is to die at that operation died; it is then resumed to its end."""
+    """Whether a run that is to die at that operation died; it is then resumed to its end, or begun if there is none."""
 
     def work():
         die_at(operation)
         train(folder)
 
     died = finish(in_child(work)) == -signal.SIGKILL
-    assert finish(in_child(lambda: train(folder, resume=True))) == 0
+    begun = Run(folder).config_file.is_file()
+    assert finish(in_child(lambda: train(folder, resume=begun))) == 0
     return died
 
 
@@ -230,11 +231,9 @@ def test_resume_of_a_finished_run_changes_nothing_and_loads_the_weights(whole, c
         assert key not in stored or stored[key].equal(tensor)
 
 
-def test_resume_with_nothing_there_starts_over_and_says_so(tmp_path, whole, capfd):
-    trainer = trainer_in(tmp_path)
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.resumed_from == 0 and "starting from the first step" in capfd.readouterr().err
-    assert_same_run(tmp_path, whole)
+def test_resume_with_nothing_there_is_refused_as_the_trainer_refuses_it(tmp_path):
+    with pytest.raises(ZOError, match="No valid checkpoint found in output directory"):
+        trainer_in(tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_ahead_of_its_journal_is_gone_on_from(whole, tmp_path):

@@ -42,8 +42,8 @@ def train(dtype: torch.dtype, seed: int) -> tuple[float, float]:
     zm = zowrap.zo_wrap(Point(dtype, seed), "zo_sgd", lr=LR, eps=EPS, seed=seed, loss_fn=distance, engine="eager")
     sizes = []
     for _ in range(STEPS):
-        (stream,) = zm.directions.queries
-        z = zm.engine.direction(stream, 0)
+        (query,) = zm.directions.queries
+        z = zm.engine.direction(query, 0)
         result = zm.step(one=torch.ones(()))
         sizes.append((LR * result.projected_grad * z).abs())
     ulp = 2.0**-8  # of bfloat16 in [0.5, 1)

@@ -17,6 +17,7 @@ from zowrap.errors import ZOError
 from zowrap.quant import adapters, lowering
 from zowrap.quant import empty as skeleton
 from zowrap.step.parameters import weight_bytes
+from zowrap.step.pretrained import has_adapters
 
 
 def empty(family: str, scheme: str | None = "int8", stored: bool = False) -> Any:
@@ -75,7 +76,7 @@ def test_a_model_as_it_is_stays_as_it_is() -> None:
 def test_adapters_are_put_on_it() -> None:
     model = empty("llama", "nf4")
     adapters.attach(model, 2, 4)
-    assert adapters.has_adapters(model) and lowering.lowered_layers(model)
+    assert has_adapters(model) and lowering.lowered_layers(model)
     assert {str(p.device) for p in model.parameters()} == {"meta"}
 
 

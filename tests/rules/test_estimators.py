@@ -18,8 +18,8 @@ from zowrap.loss.module import LossModule
 
 def slope_by_autograd(zm, inputs, query: int = 0) -> tuple[float, float]:
     """∇f(θ)·z by a backward pass, and ‖∇f‖·‖z‖, the scale of its rounding."""
-    stream = zm.directions.queries[query]
-    zs = [zm.engine.direction(stream, i) for i in range(len(zm.parameters))]
+    drawn = zm.directions.queries[query]
+    zs = [zm.engine.direction(drawn, i) for i in range(len(zm.parameters))]
     tensors = [p.tensor.detach().clone().requires_grad_() for p in zm.parameters]
     named = {f"model.{name}": t for p, t in zip(zm.parameters, tensors, strict=True) for name in p.names}
     was = zm.job.loss.training

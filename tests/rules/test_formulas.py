@@ -167,8 +167,8 @@ def test_hizoo_evaluates_three_points_with_the_direction_it_updates_along() -> N
     assert [(p.direction, p.coefficient) for p in zm.points] == [(0, 0.0), (0, 1.0), (0, -1.0)]
     feed(zm, draw_losses(zm, 3))
     assert any((h - 1).abs().max() > 1e-3 for h in zm.job.slots["H"])
-    (stream,) = zm.directions.queries
-    probed = [zm.engine.direction(stream, i) for i in range(len(zm.parameters))]
+    (query,) = zm.directions.queries
+    probed = [zm.engine.direction(query, i) for i in range(len(zm.parameters))]
     before = [p.tensor.detach().clone() for p in zm.parameters]
     zm.lr = 1.0
     zm.update(projected_grad=torch.tensor(-1.0))

@@ -61,8 +61,8 @@ def test_the_example_is_its_formula() -> None:
     zm = testing.wrap("zo_lion")
     w, m = testing._weights(zm), 0.0
     for losses in testing.draw_losses(zm, 5):
-        (stream,) = zm.directions.queries
-        z = torch.cat([zm.engine.direction(stream, i).double().reshape(-1) for i in range(len(zm.parameters))])
+        (query,) = zm.directions.queries
+        z = torch.cat([zm.engine.direction(query, i).double().reshape(-1) for i in range(len(zm.parameters))])
         g = (losses[0] - losses[1]).double() / (2 * testing.EPS) * z
         w, m = w - testing.LR * torch.sign(0.9 * m + 0.1 * g), 0.99 * m + 0.01 * g
         zm.update(losses=losses)

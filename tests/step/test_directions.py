@@ -17,10 +17,10 @@ from zowrap.testing import EPS, LR, draw_losses, wrap
 SIZES = (15, 5, 10, 2)  # of the parameters that ``wrap`` tunes
 
 
-def z_of(zm, stream=None) -> np.ndarray:
+def z_of(zm, query=None) -> np.ndarray:
     """The direction of the current step, all parameters in one vector."""
-    stream = zm.directions.queries[0] if stream is None else stream
-    parts = [zm.engine.direction(stream, i).double().numpy().ravel() for i in range(len(zm.parameters))]
+    query = zm.directions.queries[0] if query is None else query
+    parts = [zm.engine.direction(query, i).double().numpy().ravel() for i in range(len(zm.parameters))]
     return np.concatenate(parts)
 
 

@@ -114,7 +114,7 @@ def evaluate(program: Program, zm: zowrap.ZOModel, batch: Batch, **given: Tensor
     """
     loss = zm.job.loss
     named: dict[str, Any] = {**dict(loss.named_parameters(remove_duplicate=False)), **dict(loss.named_buffers())}
-    sources = {"batch": batch, "constant": program.constants, "stream": given}
+    sources = {"batch": batch, "constant": program.constants, "added": given}
     values = []
     for each, fake in zip(program.inputs, program.fakes(), strict=True):
         source = sources.get(each.kind, named)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from zowrap.errors import ZOError
-from zowrap.tasks.rows import Row, collect_labels, label_index, read_label, read_rows, read_text, sample
+from zowrap.tasks.labels import collect_labels, read_label
+from zowrap.tasks.rows import Row, Rows, read_rows, read_text, sample
 
 ROWS = [{"text": "a, b\nc", "label": "x"}, {"text": "naïve “quotes”\u2028here", "label": "y"}]
 
@@ -61,6 +62,10 @@ def test_an_unknown_ending_is_read_by_its_content(tmp_path: Path) -> None:
         ("a.csv", b"text,label\nx,\xe9\n", r"a\.csv line 2 is not valid UTF-8"),
         ("a.csv", b"text,label\n", "is empty"),
         ("a.parquet", b"no parquet", "not readable as Parquet"),
+        ("a.jsonl", b'{"text": "x", "label": 1, "label": 2}\n', r"a\.jsonl line 1 names 'label' twice"),
+        ("a.json", b'[{"text": "x", "text": "y"}]', r"a\.json names 'text' twice"),
+        ("a.csv", "text,label\na,x\n".encode("utf-16-le"), "line 1 holds a zero byte"),
+        ("a.csv", b"\xff\xfet\x00\n\x00x", r"a\.csv line 2 is not valid UTF-16"),
     ],
 )
 def test_malformed_files_are_told_with_their_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -76,21 +81,6 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
             read_rows(str(source))
     with pytest.raises(ZOError, match="is a directory"):
         read_rows(str(tmp_path))
-
-
-def test_labels_may_be_strings_integers_or_booleans() -> None:
-    rows = [Row({"label": value}, "here") for value in (10, 9, 10)]
-    assert collect_labels(rows, "label") == ["9", "10"]
-    assert [read_label(Row({"label": v}, "here"), "label") for v in (True, 3, " x ")] == ["true", "3", "x"]
-    for value in (True, "1", 1):
-        assert label_index(Row({"label": value}, "here"), "label", ["no", "yes"], numbered=True) == 1
-        with pytest.raises(ZOError, match=r"here: label '(true|1)' is not one of the labels of training \('no', 'yes'"):
-            label_index(Row({"label": value}, "here"), "label", ["no", "yes"])
-    for value, message in ((None, "null"), (1.5, r"number 1\.5"), ("", "empty"), ([1], "a list")):
-        with pytest.raises(ZOError, match=message):
-            read_label(Row({"label": value}, "here"), "label")
-    with pytest.raises(ZOError, match="here: label 'z' is not one of the labels of training"):
-        label_index(Row({"label": "z"}, "here"), "label", ["x", "y"])
 
 
 def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
@@ -162,3 +152,54 @@ def test_what_is_not_installed_is_named(
         source = str(tmp_path / source)
     with pytest.raises(ZOError, match="pip install 'zowrap\\[data\\]'"):
         read_rows(source)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "json", "txt"])
+def test_the_encoding_is_that_of_the_byte_order_mark(tmp_path: Path, encoding: str, ending: str) -> None:
+    path = write(tmp_path / f"a.{ending if ending != 'txt' else 'jsonl'}", ROWS)
+    path.write_bytes(path.read_bytes().decode("utf-8-sig").encode(encoding))
+    if ending == "txt":
+        path = path.rename(tmp_path / "a.txt")
+    assert [row.values for row in read_rows(str(path))] == ROWS
+
+
+def test_files_put_together_keep_their_marks_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ROWS)
+    path.write_bytes(path.read_bytes() + b"\xef\xbb\xbf" + path.read_bytes())
+    assert [row.values for row in read_rows(str(path))] == ROWS * 2
+
+
+def test_a_parquet_file_of_datasets_names_its_classes(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a", "m"])}
+    )
+    values = {"text": ["one", "two", "three"], "label": [2, 0, -1]}
+    datasets.Dataset.from_dict(values, features=features).to_parquet(str(tmp_path / "a.parquet"))
+    rows = read_rows(str(tmp_path / "a.parquet"))
+    assert [row.values["label"] for row in rows] == ["m", "z", -1] and rows.classes == {"label": ["z", "a", "m"]}
+    assert collect_labels(Rows(rows[:2], rows.classes), "label") == ["z", "a", "m"]
+    assert sample(rows, 2).classes == rows.classes
+
+
+def test_metadata_of_others_is_no_class_names(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([{"text": "x", "label": 1}])
+    for text in (b"", b"{", b"[]", b'{"info": {"features": []}}', b'{"info": {"features": {"label": {"names": [1]}}}}'):
+        pyarrow.parquet.write_table(table.replace_schema_metadata({b"huggingface": text}), tmp_path / "a.parquet")
+        rows = read_rows(str(tmp_path / "a.parquet"))
+        assert rows.classes == {} and rows[0].values["label"] == 1
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table([["x"], ["a"], ["b"]], names=["text", "label", "label"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ZOError, match="has two columns named 'label'"):
+        read_rows(str(tmp_path / "a.parquet"))

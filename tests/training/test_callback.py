@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
+from tests.support.tiny_run import trainer_in
 from zowrap.loss.evaluation import Evaluation
 from zowrap.training.callback import WriterCallback
 from zowrap.training.config import ZOConfig
@@ -43,6 +44,33 @@ def callback(tmp_path: Path) -> WriterCallback:
 
 def config(**options: Any) -> ZOConfig:
     return ZOConfig(output_dir="x", report_to="none", **options)
+
+
+def test_the_writers_turn_is_between_the_callbacks_of_the_trainer_and_those_added_later(tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    seen: list[str] = []
+
+    class Notes(TrainerCallback):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.append(self.name)
+            assert model is not None
+
+    trainer = trainer_in(tmp_path, callbacks=[Notes("given")], max_steps=1)
+    trainer.add_callback(Notes("added"))
+    kinds = [type(each) for each in trainer.callback_handler.callbacks]
+    assert WriterCallback not in kinds
+    inner = trainer._callback.on_step_end
+    trainer._callback.on_step_end = lambda *a, **k: seen.append("writer") or inner(*a, **k)  # type: ignore[method-assign]
+    trainer.train()
+    assert seen == ["given", "writer", "added"]
+    trainer.callback_handler.callbacks.clear()  # the run's files are written all the same
+    trainer.args.overwrite, trainer.args.max_steps = True, 2
+    trainer.train()
+    assert trainer.run.status()["state"] == "finished"
 
 
 def test_a_training_that_begins_is_running(callback: WriterCallback) -> None:

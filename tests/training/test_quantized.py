@@ -19,7 +19,8 @@ from zowrap.errors import ZOError
 from zowrap.model.zo_model import ZOModel
 from zowrap.numerics import codes
 from zowrap.ops import codes as code_operators
-from zowrap.quant import adapters, lowering, merge
+from zowrap.quant import lowering, merge
+from zowrap.step.pretrained import has_adapters
 from zowrap.storage import compare
 from zowrap.storage.export import export_run
 from zowrap.storage.merge import export_merged
@@ -183,7 +184,7 @@ def test_merging_adapters_requantises_and_says_what_it_lost() -> None:
     tuned = logits(model, inputs)
     errors = merge.merge(model)
     assert len(errors) == 12 and all(0 < error < 1 for error in errors.values())
-    assert not adapters.has_adapters(model)
+    assert not has_adapters(model)
     spread = (logits(model, inputs) - tuned).abs().mean() / tuned.std()
     assert 0 < spread < 0.1
     with pytest.raises(ZOError, match="no adapters to merge"):
@@ -301,4 +302,23 @@ def test_adapters_of_another_kind_are_not_merged() -> None:
     quant.lower(around)
     with pytest.raises(ZOError, match="DoRA"):
         merge.merge(around)
-    assert adapters.has_adapters(around)
+    assert has_adapters(around)
+
+
+@pytest.mark.parametrize("name", ["p-tuning", "prompt tuning", "context-aware prompt", "vblora", "lora"])
+def test_the_best_of_adapters_that_peft_saves_otherwise_is_loaded_at_the_end(name: str, tmp_path) -> None:
+    """Of a prompt peft saves what its encoder makes, and not the encoder, which goes on to be trained."""
+    pytest.importorskip("peft")
+    from tests.support.peft_methods import adapted, base_folder, words
+
+    rows = [{key: value[i % 3] for key, value in words().items()} for i in range(6)]
+    model = adapted(name, base_folder(tmp_path / "base"))
+    args = ZOConfig(
+        str(tmp_path / "run"), max_steps=6, lr=0.3, rule="zo_sgd", engine="eager", report_to="none",
+        per_device_train_batch_size=3, eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = ZOTrainer(model, args, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    assert trainer.best_step == min(losses, key=losses.__getitem__)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), abs=1e-6)

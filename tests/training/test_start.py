@@ -115,15 +115,19 @@ def test_the_path_of_the_run_itself_is_no_checkpoint(tmp_path: Path) -> None:
     assert PlainRun(tmp_path, resume=str(tmp_path)).start.step == 3
 
 
-@pytest.mark.parametrize("resume", [True, "checkpoint-2"])
+@pytest.mark.parametrize("resume", [True, "begun", "checkpoint-2"])
 def test_a_folder_without_a_run_has_nothing_to_go_on_from(
     tmp_path: Path, resume: bool | str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if resume is True:
+        with pytest.raises(ZOError, match="No valid checkpoint found in output directory"):
+            PlainRun(tmp_path, resume=True)
+    elif resume == "begun":  # killed before its first step
+        Run(tmp_path).write_config(None, {})
         assert PlainRun(tmp_path, resume=True).start.step == 0
         assert "nothing to go on from: starting from the first step" in capsys.readouterr().err
     else:
-        with pytest.raises(ZOError, match=r"is not a checkpoint of zowrap: there is no zo_state\.json in it"):
+        with pytest.raises(ZOError, match=r"Can.t find a valid checkpoint at .*: there is no zo_state\.json in it"):
             PlainRun(tmp_path, resume=str(tmp_path / resume))
 
 

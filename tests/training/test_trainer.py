@@ -645,7 +645,6 @@ def test_options_without_meaning_are_ignored_with_one_sentence(option):
         ({"bf16": True}, "bfloat16"),
         ({"deepspeed": {"a": 1}}, "deepspeed"),
         ({"fsdp": "full_shard"}, "fsdp"),
-        ({"label_smoothing_factor": 0.1}, "loss_fn"),
         ({"auto_find_batch_size": True}, "per_device_train_batch_size"),
         ({"rule": "meazzo"}, "did you mean 'meazo'"),
         ({"rule_options": {"betta": 1}}, "did you mean 'beta'"),
@@ -704,48 +703,6 @@ def test_trackers_are_fed(tmp_path):
 # --- methods of the Trainer that a subclass overrides ----------------------------------------------------------------
 
 
-class _Theirs:
-    """What a trainer of another project brings."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        raise AssertionError("never called")
-
-
-@pytest.mark.parametrize(
-    ("name", "instead"),
-    [
-        ("compute_loss", "loss_fn="),
-        ("training_step", "rule="),
-        ("create_optimizer", "rule="),
-        ("create_optimizer_and_scheduler", "lr_scheduler_type"),
-        ("get_optimizer_cls_and_kwargs", "rule="),
-        ("get_decay_parameter_names", "weight_decay="),
-    ],
-)
-def test_an_override_that_would_be_ignored_is_refused_by_name(name: str, instead: str, tmp_path: Path) -> None:
-    kind = type("Mine", (ZOTrainer,), {name: lambda self, *args, **kwargs: None})
-    with pytest.raises(ZOError, match=f"Mine overrides {name}, .*{instead}"):
-        kind(tiny_llama(), ZOConfig(output_dir=str(tmp_path / "run"), **QUIET), train_dataset=rows())
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_loss_mixed_in_behind_the_trainer_is_refused(tmp_path: Path) -> None:
-    from transformers import Trainer
-
-    behind = type("Behind", (ZOTrainer, type("Theirs", (_Theirs, Trainer), {})), {})
-    before = type("Before", (_Theirs, ZOTrainer), {})
-    for kind in (behind, before):
-        with pytest.raises(ZOError, match="_Theirs overrides compute_loss"):
-            kind(tiny_llama(), ZOConfig(output_dir=str(tmp_path), **QUIET), train_dataset=rows())
-
-
-def test_a_loss_put_on_the_trainer_itself_is_refused_when_it_trains(tmp_path: Path) -> None:
-    trainer = trainer_in(tmp_path / "run")
-    trainer.compute_loss = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    with pytest.raises(ZOError, match="this trainer overrides compute_loss"):
-        trainer.train()
-
-
 def test_an_overridden_prediction_step_evaluates(tmp_path: Path) -> None:
     class Mine(ZOTrainer):
         called = 0
@@ -791,3 +748,234 @@ def test_a_checkpoint_whose_weights_broke_is_not_taken_for_a_broken_base_model(t
     again = trainer_in(tmp_path, eval_dataset=None, max_steps=16, save_strategy="no")
     with pytest.raises(ZOError, match="the weights are not finite"):
         again.train(resume_from_checkpoint=True)
+
+
+# --- what a training may find changed ------------------------------------------------------------------------------
+
+
+def test_weights_frozen_after_the_trainer_was_made_stay(tmp_path: Path) -> None:
+    class Freeze(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            model.model.requires_grad_(False)
+
+    for when in ("made", "begins"):
+        model = tiny_llama(tie_word_embeddings=False)
+        callbacks = [Freeze()] if when == "begins" else []
+        trainer = trainer_in(tmp_path / when, model, callbacks=callbacks, max_steps=4, eval_steps=2)
+        if when == "made":
+            model.model.requires_grad_(False)
+        body = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+        head = model.lm_head.weight.clone()
+        trainer.train()
+        assert all(tensor.equal(body[name]) for name, tensor in model.model.state_dict().items())
+        assert not model.lm_head.weight.equal(head)
+        header = json.loads((tmp_path / when / "journal.jsonl").read_text().splitlines()[0])
+        assert header["parameters"] == ["lm_head.weight"]
+        assert trainer.zm.step_count == trainer.run.recorded_steps() == 4
+
+
+def test_weights_unfrozen_before_the_training_move(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=False)
+    model.model.requires_grad_(False)
+    trainer = trainer_in(tmp_path, model, max_steps=2, eval_dataset=None)
+    model.model.norm.requires_grad_(True)
+    before = model.model.norm.weight.clone()
+    trainer.train()
+    assert not model.model.norm.weight.equal(before)
+
+
+def test_weights_frozen_in_the_middle_are_refused_by_name(tmp_path: Path) -> None:
+    class Freeze(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                model.model.norm.requires_grad_(False)
+
+    trainer = trainer_in(tmp_path / "a", callbacks=[Freeze()], max_steps=4)
+    with pytest.raises(ZOError, match=r"model\.norm\.weight was frozen after step 2"):
+        trainer.train()
+    model = tiny_llama()
+    trainer = trainer_in(tmp_path / "b", model, max_steps=4, trainable=["*norm*"])
+    model.lm_head.requires_grad_(False)  # does not move anyway
+    model.model.norm.requires_grad_(False)
+    with pytest.raises(ZOError, match=r"model\.norm\.weight was frozen after the trainer was made.*trainable="):
+        trainer.train()
+
+
+@pytest.mark.parametrize("how", ["same folder", "other folder", "epochs"])
+def test_a_finished_run_goes_on_to_more_steps(tmp_path: Path, how: str) -> None:
+    def options(steps, epochs):
+        return {"max_steps": -1, "num_train_epochs": epochs} if how == "epochs" else {"max_steps": steps}
+
+    first = trainer_in(tmp_path / "a", **options(10, 1), save_steps=5)
+    assert first.train().global_step == 10
+    folder = tmp_path / ("b" if how == "other folder" else "a")
+    again = trainer_in(folder, **options(20, 2), save_steps=5)
+    resume = str(tmp_path / "a" / "checkpoint-10") if how == "other folder" else True
+    assert again.train(resume_from_checkpoint=resume).global_step == 20
+    assert Run(folder).status()["max_steps"] == 20 and Run(folder).status()["state"] == "finished"
+    whole = trainer_in(tmp_path / "whole", **options(20, 2), save_steps=5)
+    whole.train()
+    assert all(
+        mine.tensor.equal(theirs.tensor) for mine, theirs in zip(again.zm.parameters, whole.zm.parameters, strict=True)
+    )
+    steps = [entry["step"] for entry in again.state.log_history if "loss" in entry]
+    assert steps == sorted(set(steps)) and steps[-1] == 20
+
+
+def test_a_second_training_goes_on_from_the_present_weights_or_asks(tmp_path: Path) -> None:
+    model = tiny_llama()
+    trainer = trainer_in(tmp_path / "a", model, max_steps=4, eval_steps=0.5)
+    trainer.train()
+    with pytest.raises(ZOError, match="holds the steps of the training before: overwrite=True"):
+        trainer.train()
+    assert trainer.run.recorded_steps() == 4 and trainer.zm.step_count == 4
+    trainer.args.overwrite = True
+    between = model.lm_head.weight.clone()
+    first = [record["losses"] for record in journal(tmp_path / "a")]
+    assert trainer.train().global_step == 4 and trainer.zm.step_count == 4
+    assert not model.lm_head.weight.equal(between)
+    assert [record["losses"] for record in journal(tmp_path / "a")] != first
+    fresh = tiny_llama()
+    fresh.load_state_dict(model.state_dict())  # the weights after both
+    torch.manual_seed(0)
+    other = trainer_in(tmp_path / "b", tiny_llama(), max_steps=4)
+    other.train()
+    assert [record["losses"] for record in journal(tmp_path / "b")] == first
+
+
+def test_a_second_training_into_another_folder_and_of_another_length(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path / "a", max_steps=10)
+    trainer.train()
+    trainer.args.output_dir, trainer.args.max_steps = str(tmp_path / "b"), 30
+    assert trainer.train().global_step == 30
+    assert Run(tmp_path / "a").recorded_steps() == 10 and Run(tmp_path / "b").recorded_steps() == 30
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluated == list(range(0, 31, 3))  # a tenth of the second run
+
+
+def test_model_init_makes_the_model_anew_for_each_training(tmp_path: Path) -> None:
+    made = []
+
+    def make():
+        made.append(1)
+        return tiny_llama(int(torch.randint(100, (1,))))
+
+    options = {"max_steps": 4, "learning_rate": 1e-3, "seed": 7, "overwrite": True, **QUIET}
+    arguments = {"data_collator": collate, "train_dataset": rows()}
+    trainer = ZOTrainer(None, ZOConfig(output_dir=str(tmp_path / "a"), **options), model_init=make, **arguments)
+    trainer.train()
+    first = journal(tmp_path / "a")
+    weights = weights_of(tmp_path / "a")
+    trainer.train()
+    assert journal(tmp_path / "a") == first and len(made) == 2
+    assert all(tensor.equal(weights[name]) for name, tensor in weights_of(tmp_path / "a").items())
+    torch.manual_seed(7)
+    plain = ZOTrainer(make(), ZOConfig(output_dir=str(tmp_path / "b"), **options), **arguments)
+    plain.train()
+    assert journal(tmp_path / "b") == first
+    stopped = ZOTrainer(None, ZOConfig(output_dir=str(tmp_path / "a"), **options | {"max_steps": 6}), model_init=make,
+                        **arguments)  # fmt: skip
+    assert stopped.train(resume_from_checkpoint=True).global_step == 6
+    for both in ({}, {"model": tiny_llama(), "model_init": make}):
+        with pytest.raises(ZOError, match=r"model=\.\.\. or model_init="):
+            ZOTrainer(args=ZOConfig(output_dir=str(tmp_path / "c"), **QUIET), **both)
+
+
+def test_checkpoints_of_the_model_alone_hold_no_state_and_the_journal_goes_on(tmp_path: Path) -> None:
+    options = {"max_steps": 6, "save_steps": 2, "save_only_model": True, "eval_dataset": None}
+    trainer_in(tmp_path / "a", **options).train()
+    left = sorted(path.name for path in (tmp_path / "a").iterdir() if path.is_dir())
+    assert left == ["checkpoint-6"]  # the limit of one holds for them as well
+    files = {path.name for path in (tmp_path / "a" / "checkpoint-6").iterdir()}
+    assert {"model.safetensors", "config.json", "trainer_state.json"} <= files
+    assert not files & {"zo_state.json", "zo_state.safetensors"}
+    with pytest.raises(ZOError, match=r"checkpoint-6 holds a model alone.*save_only_model"):
+        trainer_in(tmp_path / "b", **options).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
+    again = trainer_in(tmp_path / "a", **options | {"max_steps": 8})  # its journal holds every step
+    assert again.train(resume_from_checkpoint=True).global_step == 8 and again.resumed_from == 5
+
+
+def test_the_tokenizer_is_in_every_checkpoint(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = tiny_bert_tokenizer()
+    options = {"max_steps": 2, "save_steps": 1, "save_total_limit": 0, "processing_class": tokenizer}
+    for name, more in (("a", {}), ("b", {"save_only_model": True})):
+        trainer_in(tmp_path / name, **options, **more).train()
+        for step in (1, 2):
+            found = AutoTokenizer.from_pretrained(tmp_path / name / f"checkpoint-{step}")
+            assert found("a good film")["input_ids"] == tokenizer("a good film")["input_ids"]
+
+
+def test_skipped_steps_are_told_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = trainer_in(tmp_path, eval_dataset=None, max_steps=12)
+    not_finite_from(trainer, {3, 4})
+    trainer.train()
+    assert "2 of 12 steps were skipped: their loss was not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["tuple", "dictionary", "loss alone"])
+def test_a_module_that_returns_a_tuple_or_a_dictionary_is_evaluated_as_the_trainer_does(
+    tmp_path: Path, form: str
+) -> None:
+    from transformers import Trainer
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x, labels=None):
+            logits = self.head(x)
+            if labels is None:
+                return (logits,)
+            loss = nn.functional.cross_entropy(logits, labels)
+            return {"dictionary": {"loss": loss, "logits": logits}, "tuple": (loss, logits), "loss alone": (loss,)}[
+                form
+            ]
+
+    data = [{"x": torch.randn(3), "labels": torch.tensor(i % 2)} for i in range(6)]
+    args = TrainingArguments(output_dir=str(tmp_path / "a"), report_to="none", use_cpu=True)
+    theirs = Trainer(Net(), args, train_dataset=data, eval_dataset=data)
+    ours = ZOTrainer(Net(), ZOConfig(output_dir=str(tmp_path / "b"), max_steps=2, **QUIET), train_dataset=data,
+                     eval_dataset=data)  # fmt: skip
+    if form != "loss alone":  # where the Trainer takes the loss for the logits
+        want, got = theirs.predict(data), ours.predict(data)
+        assert np.allclose(got.predictions, want.predictions) and got.predictions.shape == want.predictions.shape
+        assert got.metrics["test_loss"] == pytest.approx(want.metrics["test_loss"], rel=1e-5)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], rel=1e-5)
+    assert ours.train().global_step == 2
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_ends_as_it_would_have(tmp_path: Path) -> None:
+    class Fails(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise RuntimeError("the machine went down")
+
+    options = {"max_steps": 4, "processing_class": tiny_bert_tokenizer(), "lr": "auto", "learning_rate": None}
+    whole = trainer_in(tmp_path / "a", **options)
+    whole.train()
+    with pytest.raises(RuntimeError):
+        trainer_in(tmp_path / "b", callbacks=[Fails()], **options).train()
+    again = trainer_in(tmp_path / "b", **options)
+    assert again.train(resume_from_checkpoint=True).global_step == 4 and again.resumed_from == 4
+    assert again.args.learning_rate == whole.args.learning_rate
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
+    assert "pad_token_id" in (tmp_path / "b" / "generation_config.json").read_text()
+
+
+def test_rows_without_a_loss_are_counted_in_the_metrics(tmp_path: Path) -> None:
+    data = [{"x": torch.full((4,), math.nan if i in (2, 5) else float(i))} for i in range(8)]
+
+    def loss_fn(model, batch):
+        return model(batch["x"]).square().mean(-1)
+
+    args = ZOConfig(output_dir=str(tmp_path), per_device_eval_batch_size=3, **QUIET)
+    trainer = ZOTrainer(nn.Linear(4, 1), args, eval_dataset=data, loss_fn=loss_fn)
+    with pytest.warns(ZOWarning, match="2 rows have no finite loss in the evaluation 'eval', the first is row 2"):
+        assert trainer.evaluate()["eval_rows_without_loss"] == 2
+    sound = ZOTrainer(nn.Linear(4, 1), args, eval_dataset=data[:2], loss_fn=loss_fn)
+    assert "eval_rows_without_loss" not in sound.evaluate()

@@ -55,7 +55,7 @@ def page(title: str, cost: ProgramCost, facts: Sequence[str]) -> str:
 def points_of(program: Program) -> dict[fx.Node, str]:
     """Return ``"shared"``, ``"s<point>"`` or ``"all"`` for every computed node."""
     # The placeholder is not looked up by its node's name, because passes that record the program again change it.
-    points, coefficients = program.points, program.placeholder("stream", "coefficients")
+    points, coefficients = program.points, program.placeholder("added", "coefficients")
     reached: dict[fx.Node, frozenset[int]] = {}
     for node in program.graph.nodes:
         if node.op != "call_function":

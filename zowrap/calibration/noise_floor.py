@@ -85,13 +85,13 @@ def noise_floor(
     inputs, job = zm.prepare(dict(batch)), zm.job
     found: dict[float, list[float]] = {eps / ROUNDING_RATIO: [], eps: [], against: []}
     for number in range(directions):
-        streams = StepDirections(job, zm.engine, zm.job.ids, zm.seed, -1 - number, block=number % len(job.blocks))
+        drawn = StepDirections(job, zm.engine, zm.job.ids, zm.seed, -1 - number, block=number % len(job.blocks))
         signs = torch.tensor([1.0, -1.0], device=job.device)
         for size, differences in found.items():
-            sums, weights = zm.engine.losses(inputs, streams.queries[0], signs * size)
+            sums, weights = zm.engine.losses(inputs, drawn.queries[0], signs * size)
             losses = sums.double().sum(-1) / weights.double().sum()
             differences.append(float(losses[0] - losses[1]))
-        streams.undo()
+        drawn.undo()
     rounding, whole = _rms(found[eps / ROUNDING_RATIO]), _rms(found[eps])
     slope, floor = estimate_slope_and_floor(whole, rounding, eps)
     same = [a * b > 0 for a, b in zip(found[eps], found[against], strict=True)]

@@ -12,7 +12,8 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,11 +24,14 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from zowrap.compiler.guards import Guards
 from zowrap.compiler.inductor import size_oblivious
+from zowrap.compiler.lengths import capture_lengths
 from zowrap.compiler.program import Input, Program
 from zowrap.compiler.recurrent import capture_recurrent_layers
+from zowrap.compiler.scans import capture_scans
 from zowrap.errors import ZOCaptureError, ZOError, ZOWarning, first_line
 from zowrap.loss.evaluation_mode import evaluation_mode
 from zowrap.loss.module import Batch, LossModule
+from zowrap.loss.nested import flatten_batch, is_joined, nest_batch
 
 # Typical of fine-tuning on short texts; they are only hints, every size runs. Neither is 1, so that nothing
 # specialises, and they differ, so that export does not take two sizes for the same one.
@@ -59,23 +63,45 @@ def batch_signature(batch: Batch) -> tuple:
     )
 
 
-def canonical_batch(batch: Batch, model: torch.nn.Module) -> Batch:
-    """Tile or cut ``batch`` to the canonical sizes in all dimensions that are known to be rows or length."""
-    tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.ndim]
+def canonical_batch(batch: Batch, model: torch.nn.Module, lengths: bool = True) -> Batch:
+    """Tile or cut ``batch`` to the canonical sizes in all dimensions that are known to be rows or, with ``lengths``,
+    length."""
+    tensors = [v for name, v in batch.items() if isinstance(v, Tensor) and v.ndim and not is_joined(name)]
     same_rows = len({v.shape[0] for v in tensors}) == 1
-    window = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    length = CANONICAL_LENGTH
-    if isinstance(window, int) and window > 2:
-        length = min(length, window - 1)  # a batch of the full window would fix the length of the position table
+    length = min(CANONICAL_LENGTH, _window(model) - 1)  # the full window would fix the length of the position table
     result: Batch = {}
     for name, value in batch.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not is_joined(name):
             if same_rows and value.ndim:
                 value = _tile(value, 0, CANONICAL_ROWS)
-            if _is_sequence(name, value):
+            if lengths and _is_sequence(name, value):
                 value = _tile(value, 1, length)
         result[name] = value
+    joined = {name: value for name, value in batch.items() if is_joined(name)}
+    if joined and same_rows and all(value.device.type != "meta" for value in joined.values()):
+        rows = nest_batch(joined)
+        tiled = {name: [each[i % len(each)] for i in range(CANONICAL_ROWS)] for name, each in rows.items()}
+        result.update({name: v.to(joined[name].device) for name, v in flatten_batch(tiled).items()})
     return result
+
+
+# The names of configurations for the positions of a text. Pictures and sounds have sizes of their own.
+_WINDOWS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_sequence_length")
+
+
+def _window(model: torch.nn.Module) -> int:
+    """The smallest text window in a model's configuration and those nested in it; a large number if there is none."""
+    found = [2 * CANONICAL_LENGTH]
+    configs, seen = [getattr(model, "config", None)], set()
+    while configs:
+        config = configs.pop()
+        if config is None or id(config) in seen:
+            continue
+        seen.add(id(config))
+        values = [getattr(config, name, None) for name in _WINDOWS]
+        found += [value for value in values if isinstance(value, int) and value > 2]
+        configs += [each for each in vars(config).values() if hasattr(each, "to_dict") and hasattr(each, "model_type")]
+    return min(found)
 
 
 def _is_sequence(name: str, value: Tensor) -> bool:
@@ -87,46 +113,103 @@ def _tile(value: Tensor, dim: int, size: int) -> Tensor:
     return value.index_select(dim, index)
 
 
-def _dynamic_shapes(batch: Batch, floats_too: bool, lengths: bool) -> dict[str, Any]:
-    """Mark the dimensions of the inputs that vary: rows always, others if ``lengths``, those of floats if
-    ``floats_too`` or if they are sequences.
+@dataclass(frozen=True)
+class Freedom:
+    """Which sizes of a batch a program leaves open.
+
+    Attributes:
+        rows: the number of rows.
+        lengths: the other sizes of integers and sequences.
+        floats: the other sizes of floats.
+        equal: sizes that happen to be equal in the example (source and target length) are one size. Otherwise they are
+            different ones, unless the model needs them to be equal.
     """
+
+    rows: bool
+    lengths: bool
+    floats: bool
+    equal: bool
+
+
+# From the most to the least that is left open. With the last one a program serves one size alone.
+FREEDOMS = (
+    Freedom(rows=True, lengths=True, floats=True, equal=False),
+    Freedom(rows=True, lengths=True, floats=False, equal=False),
+    Freedom(rows=True, lengths=True, floats=False, equal=True),
+    Freedom(rows=True, lengths=False, floats=False, equal=False),
+    Freedom(rows=True, lengths=False, floats=False, equal=True),
+    Freedom(rows=False, lengths=False, floats=False, equal=False),
+)
+ROWS_ALONE = 3  # the first of them that leaves nothing but the rows open
+_TRIED = 5  # how many of them capture tries by itself
+
+
+def _dynamic_shapes(batch: Batch, free: Freedom) -> dict[str, Any]:
+    """Mark the dimensions of the inputs that vary. A size of 1 is one that the model may treat differently."""
     shapes: dict[str, Any] = {}
     for name, value in batch.items():
         if not isinstance(value, Tensor):
             shapes[name] = None
             continue
-        every = lengths and (not value.is_floating_point() or floats_too or _is_sequence(name, value))
-        shapes[name] = {d: Dim.AUTO for d in range(value.ndim) if (d == 0 or every) and value.shape[d] > 1}
+        every = free.lengths and (not value.is_floating_point() or free.floats or _is_sequence(name, value))
+        shapes[name] = {
+            d: Dim.AUTO for d in range(value.ndim) if ((d == 0 and free.rows) or every) and value.shape[d] > 1
+        }
     return shapes
 
 
-def capture(loss: LossModule, batch: Batch) -> Program:
+def capture(loss: LossModule, batch: Batch, first: int = 0, last: int = _TRIED - 1) -> Program:
     """Capture ``loss`` as a program for every batch with the signature of ``batch``.
+
+    A loss of the model's own that cannot be captured is left to an operator, see :mod:`zowrap.loss.deferred`.
 
     Args:
         loss: its model's weights are not copied; the program refers to them by name.
         batch: usually a :func:`canonical_batch`; tensors on the model's device; other values become constants.
+        first, last: numbers of :data:`FREEDOMS`, tried in order.
 
     Raises:
         ZOCaptureError: export cannot express the model; the message names the first obstacle.
     """
     problem: Exception | None = None
+    contexts: list[contextlib.AbstractContextManager[None]] = [contextlib.nullcontext(), loss.deferring(batch)]
+    if loss.depends_on_values or any(map(is_joined, batch)):
+        del contexts[0]
+    for context in contexts:
+        try:
+            with context:
+                return _try_freedoms(loss, batch, range(first, last + 1))
+        except ZOCaptureError as error:
+            problem = problem or error.__cause__ or error  # type: ignore[assignment]
+    if isinstance(problem, ZOCaptureError):
+        raise problem
+    text = first_line(problem, "")
+    raise ZOCaptureError(
+        f"torch.export cannot capture this model ({type(problem).__name__}: {text[:200]})"
+    ) from problem
+
+
+def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Program:
+    """Capture with the first of some freedoms for which that succeeds, and leaves the numbers of rows open.
+
+    Where a picture's height and width are open, but not for the model, export may fix the number of pictures with them;
+    where the rows stay fixed whatever is tried, the first program that there was is taken.
+
+    Raises:
+        ZOCaptureError: none does; caused by the error of the first.
+    """
+    problem: Exception | None = None
     tried: list[tuple[Any, bool]] = []
-    # Try all sizes dynamic, then only those of integer inputs, then only the number of rows. Two sizes that happen to
-    # be equal here (source and target length) are different symbols, unless the model needs them to be equal.
-    for lengths, floats, equal in (
-        (True, True, False),
-        (True, False, False),
-        (True, False, True),
-        (False, False, False),
-        (False, False, True),
-    ):
-        shapes = (_dynamic_shapes(batch, floats, lengths),)
-        if (shapes, equal) in tried:  # happens if no input is a float, or none has a length
+    found: Program | None = None
+    for number in numbers:
+        free = FREEDOMS[number]
+        if found is not None and (free.equal or not free.rows):
             continue
-        tried.append((shapes, equal))
-        sizes = size_oblivious(use_duck_shape=equal)
+        shapes = (_dynamic_shapes(batch, free),)
+        if (shapes, free.equal) in tried:  # happens if no input is a float, or none has a length
+            continue
+        tried.append((shapes, free.equal))
+        sizes = size_oblivious(use_duck_shape=free.equal)
         try:
             with (
                 warnings.catch_warnings(),
@@ -134,22 +217,37 @@ def capture(loss: LossModule, batch: Batch) -> Program:
                 sizes,
                 evaluation_mode(loss),
                 capture_recurrent_layers(),
+                capture_scans(loss.model),
+                capture_lengths(loss.model),
                 _silence_export(),
             ):
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(loss, (dict(batch),), dynamic_shapes=shapes, strict=False)
                 if _needs_functionalising(exported):
                     exported = exported.run_decompositions({})
+        except ZOCaptureError as error:
+            problem = problem or error
+            continue
         except ZOError:
             raise
         except Exception as error:
             problem = problem or error
             continue
-        return _build_program(exported)
-    text = first_line(problem, "")
-    raise ZOCaptureError(
-        f"torch.export cannot capture this model ({type(problem).__name__}: {text[:200]})"
-    ) from problem
+        program = _build_program(exported)
+        program.freedom = number
+        if not free.rows or not _fixes_rows(program, batch):
+            return program
+        found = found or program
+    if found is not None:
+        return found
+    raise ZOCaptureError("torch.export cannot capture this model") from problem
+
+
+def _fixes_rows(program: Program, batch: Batch) -> bool:
+    """Whether the number of rows of some tensor of the batch is not open."""
+    given = {each.target: value for each, value in zip(program.inputs, program.fakes(), strict=True)}
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+    return any(value.shape[0] > 1 and isinstance(given[name].shape[0], int) for name, value in tensors.items())
 
 
 @contextlib.contextmanager

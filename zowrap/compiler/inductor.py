@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._inductor import standalone_compile
@@ -25,6 +27,11 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from zowrap.compiler import cache
 from zowrap.errors import ZOCaptureError, first_line
+
+
+class RefusedProgram(ZOCaptureError):
+    """The compiler cannot express a program; it may well take one that leaves fewer sizes open."""
+
 
 compile_count = 0  # graphs and kernels that this process compiled or loaded from the cache
 cache.use_cache_folder()
@@ -53,6 +60,14 @@ def size_oblivious(**options: Any) -> Any:
     return patch(backed_size_oblivious=True, **options)
 
 
+@contextmanager
+def symbolic_sizes(mode: FakeTensorMode) -> Iterator[None]:
+    """Enter a context in which operations compute with the fake tensors of ``mode``, whose sizes may be symbols."""
+    # Without Python's dispatcher some operators (padding by a symbolic amount) reach kernels that want numbers.
+    with torch.no_grad(), size_oblivious(use_duck_shape=False), mode, enable_python_dispatcher():
+        yield
+
+
 def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     """Compile a functional graph for all sizes.
 
@@ -71,7 +86,7 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compil
         with torch.no_grad(), size_oblivious(use_duck_shape=False), torch._guards.tracing(context):
             call = standalone_compile(graph_module, list(inputs), dynamic_shapes="from_tracing_context")
     except Exception as error:
-        raise ZOCaptureError(_explain_failure(error)) from error
+        raise _explain_failure(error) from error
     compile_count += 1
     return Compiled(call, time.perf_counter() - start, cached=_misses() == misses)
 
@@ -176,7 +191,7 @@ def compile_function(
     return compile_graph(*trace(function, examples, dynamic, fixed))
 
 
-def _explain_failure(error: Exception) -> str:
+def _explain_failure(error: Exception) -> ZOCaptureError:
     name = type(error).__name__
     cause: BaseException | None = error
     text = ""
@@ -184,8 +199,8 @@ def _explain_failure(error: Exception) -> str:
         name, text = type(cause).__name__, f"{text} {cause}"
         cause = cause.__cause__
     if "InvalidCxxCompiler" in text + name or "No working C++ compiler" in text or isinstance(error, FileNotFoundError):
-        return "no working C++ compiler was found (install g++, or set CXX to one)"
+        return ZOCaptureError("no working C++ compiler was found (install g++, or set CXX to one)")
     if "CppCompileError" in text + name or isinstance(error, subprocess.CalledProcessError):
-        return "the C++ compiler failed on generated code (set CXX to a recent g++ or clang)"
+        return ZOCaptureError("the C++ compiler failed on generated code (set CXX to a recent g++ or clang)")
     first = first_line(error, name)
-    return f"the compiler refused the captured program ({name}: {first[:200]})"
+    return RefusedProgram(f"the compiler refused the captured program ({name}: {first[:200]})")

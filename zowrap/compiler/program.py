@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from zowrap.compiler.guards import Guards
-from zowrap.compiler.inductor import size_oblivious
+from zowrap.compiler.inductor import symbolic_sizes
 from zowrap.errors import ZOInternalError
 
 # Recompute all shapes after every pass, as the tests do: it detects a broken pass at once, but takes seconds.
@@ -31,9 +31,9 @@ class Input:
 
     Attributes:
         node: the placeholder's name in the graph.
-        kind: ``"parameter"``, ``"buffer"``, ``"constant"``, ``"batch"``, or ``"stream"`` for the inputs that passes add
+        kind: ``"parameter"``, ``"buffer"``, ``"constant"``, ``"batch"``, or ``"added"`` for the inputs that passes add
             (keys, scale, coefficients, rule state).
-        target: state-dict name in the loss module, key of the batch, or name of the stream input.
+        target: state-dict name in the loss module, key of the batch, or name of the added input.
     """
 
     node: str
@@ -54,6 +54,7 @@ class Program:
         notes: reports of the passes, for people.
         epilogue: the update that follows the evaluations, once attached.
         guards: decides for which batch sizes the program is valid.
+        freedom: how few sizes are left open, a number of :data:`zowrap.compiler.capture.FREEDOMS`.
     """
 
     graph_module: fx.GraphModule
@@ -65,6 +66,7 @@ class Program:
     notes: dict[str, str] = field(default_factory=dict)
     epilogue: fx.GraphModule | None = None
     guards: Guards = field(default_factory=lambda: Guards({}, None))
+    freedom: int = 0
 
     @property
     def graph(self) -> fx.Graph:
@@ -78,12 +80,12 @@ class Program:
         return None
 
     def add_input(self, target: str, value: torch.Tensor) -> fx.Node:
-        """Append a ``"stream"`` placeholder shaped like ``value``."""
+        """Append an ``"added"`` placeholder shaped like ``value``."""
         last = self.graph.find_nodes(op="placeholder")[-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(target.replace(".", "_").replace("/", "_"))
         node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
-        self.inputs.append(Input(node.name, "stream", target))
+        self.inputs.append(Input(node.name, "added", target))
         return node
 
     def fakes(self) -> list[Any]:
@@ -105,12 +107,19 @@ class Program:
 
     def propagate_shapes(self) -> None:
         """Recompute every node's symbolic shape from the inputs; an inconsistent graph raises an error."""
-        with torch.no_grad(), size_oblivious(), self.fake_mode:
+        with symbolic_sizes(self.fake_mode):
             FakeTensorProp(self.graph_module, self.fake_mode).propagate_dont_convert_inputs(*self.fakes())
 
     def accepts(self, batch: dict[str, Any]) -> bool:
         """Whether the program is valid for the sizes of ``batch``, which has its signature."""
         return self.guards.hold(batch)
+
+    @property
+    def varies(self) -> bool:
+        """Whether any size of its batch is left open."""
+        given = zip(self.inputs, self.fakes(), strict=True)
+        tensors = [value for each, value in given if each.kind == "batch" and isinstance(value, torch.Tensor)]
+        return any(isinstance(size, torch.SymInt) for value in tensors for size in value.shape)
 
     def clone(self) -> Program:
         """Copy the program so that passes may rewrite it; tensors and symbolic sizes are shared."""

@@ -30,7 +30,7 @@ import torch
 from torch import fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from zowrap.compiler.inductor import Compiled, compile_graph, size_oblivious
+from zowrap.compiler.inductor import Compiled, compile_graph, symbolic_sizes
 from zowrap.compiler.program import Program
 
 aten = torch.ops.aten
@@ -209,10 +209,10 @@ def cut(program: Program, min_layers: int = MIN_LAYERS, share: bool = False) -> 
 
 def _reached(program: Program) -> set[fx.Node]:
     """Nodes that a direction reaches."""
-    streams = {given.node for given in program.inputs if given.kind == "stream"}
+    added = {given.node for given in program.inputs if given.kind == "added"}
     reached: set[fx.Node] = set()
     for node in program.graph.nodes:
-        if node.name in streams or any(given in reached for given in node.all_input_nodes):
+        if node.name in added or any(given in reached for given in node.all_input_nodes):
             reached.add(node)
     return reached
 
@@ -248,6 +248,14 @@ def _link(
     # Texts need values that only compiling what comes before brings; operators tell kinds apart well enough to count.
     outlines = list(dict.fromkeys(map(_outline, pieces.regions)))
     for region in pieces.regions:
+        for node in _take_views_out(region):
+            if "val" not in node.meta:
+                node.meta["val"] = _fake(program, node)
+            add(cast("Callable[..., Any]", node.target), [_mapped(a, slot_of) for a in node.args], [node])
+        if not region.outputs:
+            continue
+        for size in _bind_sizes(program, region):
+            add(aten.sym_size.int, [_mapped(a, slot_of) for a in size.args], [size])
         text = text_of(region)
         if text not in kinds:
             tell(outlines.index(_outline(region)) + 1, len(outlines))
@@ -255,7 +263,7 @@ def _link(
             compilations += 1
             cached += kinds[text].compiled.cached
         for node, value in zip(region.outputs, kinds[text].outputs, strict=True):
-            node.meta.setdefault("val", value)
+            node.meta["val"] = value  # with the strides that the compiled region gives it
         add(kinds[text].compiled, [slot_of(n) for n in region.inputs], region.outputs)
     outputs = list(_mapped(graph.output_node().args[0], slot_of))
     kept = {o.number for o in outputs if isinstance(o, Slot)}
@@ -273,8 +281,8 @@ def _link(
 
 def _shared(program: Program, calls: list[Call], outputs: list[Any]) -> tuple[frozenset[int], frozenset[int]]:
     """Numbers of the calls that no direction reaches, and the slots of their results that others read."""
-    streams = {given.node for given in program.inputs if given.kind == "stream"}
-    reached = {slot for slot, node in enumerate(program.graph.find_nodes(op="placeholder")) if node.name in streams}
+    added = {given.node for given in program.inputs if given.kind == "added"}
+    reached = {slot for slot, node in enumerate(program.graph.find_nodes(op="placeholder")) if node.name in added}
     shared, made, read = set(), set(), set(_slots_in(outputs))
     for number, call in enumerate(calls):
         if reached.isdisjoint(_slots_in(call.arguments)):
@@ -298,7 +306,7 @@ def _slots_in(argument: Any) -> list[int]:
 
 
 def _fake(program: Program, node: fx.Node) -> Any:
-    with torch.no_grad(), size_oblivious(use_duck_shape=False), program.fake_mode:
+    with symbolic_sizes(program.fake_mode):
         args = _mapped(node.args, lambda n: n.meta["val"])
         return node.target(*args)  # type: ignore[operator]
 
@@ -308,13 +316,13 @@ def _fake(program: Program, node: fx.Node) -> Any:
 
 def _glue(program: Program) -> set[fx.Node]:
     """Views that only pick a part of what is given for all parameters, and the sizes of the inputs."""
-    streams = {g.node for g in program.inputs if g.kind == "stream"}
+    added = {g.node for g in program.inputs if g.kind == "added"}
     found: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op != "call_function" or node.target not in _GLUE:
             continue
         size = node.target is aten.sym_size.int
-        if all(n in found or (n.op == "placeholder" and (size or n.name in streams)) for n in node.all_input_nodes):
+        if all(n in found or (n.op == "placeholder" and (size or n.name in added)) for n in node.all_input_nodes):
             found.add(node)
     return found
 
@@ -379,6 +387,71 @@ def _region(nodes: list[fx.Node]) -> Region:
     return region
 
 
+def _take_views_out(region: Region) -> list[fx.Node]:
+    """Take the outputs of a region that are only views of what it is given out of it, and list them in order.
+
+    A compiled region that returns views of its inputs may, with sizes among these, return one of the wrong input.
+    """
+    members, views = set(region.nodes), set()
+    for node in region.nodes:
+        inside = [given for given in node.all_input_nodes if given in members]
+        if _is_view(node) and all(given in views for given in inside):
+            views.add(node)
+    needed = {node for node in region.outputs if node in views}
+    taken: list[fx.Node] = []
+    for node in reversed(region.nodes):
+        if node in needed:
+            taken.insert(0, node)
+            needed.update(given for given in node.all_input_nodes if given in views)
+    if taken:
+        region.outputs = [node for node in region.outputs if node not in views]
+        read = set(region.outputs)
+        for node in reversed(region.nodes):
+            if node in read:
+                read.update(node.all_input_nodes)
+        region.nodes = [node for node in region.nodes if node in read]
+        region.inputs = [node for node in region.inputs if node in read]
+    return taken
+
+
+def _is_view(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or node.kwargs:
+        return False
+    returned = node.target._schema.returns
+    if torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd"):
+        return False  # a reshape copies for some sizes and not for others
+    alias = returned[0].alias_info if len(returned) == 1 else None
+    return alias is not None and not alias.is_write
+
+
+def _bind_sizes(program: Program, region: Region) -> list[fx.Node]:
+    """Give a region the sizes of the batch that its inputs' are computed of, where none of its inputs has them.
+
+    Of an input of length n − 1 the compiler does not find n. Returns the nodes that read such sizes, which are new.
+    """
+    added: list[fx.Node] = []
+    wanted: set[Any] = set()
+    bound: set[Any] = set()
+    for node in region.inputs:
+        value = node.meta["val"]
+        sizes = [*value.shape, *value.stride()] if isinstance(value, torch.Tensor) else [value]
+        found = [size.node.expr for size in sizes if isinstance(size, torch.SymInt)]
+        wanted |= {symbol for expression in found for symbol in expression.free_symbols}
+        bound |= {expression for expression in found if expression.is_symbol}
+    for symbol in sorted(wanted - bound, key=str):
+        for given in program.graph.find_nodes(op="placeholder"):
+            shape = given.meta["val"].shape if isinstance(given.meta.get("val"), torch.Tensor) else ()
+            places = [d for d, size in enumerate(shape) if isinstance(size, torch.SymInt) and size.node.expr == symbol]
+            if places:
+                with program.graph.inserting_after(given):
+                    size = program.graph.call_function(aten.sym_size.int, (given, places[0]))
+                size.meta["val"] = shape[places[0]]
+                region.inputs.append(size)
+                added.append(size)
+                break
+    return added
+
+
 def text_of(region: Region) -> str:
     """What a region computes, with its values numbered: equal texts compute the same."""
     names: dict[fx.Node, str] = {}
@@ -418,8 +491,25 @@ def _compile(program: Program, region: Region) -> Kind:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(tuple(copies[n] for n in region.outputs))
     module = fx.GraphModule(torch.nn.Module(), graph)
-    fakes = [node.meta["val"] for node in region.inputs]
-    with torch.no_grad(), size_oblivious(use_duck_shape=False), program.fake_mode:
+    with symbolic_sizes(program.fake_mode):
+        fakes = _make_distinct([node.meta["val"] for node in region.inputs], program.fake_mode)
         FakeTensorProp(module, program.fake_mode).propagate_dont_convert_inputs(*fakes)
     outputs = [copies[n].meta["val"] for n in region.outputs]
     return Kind(compile_graph(module, fakes), outputs)
+
+
+def _make_distinct(values: list[Any], mode: Any) -> list[Any]:
+    """Replace every fake tensor that occurs a second time by another one like it.
+
+    Equal outputs of two regions of one kind are one fake tensor. The compiler takes one object for one input, and would
+    read the first of two inputs in the place of both.
+    """
+    seen: set[int] = set()
+    distinct = []
+    for value in values:
+        if isinstance(value, torch.Tensor) and id(value) in seen:
+            with mode:
+                value = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        seen.add(id(value))
+        distinct.append(value)
+    return distinct

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zowrap.compiler.capture import batch_signature, canonical_batch, capture
+from zowrap.compiler.capture import FREEDOMS, ROWS_ALONE, batch_signature, canonical_batch, capture
+from zowrap.compiler.inductor import RefusedProgram
 from zowrap.compiler.program import Program
 from zowrap.compiler.regions import MIN_LAYERS, Kind, Regions, compile_regions
 from zowrap.engines.compile_time import compile_seconds
@@ -68,6 +69,8 @@ class CompiledEngine:
         self._kinds: dict[str, Kind] = {}
         self.fallen_back: str | None = None
         self._captured: dict[tuple, list[Program]] = {}
+        self._restricted: list[Program] = []  # kept, because executables are found by the identity of their program
+        self._first_freedom: dict[tuple, int] = {}  # by kind of batch: the first of FREEDOMS that the compiler may take
         self._refused: tuple[Batch, ZOCaptureError] | None = None
         self._warmed: set[tuple] = set()
         self._kept: dict[int, dict[int, Any]] | None = None  # inside one_batch: by executable, what is shared
@@ -93,45 +96,77 @@ class CompiledEngine:
             self._kept = None
 
     @torch.no_grad()
-    def losses(self, batch: Batch, stream: DirectionNoise | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Batch, query: DirectionNoise | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         if self.fallen_back is not None:
-            return self.eager.losses(batch, stream, coefficients)
-        points = 0 if stream is None else coefficients.shape[0]
+            return self.eager.losses(batch, query, coefficients)
+        points = 0 if query is None else coefficients.shape[0]
         try:
-            executable = self._executable(batch, stream, points)
-            inputs = self._arguments(executable.program, batch, stream, coefficients)
-            try:
-                kept = None if self._kept is None else self._kept.setdefault(id(executable), {})
-                *sums, weights = executable.compiled(*inputs, kept=kept)
-            except AssertionError as error:  # Inductor checks the sizes that it relies on
-                first = first_line(error)[:200]
-                raise ZOCaptureError(f"the compiled program does not fit this batch ({first})") from error
+            *sums, weights = self._run(batch, query, coefficients, points)
         except ZOCaptureError as error:
             if not self.fall_back:
                 raise ZOCaptureError(Option("engine", "compiled"), f" was asked for, but {error}") from error
-            result = self.eager.losses(batch, stream, coefficients)  # a batch that is wrong says so here
+            result = self.eager.losses(batch, query, coefficients)  # a batch that is wrong says so here
             self._fall_back(error)
             return result
         rows = torch.stack(list(sums))
         # The plain loss stands for all points of a block that it does not depend on.
         return rows.expand(points, -1) if len(rows) < points else rows, weights
 
-    def _executable(self, batch: Batch, stream: DirectionNoise | None, points: int) -> Executable:
-        captured = self.captured(batch)
-        block, per_example = (-1, False) if stream is None else (stream.block, stream.per_example)
-        key = (id(captured), block, points)
-        if key not in self.executables:
-            with self.telling.during("capturing the step", finished=True):
-                start = time.perf_counter()
-                program = self.program(batch, block, points, per_example)
-                self.trace_seconds += time.perf_counter() - start
-                with _as_capture_error():
-                    compiled = compile_regions(program, self._kinds, self.min_layers, self.telling.region, self.shares)
-                looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
-                self._warm(block, points, rows=bool(looked_up))
-            self.compile_count += compiled.compilations
-            self.executables[key] = Executable(program, compiled)
-        return self.executables[key]
+    def _run(self, batch: Batch, query: DirectionNoise | None, coefficients: Tensor, points: int) -> Sequence[Tensor]:
+        """The outputs of the program for this batch."""
+        while True:
+            executable = self._executable(batch, query, points)
+            inputs = self._arguments(executable.program, batch, query, coefficients)
+            try:
+                kept = None if self._kept is None else self._kept.setdefault(id(executable), {})
+                return executable.compiled(*inputs, kept=kept)
+            except AssertionError as error:  # Inductor checks the sizes that it relies on, and may have fixed some
+                if not self._restrict(batch, self.captured(batch)):
+                    first = first_line(error)[:200]
+                    raise ZOCaptureError(f"the compiled program does not fit this batch ({first})") from error
+
+    def _executable(self, batch: Batch, query: DirectionNoise | None, points: int) -> Executable:
+        while True:
+            captured = self.captured(batch)
+            key = (id(captured), -1 if query is None else query.block, points)
+            if key in self.executables:
+                return self.executables[key]
+            try:
+                self.executables[key] = self._build(batch, query, points)
+            except RefusedProgram:
+                if not self._restrict(batch, captured):
+                    raise
+
+    def _build(self, batch: Batch, query: DirectionNoise | None, points: int) -> Executable:
+        """Make the program of so many points for this kind of batch, and compile it."""
+        block, per_example = (-1, False) if query is None else (query.block, query.per_example)
+        with self.telling.during("capturing the step", finished=True):
+            start = time.perf_counter()
+            program = self.program(batch, block, points, per_example)
+            self.trace_seconds += time.perf_counter() - start
+            with _as_capture_error():
+                compiled = compile_regions(program, self._kinds, self.min_layers, self.telling.region, self.shares)
+            looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
+            self._warm(block, points, rows=bool(looked_up))
+        self.compile_count += compiled.compilations
+        return Executable(program, compiled)
+
+    def _restrict(self, batch: Batch, refused: Program) -> bool:
+        """Leave fewer sizes of this kind of batch open, where the compiler has refused a program of more.
+
+        Convolutions with strides make sizes that it cannot express, and images mostly have one size.
+
+        Returns:
+            Whether there is anything left to fix; the next :meth:`captured` does so.
+        """
+        first = ROWS_ALONE if refused.freedom < ROWS_ALONE else len(FREEDOMS) - 1
+        if refused.freedom >= first or not refused.varies:
+            return False
+        kind = batch_signature(batch)
+        self._first_freedom[kind] = first
+        self._restricted.append(refused)
+        self._captured[kind] = [program for program in self._captured[kind] if program is not refused]
+        return True
 
     @property
     def min_layers(self) -> int:
@@ -195,12 +230,19 @@ class CompiledEngine:
                 f"what this model does depends on the sizes of its inputs, and {MAX_FIXED_SIZES} sizes were captured "
                 f"already (pad every batch to one size)"
             )
-        if not programs:
-            programs.append(capture(self.job.loss, canonical_batch(batch, self.job.loss.model)))
+        loss, first = self.job.loss, self._first_freedom.get(batch_signature(batch), 0)
+        if first:  # the compiler has refused a program that leaves more sizes open
+            example = batch if first > ROWS_ALONE else canonical_batch(batch, loss.model, lengths=False)
+            programs.append(capture(loss, example, first, len(FREEDOMS) - 1))
+            if programs[-1].accepts(batch):
+                return programs[-1]
+            programs.pop()
+        elif not programs:
+            programs.append(capture(loss, canonical_batch(batch, loss.model)))
             if programs[-1].accepts(batch):
                 return programs[-1]
             programs.pop()  # the canonical sizes got fixed, or the model does something else at the batch's own
-        own = capture(self.job.loss, batch)
+        own = capture(loss, batch, first, len(FREEDOMS) - 1)
         count = len(own.graph.nodes)
         if count > MAX_OWN_NODES:
             raise ZOCaptureError(
@@ -212,7 +254,7 @@ class CompiledEngine:
         return own
 
     def _arguments(
-        self, program: Program, batch: Batch, stream: DirectionNoise | None, coefficients: Tensor
+        self, program: Program, batch: Batch, query: DirectionNoise | None, coefficients: Tensor
     ) -> list[Any]:
         named: dict[str, Tensor] = dict(self.job.loss.named_parameters(remove_duplicate=False))
         named.update(self.job.loss.named_buffers(remove_duplicate=False))
@@ -221,23 +263,23 @@ class CompiledEngine:
             if given.kind == "batch":
                 value = batch[given.target]
                 values.append(value.contiguous() if isinstance(value, Tensor) else value)  # as it was compiled for
-            elif given.kind == "stream":
-                assert stream is not None
-                values.append(self._stream_value(given.target, stream, coefficients))
+            elif given.kind == "added":
+                assert query is not None
+                values.append(self._added_value(given.target, query, coefficients))
             else:
                 values.append(named[given.target] if given.target in named else program.constants[given.target])
         return values
 
-    def _stream_value(self, target: str, stream: DirectionNoise, coefficients: Tensor) -> Tensor:
+    def _added_value(self, target: str, query: DirectionNoise, coefficients: Tensor) -> Tensor:
         if target == "factors":
-            assert stream.factors is not None
-            return stream.factors if stream.per_example else stream.factors[0]
+            assert query.factors is not None
+            return query.factors if query.per_example else query.factors[0]
         if target in ("keys", "scale"):
-            return getattr(stream, target)
+            return getattr(query, target)
         if target == "coefficients":
             return coefficients
         kind, *rest = target.split("/")
-        return stream.scalars[rest[0]] if kind == "scalar" else self.job.slots[rest[0]][int(rest[1])]
+        return query.scalars[rest[0]] if kind == "scalar" else self.job.slots[rest[0]][int(rest[1])]
 
     def _warm(self, block: int, points: int, rows: bool = False) -> None:
         """Compile every kernel that a step of the block needs, before anything is evaluated or written."""
@@ -292,16 +334,16 @@ class CompiledEngine:
         return self.kernels.perturbation.factors(layout, keys, right_keys)
 
     @torch.no_grad()
-    def update(self, streams: Sequence[DirectionNoise], rounding_keys: Tensor, conclusion: Conclusion) -> None:
-        job, block = self.job, streams[0].block
+    def update(self, queries: Sequence[DirectionNoise], rounding_keys: Tensor, conclusion: Conclusion) -> None:
+        job, block = self.job, queries[0].block
         if not self._ready(block):
-            return self.eager.update(streams, rounding_keys, conclusion)
+            return self.eager.update(queries, rounding_keys, conclusion)
         epilogue, layout = self._epilogues[block], job.layouts[block] if job.layouts else None
-        inputs: list[Tensor] = [] if layout else [s.keys for s in streams] + [s.scale for s in streams]
-        inputs += [streams[0].scalars[name] for name in self._scalar_names]
+        inputs: list[Tensor] = [] if layout else [s.keys for s in queries] + [s.scale for s in queries]
+        inputs += [queries[0].scalars[name] for name in self._scalar_names]
         inputs += [rounding_keys, *[conclusion.coefficients[name] for name in epilogue.coefficient_names]]
         inputs += [job.hyper["lr"], job.hyper["eps"], job.hyper["weight_decay"], conclusion.apply]
-        buffer = torch.cat([s.factors for s in streams if s.factors is not None]) if layout else None
+        buffer = torch.cat([s.factors for s in queries if s.factors is not None]) if layout else None
         for i in job.blocks[block].indices:
             inputs += [job.parameters[i].tensor, *job.slots_of(i).values()]
             inputs += [job.slots[name][i] for name in job.rule.slot_names("parameter")]
@@ -309,7 +351,7 @@ class CompiledEngine:
                 inputs.append(row_scale)
             if layout and buffer is not None:
                 slot = job.left_of(i)
-                left = None if slot is None else realign_slot(job, streams, i, slot, conclusion)
+                left = None if slot is None else realign_slot(job, queries, i, slot, conclusion)
                 pair = lowrank.update_factors(layout, i, buffer, conclusion.coefficients["g"], left)
                 inputs += [factor for factor in pair if factor is not None]
         epilogue.graph_module(*[t.detach() for t in inputs])
@@ -354,7 +396,7 @@ def _as_capture_error() -> Iterator[None]:
         raise
     except Exception as error:
         what = f"{type(error).__name__}: {first_line(error, '')[:200]}"
-        raise ZOCaptureError(f"this model cannot be compiled ({what})") from error
+        raise RefusedProgram(f"this model cannot be compiled ({what})") from error
 
 
 def _too_many(kinds: list[tuple]) -> str:

@@ -40,18 +40,18 @@ class EagerEngine:
         """(index, parameter) of the block's parameters."""
         return [(i, self.job.parameters[i]) for i in self.job.blocks[block].indices]
 
-    def direction(self, stream: DirectionNoise, index: int, which: int = 0) -> Tensor:
-        """z of parameter ``index``: float32, the parameter's shape; ``which`` of the stream's directions."""
+    def direction(self, query: DirectionNoise, index: int, which: int = 0) -> Tensor:
+        """z of parameter ``index``: float32, the parameter's shape; ``which`` of the query's directions."""
         job, w = self.job, self.job.parameters[index].tensor
-        if stream.factors is not None:
-            place = job.layouts[stream.block].places[index]
-            right = place.right_of(stream.factors)
-            left = place.left_of(stream.factors)[which]
+        if query.factors is not None:
+            place = job.layouts[query.block].places[index]
+            right = place.right_of(query.factors)
+            left = place.left_of(query.factors)[which]
             return lowrank.product(left, None if right is None else right[which], w.shape)
-        u = noise.draw(job.direction.law, stream.keys[index], w.shape)
+        u = noise.draw(job.direction.law, query.keys[index], w.shape)
         if job.direction.needs_norm:
-            u = u * stream.scale
-        return job.rule.direction(u, at_least_float32(w), job.direction_slots_of(index), stream.scalars)
+            u = u * query.scale
+        return job.rule.direction(u, at_least_float32(w), job.direction_slots_of(index), query.scalars)
 
     # --- evaluations ------------------------------------------------------------------------------------------
 
@@ -59,18 +59,18 @@ class EagerEngine:
         return nullcontext()  # every point by itself: nothing is shared, and nothing can be shared wrongly
 
     @torch.no_grad()
-    def losses(self, batch: Batch, stream: DirectionNoise | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Batch, query: DirectionNoise | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         with evaluation_mode(self.job.loss):
-            if stream is None:
+            if query is None:
                 sums, weights = self.job.loss(batch)
                 return sums.unsqueeze(0), weights
-            if not stream.per_example:
-                return self._along(batch, stream, coefficients, 0)
+            if not query.per_example:
+                return self._along(batch, query, coefficients, 0)
             examples = [select_example(batch, b) for b in range(count_rows(batch))]
-            pairs = [self._along(one, stream, coefficients, b) for b, one in enumerate(examples)]
+            pairs = [self._along(one, query, coefficients, b) for b, one in enumerate(examples)]
             return torch.cat([sums for sums, _ in pairs], dim=1), torch.cat([weights for _, weights in pairs])
 
-    def _along(self, batch: Batch, stream: DirectionNoise, coefficients: Tensor, which: int) -> tuple[Tensor, Tensor]:
+    def _along(self, batch: Batch, query: DirectionNoise, coefficients: Tensor, which: int) -> tuple[Tensor, Tensor]:
         rows = []
         kept = machine.rng_states(self.job.device)
         weights = torch.zeros(())
@@ -78,27 +78,27 @@ class EagerEngine:
             # A model that draws random numbers draws the same ones at every point.
             machine.restore_rng(self.job.device, kept)
             copies = {}
-            for i, p in self.active(stream.block):
+            for i, p in self.active(query.block):
                 if p.codes:  # the layer adds what the weights of its codes are moved by
-                    copy = coefficient * self.direction(stream, i, which)
+                    copy = coefficient * self.direction(query, i, which)
                     copies.update({f"model.{name.removesuffix('weight')}delta": copy for name in self._places[i]})
                     continue
-                copy = perturb_weight(p.tensor, self.direction(stream, i, which), coefficient)
+                copy = perturb_weight(p.tensor, self.direction(query, i, which), coefficient)
                 copies.update({f"model.{name}": copy for name in self._places[i]})
             with forbid_writes(copies.items()):  # else a model would pass or fail by what is perturbed
                 sums, weights = torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=False)
             rows.append(sums)
         return torch.stack(rows), weights
 
-    def derivative(self, batch: Batch, stream: DirectionNoise) -> tuple[Tensor, Tensor, Tensor]:
+    def derivative(self, batch: Batch, query: DirectionNoise) -> tuple[Tensor, Tensor, Tensor]:
         """Loss sums at θ, their exact derivatives along z, and weights, by forward-mode differentiation: ``[rows]``.
 
         Raises:
             ZOError: torch has no forward-mode derivative for an operation of the model.
         """
-        active = self.active(stream.block)
+        active = self.active(query.block)
         point = {i: p.tensor.detach() for i, p in active}
-        tangents = {i: self.direction(stream, i).to(p.tensor.dtype) for i, p in active}
+        tangents = {i: self.direction(query, i).to(p.tensor.dtype) for i, p in active}
 
         def loss(values: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
             copies = {f"model.{name}": values[i] for i, _ in active for name in self._places[i]}
@@ -133,8 +133,8 @@ class EagerEngine:
     # --- the update -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def update(self, streams: Sequence[DirectionNoise], rounding_keys: Tensor, conclusion: Conclusion) -> None:
-        job, block = self.job, streams[0].block
+    def update(self, queries: Sequence[DirectionNoise], rounding_keys: Tensor, conclusion: Conclusion) -> None:
+        job, block = self.job, queries[0].block
         for i, parameter in self.active(block):
             w = old = parameter.tensor
             slots = job.slots_of(i)
@@ -145,7 +145,7 @@ class EagerEngine:
             if parameter.codes or is_16_bit(w):
                 index = torch.arange(w.numel(), dtype=torch.int64, device=w.device)
                 bits = noise.hash_bits(*noise.split_index(index), rounding_keys[i]).reshape(w.shape)
-            directions, coefficients = self._update_directions(streams, i, conclusion)
+            directions, coefficients = self._update_directions(queries, i, conclusion)
             new_w, new_slots = update_leaf(
                 job.rule,
                 w,
@@ -166,28 +166,26 @@ class EagerEngine:
             job.states[block][name].copy_(value)
 
     def _update_directions(
-        self, streams: Sequence[DirectionNoise], index: int, conclusion: Conclusion
+        self, queries: Sequence[DirectionNoise], index: int, conclusion: Conclusion
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The directions that a parameter's update goes along, and the rule's coefficients for them."""
         job, c = self.job, conclusion.coefficients
-        if streams[0].factors is None:
+        if queries[0].factors is None:
             w, eps = job.parameters[index].tensor, job.hyper["eps"]
-            return [
-                evaluated_direction(w, self.direction(stream, index), eps, job.second_point) for stream in streams
-            ], c
-        layout = job.layouts[streams[0].block]
+            return [evaluated_direction(w, self.direction(query, index), eps, job.second_point) for query in queries], c
+        layout = job.layouts[queries[0].block]
         factor = layout.law.update
         slot = job.left_of(index)
         if slot is not None:
-            new = realign_slot(job, streams, index, slot, conclusion)
-            right = layout.places[index].right_of(streams[0].factors)
+            new = realign_slot(job, queries, index, slot, conclusion)
+            right = layout.places[index].right_of(queries[0].factors)
             z = lowrank.product(new, None if right is None else right[0], job.parameters[index].tensor.shape)
             return [factor * z], {**c, "g": torch.ones_like(c["g"][:1])}
         total, g = torch.zeros_like(job.parameters[index].tensor, dtype=torch.float32), iter(c["g"])
-        for stream in streams:
-            assert stream.factors is not None
-            for which in range(stream.factors.shape[0]):  # one at a time: a population has as many as examples
-                total += next(g) * factor * self.direction(stream, index, which)
+        for query in queries:
+            assert query.factors is not None
+            for which in range(query.factors.shape[0]):  # one at a time: a population has as many as examples
+                total += next(g) * factor * self.direction(query, index, which)
         return [total], {**c, "g": torch.ones_like(c["g"][:1])}
 
     def describe(self) -> dict[str, Any]:
@@ -208,12 +206,12 @@ def _places(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def realign_slot(
-    job: Job, streams: Sequence[DirectionNoise], index: int, slot: Tensor, conclusion: Conclusion
+    job: Job, queries: Sequence[DirectionNoise], index: int, slot: Tensor, conclusion: Conclusion
 ) -> Tensor:
     """Write the rule's ``"left"`` state of one parameter and return it; a few numbers, the same for both engines."""
-    first = streams[0]
+    first = queries[0]
     assert first.old_factors is not None and first.moved is not None
-    buffer = torch.cat([s.factors for s in streams if s.factors is not None])
+    buffer = torch.cat([s.factors for s in queries if s.factors is not None])
     layout = job.layouts[first.block]
     new = lowrank.realign_left(
         job.rule, layout, index, slot, buffer, first.old_factors, first.moved, conclusion.coefficients

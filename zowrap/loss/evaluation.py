@@ -7,6 +7,7 @@ each), to tell how certain the mean is, and whether it differs significantly fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,11 @@ class Evaluation:
         """The mean of each metric over the set, without those that have no counts."""
         counts = {name: float(count) for name, count in self.counts.items()}
         return {name: float(total) / counts[name] for name, total in self.sums.items() if counts[name] > 0}
+
+    def find_broken_rows(self) -> list[int]:
+        """List the rows whose loss is not finite, counted from 0; none where some batch gave no loss by row."""
+        losses = self.rows().get("loss", {}).get("sums", [])
+        return [row for row, loss in enumerate(losses) if not math.isfinite(loss)]
 
     def rows(self) -> Rows:
         """The sums and counts of each row, for the metrics that every batch gave by row."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zowrap.errors import ZOError
+from zowrap.loss.adapted_parameters import apply_without_writing
 
 MAX_RESTORED = 1 << 16  # elements; running statistics and counters are smaller
 
@@ -18,7 +19,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Put ``module`` into evaluation mode while inside; restore training flags and small buffers on leaving.
 
     Parameters, and buffers of more than ``MAX_RESTORED`` elements (weights or tables), are too large to copy, so
-    writing to one is an error.
+    writing to one is an error. A parameter that is given other memory (``weight.data = …``) gets its own back.
 
     Raises:
         ZOError: on leaving, if one of those was written to, see :func:`forbid_writes`.
@@ -27,12 +28,17 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     buffers = [b for b in module.buffers() if b.numel() <= MAX_RESTORED]
     large = [*module.named_parameters(), *((name, b) for name, b in module.named_buffers() if b.numel() > MAX_RESTORED)]
     before = [(b, b._version, b.clone()) for b in buffers]
+    plain = (p for p in module.parameters() if type(p) is nn.Parameter and not p.is_meta)
+    memory = [(p, p.data, p.data_ptr()) for p in plain]
     for child in training:
         child.training = False
     try:
-        with forbid_writes(large):
+        with forbid_writes(large), apply_without_writing(module):
             yield
     finally:
+        for parameter, data, place in memory:
+            if parameter.data_ptr() != place:
+                parameter.data = data
         for child in training:
             child.training = True
         for buffer, version, value in before:

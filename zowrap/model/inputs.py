@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zowrap.errors import ZOError
+from zowrap.loss.nested import flatten_batch, is_joined
 from zowrap.step.job import Job
 
 
@@ -22,18 +23,19 @@ def name_batch(batches: tuple[Any, ...], batch: dict[str, Any]) -> dict[str, Any
 
 
 def move_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch on the device, contiguous, because compiled code relies on the strides; values that are None left out.
+    """The batch on the device, flat (:mod:`zowrap.loss.nested`) and contiguous, because compiled code relies on the
+    strides; values that are None left out.
 
     Raises:
         ZOError: there is no tensor in it, or no row.
     """
     inputs = {}
-    for name, value in batch.items():
+    for name, value in flatten_batch(batch).items():
         if isinstance(value, Tensor):
             inputs[name] = value.to(device, non_blocking=True).contiguous()
         elif value is not None:
             inputs[name] = value
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    tensors = [value for name, value in inputs.items() if isinstance(value, Tensor) and not is_joined(name)]
     if not tensors:
         raise ZOError("a step needs a batch of tensors, for example step(input_ids=..., labels=...)")
     if any(tensor.ndim and tensor.shape[0] == 0 for tensor in tensors):

@@ -131,14 +131,14 @@ class ZOModel:
                 losses = torch.cat((losses, self._candidate_losses(losses, projected_grad)))
         losses, projected_grad = check_losses(job, losses, projected_grad)
         weights = check_weights(job, losses, weights)
-        streams = [self.directions.population(range(losses.shape[1]))] if per_example else self.directions.queries
+        queries = [self.directions.population(range(losses.shape[1]))] if per_example else self.directions.queries
         done = torch.full((), float(self.step_count), device=job.device)
         if self.device_step is not None:
             done = self.device_step.float()
         conclusion = conclude(
             job.rule,
             job.project,
-            job.states[streams[0].block],
+            job.states[queries[0].block],
             losses[:points],
             job.hyper,
             done,
@@ -149,7 +149,7 @@ class ZOModel:
         rounding = noise.derive_keys(self.seed, self._step_number, 0, job.ids, noise.TAG_ROUNDING)
         facts = self.describe_step()
         with self.writing():
-            self.engine.update(streams, rounding, conclusion)
+            self.engine.update(queries, rounding, conclusion)
             self.directions.keep(conclusion.apply)
             self.step_count += 1
         g = conclusion.projected_grad
@@ -237,21 +237,21 @@ class ZOModel:
         self.schedule.settle(self.job, self.engine, batch, self._choose_engine)
         if per_example:
             first = self.accumulator.examples
-            streams = [self.directions.population(range(first, first + count_rows(batch)))]
+            queries = [self.directions.population(range(first, first + count_rows(batch)))]
         else:
-            streams = self.directions.queries
+            queries = self.directions.queries
         sums: list[Tensor] = []
         slopes: list[Tensor] = []
         weights = torch.zeros(())
         if exact:
-            for stream in streams:
-                value, slope, weights = cast("EagerEngine", self.engine).derivative(batch, stream)
+            for query in queries:
+                value, slope, weights = cast("EagerEngine", self.engine).derivative(batch, query)
                 sums.append(value.double().sum().reshape(1))
                 slopes.append(slope.double().sum().reshape(1))
             return Measurement(torch.cat(sums), weights.double().sum(), torch.cat(slopes))
         with self.engine.one_batch():
             for direction, signs in self._groups[self.schedule.sequential]:
-                along = None if direction is None else streams[direction]
+                along = None if direction is None else queries[direction]
                 rows, weights = self.engine.losses(batch, along, signs * self.job.hyper["eps"])
                 sums.append(rows.double() if per_example else rows.double().sum(-1))
         return Measurement(torch.cat(sums), weights.double() if per_example else weights.double().sum())

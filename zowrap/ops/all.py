@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from zowrap.compiler import recurrent
-from zowrap.loss import captured
+from zowrap.compiler import recurrent, scans
+from zowrap.loss import captured, deferred
 from zowrap.ops import codes, head, int8, lookups, perturb, update, vmap_forms
 
-__all__ = ["captured", "codes", "head", "int8", "lookups", "perturb", "recurrent", "update", "vmap_forms"]
+__all__ = [
+    "captured",
+    "codes",
+    "deferred",
+    "head",
+    "int8",
+    "lookups",
+    "perturb",
+    "recurrent",
+    "scans",
+    "update",
+    "vmap_forms",
+]

@@ -1,10 +1,11 @@
-"""Attach LoRA to a quantised base through ``peft``, and select the parameters that move."""
+"""Attach LoRA through ``peft``, and select the parameters of a model with adapters of any kind that move."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,11 @@ from torch import Tensor, nn
 from zowrap.errors import ZOError, first_line, need_package
 from zowrap.quant.layers import Lowered
 from zowrap.quant.lowering import fresh_weights, lowered_layers, original_layers
+from zowrap.quant.schemes import other_scheme_of
 from zowrap.step.parameters import Parameter, TrainableSpec, canonical_name, check_patterns, is_asked_for, select
+from zowrap.step.pretrained import is_peft_model, saved_part
 
 RANK, ALPHA = 8, 16  # peft's own defaults are 8 and 8; twice the rank is what TRL's scripts give
-
-
-def has_adapters(model: nn.Module) -> bool:
-    """Whether the model has LoRA or other adapters of ``peft``."""
-    return any(
-        hasattr(module, "base_layer") and "lora" in type(module).__module__ for module in model.modules()
-    ) or any(type(module).__name__.startswith("PeftModel") for module in model.modules())
 
 
 def lora_config(rank: int, alpha: int, targets: set[str] | str, beside: Sequence[str] = ()) -> Any:
@@ -58,9 +54,9 @@ def attach(
     Raises:
         ZOError: peft is not installed, or no layer has the name of a target.
     """
-    part, prefix = _pretrained(model)
+    part, prefix = saved_part(model)
     config = lora_config(
-        rank, alpha, _peft_targets(targets) or _default_targets(model), _fresh_modules(model, part, prefix)
+        rank, alpha, _peft_targets(targets) or _default_targets(part), _fresh_modules(model, part, prefix)
     )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -77,13 +73,6 @@ def attach(
         raise ZOError(first_line(error)) from error
 
 
-def _pretrained(model: nn.Module) -> tuple[nn.Module, str]:
-    """The ``transformers`` model inside a wrapper, which knows how to save adapters, and its name's prefix."""
-    from zowrap.step.pretrained import saved_part
-
-    return saved_part(model)
-
-
 def _peft_targets(targets: Sequence[str] | None) -> set[str] | str | None:
     """``targets`` in peft's form: a set of plain names, or a single string for ``all-linear`` or a regular expression.
 
@@ -98,14 +87,18 @@ def _peft_targets(targets: Sequence[str] | None) -> set[str] | str | None:
 
 def _default_targets(model: nn.Module) -> set[str]:
     """The last parts of the names of all linear layers, quantised or not, within the model's numbered layers."""
-    linear = (nn.Linear, Lowered)
-    names = {
-        n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, linear) and re.search(r"\.\d+\.", n)
-    }
-    names |= {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if not names and isinstance(m, linear)}
+    linear = [n for n, m in model.named_modules() if _is_linear(m)]
+    inside = [n for n in linear if re.search(r"(^|\.)\d+\.", n)]
+    names = {n.rsplit(".", 1)[-1] for n in inside or linear}
     if not names:
         raise ZOError("the model has no linear layer to adapt: name other layers with --lora-target-modules")
     return names
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear | Lowered):
+        return True
+    return hasattr(module, "in_features") and other_scheme_of(module) is not None
 
 
 def _fresh_modules(model: nn.Module, part: nn.Module, prefix: str) -> list[str]:
@@ -142,36 +135,70 @@ def select_parameters(model: nn.Module, trainable: TrainableSpec) -> list[Parame
 
     spec = None if trainable is None and not fresh else chosen
     found = select(model, spec)
-    part, prefix = _pretrained(model)
-    config = _adapter_config(part)
-    lost = [p for p in found if config is not None and not _is_saved(p, config)]
+    part, prefix = saved_part(model)
+    if not _is_saved_as_adapters(part):
+        return found
+    saved = _saved_tensors(part)
+    lost = [p for p in found if not _is_among(p, saved, prefix)]
+    if lost:  # peft looks at the base's configuration, perhaps on the hub, for whether the vocabulary was extended
+        saved = _saved_tensors(part, embeddings="auto")
+        lost = [p for p in lost if not _is_among(p, saved, prefix)]
     for parameter in lost:
-        _save_with_adapters(part, prefix, parameter, config)
+        _save_with_adapters(part, prefix, parameter)
     return select(model, spec) if lost else found
 
 
-def _adapter_config(part: nn.Module) -> Any:
-    """The adapters' configuration, if the model is saved as its adapters only; None if all its weights are saved."""
-    adapters = getattr(part, "peft_config", None)
-    alone = type(part).__name__.startswith("PeftModel") or getattr(part, "_hf_peft_config_loaded", False)
-    if not isinstance(adapters, dict) or not adapters or not alone:
-        return None
-    config = next(iter(adapters.values()))
-    return None if getattr(config, "is_prompt_learning", False) else config
+def _is_saved_as_adapters(part: nn.Module) -> bool:
+    """Whether the model is saved as its adapters alone."""
+    if not isinstance(getattr(part, "peft_config", None), dict) or not part.peft_config:
+        return False
+    return is_peft_model(part) or bool(getattr(part, "_hf_peft_config_loaded", False))
 
 
-def _is_saved(parameter: Parameter, config: Any) -> bool:
-    """Whether peft saves a parameter: of an adapter, of a module to save, or a bias that the configuration includes."""
-    name, biases = parameter.names[0], getattr(config, "bias", "none")
-    bias = name.endswith("bias") and (biases == "all" or (biases == "lora_only" and ".base_layer." in name))
-    return bias or ".modules_to_save." in name or f"{config.peft_type.value.lower()}_" in name
+class _Saved(NamedTuple):
+    """What peft saves of a model: its tensors by identity, and their canonical names within the model's saved part."""
+
+    tensors: set[int]
+    names: set[str]
 
 
-def _save_with_adapters(part: nn.Module, prefix: str, parameter: Parameter, config: Any) -> None:
+def _saved_tensors(part: Any, embeddings: Any = False) -> _Saved:
+    """Ask peft which tensors it saves.
+
+    Args:
+        embeddings: whether it saves the embeddings too; ``"auto"`` if the vocabulary was extended.
+    """
+    from peft import get_peft_model_state_dict
+
+    own = {**dict(part.named_parameters(remove_duplicate=False)), **dict(part.named_buffers(remove_duplicate=False))}
+    saved = _Saved(set(), set())
+    for name, config in part.peft_config.items():
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            found = get_peft_model_state_dict(part, state_dict=own, adapter_name=name, save_embedding_layers=embeddings)
+        saved.tensors.update(map(id, found.values()))
+        saved.names.update(map(canonical_name, found))
+        if config.is_prompt_learning:  # only the prompt that its encoder makes is saved, which is all that is used
+            saved.tensors.update(map(id, part.prompt_encoder[name].parameters()))
+    for layer in part.modules():  # some methods save what they compute from the tensors of their layers
+        for name in (*getattr(layer, "adapter_layer_names", ()), *getattr(layer, "other_param_names", ())):
+            if name in layer._modules or name in layer._parameters:
+                held = getattr(layer, name)
+                saved.tensors.update(map(id, held.parameters() if isinstance(held, nn.Module) else [held]))
+    return saved
+
+
+def _is_among(parameter: Parameter, saved: _Saved, prefix: str) -> bool:
+    if id(parameter.tensor) in saved.tensors:
+        return True
+    return any(canonical_name(name.removeprefix(prefix)) in saved.names for name in parameter.names)
+
+
+def _save_with_adapters(part: Any, prefix: str, parameter: Parameter) -> None:
     """Add the parameter's module to those that peft saves with the adapters.
 
     Raises:
-        ZOError: the parameter is tied, or its module has an adapter or other modules inside.
+        ZOError: the parameter is tied, its module has an adapter or other modules inside, or the adapters are a prompt.
     """
     from peft.utils import ModulesToSaveWrapper
 
@@ -179,12 +206,17 @@ def _save_with_adapters(part: nn.Module, prefix: str, parameter: Parameter, conf
     module = part.get_submodule(where)
     if isinstance(module, ModulesToSaveWrapper):
         return
+    adapter, config = next(iter(part.peft_config.items()))
+    if config.is_prompt_learning:
+        raise ZOError(
+            f"{parameter.name} cannot be saved with a prompt ({config.peft_type.value}), which is all that peft saves: "
+            "leave it out of trainable"
+        )
     if not where or len(parameter.names) > 1 or ".base_layer" in f".{where}" or any(True for _ in module.children()):
         raise ZOError(
             f"{parameter.name} cannot be saved with the adapters, because it is tied or belongs to a layer that has an "
             "adapter: leave it out of trainable, which may name '*lora_*' and whole modules such as norms"
         )
-    adapter = next(iter(part.peft_config))  # type: ignore[arg-type, call-overload]
     around = ModulesToSaveWrapper(module, adapter)
     around.set_adapter(adapter)
     part.set_submodule(where, around)

@@ -20,6 +20,7 @@ from zowrap.errors import ZOError
 from zowrap.quant.layers import Int8Linear, Lowered, Nf4Linear, TorchaoLinear, is_int8_weight_only
 from zowrap.quant.schemes import _is_from, check_scheme
 from zowrap.step.parameters import canonical_name
+from zowrap.step.pretrained import has_adapters
 
 
 def lowered_layers(model: nn.Module) -> dict[str, Lowered]:
@@ -41,13 +42,16 @@ def is_quantized_layer(module: nn.Module) -> bool:
     return _lowered_class(module) is not None
 
 
-def quantized_kinds(model: nn.Module) -> set[type[Lowered]]:
+def quantized_kinds(model: nn.Module, forward_only: bool = False) -> set[type[Lowered]]:
     """The lowered classes of a model's quantised layers, whether they are lowered yet or not.
+
+    Args:
+        forward_only: layers that cannot be lowered do not count, because nothing quantised is to move.
 
     Raises:
         ZOError: a layer is quantised by a scheme that is not supported.
     """
-    check_scheme(model)
+    check_scheme(model, forward_only)
     found: set[type[Lowered]] = set()
     for module in model.modules():
         kind = type(module) if isinstance(module, Lowered) else _lowered_class(module)
@@ -56,13 +60,17 @@ def quantized_kinds(model: nn.Module) -> set[type[Lowered]]:
     return found
 
 
-def lower(model: nn.Module) -> dict[str, Lowered]:
+def lower(model: nn.Module, forward_only: bool = False) -> dict[str, Lowered]:
     """Replace every quantised layer by a plain module, in place, and return all lowered layers by name.
+
+    Args:
+        forward_only: leave layers of a scheme that is not supported as they are, because nothing quantised is to move.
+            So it is with adapters, too.
 
     Raises:
         ZOError: the scheme is not supported, or layers are on several devices.
     """
-    check_scheme(model)
+    check_scheme(model, forward_only or has_adapters(model))
     made: dict[int, Lowered] = {}
 
     def replacement(module: nn.Module) -> nn.Module | None:

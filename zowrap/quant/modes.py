@@ -25,8 +25,10 @@ from zowrap.ops.scratch import chunks
 from zowrap.quant import adapters
 from zowrap.quant.layers import Int8Linear, Lowered, TorchaoLinear
 from zowrap.quant.lowering import fresh_weights, lower, quantized_kinds
+from zowrap.quant.schemes import find_other_scheme
 from zowrap.step.job import QuantMode
 from zowrap.step.parameters import Parameter, TrainableSpec, canonical_name, check_patterns, matches, select
+from zowrap.step.pretrained import has_adapters
 
 if TYPE_CHECKING:
     from zowrap.rules.base import Rule
@@ -75,7 +77,13 @@ def choose_mode(model: nn.Module, asked: str | None) -> QuantMode | None:
     """
     if asked is not None and (not isinstance(asked, str) or asked not in QUANT_MODES):
         raise ZOError(f"unknown quantized {asked!r}{nearest(str(asked), QUANT_MODES)}")
-    found = quantized_kinds(model)
+    adapted = has_adapters(model)
+    forward_only = adapted or asked == "adapters"
+    found = quantized_kinds(model, forward_only)
+    other = find_other_scheme(model) if forward_only else None
+    if other is not None and asked in (None, "adapters"):
+        why = f"weights quantised by {other[0]} cannot move, and run forward alone" if adapted else "as asked"
+        return QuantMode("adapters", why, any(issubclass(kind, Int8Linear) for kind in found))
     if not found:
         if asked is not None:
             raise ZOError(
@@ -87,7 +95,6 @@ def choose_mode(model: nn.Module, asked: str | None) -> QuantMode | None:
         return None
     rounds = any(issubclass(kind, Int8Linear) for kind in found)
     fixed = sorted({kind.scheme for kind in found if not hasattr(kind, "free_scales")})
-    adapted = adapters.has_adapters(model)
     if asked is None:
         if adapted:
             return QuantMode("adapters", "the model has adapters", rounds)
@@ -138,7 +145,7 @@ def select_parameters(model: nn.Module, mode: QuantMode, trainable: TrainableSpe
     Raises:
         ZOError: nothing is left to tune, or a parameter that moves cannot be saved.
     """
-    layers = lower(model)
+    layers = lower(model, forward_only=mode.name == "adapters")
     if mode.name == "adapters":
         tuned = {name: getattr(layer, "log_scale", None) for name, layer in layers.items()}
         for name, log_scale in tuned.items():
@@ -147,7 +154,7 @@ def select_parameters(model: nn.Module, mode: QuantMode, trainable: TrainableSpe
                     f"the scales of {name} were tuned, and saving adapters does not save them: save the model, load "
                     "that, then attach adapters to it"
                 )
-        if not adapters.has_adapters(model):
+        if not has_adapters(model):
             adapters.attach(model, seed=seed)
         return adapters.select_parameters(model, trainable)
     if mode.name == "scales":
@@ -179,10 +186,14 @@ def choose_from_options(model: nn.Module, options: Mapping[str, Any], seed: int)
         ZOError: see :func:`choose_mode` and :func:`zowrap.quant.adapters.attach`.
     """
     asked = options.get("quantized")
-    if options.get("use_peft") and asked is None and quantized_kinds(model):
+    if (
+        options.get("use_peft")
+        and asked is None
+        and (quantized_kinds(model, forward_only=True) or find_other_scheme(model) is not None)
+    ):
         asked = "adapters"
     mode = choose_mode(model, asked)
-    if options.get("use_peft") or (mode is not None and mode.name == "adapters" and not adapters.has_adapters(model)):
+    if options.get("use_peft") or (mode is not None and mode.name == "adapters" and not has_adapters(model)):
         rank, alpha, targets = (options.get(f"lora_{name}") for name in ("r", "alpha", "target_modules"))
         adapters.attach(model, rank or adapters.RANK, alpha or adapters.ALPHA, targets, seed)
     return mode

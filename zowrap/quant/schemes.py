@@ -49,9 +49,17 @@ def _is_from(module: nn.Module, package: str) -> bool:
 
 def check_config(config: Any) -> None:
     """Raise :class:`ZOError` if a model's configuration names a scheme that is not supported."""
+    name = _configured_scheme(config)
+    if name:
+        raise _unsupported(name)
+
+
+def _configured_scheme(config: Any) -> str:
+    """The name of the scheme in a configuration; empty for a supported one or none."""
     name = str(quantization_settings(config).get("quant_method") or "")
-    if name and name.lower() not in ("bitsandbytes", "torchao"):
-        raise _unsupported(name.upper() if len(name) <= 5 else name)
+    if name.lower() in ("", "bitsandbytes", "torchao"):
+        return ""
+    return name.upper() if len(name) <= 5 else name
 
 
 def quantization_settings(config: Any) -> dict[str, Any]:
@@ -83,31 +91,55 @@ def check_requested(name: str, config: Any, asked: Mapping[str, Any] | None) -> 
         )
 
 
-def check_scheme(model: nn.Module) -> None:
-    """Raise :class:`ZOError`, naming the scheme, unless every quantised layer is of a supported kind."""
-    check_config(getattr(model, "config", None))
+def check_scheme(model: nn.Module, forward_only: bool = False) -> None:
+    """Raise :class:`ZOError`, naming the scheme, unless every quantised layer is of a supported kind.
+
+    Args:
+        forward_only: nothing quantised is to move, so layers of any kind will do that can compute their outputs.
+    """
+    found = None if forward_only else find_other_scheme(model)
+    if found is not None:
+        raise _unsupported(*found)
     for where, module in model.named_modules():
-        for package, scheme in _OTHERS.items():
-            if _is_from(module, package):
-                raise _unsupported(scheme, where)
-        if not module._parameters and not module._buffers:
-            continue
-        if _is_from(module, "bitsandbytes"):
+        if _is_from(module, "bitsandbytes") and (module._parameters or module._buffers):
             _check_bitsandbytes(where, module)
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            kind = type(tensor)
-            if tensor is None or isinstance(module, Lowered):
-                continue
-            if "float8" in str(tensor.dtype):
-                raise _unsupported("fp8", where)
-            if kind.__module__.startswith("torchao") and not is_int8_weight_only(tensor):
-                raise _unsupported(f"torchao {kind.__name__}", where)
+
+
+def find_other_scheme(model: nn.Module) -> tuple[str, str] | None:
+    """Find a scheme that is not supported: its name and a layer's, which is empty if the configuration names it."""
+    name = _configured_scheme(getattr(model, "config", None))
+    if name:
+        return name, ""
+    for where, module in model.named_modules():
+        scheme = other_scheme_of(module)
+        if scheme is not None:
+            return scheme, where
+    return None
+
+
+def other_scheme_of(module: nn.Module) -> str | None:
+    """The name of the scheme that a layer itself is quantised by, unless it is a supported one or none."""
+    if isinstance(module, Lowered):
+        return None
+    for package, scheme in _OTHERS.items():
+        if _is_from(module, package):
+            return scheme
+    tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    if tensors and _is_from(module, "bitsandbytes") and "Embedding" in type(module).__name__:
+        return f"bitsandbytes {type(module).__name__}"
+    for tensor in tensors:
+        kind = type(tensor)
+        if "float8" in str(tensor.dtype):
+            return "fp8"
+        if kind.__module__.startswith("torchao") and not is_int8_weight_only(tensor):
+            return f"torchao {kind.__name__}"
+    return None
 
 
 def _check_bitsandbytes(where: str, module: Any) -> None:
     kind = type(module).__name__
     if "Embedding" in kind:
-        raise _unsupported(f"bitsandbytes {kind}", where)
+        return
     if hasattr(module, "state") and getattr(module.state, "has_fp16_weights", False):
         raise ZOError(
             f"{where} keeps 16-bit weights (llm_int8_has_fp16_weight) and rounds them in each forward: "
@@ -133,6 +165,7 @@ def _holds_codes(module: Any) -> bool:
 def _unsupported(scheme: str, where: str = "") -> ZOError:
     at = f" ({where})" if where else ""
     return ZOError(
-        f"this model is quantised by {scheme}{at}, which is not supported: load it in one of the supported schemes "
-        f"({SUPPORTED}) or in 16 bits, or dequantise it first"
+        f"this model is quantised by {scheme}{at}, whose weights cannot be tuned: tune adapters on it (",
+        Option("use_peft", True, python="quantized='adapters'"),
+        f"), load it in one of the supported schemes ({SUPPORTED}) or in 16 bits, or dequantise it first",
     )

@@ -234,10 +234,10 @@ class Engine(Protocol):
         """Inside, every call of :meth:`losses` has the same batch and the same weights, and may share work."""
         ...
 
-    def losses(self, batch: Batch, stream: DirectionNoise | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Batch, query: DirectionNoise | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Loss sums float32 ``[points, rows]`` at θ + coefficients[p]·z, and weights float32 ``[rows]``.
 
-        Only the stream's block is perturbed. ``stream`` None evaluates θ itself, as one point.
+        Only the query's block is perturbed. ``query`` None evaluates θ itself, as one point.
         """
         ...
 
@@ -249,7 +249,7 @@ class Engine(Protocol):
         """0-d float64: ‖u‖² of the raw noise under ``keys`` over the block's elements."""
         ...
 
-    def update(self, streams: Sequence[DirectionNoise], rounding_keys: Tensor, conclusion: Conclusion) -> None:
+    def update(self, queries: Sequence[DirectionNoise], rounding_keys: Tensor, conclusion: Conclusion) -> None:
         """Write the weights, the slots and the scalar state: the only place that does."""
         ...
 

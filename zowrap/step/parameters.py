@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zowrap.errors import Option, ZOError
 from zowrap.numerics.noise import parameter_id
@@ -25,7 +26,8 @@ TrainableSpec = Sequence[str] | str | Callable[[str, Tensor], bool] | None
 
 # Prefixes that wrappers add in front of a model's own names: PEFT, torch.compile, DataParallel.
 _WRAPPERS = re.compile(r"^(base_model\.model|_orig_mod|module)\.")
-_ADAPTERS = re.compile(r"\.(base_layer|default|modules_to_save\.default|original_module)(?=\.|$)")
+# An adapter inside another one (of a second tensor of a module) keeps its place, else both would have one name.
+_ADAPTERS = re.compile(r"\.(base_layer(?!\.lora_)|default|modules_to_save\.default|original_module)(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def select(model: nn.Module, trainable: TrainableSpec = None) -> list[Parameter]
 
 def _place(tensor: Tensor) -> tuple:
     """Equal for two names of one tensor: where its elements lie."""
-    if not tensor.numel() or tensor.is_meta:
+    if not tensor.numel() or tensor.is_meta or is_traceable_wrapper_subclass(tensor):  # which has no memory of its own
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 

@@ -1,4 +1,4 @@
-"""Find the part of a model that ``save_pretrained`` writes, and the name that it was loaded under."""
+"""Find the part of a model that ``save_pretrained`` writes and its name, and tell whether peft adapted it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def saved_part(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def _is_saved_with_it(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters()) and not hasattr(module, "separate_file")
+    """Whether a module has parameters that no file of its own holds."""
+    if hasattr(module, "separate_file"):
+        return False
+    own = any(parameter is not None for parameter in module._parameters.values())
+    return own or any(map(_is_saved_with_it, module.children()))
 
 
 def _has_pretrained(model: nn.Module) -> bool:
@@ -44,3 +48,17 @@ def model_name(model: nn.Module) -> str | None:
     part, _ = saved_part(model)
     name = getattr(getattr(part, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether the model has adapters of ``peft``: a PEFT model, or a model with layers of peft in it."""
+    return any(_is_of_peft(module) for module in model.modules())
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return any(base.__module__.startswith("peft.") for base in type(module).__mro__)
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether ``model`` itself is one of peft's wrappers round a whole model."""
+    return any(base.__name__ == "PeftModel" and base.__module__.startswith("peft.") for base in type(model).__mro__)

@@ -79,14 +79,14 @@ class StepDirections:
         keys = noise.derive_keys(self.seed, self.step, index, self.ids, noise.TAG_DIRECTION)
         now = right_keys(self.step, index) if law.nu is None else right_keys(self.step // law.nu, 0 * index)
         one = torch.ones((), device=job.device)
-        stream = DirectionNoise(block, keys, one, self.scalars, self.engine.factors(block, keys, now), per_example)
+        query = DirectionNoise(block, keys, one, self.scalars, self.engine.factors(block, keys, now), per_example)
         if job.rule.left is not None:
             assert law.nu is not None
             epoch = job.states[block]["epoch"]
             old = right_keys(epoch.to(torch.int64), 0 * index[:1])
-            stream.old_factors = self.engine.factors(block, keys[:1], old)
-            stream.moved = epoch != self.step // law.nu
-        return stream
+            query.old_factors = self.engine.factors(block, keys[:1], old)
+            query.moved = epoch != self.step // law.nu
+        return query
 
     @functools.cached_property
     @torch.no_grad()

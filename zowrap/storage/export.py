@@ -14,6 +14,7 @@ from zowrap.numerics.dtypes import DTYPES
 from zowrap.storage import formats
 from zowrap.storage.atomic import read_json, write_json
 from zowrap.storage.dequantize import is_quantized_folder, write_dequantized
+from zowrap.storage.encoder_files import MODULES, PROMPTS, TRANSFORMER, copy_modules
 from zowrap.storage.lock import list_entries
 from zowrap.storage.merge import export_merged
 from zowrap.storage.safetensors import (
@@ -124,7 +125,7 @@ def _convert(run: Path, to: Path, dtype: torch.dtype | None, max_shard_size: int
 
 
 def copy_adapters(folder: StrPath, to: Path) -> None:
-    """Copy the adapters of a folder: their weights and their configuration.
+    """Copy the adapters of a folder: their weights and their configuration, and of a sentence encoder its modules.
 
     Raises:
         ZOError: there are none.
@@ -133,5 +134,7 @@ def copy_adapters(folder: StrPath, to: Path) -> None:
         if not (Path(folder) / name).is_file():
             raise ZOError(f"{folder} holds no adapters: it has no {name}")
         shutil.copyfile(Path(folder) / name, to / name)
-    if (Path(folder) / LABEL_VECTORS).is_file():
-        shutil.copyfile(Path(folder) / LABEL_VECTORS, to / LABEL_VECTORS)
+    for name in (LABEL_VECTORS, MODULES, PROMPTS, *TRANSFORMER):
+        if (Path(folder) / name).is_file():
+            shutil.copyfile(Path(folder) / name, to / name)
+    copy_modules(Path(folder), to)

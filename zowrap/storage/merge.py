@@ -74,6 +74,8 @@ def load_merged(folder: StrPath, form: str, load: Load | None) -> tuple[Any, dic
     model, dtype = load(folder), DTYPES.get(form)
     lowering.lower(model)
     errors = merge.merge(model, dtype)
+    if hasattr(model, "get_base_model"):  # peft's wrapper, which has nothing left to wrap
+        model = model.get_base_model()
     if dtype is None:
         lowering.raise_back(model)
     else:

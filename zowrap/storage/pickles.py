@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,14 +10,24 @@ import torch
 from torch import Tensor
 
 from zowrap.errors import ZOError, first_line
+from zowrap.storage.encoder_files import pickled_modules
 from zowrap.storage.lock import list_entries
-from zowrap.storage.safetensors import ADAPTER, WEIGHTS, StrPath, check_target, pickled_weights, write_tensors
+from zowrap.storage.safetensors import (
+    ADAPTER,
+    INDEX,
+    WEIGHTS,
+    StrPath,
+    check_target,
+    pickled_weights,
+    weight_files,
+    write_tensors,
+)
 from zowrap.storage.save import MAX_SHARD_SIZE, copy_settings, replace_files
 from zowrap.version import __version__
 
 
 def convert_pickle(model_dir: StrPath, to: StrPath, overwrite: bool = False) -> list[Path]:
-    """Copy a model folder whose weights are pickled, converting the weights to safetensors.
+    """Copy a model folder whose weights, or those of a sentence encoder's modules, are pickled, as safetensors.
 
     The pickle is read by ``torch.load(weights_only=True)``, which accepts only tensors and plain containers and runs no
     code.
@@ -28,18 +39,26 @@ def convert_pickle(model_dir: StrPath, to: StrPath, overwrite: bool = False) -> 
     if not source.is_dir():
         raise ZOError(f"{source} is not a folder with a model")
     check_target(source, to, overwrite)
-    pickles = pickled_weights(source)
-    if not pickles:
+    whole, modules = weight_files(source), pickled_modules(source)
+    pickles = [] if whole and modules else pickled_weights(source)
+    if not pickles and not modules:
         raise ZOError(f"{source} holds no pickled weights to convert")
-    adapter = pickles[0].name.startswith("adapter_model")
+    adapter = bool(pickles) and pickles[0].name.startswith("adapter_model")
     tensors: dict[str, Tensor] = {}
     for file in pickles:
         if file.name.startswith("adapter_model") == adapter:
             tensors.update(_unpickle(file))
+    converted = {file.parent.relative_to(source): _unpickle(file) for file in modules}
     with replace_files(to) as beside:
         copy_settings(source, beside)
-        facts = {"format": "pt", "zowrap": __version__, "converted_from": pickles[0].name}
-        if adapter:
+        facts = {"format": "pt", "zowrap": __version__, "converted_from": (pickles or modules)[0].name}
+        for folder, weights in converted.items():
+            (beside / folder).mkdir(parents=True, exist_ok=True)
+            write_tensors(weights, beside / folder, WEIGHTS, None, facts)
+        if not pickles:
+            for file in (*whole, *([source / INDEX] if (source / INDEX).is_file() else [])):
+                shutil.copyfile(file, beside / file.name)
+        elif adapter:
             write_tensors(tensors, beside, ADAPTER, None, facts)
         else:
             write_tensors(tensors, beside, WEIGHTS, MAX_SHARD_SIZE, facts)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from zowrap.errors import ZOError
 from zowrap.quant import lowering
 from zowrap.step.pretrained import _base_model, _is_a, saved_part
 from zowrap.storage.atomic import TMP, guard_write, move_into, read_json, remove, write_json
 from zowrap.storage.base_options import describe_base
+from zowrap.storage.encoder_files import copy_modules
 from zowrap.storage.safetensors import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -53,7 +54,8 @@ def save_model(
     Args:
         model: a ``transformers`` model (weights, config, generation settings; tied weights once), a PEFT model (its
             adapter), a module that wraps one of these, or any module (``model.safetensors`` from its state dict). A
-            submodule with an attribute ``separate_file`` is written to the file of that name.
+            submodule with an attribute ``separate_file`` is written to the file of that name, and the JSON files that
+            one has in ``folder_documents`` beside it.
         directory: created if needed; files of the same names are replaced, others stay.
         metadata: strings for the header of the weight files, in addition to ``zowrap`` (the version) and
             ``base_model``.
@@ -71,9 +73,10 @@ def save_model(
             write_weights(part, beside, max_shard_size)
             for name, _, module in separate_parts(model):
                 write_separate_part(module, beside / name)
+            write_documents(model, beside)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
-        if (beside / ADAPTER).is_file():
+        if any(beside.rglob(ADAPTER)):  # of an adapter with a name of its own in a folder of that name
             facts |= describe_base(part)
         _name_base_absolutely(beside)
         for file in sorted(beside.rglob("*.safetensors")):
@@ -82,8 +85,16 @@ def save_model(
 
 def write_separate_part(module: nn.Module, file: Path) -> None:
     """Write a module into a file of its own, with its ``facts`` in the header."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
     save_file(tensors, file, metadata={"format": "pt", **getattr(module, "facts", {})})
+
+
+def write_documents(model: nn.Module, directory: Path) -> None:
+    """Write the JSON files that modules of ``model`` have in ``folder_documents``: path → content."""
+    for module in model.modules():
+        for path, value in getattr(module, "folder_documents", {}).items():
+            write_json(directory / path, value)
 
 
 def save_settings(model: nn.Module, directory: StrPath, tokenizer: Any = None) -> None:
@@ -104,6 +115,7 @@ def save_settings(model: nn.Module, directory: StrPath, tokenizer: Any = None) -
         for holder in (*holders, tokenizer):
             if hasattr(holder, "save_pretrained"):
                 holder.save_pretrained(str(beside))  # type: ignore[union-attr]
+        write_documents(model, beside)
         _name_base_absolutely(beside)
 
 
@@ -147,13 +159,36 @@ def _is_weight_file(name: str) -> bool:
 def write_weights(part: nn.Module, directory: Path, max_shard_size: int | str) -> None:
     if _is_a(part, "PreTrainedModel"):
         with _skip_irreversible_conversions(part):
-            part.save_pretrained(str(directory), max_shard_size=max_shard_size)  # type: ignore[operator]
+            state = _copy_shared_by_hand(part)
+            options = {} if state is None else {"state_dict": state}
+            part.save_pretrained(str(directory), max_shard_size=max_shard_size, **options)  # type: ignore[operator]
     elif hasattr(part, "save_pretrained"):
         part.save_pretrained(str(directory))  # type: ignore[operator]
     else:
         from safetensors.torch import save_model as save_module
 
         save_module(part, str(directory / WEIGHTS), metadata={"format": "pt"})
+
+
+def _copy_shared_by_hand(model: nn.Module) -> dict[str, Any] | None:
+    """Return the model's state with a copy of each weight that a script shared, or None where there is none.
+
+    transformers writes a shared tensor once, and shares it again on loading only where the model's class and
+    configuration say so. Elsewhere one of its places would come back random, or saving would fail.
+    """
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "_hf_peft_config_loaded", False):
+        return None
+    declared = set(getattr(model, "all_tied_weights_keys", None) or {})
+    state, copied = model.state_dict(), False
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.numel():
+            continue
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        other = first.setdefault(place, name)
+        if other != name and not declared & {name, other}:
+            state[name], copied = tensor.clone(), True
+    return state if copied else None
 
 
 @contextmanager
@@ -201,8 +236,10 @@ _RUN_FILES |= {"zo_state.json", "all_results.json", "train_results.json", "eval_
 
 
 def copy_settings(source: Path, to: Path) -> None:
+    """Copy everything of a model folder but its weights; of a sentence encoder the modules that follow it, whole."""
     for file in sorted(source.iterdir()):
         kept = file.suffix in SETTINGS and file.name not in _RUN_FILES and not file.name.endswith(".index.json")
         kept |= file.name == LABEL_VECTORS
         if file.is_file() and kept:
             shutil.copyfile(file, to / file.name)
+    copy_modules(source, to)

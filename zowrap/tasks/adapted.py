@@ -8,12 +8,23 @@ from typing import Any
 import torch
 
 from zowrap.errors import ZOError
+from zowrap.storage.atomic import read_json
 from zowrap.storage.base_options import read_base_options, read_run_config
-from zowrap.storage.safetensors import ADAPTER, StrPath, adapters_base
+from zowrap.storage.safetensors import ADAPTER, ADAPTER_CONFIG, StrPath, adapters_base, open_safetensors
+
+# The classes of the bases of adapters that only their task is known of, by peft's names of the tasks.
+_BASES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 
 def load_adapted(folder: StrPath) -> Any:
-    """Load the ``transformers`` model of a folder of adapters, with its base as it was during tuning.
+    """Load peft's model of a folder of adapters, with its base as it was during tuning.
 
     Raises:
         ZOError: there are no adapters, or their base cannot be loaded.
@@ -32,18 +43,22 @@ def load_adapted(folder: StrPath) -> Any:
     dtype = NAMES.get(facts.get("dtype") or "", torch.float32)
     if run.get("task"):
         source = open_source(str(folder))
+        source.complete = True
         source.quantization = facts.get("quantization")
-        model: Any = saved_part(restore_task(run["task"]).build(source, dtype))[0]
-        return _drop_renaming(model)
+        return saved_part(restore_task(run["task"]).build(source, dtype))[0]
     config = transformers.AutoConfig.from_pretrained(adapters_base(folder) or folder)
-    name = facts.get("architecture") or (config.architectures or [""])[0]
+    task = read_json(folder / ADAPTER_CONFIG).get("task_type")
+    name = facts.get("architecture") or _BASES.get(task) or (config.architectures or [""])[0]
     kind: Any = getattr(transformers, name, transformers.AutoModel)
-    source = Source(str(folder), config, None, quantization=facts.get("quantization"))
-    changes = {"num_labels": facts["num_labels"]} if "num_labels" in facts else {}
-    return _drop_renaming(load_model(source, kind, dtype, **changes))
+    source = Source(str(folder), config, None, quantization=facts.get("quantization"), complete=True)
+    labels = facts.get("num_labels") or (_count_classes(folder) if task == "SEQ_CLS" else None)
+    return load_model(source, kind, dtype, **({} if labels is None else {"num_labels": labels}))
 
 
-def _drop_renaming(model: Any) -> Any:
-    """Drop the renaming that loading the adapters used: transformers would apply it to the whole model on saving."""
-    model.__dict__.pop("_weight_conversions", None)
-    return model
+def _count_classes(folder: Path) -> int | None:
+    """The number of classes of a head that is saved with the adapters, under one of peft's names; None without one."""
+    with open_safetensors(folder / ADAPTER) as tensors:
+        for key in tensors.keys():  # noqa: SIM118 (no dict)
+            if key.endswith(("score.weight", "classifier.weight", "classifier.out_proj.weight")):
+                return int(tensors.get_slice(key).get_shape()[0])
+    return None

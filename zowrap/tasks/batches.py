@@ -6,6 +6,8 @@ Llamas), an end-of-text label must remain a label.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,13 +23,14 @@ Example = dict[str, Any]
 
 @dataclass
 class Examples(Dataset):
-    """Tokenised rows: ``{"input_ids": [int], "labels": int or [int]}`` each.
+    """Tokenised rows: ``{"input_ids": [int], "labels": int or [int]}`` each; of two texts also ``"token_type_ids"``.
 
     Attributes:
         items: the examples in file order, without the dropped ones.
         truncated: the number of rows that were longer than allowed.
         dropped: the number of rows left out because they have nothing to learn from (no label token).
         rows: for each item, the number of its row in the data file, from 0.
+        lost_turns: the number of the assistant's turns that a chat template keeps from being learned.
         lengths: for each item, its number of tokens.
     """
 
@@ -35,6 +38,7 @@ class Examples(Dataset):
     truncated: int = 0
     dropped: int = 0
     rows: list[int] = field(default_factory=list)
+    lost_turns: int = 0
     lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,13 +50,20 @@ class Examples(Dataset):
     def __getitem__(self, index: int) -> Example:
         return self.items[index]
 
+    def identity(self) -> dict[str, Any]:
+        """What tells these examples from others, as JSON types: their number and a digest of all tokens and labels."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            digest.update(json.dumps(item, sort_keys=True).encode())
+        return {"examples": len(self.items), "sha256": digest.hexdigest()}
+
 
 @dataclass(frozen=True)
 class Collator:
     """Pads examples into one batch, to the longest of them or to the next of some fixed lengths.
 
-    Returns ``input_ids`` and ``attention_mask``, int64 ``[batch, length]``, and ``labels``, int64 ``[batch]`` for
-    classes or ``[batch, length]`` with -100 at positions without a label.
+    Returns ``input_ids``, ``attention_mask`` and, for two texts, ``token_type_ids``, int64 ``[batch, length]``, and
+    ``labels``, int64 ``[batch]`` for classes or ``[batch, length]`` with -100 at positions without a label.
 
     Attributes:
         pad_id: token id that fills ``input_ids``; the mask hides it.
@@ -71,6 +82,8 @@ class Collator:
             "input_ids": self._pad(ids, self.pad_id),
             "attention_mask": self._pad([[1] * len(row) for row in ids], 0),
         }
+        if examples and "token_type_ids" in examples[0]:
+            batch["token_type_ids"] = self._pad([example["token_type_ids"] for example in examples], 0)
         if examples and "labels" in examples[0]:
             labels = [example["labels"] for example in examples]
             batch["labels"] = torch.tensor(labels) if isinstance(labels[0], int) else self._pad(labels, IGNORED)

@@ -16,24 +16,26 @@ from torch import Tensor, nn
 from zowrap.errors import ZOError, nearest
 from zowrap.names import FORMS
 from zowrap.step.parameters import canonical_name
-from zowrap.storage.safetensors import LABEL_VECTORS, open_safetensors, read_metadata
+from zowrap.storage.safetensors import ADAPTER, LABEL_VECTORS, open_safetensors, read_metadata
 from zowrap.tasks import templates
 from zowrap.tasks.batches import Collator, Example, Examples, truncate
-from zowrap.tasks.loading import Source, load_model
-from zowrap.tasks.rows import Row, label_index, read_text
+from zowrap.tasks.encoder import SENTENCE_TRANSFORMER, Encoder, default_encoder, kind_of_encoder
+from zowrap.tasks.encoding import check_vocabulary, drop_doubled, unknown_token
+from zowrap.tasks.heads import identify
+from zowrap.tasks.labels import label_index
+from zowrap.tasks.loading import Source, check_complete, load_model
+from zowrap.tasks.rows import Row, read_text
 
 log = logging.getLogger("zowrap")
 
 TEMPLATES = {"sequence": "{text}", "words": "{text}\nLabel: {label}", "sentence": "{text}", "vectors": "{text}"}
 
-_ENCODER_ENDINGS = ("ForMaskedLM", "ForPreTraining")
-
 
 def choose_form(source: Source, head: str = "auto") -> tuple[str, str]:
-    """Choose the form for a checkpoint, and explain the choice.
+    """Choose the form for a checkpoint by the head in its file, and explain the choice.
 
     Raises:
-        ZOError: ``head`` is unknown, or no form fits.
+        ZOError: ``head`` is unknown, no form fits, or the form would drop a head that was trained for something else.
     """
     if head != "auto":
         if head not in FORMS:
@@ -41,20 +43,28 @@ def choose_form(source: Source, head: str = "auto") -> tuple[str, str]:
         return head, "as asked with --head"
     if read_saved_labels(Path(source.name) / LABEL_VECTORS) is not None:
         return "vectors", f"{source.name} holds label vectors"
-    names = source.architectures
-    name = names[0] if names else "no architecture"
-    if name.endswith("ForSequenceClassification"):
-        return "sequence", f"the checkpoint is a {name}: it has a classification head"
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "words", f"the checkpoint is a {name}: labels are scored as words after the text"
+    checkpoint = identify(source)
+    name, why, kind = checkpoint.name, checkpoint.why, checkpoint.kind
+    if kind == "sequence":
+        return "sequence", f"{why}: it has a classification head"
+    if kind_of_encoder(*source.places) == SENTENCE_TRANSFORMER:
+        return "sentence", f"{source.name} is a sentence encoder ({name}): texts are compared with label names"
+    if kind == "causal":
+        return "words", f"{why}: labels are scored as words after the text"
     if getattr(source.config, "is_encoder_decoder", False):
         raise ZOError(
             f"{source.name} is an encoder-decoder ({name}), and classification needs an encoder, a causal language "
             "model or a classification head: --head sequence adds a new head"
         )
-    if name.endswith(_ENCODER_ENDINGS):
-        return "sequence", f"the checkpoint is a {name}: it gets a new classification head, freshly initialised"
-    return "sentence", f"the checkpoint is a {name}, an encoder without a head: texts are compared with label names"
+    if kind == "masked":
+        return "sequence", f"{why}: it gets a new classification head, freshly initialised"
+    if kind == "base":
+        return "sentence", f"{why}, an encoder without a head: texts are compared with label names"
+    said = f"is a {name}, whose head is for something else" if name else "does not say which class it is of"
+    raise ZOError(
+        f"{source.name} {said}: --head sequence adds a new classification head, --head sentence compares texts with "
+        "label names, --head words scores labels with a causal language model"
+    )
 
 
 @dataclass
@@ -67,8 +77,10 @@ class Classification:
         template: renders a row as text; ``{text}`` stands for ``text_column``, other fields for their columns.
         text_column, label_column: names in the data.
         max_length: the largest number of tokens in a row, including the label's words.
-        pooling: of a sentence encoder, ``"mean"`` or ``"cls"``.
-        numbered: whether a row may give the number of its label, from 0, instead of its name.
+        pooling: of a sentence encoder whose folder says nothing of it, a name of :data:`POOLINGS`.
+        numbered: whether a row may give the number of its label instead of its name.
+        numbers: the number of each label in the data, None for one that has none; by default they count from 0.
+        pair_column: the column of a second text, which the tokenizer joins with the first as the model was trained.
     """
 
     form: str
@@ -79,6 +91,8 @@ class Classification:
     max_length: int
     pooling: str = "mean"
     numbered: bool = False
+    numbers: list[int | None] | None = None
+    pair_column: str | None = None
     kind: str = "classification"
 
     def __post_init__(self) -> None:
@@ -88,6 +102,13 @@ class Classification:
             )
         if len(set(self.labels)) != len(self.labels):
             raise ZOError("--labels names the same label twice")
+        if self.numbers is not None and len(self.numbers) != len(self.labels):
+            raise ZOError(f"there are {len(self.labels)} labels and {len(self.numbers)} numbers for them")
+        if self.pair_column is not None and self.form != "sequence":
+            raise ZOError(
+                f"--text-pair-column is for a classification head, and not for --head {self.form}: put both texts "
+                "into one with --template"
+            )
         split = templates.parse_with_label if self.form == "words" else templates.parse_text_only
         self._parts = split(self.template)
 
@@ -111,12 +132,23 @@ class Classification:
         """Raise :class:`ZOError` for the first row whose text or label cannot be used."""
         for row in rows:
             self.text(row)
-            label_index(row, self.label_column, self.labels, self.numbered)
+            if self.pair_column is not None:
+                read_text(row, self.pair_column, "--text-pair-column")
+            self._label(row)
+
+    def _label(self, row: Row) -> int:
+        return label_index(row, self.label_column, self.labels, self.numbered, self.numbers)
 
     def examples(self, rows: Sequence[Row], source: Source) -> Examples:
-        """Tokenise rows to ``{"input_ids": [int], "labels": int}``, truncating texts (a prompt from its left)."""
-        texts = [self.text(row) for row in rows]
-        labels = [label_index(row, self.label_column, self.labels, self.numbered) for row in rows]
+        """Tokenise rows to ``{"input_ids": [int], "labels": int}``, truncating texts (a prompt from its left).
+
+        Rows of two texts also get ``"token_type_ids": [int]`` if the tokenizer makes them.
+        """
+        labels = [self._label(row) for row in rows]
+        if self.pair_column is not None:
+            return self._pairs(rows, labels, source)
+        prompt = self._prompt(source)
+        texts = [prompt + self.text(row) for row in rows]
         words = self.form == "words"
         if words:
             # The space before the label belongs to its words: most vocabularies have tokens that begin with a space.
@@ -127,70 +159,133 @@ class Classification:
         tokenizer = source.tokenizer
         encoded = tokenizer(texts, verbose=False)["input_ids"]
         items: list[Example] = []
-        kept: list[int] = []
+        kept: list[Row] = []
         truncated = dropped = 0
-        for row, text, ids, label in zip(rows, texts, encoded, labels, strict=True):
+        for row, text, whole, label in zip(rows, texts, encoded, labels, strict=True):
+            ids = drop_doubled(tokenizer, text, list(whole))
             ids = _strip_end(ids, tokenizer) if words else ids
             if len(ids) > room:
                 truncated += 1
                 if words:
                     ids, _ = truncate(ids, [-100] * len(ids), room, tokenizer.bos_token_id)
+                elif len(ids) < len(whole):  # the text has special tokens of its own
+                    ids = ids[:room]
                 else:  # the tokenizer knows which special tokens must stay
                     ids = tokenizer(text, truncation=True, max_length=room, verbose=False)["input_ids"]
             if not ids:
                 dropped += 1
                 continue
             items.append({"input_ids": list(ids), "labels": label})
-            kept.append(row.index)
-        return Examples(items, truncated, dropped, kept)
+            kept.append(row)
+        check_vocabulary(kept, (item["input_ids"] for item in items), source)
+        return Examples(items, truncated, dropped, [row.index for row in kept])
+
+    def _pairs(self, rows: Sequence[Row], labels: Sequence[int], source: Source) -> Examples:
+        """Tokenise two texts of each row together, with the separator and the token types of the tokenizer."""
+        assert self.pair_column is not None
+        first = [self.text(row) for row in rows]
+        second = [read_text(row, self.pair_column, "--text-pair-column") for row in rows]
+        whole = source.tokenizer(first, second, verbose=False)["input_ids"]
+        encoded = source.tokenizer(first, second, truncation=True, max_length=self.max_length, verbose=False)
+        types = encoded.get("token_type_ids")
+        known = getattr(source.config, "type_vocab_size", None)
+        if types is not None and known is not None and max(map(max, types)) >= known:
+            types = None  # the model knows no second type, and its tokenizer is of another family
+        items: list[Example] = []
+        for i, label in enumerate(labels):
+            items.append({"input_ids": list(encoded["input_ids"][i]), "labels": label})
+            if types is not None:
+                items[i]["token_type_ids"] = list(types[i])
+        check_vocabulary(rows, encoded["input_ids"], source)
+        truncated = sum(len(ids) > self.max_length for ids in whole)
+        return Examples(items, truncated, rows=[row.index for row in rows])
+
+    def encoder(self, source: Source) -> Encoder | None:
+        """The sentence encoder that this form compares texts with, ready to tokenise; None for other forms."""
+        if self.form not in ("sentence", "vectors"):
+            return None
+        found = source.encoder or default_encoder(source.name, source.config, self.pooling)
+        if source.tokenizer is not None:
+            found.prepare(source.tokenizer)
+        return found
+
+    def _prompt(self, source: Source) -> str:
+        encoder = self.encoder(source)
+        return "" if encoder is None else encoder.prompt
 
     def collator(self, source: Source) -> Collator:
-        return Collator(source.tokenizer.pad_token_id, "left" if self.form == "words" else "right")
+        pad = head_pad_id(source.config, source.pad_id) if self.form == "sequence" else source.pad_id
+        return Collator(pad, "left" if self.form == "words" else "right")
 
     def label_words(self, source: Source) -> tuple[Tensor, Tensor]:
         """Tokenise the labels, as words after a text or as names to embed: ids and mask, int64 ``[labels, tokens]``."""
         tokenizer = source.tokenizer
-        names = [label_to_words(label) for label in self.labels]
+        prompt = self._prompt(source)
+        names = [prompt + label_to_words(label) for label in self.labels]
         if self.form == "words":
             rows = _tokenize_continuations(tokenizer, names)
         else:
             rows = tokenizer(names, truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
+        size = source.vocabulary_size
         seen: dict[tuple[int, ...], str] = {}
         for label, row in zip(self.labels, rows, strict=True):
             if not row:
                 raise ZOError(f"the tokenizer has no tokens for label {label!r}: rename it with --labels")
+            if size is not None and max(row) >= size:
+                raise unknown_token(f"label {label!r}", max(row), size, source)
             other = seen.setdefault(tuple(row), label)
             if other != label:
                 raise ZOError(
                     f"labels {other!r} and {label!r} have the same tokens in this model: rename one with --labels"
                 )
-        batch = Collator(tokenizer.pad_token_id)([{"input_ids": list(row)} for row in rows])
+        batch = Collator(source.pad_id)([{"input_ids": list(row)} for row in rows])
         return batch["input_ids"], batch["attention_mask"]
 
     # --- the model --------------------------------------------------------------------------------------------
 
     def build(self, source: Source, dtype: torch.dtype, seed: int = 0) -> nn.Module:
         """Load the checkpoint and wrap it in the form."""
-        from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+        from transformers import (
+            AutoModel,
+            AutoModelForCausalLM,
+            AutoModelForSequenceClassification,
+            AutoModelForTextEncoding,
+        )
 
         from zowrap.tasks.forms import SentenceForm, SequenceForm, VectorsForm, WordsForm
 
         if self.form == "sequence":
-            module = load_model(source, AutoModelForSequenceClassification, dtype, seed, **self._head_config(source))
+            changes = self._head_config(source)
+            other = not source.empty and identify(source).kind == "other"  # a head of the same name, for something else
+            if other:
+                changes["ignore_mismatched_sizes"] = True
+            module = load_model(source, AutoModelForSequenceClassification, dtype, seed, **changes)
+            if other:
+                check_complete(source, _renew_head(module, seed))
             return SequenceForm(module).eval()
         ids, mask = self.label_words(source)
         if self.form == "words":
             module = load_model(source, AutoModelForCausalLM, dtype, seed)
             return WordsForm(module, ids, mask).eval()
-        module = load_model(source, AutoModel, dtype, seed)
+        encoder = self.encoder(source)
+        assert encoder is not None
+        # Of an encoder-decoder, sentence-transformers takes the encoder alone.
+        half = getattr(source.config, "is_encoder_decoder", False) or any(
+            name.endswith("EncoderModel") for name in source.architectures
+        )
+        auto = AutoModelForTextEncoding if half else AutoModel
+        module = load_model(source, auto, dtype, seed)
+        window = limit_window(encoder, source)
+        shorter = self.max_length if window is not None and self.max_length < window else None
+        after = encoder.build(source.tokenizer, source.empty, shorter)
         if self.form == "vectors":
             begin = source.label_vectors or Path(source.name) / LABEL_VECTORS
             vectors = None if source.empty else read_saved_vectors(begin, self.labels)
-            return VectorsForm(module, ids, mask, self.pooling, self.labels, vectors).eval()
-        return SentenceForm(module, ids, mask, self.pooling).eval()
+            return VectorsForm(module, ids, mask, after, self.labels, vectors).eval()
+        return SentenceForm(module, ids, mask, after).eval()
 
     def _head_config(self, source: Source) -> dict[str, Any]:
-        """The configuration's entries for the labels; warns if the checkpoint's head has another size."""
+        """The configuration's entries for the labels; warns if the checkpoint's own head has another size."""
         known = getattr(source.config, "num_labels", None)
         changes: dict[str, Any] = {
             "num_labels": len(self.labels),
@@ -198,15 +293,21 @@ class Classification:
             "label2id": {label: i for i, label in enumerate(self.labels)},
             "problem_type": "single_label_classification",
         }
-        has_head = any(name.endswith("ForSequenceClassification") for name in source.architectures[:1])
-        if has_head and known != len(self.labels):
-            log.warning(
-                "the checkpoint's head has %s labels and the data has %d: it gets a new head, freshly initialised",
-                known,
-                len(self.labels),
-            )
+        if known != len(self.labels) and self._has_own_head(source):
+            if not (Path(source.name).expanduser() / ADAPTER).is_file():  # adapters bring the head they were tuned with
+                log.warning(
+                    "the checkpoint's head has %s labels and the data has %d: it gets a new head, freshly initialised",
+                    known,
+                    len(self.labels),
+                )
             changes["ignore_mismatched_sizes"] = True
         return changes
+
+    @staticmethod
+    def _has_own_head(source: Source) -> bool:
+        """Whether the model, or the base of adapters, has a classification head by itself."""
+        named = source.architectures[:1]
+        return any(name.endswith("ForSequenceClassification") for name in named) or identify(source).kind == "sequence"
 
     def default_trainable(self, model: nn.Module) -> list[str] | None:
         """The names of the parameters that move by default; None for all.
@@ -219,7 +320,8 @@ class Classification:
             return [r"^vectors\.weight$"]
         if self.form != "sentence":
             return None
-        names = [name for name, tensor in model.named_parameters() if tensor.ndim >= 2 and _is_in_layer(name)]
+        inside = ((name, tensor) for name, tensor in model.named_parameters() if name.startswith("module."))
+        names = [name for name, tensor in inside if tensor.ndim >= 2 and _is_in_layer(name)]
         return [f"^{re.escape(canonical_name(name))}$" for name in names] or None
 
     @property
@@ -245,6 +347,17 @@ class Classification:
             }
             for row, label in zip(probabilities, batch["labels"].tolist(), strict=True)
         ]
+
+
+def head_pad_id(config: Any, pad: int) -> int:
+    """The token that a classification head takes for padding: its configuration's, or ``pad`` where that has none.
+
+    The head of a decoder reads the last token of each row that is not this one: padded with another, a row would be
+    classified by its padding.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    own, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    return own if isinstance(own, int) and 0 <= own < (size or 0) else pad
 
 
 def read_saved_labels(file: Path) -> list[str] | None:
@@ -288,36 +401,34 @@ def _is_in_layer(name: str) -> bool:
     return re.search(r"\.\d+\.", name) is not None and "pooler" not in name
 
 
-def order_labels(names: list[str], source: Source) -> list[str]:
-    """Put the data's labels in the order of the checkpoint's classification head, if its configuration names them.
+def _renew_head(model: nn.Module, seed: int) -> list[str]:
+    """Initialise the head of a model anew, drawn with ``seed``: its weights were trained for something else.
 
-    Names are matched regardless of case; numbers in the data are the numbers of the head's classes.
+    Returns:
+        The names of these weights.
     """
-    own = getattr(source.config, "id2label", None) or {}
-    named = [str(own[i]) for i in sorted(own)]
-    by_lower = {name.lower(): name for name in names}
-    if by_lower.keys() <= {name.lower() for name in named}:
-        return [by_lower.get(name.lower(), name) for name in named]
-    anonymous = all(name == f"LABEL_{i}" for i, name in enumerate(named))
-    if not anonymous and all(name.isdecimal() and int(name) < len(named) for name in names):
-        return named
-    if not anonymous and len(named) == len(names):
-        log.warning(
-            "the data's labels (%s) differ from the checkpoint's (%s): they are matched in this order",
-            ", ".join(names),
-            ", ".join(named),
-        )
-    return names
+    from zowrap.quant.lowering import mark_fresh
+
+    inside = getattr(model, "base_model_prefix", "")
+    children = model.named_children()
+    heads = {name: child for name, child in children if name != inside and next(child.parameters(), None) is not None}
+    torch.manual_seed(seed)
+    for name, head in heads.items():
+        for tensor in head.parameters():
+            tensor._is_hf_initialized = False  # type: ignore[attr-defined]  # else transformers leaves it as it is
+        for module in head.modules():
+            model._init_weights(module)  # type: ignore[operator]
+        log.warning("freshly initialised, because it was trained for something else: %s", name)
+    fresh = [f"{name}.{each}" for name, head in heads.items() for each, _ in head.named_parameters()]
+    mark_fresh(model, {*getattr(model, "fresh_weights", ()), *fresh})
+    return fresh
 
 
-def read_pooling(source: Source) -> str:
-    """Read the pooling of a sentence encoder: ``"cls"`` if its settings say so, else ``"mean"``."""
-    path = Path(source.name).expanduser() / "1_Pooling" / "config.json"
-    try:
-        modes = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "mean"
-    return "cls" if modes.get("pooling_mode_cls_token") else "mean"
+def limit_window(encoder: Encoder | None, source: Source) -> int | None:
+    """The largest number of tokens of a text: that of the encoder's settings, as far as its model reads them."""
+    if encoder is None or encoder.window is None:
+        return source.window
+    return source.limit_window(encoder.window)
 
 
 def label_to_words(label: str) -> str:

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from zowrap.storage.safetensors import LABEL_VECTORS
+from zowrap.tasks.encoder_modules import EncoderModules
 
 # Cosines are between -1 and 1; 20 is the inverse temperature that sentence encoders are trained with.
 COSINE_SCALE = 20.0
@@ -52,9 +53,14 @@ class Form(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> SequenceClassifierOutput:
-        logits = self.scores(input_ids, attention_mask)
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        logits = self.scores(input_ids, attention_mask, **types)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
@@ -81,10 +87,19 @@ class LabelTokens(nn.Module):
 
 
 class SequenceForm(Form):
-    """A model with a classification head, scored by its own logits."""
+    """A model with a classification head, scored by its own logits.
 
-    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self._call(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+    Rows of two texts come with ``token_type_ids``, int64 ``[batch, length]``, which are handed on if the model takes
+    them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._takes_types = "token_type_ids" in inspect.signature(module.forward).parameters
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        types = {"token_type_ids": token_type_ids} if self._takes_types and token_type_ids is not None else {}
+        return self._call(input_ids=input_ids, attention_mask=attention_mask, **types).logits.float()
 
 
 class WordsForm(Form):
@@ -102,7 +117,9 @@ class WordsForm(Form):
     def __init__(self, module: nn.Module, label_ids: Tensor, label_mask: Tensor) -> None:
         super().__init__(module)
         self.names = LabelTokens(label_ids, label_mask)
-        accepted = inspect.signature(module.forward).parameters
+        # The forward of one of peft's wrappers says nothing: it hands on what its base accepts.
+        inner: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
+        accepted = inspect.signature(inner.forward).parameters
         self._positions = "position_ids" in accepted
         self._keeps = "logits_to_keep" in accepted
 
@@ -146,20 +163,20 @@ def _pair_rows(left: Tensor, right: Tensor) -> Tensor:
 class SentenceForm(Form):
     """A sentence encoder, scored by 20 · cosine between the embeddings of the text and of each label's name.
 
-    The names go through the same weights as the text, so both move when the weights do. An embedding is the last hidden
-    state, averaged over the real tokens (or that of the first token, if the encoder was trained so) and normalised.
+    The names go through the same weights as the text, so both move when the weights do. An embedding is what the
+    modules after the transformer make of its last hidden state, normalised.
 
     Args:
-        module: the encoder.
+        module: the transformer.
         label_ids: int64 ``[labels, tokens]``, the names' token ids.
         label_mask: int64 ``[labels, tokens]``.
-        pooling: ``"mean"`` or ``"cls"``.
+        after: the modules that follow it.
     """
 
-    def __init__(self, module: nn.Module, label_ids: Tensor, label_mask: Tensor, pooling: str = "mean") -> None:
+    def __init__(self, module: nn.Module, label_ids: Tensor, label_mask: Tensor, after: EncoderModules) -> None:
         super().__init__(module)
         self.names = LabelTokens(label_ids, label_mask)
-        self.pooling = pooling
+        self.after = after
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         names = self.embed(self.names.ids, self.names.mask)
@@ -168,10 +185,7 @@ class SentenceForm(Form):
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embed texts as unit vectors: float32 ``[rows, width]``."""
         hidden = self._call(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
-        if self.pooling == "cls":
-            return F.normalize(hidden[:, 0], dim=-1)
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return F.normalize((hidden * mask).sum(1) / mask.sum(1).clamp_min(1), dim=-1)
+        return F.normalize(self.after(hidden, attention_mask), dim=-1)
 
 
 class LabelVectors(nn.Module):
@@ -206,11 +220,11 @@ class VectorsForm(SentenceForm):
         module: nn.Module,
         label_ids: Tensor,
         label_mask: Tensor,
-        pooling: str,
+        after: EncoderModules,
         labels: Sequence[str],
         vectors: Tensor | None = None,
     ) -> None:
-        super().__init__(module, label_ids, label_mask, pooling)
+        super().__init__(module, label_ids, label_mask, after)
         device = next(module.parameters()).device
         with torch.no_grad():
             start = self.embed(label_ids.to(device), label_mask.to(device)) if vectors is None else vectors
@@ -223,5 +237,6 @@ class VectorsForm(SentenceForm):
 
 def per_example_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Cross-entropy of each example, float32 ``[batch]``: the ``loss_fn`` of a classification run."""
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    output = model(**inputs)
     return F.cross_entropy(output.logits, batch["labels"], reduction="none")

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from zowrap.errors import ZOError
-from zowrap.loss.module import IGNORED, token_losses
+from zowrap.loss.module import IGNORED, pad_for_prompt, token_losses
 from zowrap.tasks.batches import Collator, Example, Examples, truncate
+from zowrap.tasks.chat import count_common, label_turns, marks_turns, render_chat
+from zowrap.tasks.encoding import check_vocabulary, encode
 from zowrap.tasks.loading import Source, load_model
 from zowrap.tasks.rows import Row, check_encodable, read_text
 
@@ -57,14 +59,16 @@ class LanguageModelling:
     def examples(self, rows: Sequence[Row], source: Source) -> Examples:
         """Tokenise rows to ``{"input_ids": [int], "labels": [int]}``, with -100 at positions without a label.
 
-        A row with no label token after its first position is dropped and counted, because its loss would be 0/0.
+        A row with no label token after its first position is dropped and counted, because its loss would be 0/0. A turn
+        of the assistant that cannot be found in the rendered chat is counted, too.
         """
-        encode = {"messages": self._chat, "prompt": self._prompt, "text": self._text}[self.layout]
+        to_tokens = {"messages": self._chat, "prompt": self._prompt, "text": self._text}[self.layout]
         items: list[Example] = []
-        kept: list[int] = []
-        truncated = dropped = 0
+        kept: list[Row] = []
+        truncated = dropped = lost = 0
         for row in rows:
-            ids, labels = encode(row, source.tokenizer)
+            ids, labels, unfound = to_tokens(row, source.tokenizer)
+            lost += unfound
             if len(ids) > self.max_length:
                 truncated += 1
                 ids, labels = truncate(ids, labels, self.max_length, source.tokenizer.bos_token_id)
@@ -72,41 +76,45 @@ class LanguageModelling:
                 dropped += 1
                 continue
             items.append({"input_ids": ids, "labels": labels})
-            kept.append(row.index)
-        return Examples(items, truncated, dropped, kept)
+            kept.append(row)
+        check_vocabulary(kept, (item["input_ids"] for item in items), source)
+        return Examples(items, truncated, dropped, [row.index for row in kept], lost)
 
-    def _text(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
-        ids = _encode(tokenizer, read_text(row, self.text_column))
+    # Each of these gives token ids, labels, and the number of turns that are not learned although they should be.
+
+    def _text(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int], int]:
+        ids = encode(tokenizer, read_text(row, self.text_column))
         ids = _append_end(ids, tokenizer) if self.end_of_text else ids
-        return ids, list(ids)
+        return ids, list(ids), 0
 
-    def _prompt(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
+    def _prompt(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int], int]:
         prompt, completion = read_text(row, "prompt"), read_text(row, "completion")
-        ids = _append_end(_encode(tokenizer, prompt + completion), tokenizer)
+        ids = _append_end(encode(tokenizer, prompt + completion), tokenizer)
         # Tokenise both together, as the model will see them; a token across the boundary belongs to the completion.
-        start = _common_prefix_length(_encode(tokenizer, prompt), ids)
+        start = count_common(encode(tokenizer, prompt), ids)
         if not completion:
-            return ids, [IGNORED] * len(ids)
-        return ids, [IGNORED] * start + ids[start:]
+            return ids, [IGNORED] * len(ids), 0
+        return ids, [IGNORED] * start + ids[start:], 0
 
-    def _chat(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
+    def _chat(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int], int]:
         messages = _messages(row, self.text_column)
-        ids = _apply_template(tokenizer, messages, row)
-        labels = [IGNORED] * len(ids)
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant" or i == 0:
-                continue
-            before = _apply_template(tokenizer, messages[:i], row, add_generation_prompt=True)
-            until = _apply_template(tokenizer, messages[: i + 1], row)
-            # Some templates rewrite earlier turns (dropping their reasoning); such a turn cannot be located.
-            if _common_prefix_length(before, ids) == len(before) and (end := _common_prefix_length(until, ids)) > len(
-                before
-            ):
-                labels[len(before) : end] = ids[len(before) : end]
-        return ids, labels
+
+        def render(some: list[dict[str, Any]], **options: Any) -> Any:
+            return _apply_template(tokenizer, some, row, **options)
+
+        if getattr(tokenizer, "is_fast", False) and marks_turns(_template(tokenizer)):
+            asked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+            encoded = render(messages, **asked)
+            ids, mask = list(encoded["input_ids"]), encoded["assistant_masks"]
+            marked = sum(now and not before for before, now in zip([0, *mask], mask, strict=False))
+            turns = sum(message["role"] == "assistant" for message in messages)
+            labels = [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
+            return ids, labels, max(0, turns - marked)
+        chat = render_chat(messages, render)
+        return *label_turns(tokenizer, chat, IGNORED), chat.lost
 
     def collator(self, source: Source) -> Collator:
-        return Collator(source.tokenizer.pad_token_id)
+        return Collator(source.pad_id)
 
     def build(self, source: Source, dtype: torch.dtype, seed: int = 0) -> nn.Module:
         """Load the checkpoint as a causal language model."""
@@ -122,29 +130,34 @@ class LanguageModelling:
 
     def metrics(self, output: Any, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """``{"accuracy": (right, counted)}`` over the label tokens, float32 ``[rows]`` each."""
-        wanted = batch["labels"][:, 1:]
+        wanted = pad_for_prompt(batch["labels"], output.logits)[:, 1:]
         counted = wanted != IGNORED
         right = (output.logits[:, :-1].argmax(-1) == wanted) & counted
         return {"accuracy": (right.sum(-1).float(), counted.sum(-1).float())}
 
     def predictions(self, output: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         """One JSON-able record per row: the mean loss per label token, and the number of label tokens."""
-        sums, counts = token_losses(output.logits[:, :-1], batch["labels"][:, 1:])
+        sums, counts = token_losses(output.logits[:, :-1], pad_for_prompt(batch["labels"], output.logits)[:, 1:])
         return [
             {"loss": total / max(count, 1.0), "tokens": int(count)}
             for total, count in zip(sums.tolist(), counts.tolist(), strict=True)
         ]
 
 
-def choose_layout(row: Row, text_column: str) -> tuple[str, str]:
-    """Choose the layout of the data and the column of its text by the first row."""
-    if "messages" in row.values and text_column in ("text", "messages"):
+def choose_layout(row: Row, text_column: str | None) -> tuple[str, str]:
+    """Choose the layout of the data and the column of its text by the first row.
+
+    A column that the user names is the one; else chat messages come first, then prompts, then plain text.
+    """
+    values = row.values
+    column = "text" if text_column is None else text_column
+    if text_column is None and "messages" in values:
         return "messages", "messages"
-    if isinstance(row.values.get(text_column), list):
-        return "messages", text_column
-    if "prompt" in row.values and "completion" in row.values and text_column == "text":
-        return "prompt", text_column
-    return "text", text_column
+    if isinstance(values.get(column), list):
+        return "messages", column
+    if text_column is None and "prompt" in values and "completion" in values:
+        return "prompt", column
+    return "text", column
 
 
 def _messages(row: Row, column: str) -> list[dict[str, Any]]:
@@ -160,30 +173,27 @@ def _messages(row: Row, column: str) -> list[dict[str, Any]]:
     return value
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, verbose=False)["input_ids"])
-
-
 def _append_end(ids: list[int], tokenizer: Any) -> list[int]:
     """Append the end-of-text token, which tells the model where to stop."""
     end = tokenizer.eos_token_id
     return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
-def _common_prefix_length(prefix: list[int], ids: list[int]) -> int:
-    """The number of leading tokens that agree."""
-    for i, (a, b) in enumerate(zip(prefix, ids, strict=False)):
-        if a != b:
-            return i
-    return min(len(prefix), len(ids))
+def _template(tokenizer: Any) -> str:
+    """The chat template of a tokenizer that has one or several; empty if it has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:  # of several templates none is the default; applying one says so
+        return ""
 
 
-def _apply_template(tokenizer: Any, messages: list[dict[str, Any]], row: Row, **options: Any) -> list[int]:
+def _apply_template(tokenizer: Any, messages: list[dict[str, Any]], row: Row, **options: Any) -> Any:
+    """Render messages by the chat template: text, or what ``options`` ask for."""
     if not getattr(tokenizer, "chat_template", None):
         raise ZOError("the model's tokenizer has no chat template, and a messages column needs one")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return tokenizer.apply_chat_template(messages, **{"tokenize": False, **options})
     except Exception as error:  # a template may raise anything, for a wrong order of roles for example
         raise ZOError(f"{row.where}: the chat template rejects these messages ({error})") from error
-    # The template writes the special tokens itself.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +20,12 @@ from zowrap.errors import ZOError, first_line, nearest, need_package
 from zowrap.machine import free_memory
 from zowrap.numerics.dtypes import DTYPES
 from zowrap.quant.lowering import is_quantized_layer, mark_fresh
-from zowrap.quant.schemes import check_config, check_requested
+from zowrap.quant.schemes import check_requested
 from zowrap.step.parameters import canonical_name
+from zowrap.storage.folder import RunFolder
 from zowrap.storage.safetensors import ADAPTER, adapters_base, check_adapter_settings, check_directory, open_safetensors
+from zowrap.tasks.encoder import Encoder, read_encoder
+from zowrap.tasks.saved_adapters import attach_saved, stored_names
 
 log = logging.getLogger("zowrap")
 
@@ -37,6 +42,7 @@ class Source:
         empty: :func:`load_model` builds the model on the ``meta`` device, without weights.
         label_vectors: file of the label vectors to start from, instead of those in the model's folder.
         quantization: arguments of ``BitsAndBytesConfig`` to load the weights with; None loads them unchanged.
+        complete: no weight may be missing, as nothing will train it: the model is to be evaluated or written.
     """
 
     name: str
@@ -46,14 +52,30 @@ class Source:
     empty: bool = False
     quantization: dict[str, Any] | None = None
     label_vectors: Path | None = None
+    complete: bool = False
 
     @property
     def architectures(self) -> list[str]:
         return list(getattr(self.config, "architectures", None) or [])
 
     @property
+    def places(self) -> list[str]:
+        """Where files of the model may be: a folder or hub name each, of adapters their own and their base's."""
+        base = adapters_base(self.name)
+        return [self.name, *([] if base is None else [base])]
+
+    @functools.cached_property
+    def encoder(self) -> Encoder | None:
+        """What sentence-transformers saved of the model, if it saved it as a sentence encoder; see read_encoder."""
+        return read_encoder(*self.places)
+
+    @property
     def window(self) -> int | None:
         """The largest number of tokens the model reads; None if nothing says."""
+        return self.limit_window(getattr(self.tokenizer, "model_max_length", None))
+
+    def limit_window(self, declared: Any) -> int | None:
+        """The largest number of tokens, at most as many as are ``declared`` elsewhere; None if nothing says."""
         said = [
             getattr(self.config, name, None)
             for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
@@ -62,10 +84,31 @@ class Source:
         # The RoBERTa family numbers positions from the padding index + 1, so a table of 514 rows reads 512 tokens.
         if limits and getattr(self.config, "model_type", "") in _OFFSET_POSITIONS:
             limits = [value - (self.config.pad_token_id or 0) - 1 for value in limits]
-        declared = getattr(self.tokenizer, "model_max_length", None)
         if isinstance(declared, int) and 0 < declared < 10**9:  # in transformers, a larger number means "not set"
             limits.append(declared)
         return min(limits, default=None)
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """The number of tokens that the model has an embedding for; None if its configuration does not say.
+
+        Adapters may bring a larger embedding with them than their base has.
+        """
+        try:
+            text = self.config.get_text_config()
+        except (AttributeError, ValueError):  # no such method, or several texts
+            text = self.config
+        size = getattr(text, "vocab_size", None)
+        if not isinstance(size, int) or size < 1:
+            return None
+        return max(size, _read_adapted_vocabulary(self.name))
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills short rows, which the mask hides: the tokenizer's own if the model can embed it."""
+        tokenizer, size = self.tokenizer, self.vocabulary_size
+        found = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, 0]
+        return next(each for each in found if each is not None and (size is None or each < size))
 
 
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "xmod", "data2vec-text"}
@@ -78,8 +121,7 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
         empty: only its shapes are needed, so neither weights nor a tokenizer have to exist.
 
     Raises:
-        ZOError: there is no such directory or hub model, no tokenizer, no weights or only pickled ones, or the
-            quantisation is not supported.
+        ZOError: there is no such directory or hub model, no tokenizer, no weights or only pickled ones.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -88,7 +130,6 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
         need_package("peft", f"{name} holds adapters: they need")
     with _explain_load_errors(name):
         config = AutoConfig.from_pretrained(adapters_base(name) or name, trust_remote_code=trust_remote_code)
-    check_config(config)
     try:
         with _explain_load_errors(name, "the tokenizer of "):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -114,13 +155,26 @@ def fetch(name: str, pickles: bool = False) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    from zowrap.storage.atomic import read_json
+    from zowrap.storage.encoder_files import (
+        MODULE_PICKLE,
+        MODULE_SETTINGS,
+        MODULE_WEIGHTS,
+        MODULES,
+        check_modules,
+    )
     from zowrap.storage.safetensors import PICKLED_WEIGHTS, PICKLES, SETTINGS, pickled_weights, weight_files
 
-    def download(*patterns: str) -> Path:
+    def download(*patterns: str, inside: bool = False) -> Path:
         with _explain_load_errors(name):
-            return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+            ignored = None if inside else ["*/*"]
+            return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=ignored))
 
     found = download("*.safetensors", *(f"*{ending}" for ending in SETTINGS))
+    if (found / MODULES).is_file():  # a sentence encoder, whose modules have folders of their own
+        paths = [each["path"] for each in check_modules(read_json(found / MODULES), f"{name}: {MODULES}")]
+        files = [MODULE_SETTINGS, MODULE_WEIGHTS, *([MODULE_PICKLE] if pickles else [])]
+        download(MODULES, *(f"{path}/{file}" for path in paths if path for file in files), inside=True)
     if not weight_files(found) and pickles:
         found = download(*(f"{stem}*{ending}" for stem in PICKLED_WEIGHTS for ending in PICKLES))
     if not weight_files(found) and not (pickles and pickled_weights(found)):
@@ -203,7 +257,7 @@ def count_parameters(source: Source) -> int:
                 raise
     from transformers import AutoModel
 
-    return sum(p.numel() for p in _build_empty(source, AutoModel, torch.float32).parameters())
+    return sum(p.numel() for p in build_empty(source, AutoModel, torch.float32).parameters())
 
 
 def _count_elements(file: Path) -> int:
@@ -212,7 +266,7 @@ def _count_elements(file: Path) -> int:
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 (no dict)
 
 
-def _build_empty(source: Source, auto_class: Any, dtype: torch.dtype, **changes: Any) -> nn.Module:
+def build_empty(source: Source, auto_class: Any, dtype: torch.dtype, **changes: Any) -> nn.Module:
     """Build a model on the ``meta`` device, without weights."""
     config = copy.deepcopy(source.config)
     for name, value in changes.items():
@@ -229,30 +283,33 @@ def load_model(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 
 
     Weights that are missing from the checkpoint, such as those of a new classification head, start random (drawn with
     ``seed``). They are logged as a warning, recorded on the model (:func:`zowrap.quant.lowering.mark_fresh`), and not
-    quantised, because they have to move: ``source.quantization`` is changed accordingly.
+    quantised, because they have to move: ``source.quantization`` is changed accordingly. Weights of the checkpoint that
+    the model has no place for are logged too; of a run's own folder they are an error.
 
     Args:
         changes: attributes of the configuration to set first (``num_labels`` …).
 
     Raises:
-        ZOError: the weights cannot be loaded, an already quantised checkpoint lacks some, or it is quantised to
-            another width than ``source.quantization``.
+        ZOError: the weights cannot be loaded, some are missing although ``source.complete``, an already quantised
+            checkpoint lacks some, or it is quantised to another width than ``source.quantization``.
     """
     check_requested(source.name, source.config, source.quantization)
     if source.empty:
         from zowrap.quant.empty import quantize_empty
 
         changes.pop("ignore_mismatched_sizes", None)
-        model = _build_empty(source, auto_class, dtype, **changes)
+        model = build_empty(source, auto_class, dtype, **changes)
         with _explain_load_errors(source.name):
             return quantize_empty(model, source.quantization)
-    model, fresh = _from_pretrained(source, auto_class, dtype, seed, changes)
+    model, fresh, untaken = _from_pretrained(source, auto_class, dtype, seed, changes)
+    unused = {name for name in fresh if getattr(auto_class, "__name__", "") == "AutoModel" and "pooler." in name}
+    check_complete(source, [name for name in fresh if name not in unused], untaken)
     rounded = _quantized_layers(model, fresh)
     if rounded and source.quantization is not None:
         kept = {*model.hf_quantizer.modules_to_not_convert, *rounded}
         source.quantization = {**source.quantization, "llm_int8_skip_modules": sorted(kept)}
         del model
-        model, fresh = _from_pretrained(source, auto_class, dtype, seed, changes)
+        model, fresh, untaken = _from_pretrained(source, auto_class, dtype, seed, changes)
         rounded = _quantized_layers(model, fresh)
     if rounded:
         raise ZOError(
@@ -260,18 +317,44 @@ def load_model(source: Source, auto_class: Any, dtype: torch.dtype, seed: int = 
             "with --load-in-8bit or --load-in-4bit"
         )
     if fresh:
-        names = ", ".join(fresh[:4]) + (", …" if len(fresh) > 4 else "")
-        log.warning("freshly initialised, because they are missing from %s: %s", source.name, names)
+        log.warning("freshly initialised, because they are missing from %s: %s", source.name, _list(fresh))
+    if untaken:
+        log.warning("not taken from %s, as this model has no place for them: %s", source.name, _list([*untaken]))
     mark_fresh(model, fresh)
     if getattr(model.config, "pad_token_id", None) is None and source.tokenizer is not None:
-        model.config.pad_token_id = source.tokenizer.pad_token_id
+        model.config.pad_token_id = source.pad_id
+    if adapters_base(source.name) is not None:
+        model = attach_saved(model, source.name)
     return model.eval()
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f", … ({len(names)} in all)" if len(names) > 4 else "")
+
+
+def check_complete(source: Source, fresh: list[str], untaken: Sequence[str] = ()) -> None:
+    """Refuse a model with random weights that nothing will train, and a run's folder that holds another model's.
+
+    Args:
+        fresh: names of weights that are random.
+        untaken: names of weights in the folder that the model has no place for.
+    """
+    if not source.complete:
+        return
+    if fresh:
+        raise ZOError(
+            f"{source.name} lacks weights that this model has, and random ones would take their place: {_list(fresh)}; "
+            "give a model that was trained with them (zowrap tune trains a new head)"
+        )
+    own = adapters_base(source.name) is None  # beside adapters, the weights are those of their base
+    if untaken and own and RunFolder(source.name).config_file.is_file():
+        raise ZOError(f"{source.name} holds weights that its own model has no place for: {_list([*untaken])}")
 
 
 def _from_pretrained(
     source: Source, auto_class: Any, dtype: torch.dtype, seed: int, changes: dict[str, Any]
-) -> tuple[Any, list[str]]:
-    """Load the model, and list the weights that are missing from its checkpoint."""
+) -> tuple[Any, list[str], list[str]]:
+    """Load the model, and list the weights that its checkpoint lacks and those of it that were not taken."""
     check_adapter_settings(source.name)
     options = dict(changes)
     torch.manual_seed(seed)
@@ -282,7 +365,7 @@ def _from_pretrained(
         options["quantization_config"] = BitsAndBytesConfig(**source.quantization)
     with _explain_load_errors(source.name):
         model, report = auto_class.from_pretrained(
-            source.name,
+            adapters_base(source.name) or source.name,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
@@ -291,17 +374,28 @@ def _from_pretrained(
         )
     # mismatched_keys holds (name, old shape, new shape) or names, depending on the version.
     fresh = [*report["missing_keys"], *(k if isinstance(k, str) else k[0] for k in report.get("mismatched_keys", ()))]
-    beside = _beside_adapters(source.name)
-    return model, sorted(name for name in fresh if canonical_name(name) not in beside)
+    beside = stored_names(source.name)
+    missing = sorted(name for name in fresh if canonical_name(name) not in beside)
+    return model, missing, sorted(report.get("unexpected_keys", ()))
 
 
-def _beside_adapters(name: str) -> set[str]:
-    """The canonical names of the weights in a folder of adapters, which its base need not have."""
+def _read_adapted_vocabulary(name: str) -> int:
+    """The rows of the embedding that a folder of adapters holds beside them; 0 if it holds none."""
     file = Path(name).expanduser() / ADAPTER
     if not file.is_file():
-        return set()
+        return 0
     with open_safetensors(file) as tensors:
-        return {canonical_name(key) for key in tensors.keys()}  # noqa: SIM118 (no dict)
+        shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 (no dict)
+    rows = [
+        shape[0]
+        for key, shape in shapes.items()
+        if len(shape) == 2 and _EMBEDDING.search(key) and "position" not in key and "token_type" not in key
+    ]
+    return max(rows, default=0)
+
+
+# The last parts of an embedding's name in the families of transformers, or in peft's copy of it.
+_EMBEDDING = re.compile(r"(embed\w*|wte)\.(modules_to_save\.)?(base_layer\.)?weight$")
 
 
 def _quantized_layers(model: nn.Module, names: list[str]) -> list[str]:

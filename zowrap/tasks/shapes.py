@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from zowrap.errors import ZOError
 from zowrap.loss.module import token_losses
-from zowrap.tasks.classification import TEMPLATES, Classification, choose_form, read_pooling
+from zowrap.tasks.classification import TEMPLATES, Classification, choose_form
+from zowrap.tasks.encoder import default_pooling
 from zowrap.tasks.lm import LanguageModelling
 from zowrap.tasks.loading import Source, load_model
 
@@ -65,7 +66,7 @@ def build_shapes(
         raise ZOError("the size of this form of classification depends on its labels: name them with --labels a,b,c")
     if form != "sequence" and source.tokenizer is None:
         raise ZOError(f"{source.name} has no tokenizer, which this form of classification needs for label names")
-    pooling = read_pooling(source) if form in ("sentence", "vectors") else "mean"
+    pooling = default_pooling(source.config)
     task = Classification(form, names, TEMPLATES[form], "text", "label", length, pooling)
     model = task.build(source, dtype).to("meta")
     if form == "words":

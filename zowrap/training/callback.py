@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import CallbackHandler
 
 from zowrap.loss.evaluation import Evaluation
 from zowrap.training.loop import acts_at_epoch_end, count_steps_per_epoch
@@ -64,3 +65,28 @@ class WriterCallback(TrainerCallback):
     def _is_epoch_end(self, state: Any) -> bool:
         """Whether the last step ended an epoch; False where the length of an epoch is unknown."""
         return self._steps_per_epoch is not None and state.global_step % self._steps_per_epoch == 0
+
+
+class RunEvents(CallbackHandler):
+    """Calls the writer's callback beside the user's, in whose list it is not: there is no run without it.
+
+    Its turn comes after the callbacks that the trainer was made with, and before those that were added later.
+
+    Args:
+        handler: the Trainer's own, which this one replaces.
+        mine: the writer's callback.
+    """
+
+    def __init__(self, handler: CallbackHandler, mine: WriterCallback) -> None:
+        vars(self).update(vars(handler))
+        self._mine = mine
+        self._first = {id(each) for each in handler.callbacks}
+
+    def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        facts = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
+        places = [place for place, each in enumerate(self.callbacks, 1) if id(each) in self._first]
+        turn = max(places, default=0)
+        for callback in [*self.callbacks[:turn], self._mine, *self.callbacks[turn:]]:
+            known = {name: getattr(self, name) for name in facts}
+            control = getattr(callback, event)(args, state, control, **known, **kwargs) or control
+        return control

@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from zowrap.errors import ZOError
 from zowrap.step.parameters import Parameter, canonical_name
 from zowrap.step.pretrained import saved_part
 from zowrap.storage import safetensors
-from zowrap.storage.atomic import read_json
+from zowrap.storage.atomic import TMP, guard_write, read_json
 from zowrap.storage.save import separate_parts
 
 if TYPE_CHECKING:
     from zowrap.model.zo_model import ZOModel
 
 STATE, TENSORS, TRAINER = "zo_state.json", "zo_state.safetensors", "trainer_state.json"
+APART = "zo_apart.safetensors"  # what moves and the adapters in a run's root do not hold as it is: a prompt's encoder
 
 
 def read_checkpoint_facts(directory: Path, name: str) -> dict[str, Any]:
@@ -65,7 +67,12 @@ def load_checkpoint(directory: str | os.PathLike[str], zm: ZOModel) -> dict[str,
 
 def _read_state(directory: Path) -> dict[str, Any]:
     if not (directory / STATE).is_file():
-        raise ZOError(f"{directory} is not a checkpoint of zowrap: there is no {STATE} in it")
+        if (directory / TRAINER).is_file():
+            raise ZOError(
+                f"{directory} holds a model alone, without the state that a run goes on from (as save_only_model "
+                "writes it): begin a new run from that model"
+            )
+        raise ZOError(f"Can't find a valid checkpoint at {directory}: there is no {STATE} in it")
     return _read_object(directory / STATE)
 
 
@@ -82,7 +89,29 @@ def load_weights(directory: str | os.PathLike[str], zm: ZOModel) -> None:
     Raises:
         ZOError: they are another model's.
     """
-    _put(zm, list(_stored_weights(Path(directory), zm, {})))
+    file, apart = Path(directory) / APART, {}
+    if file.is_file():
+        with safetensors.open_safetensors(file) as opened:
+            apart = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    _put(zm, list(_stored_weights(Path(directory), zm, apart)))
+
+
+def keep_apart(directory: str | os.PathLike[str], zm: ZOModel) -> None:
+    """Write what the adapters in a folder do not hold bit for bit to a file of its own, for :func:`load_weights`.
+
+    peft saves of a prompt what its encoder makes, and not the encoder.
+    """
+    file = Path(directory) / APART
+    adapted = (file.parent / safetensors.ADAPTER).is_file()
+    unsaved = [zm.parameters[index] for index in find_unsaved(zm, file.parent)] if adapted else []
+    tensors = {p.name: p.tensor.detach().cpu().contiguous() for p in unsaved if p.scale is None}
+    if not tensors:
+        file.unlink(missing_ok=True)
+        return
+    beside = file.with_name(file.name + TMP)
+    with guard_write(file, beside):
+        save_file(tensors, beside, metadata={"format": "pt"})
+        os.replace(beside, file)
 
 
 def _put(zm: ZOModel, tensors: list[tuple[int, Tensor]]) -> None:

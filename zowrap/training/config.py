@@ -47,7 +47,7 @@ class ZOConfig(StepOptions, TrainingArguments):
 
     Options that have no meaning without a backward pass are ignored with one warning each
     (``gradient_checkpointing``, ``max_grad_norm``, …); those that would make it another training than the one asked
-    for are refused (another ``optim``, ``fp16``, ``deepspeed``, ``label_smoothing_factor`` …).
+    for are refused (another ``optim``, ``fp16``, ``deepspeed`` …).
 
     Args:
         rule_options: hyper-parameters of the rule, ``{"beta": 0.99}``, or the same as JSON.
@@ -214,7 +214,6 @@ _REFUSED = {
     "bf16_full_eval": "load the model with dtype=torch.bfloat16 instead",
     "deepspeed": "it shards gradients and optimiser state, and there are none: start without it",
     "fsdp": "it shards gradients and optimiser state, and there are none: start without it",
-    "label_smoothing_factor": "give the smoothed loss as loss_fn to the trainer instead",
     "neftune_noise_alpha": "its noise would differ between the two sides of a step: leave it out",
     "auto_find_batch_size": "a run whose batch size changes cannot be repeated: set per_device_train_batch_size",
     "optim_args": "give hyper-parameters to the rule: rule_options={'beta': ...}",

@@ -52,6 +52,8 @@ class Start:
             schedule, and if that was chosen, the record of the ``choice``
             (:meth:`zowrap.calibration.learning_rate.LearningRate.record`). It is in the header of the journal and in
             every checkpoint.
+        intervals: the steps between logs, evaluations and checkpoints before this start, where a checkpoint says them;
+            ``state`` has those of now.
     """
 
     step: int
@@ -63,6 +65,7 @@ class Start:
     metric: str | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    intervals: dict[str, Any] = field(default_factory=dict)
 
     def scheduler_steps(self, scheduler: Any) -> Iterable[tuple[float, ...]]:
         """Return the arguments of every call of ``scheduler.step`` that was made so far."""
@@ -132,6 +135,7 @@ class _Search:
     Attributes:
         zm: the model, wrapped for the steps planned.
         fresh: the start at the first step.
+        intervals: see :class:`Start`.
     """
 
     run: Run
@@ -140,6 +144,7 @@ class _Search:
     base_model: str | None
     zm: ZOModel
     fresh: Start
+    intervals: dict[str, Any] = field(default_factory=dict)
 
     def start_over(self, clear: bool = False) -> Start:
         """Begin with the first step, in an empty folder or in one that may be cleared."""
@@ -156,24 +161,34 @@ class _Search:
                 "give another output_dir, or overwrite=True"
             )
         run.clean()
-        for step in run.checkpoints():
+        for step in run.saved_models():
             remove(run.checkpoint(step))
-        remove(run.journal_file)
-        remove(run.metrics.path)
-        remove(run.before_file)
+        for file in (run.journal_file, run.metrics.path, run.before_file, run.history.path):
+            remove(file)
         return self.fresh
 
     def go_on(self) -> Start:
-        """Go on as far as checkpoints and journal reach."""
+        """Go on as far as checkpoints and journal reach.
+
+        Raises:
+            ZOError: the folder holds no run at all.
+        """
         run, state = self.run, self.fresh.state
         run.clean()
+        if not run.config_file.is_file() and not run.exists():
+            raise ZOError(
+                f"No valid checkpoint found in output directory ({run.path}), and no run that was begun: leave out "
+                "resume_from_checkpoint to begin one"
+            )
         journal = Journal.resume(run.journal_file, self.fresh.header)
         recorded = journal.steps() if journal else 0
         saved = max(run.checkpoints(), default=0)
         finished = run.status().get("state") == "finished"
         step = max(saved, recorded)
         done = finished and step >= state.max_steps
-        if recorded > saved and not done and is_something_due(self.args, recorded, state):
+        # A callback's state is known as it was when the last step began, and not what that step made of it.
+        due = is_something_due(self.args, recorded, state) or run.history.has_states()
+        if recorded > saved and not done and due:
             step -= 1
         if step == 0:
             say(f"{run.path} has nothing to go on from: starting from the first step")
@@ -184,7 +199,7 @@ class _Search:
             began_with = read_checkpoint_facts(run.checkpoint(saved), "environment")
         zm = self._adopt(began_with)
         if saved:
-            state = _make_state(load_checkpoint(run.checkpoint(saved), zm))
+            state = self._make_state(load_checkpoint(run.checkpoint(saved), zm))
         elif journal is not None and zm.step_count == 0:
             check_start(zm, journal)
         if journal is not None:
@@ -192,6 +207,7 @@ class _Search:
                 raise ZOError(f"the model has moved past step {step}, where this run goes on: load the base model anew")
             replay(zm, journal, until=step)
             journal.keep(step)
+        run.history.apply(state, after=saved, until=step)
         state.global_step = step
         return self._start_after(step, state, journal, began_with, finished=done)
 
@@ -207,10 +223,10 @@ class _Search:
         else:
             began_with = read_checkpoint_facts(checkpoint, "environment")
         zm = self._adopt(began_with)
-        state = _make_state(load_checkpoint(checkpoint, zm))
+        state = self._make_state(load_checkpoint(checkpoint, zm))
         step = state.global_step = zm.step_count
         if journal is not None:
-            later = [each for each in run.checkpoints() if each > step]
+            later = [each for each in run.saved_models() if each > step]
             if later or journal.steps() > step:
                 say(f"going back to step {step} of {run.path}: what came after it is removed")
             for each in later:
@@ -237,6 +253,7 @@ class _Search:
             metric=self.args.metric_for_best_model,
             environment=began_with,
             plan=self.fresh.plan,
+            intervals=self.intervals,
         )
 
     def _adopt(self, began_with: dict[str, Any]) -> ZOModel:
@@ -251,8 +268,15 @@ class _Search:
             self.zm = self.wrap(self.fresh.plan["steps"], "eager")
         return self.zm
 
+    def _make_state(self, saved: dict[str, Any]) -> TrainerState:
+        """Make the Trainer's state from a checkpoint, whichever version of transformers wrote it.
 
-def _make_state(saved: dict[str, Any]) -> TrainerState:
-    """Make the Trainer's state from a checkpoint, whichever version of transformers wrote it."""
-    known = TrainerState.__dataclass_fields__
-    return TrainerState(**{name: value for name, value in saved.items() if name in known})
+        How long the run is to be, and what is due when, follows from the options of now: a finished run may go on.
+        """
+        known = TrainerState.__dataclass_fields__
+        state = TrainerState(**{name: value for name, value in saved.items() if name in known})
+        names = ("logging_steps", "eval_steps", "save_steps")
+        self.intervals = {name: getattr(state, name) for name in names}
+        for name in ("max_steps", *names):
+            setattr(state, name, getattr(self.fresh.state, name))
+        return state

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import tempfile
 import time
@@ -21,13 +22,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer_callback import ExportableState
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
+from transformers.trainer import align_special_tokens, logger
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from zowrap.errors import ZOError
+from zowrap.errors import ZOError, ZOWarning
 from zowrap.loss import evaluation
-from zowrap.loss.module import count_rows, find_invalid_labels
+from zowrap.loss.module import LossModule, count_rows, find_invalid_labels
 from zowrap.model.choice import Planned
 from zowrap.model.zo_model import StepResult, ZOModel
 from zowrap.quant import lowering
@@ -37,11 +38,13 @@ from zowrap.step.pretrained import model_name
 from zowrap.storage.lock import lock_folder
 from zowrap.storage.save import save_model
 from zowrap.training.auto_lr import settle_lr
-from zowrap.training.callback import WriterCallback
+from zowrap.training.callback import RunEvents, WriterCallback
+from zowrap.training.callback_states import collect_states, restore_states
 from zowrap.training.checkpoint import load_weights
 from zowrap.training.config import ZOConfig
 from zowrap.training.loop import make_first_state
 from zowrap.training.messages import say
+from zowrap.training.overrides import HOOKS, Use, check_overrides, find_override, mentions
 from zowrap.training.resume import Start, find_start
 from zowrap.training.run_folder import Run
 from zowrap.training.signals import Interrupted, catch_stop_signals
@@ -68,11 +71,24 @@ class ZOStep(torch.optim.Optimizer):
         super().__init__([parameter.tensor for parameter in zm.parameters], {"lr": lr})
         self.zm = zm
         self.done = done
+        self._made = False  # make_whole made the step
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if self.zm.accumulated:  # else make_whole made the step
+        if self.zm.accumulated:
             self.zm.lr = float(self.param_groups[0]["lr"])
             self.done(self.zm.update())
+        elif not self._made:
+            raise ZOError(
+                "no step was made: training_step is overridden and did not call super().training_step(...), which "
+                "evaluates the batch"
+            )
+        self._made = False
+        name = next((each.name for each in self.zm.parameters if each.tensor.grad is not None), None)
+        if name is not None:
+            raise ZOError(
+                f"{name} has a gradient, which a zeroth-order step does not use: leave out the backward pass, and put "
+                "its loss into compute_loss or loss_fn="
+            )
 
     def make_whole(self, batch: dict[str, Any]) -> Tensor:
         """Make the step on its only micro-batch in one call: only such a step can be replayed as a CUDA graph.
@@ -82,6 +98,7 @@ class ZOStep(torch.optim.Optimizer):
         """
         self.zm.lr = float(self.param_groups[0]["lr"])
         result = self.zm.step(**batch)
+        self._made = True
         self.done(result)
         return result.loss
 
@@ -89,10 +106,19 @@ class ZOStep(torch.optim.Optimizer):
 class ZOTrainer(Trainer):
     """Train with forward passes alone. It takes the arguments of ``transformers.Trainer``, except the optimiser.
 
+    A subclass may override the Trainer's methods: :mod:`zowrap.training.overrides` has the table of what becomes of
+    each. ``compute_loss``, ``compute_loss_func`` and ``label_smoothing_factor`` give the loss that trains and
+    evaluates. They get one micro-batch at a time, with its own number of label tokens as ``num_items_in_batch``, and
+    micro-batches count by these. An overridden ``compute_loss`` may read anything at each step, so it runs eagerly
+    unless ``engine="compiled"`` is asked for, which keeps the Python values of the first call.
+
     Args:
-        model: a ``transformers`` model, a PEFT model, or any module with ``loss_fn``. Its tensors move in place.
+        model: a ``transformers`` model, a PEFT model, or any module with ``loss_fn``. Its tensors move in place: those
+            that have ``requires_grad`` when the first step is made.
         args: a :class:`ZOConfig`. Plain ``TrainingArguments`` are refused: their defaults are for backpropagation.
         loss_fn: ``loss_fn(model, batch)``, 0-d or one loss per example; by default the model's own loss.
+        model_init: makes the model in place of ``model``, anew for each :meth:`train`.
+        compute_loss_func: ``compute_loss_func(outputs, labels, num_items_in_batch=...)``, as in the Trainer.
         batch_metrics: ``batch_metrics(model_output, batch) -> {name: (sum, count)}``, summed batch by batch.
         compute_metrics: as in the Trainer. It is given all predictions at once, so all logits of the evaluation set
             are held in memory; ``batch_metrics`` is not.
@@ -123,23 +149,31 @@ class ZOTrainer(Trainer):
         config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_arguments(model, args, kwargs)
-        _check_overrides(self)
-        if batch_metrics is not None and _find_override(self, "prediction_step"):
+        named = {**dict(zip(_POSITIONAL, positional, strict=False)), **kwargs}
+        _check_arguments(model, args, named)
+        check_overrides(self, ZOTrainer)
+        if batch_metrics is not None and self._is_overridden("prediction_step"):
             raise ZOError("prediction_step is overridden, and batch_metrics= takes its place: give one of them")
-        assert model is not None
         args = args or ZOConfig(output_dir="tmp_trainer")
+        _check_losses(self, args, loss_fn, named.get("compute_loss_func"))
         if loss_fn is not None and "remove_unused_columns" in args.unset:
             args.remove_unused_columns = False  # what the loss reads need not be what the model's forward takes
-        # eval_dataset is the fifth argument of the Trainer, the third after (model, args).
-        eval_dataset = kwargs.get("eval_dataset", positional[2] if len(positional) > 2 else None)
-        args.evaluates(eval_dataset is not None)
+        args.evaluates(named.get("eval_dataset") is not None)
         self._made_folder = not Path(str(args.output_dir)).exists()  # the Trainer makes it
+        model_init = named.pop("model_init", None)
+        if model_init is not None:
+            self.model_init, self.args = model_init, args
+            model = self._make_model(None)
+        assert model is not None
         with lowering.hide_quantization(model):
-            super().__init__(model, args, *positional, **kwargs)
+            super().__init__(model, args, **named)
+        self.model_init = model_init
         self.batch_metrics = batch_metrics
         self.run = Run(str(args.output_dir))
         self._bare, self._loss_fn = model, loss_fn
+        self._loss_source: str | None = None
+        self._told_of_loss = False
+        self._optimizer_step: ZOStep | None = None
         self._rule = args.rule_object()
         try:
             self.wrap(args.engine)
@@ -151,7 +185,7 @@ class ZOTrainer(Trainer):
         self._base_model, self._config = base_model or model_name(model), config
         self._writer: RunWriter | None = None  # of the last training
         self._callback = WriterCallback(self._get_evaluation)
-        self.add_callback(self._callback)
+        self.callback_handler = RunEvents(self.callback_handler, self._callback)
         self.resumed_from = 0
         self.interrupted = False
         self._resuming: Start | None = None
@@ -163,9 +197,126 @@ class ZOTrainer(Trainer):
         """Wrap the model, with the rule at its first step: ``zm`` is then another."""
         options = values_of(self.args)
         lr = "auto" if self.args.auto_lr else self.args.learning_rate
+        self._engine_asked = engine
+        self._loss_source = self._find_loss_source()
+        loss_fn = self._loss_fn if self._loss_source is None else self._compute_given_loss
+        if self._loss_source not in (None, *_LOSS_ARGUMENTS) and engine is None:
+            engine = "eager"
+            if not self._told_of_loss:
+                self._told_of_loss = True
+                say(
+                    f"{self._loss_source} gives the loss and runs eagerly, as it may read other values at each step: "
+                    "engine='compiled' compiles it with the values of the first"
+                )
         options |= {"rule": self._rule, "lr": lr, "engine": engine}
-        self.zm: ZOModel = zo_wrap(self._bare, loss_fn=self._loss_fn, **options)
+        self.zm: ZOModel = zo_wrap(self._bare, loss_fn=loss_fn, **options)
         self._loss = self.zm.loss_module
+        if self._optimizer_step is not None:
+            self._optimizer_step.zm = self.zm
+        # A smoothed loss takes the labels of the model's own.
+        self._labelled = LossModule(self._bare) if self._loss_source == "label_smoothing_factor" else self._loss
+        self._watched = [(name, each, each.requires_grad) for name, each in self._bare.named_parameters()]
+
+    # --- what may change before the first step -----------------------------------------------------------------
+
+    def _is_overridden(self, name: str) -> bool:
+        return find_override(self, ZOTrainer, name) is not None
+
+    def _find_loss_source(self) -> str | None:
+        """Name what makes the loss another than the model's own or ``loss_fn``, if something does."""
+        for name in (name for name, hook in HOOKS.items() if hook.use is Use.LOSS):
+            found = find_override(self, ZOTrainer, name)
+            if found is not None:
+                return f"{name} of {found.where}"
+        if self.compute_loss_func is not None:
+            return "compute_loss_func"
+        return "label_smoothing_factor" if self.label_smoother is not None else None
+
+    def _compute_given_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Compute the loss of a batch as the Trainer would, through every override of it: 0-d, or ``[batch]``."""
+        items = self._get_num_items_in_batch([batch], self.args.device)
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, dict(batch), num_items_in_batch=items)
+
+    def _follow_loss(self) -> None:
+        """Wrap again where the loss is another than it was: a method may be put on the trainer itself.
+
+        Raises:
+            ZOError: the model has moved by the earlier loss.
+        """
+        found = self._find_loss_source()
+        if found == self._loss_source:
+            return
+        if self.zm.step_count:
+            raise ZOError(f"{found or 'the loss'} was changed after the first step: make a new trainer with it")
+        _check_losses(self, self.args, self._loss_fn, self.compute_loss_func)
+        self.wrap(self._engine_asked)
+
+    def _follow_frozen(self) -> None:
+        """Wrap again where weights were frozen or unfrozen before the first step.
+
+        Raises:
+            ZOError: they were so later, or although ``trainable`` says what moves.
+        """
+        if all(each.requires_grad == before for _, each, before in self._watched):
+            return
+        changed = {name: each for name, each, before in self._watched if each.requires_grad != before}
+        if self.args.trainable is not None:
+            moving = {id(parameter.tensor) for parameter in self.zm.parameters}
+            changed = {name: each for name, each in changed.items() if id(each) in moving and not each.requires_grad}
+            if not changed:
+                return
+        name, first = next(iter(changed.items()))
+        if self.args.trainable is not None or self.zm.step_count or self.zm.accumulated or self.args.auto_lr:
+            if self.zm.step_count == 0:
+                self.mark_start_failed()
+            what = "unfrozen" if first.requires_grad else "frozen"
+            when = f"after step {self.zm.step_count}" if self.zm.step_count else "after the trainer was made"
+            named = self.args.trainable is not None
+            instead = "leave it out of trainable=" if named else "set requires_grad before train(), or give trainable="
+            raise ZOError(
+                f"{name} was {what} {when} (requires_grad), and a run moves the same weights from its first step to "
+                f"its last: {instead}"
+            )
+        planned = self.zm.planned
+        self.wrap(self._engine_asked)
+        self.zm.planned = planned
+        if self.is_in_train and self._writer is not None:
+            self._writer.change_model(self.zm)
+
+    def _make_model(self, trial: Any) -> nn.Module:
+        """Call ``model_init``, from the same seed each time."""
+        set_seed(self.args.seed)
+        return self.call_model_init(trial)
+
+    def _make_ready(self, resume: str | bool | None, trial: Any) -> None:
+        """Before a training: wrap the model that it begins with, as options, overrides and frozen weights are now.
+
+        Raises:
+            ZOError: the steps of the training before would be lost.
+        """
+        if str(self.run.path) != str(Path(str(self.args.output_dir))):
+            self.run = Run(str(self.args.output_dir))
+        trained = self._writer is not None
+        if trained:
+            self.optimizer = self.lr_scheduler = self._optimizer_step = None  # type: ignore[assignment]
+        if trained and self.model_init is not None:
+            self._bare = self.model = self.model_wrapped = self._make_model(trial)
+            if self.place_model_on_device:
+                self._move_model_to_device(self._bare, self.args.device)
+        elif trained and self.zm.step_count and not resume:
+            if self.run.exists() and not self.args.overwrite:
+                raise ZOError(
+                    f"{self.run.path} holds the steps of the training before: overwrite=True replaces them and goes on "
+                    "from the present weights, and resume_from_checkpoint=True goes on to a larger max_steps"
+                )
+        else:
+            self._follow_loss()
+            if not self.zm.step_count:
+                self._follow_frozen()
+            return
+        self._rule = self.args.rule_object()
+        self.wrap(self.args.engine)
 
     def wrap_for(self, steps: int | None) -> None:
         """Wrap again where the rule is another for a run of so many steps (a warm-up)."""
@@ -196,10 +347,15 @@ class ZOTrainer(Trainer):
         Returns:
             0-d loss for the Trainer's running mean: finite, and divided by the micro-batches of the step.
         """
+        self._follow_frozen()
         batch = self.prepare_batch(inputs)
-        alone = self.args.gradient_accumulation_steps == 1
-        loss = self._step.make_whole(batch) if alone else self.zm.accumulate(**batch)
-        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0) / self.current_gradient_accumulation_steps
+        step = self._optimizer_step  # None outside of a training: then nothing moves
+        alone = step is not None and self.args.gradient_accumulation_steps == 1
+        loss = step.make_whole(batch) if step is not None and alone else self.zm.accumulate(**batch)
+        if step is None:
+            self.zm.discard()
+        batches = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0) / batches
 
     def prepare_batch(self, inputs: dict[str, Any], what: str = "training") -> dict[str, Any]:
         """Move a batch to the device and check its labels: one that names no class would make the loss NaN.
@@ -214,14 +370,14 @@ class ZOTrainer(Trainer):
         labels = batch.get("labels")
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
             return batch
-        waits = labels.device.type == "cpu" or what != "training" or not self._loss.settled
+        waits = labels.device.type == "cpu" or what != "training" or not self._labelled.settled
         if labels.device.type == "cpu":
-            self._loss.settle(batch)  # the model's own loss may know other labels
-        classes = self._loss.classes
+            self._labelled.settle(batch)  # the model's own loss may know other labels
+        classes = self._labelled.classes
         if classes is None:
             return batch
         # Before that is known, an accelerator is kept from labels that are too large, which would end the process.
-        wrong = find_invalid_labels(labels, classes) if self._loss.settled else labels >= classes
+        wrong = find_invalid_labels(labels, classes) if self._labelled.settled else labels >= classes
         if not waits:
             any_wrong = wrong.any()
             self._wrong_labels = any_wrong if self._wrong_labels is None else self._wrong_labels | any_wrong
@@ -232,8 +388,8 @@ class ZOTrainer(Trainer):
     def refuse_wrong_labels(self) -> None:
         """Raise :class:`ZOError` if a label of the steps so far named no class."""
         wrong, self._wrong_labels = self._wrong_labels, None
-        if wrong is not None and bool(wrong) and self._loss.classes is not None:
-            self._refuse_label(None, self._loss.classes, "training")
+        if wrong is not None and bool(wrong) and self._labelled.classes is not None:
+            self._refuse_label(None, self._labelled.classes, "training")
 
     def _refuse_label(self, label: int | None, classes: int, what: str) -> NoReturn:
         row, found = _find_wrong_label(self.train_dataset if what == "training" else self.eval_dataset, classes)
@@ -248,9 +404,11 @@ class ZOTrainer(Trainer):
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        given = getattr(self.optimizer, "optimizer", self.optimizer)
+        if given is not None and given is not self._optimizer_step:
+            raise ZOError("an optimizer was set on the trainer, and would be ignored: the update is the rule's (rule=)")
         if self.optimizer is None:
-            self._step = ZOStep(self.zm, self.args.learning_rate, self._add_step)  # type: ignore[arg-type]
-            self.optimizer = self._step
+            self.optimizer = self._optimizer_step = ZOStep(self.zm, self.args.learning_rate, self._add_step)  # type: ignore[arg-type]
         return self.optimizer
 
     def _add_step(self, result: StepResult) -> None:
@@ -284,9 +442,15 @@ class ZOTrainer(Trainer):
                 names no class, or the disk is full. What was good before stays: the journal, an earlier checkpoint,
                 the best model.
         """
-        _check_overrides(self)
-        with lock_folder(self.run.path, self._made_folder):
-            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval, kwargs)
+        check_overrides(self, ZOTrainer)
+        self._make_ready(resume_from_checkpoint, trial)
+        given = {name: getattr(self.args, name) for name in _INTERVALS}
+        try:
+            with lock_folder(self.run.path, self._made_folder):
+                return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval, kwargs)
+        finally:
+            for name, value in given.items():  # fractions of a run, which may be longer the next time
+                setattr(self.args, name, value)
 
     def _train(
         self, resume: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None, kwargs: dict[str, Any]
@@ -302,20 +466,22 @@ class ZOTrainer(Trainer):
         self.resumed_from = start.step
         self._writer = self._callback.writer = writer = self._make_writer(start, weights)
         writer.open()
-        for name in ("logging_steps", "eval_steps", "save_steps"):  # fractions of the run, now that its length is known
+        for name in _INTERVALS:  # fractions of the run, now that its length is known
             setattr(self.args, name, getattr(start.state, name))
         began = time.time()
         if start.step >= start.state.max_steps:
             return self._end_finished(start, writer)
-        evaluates_first = self.args.eval_on_start
+        evaluates_first, model_init = self.args.eval_on_start, self.model_init
         try:
             with catch_stop_signals() as self._callback.signal, tempfile.TemporaryDirectory() as folder:
                 self.state = start.state
                 if start.step:
-                    start.state.save_to_json(str(Path(folder) / "trainer_state.json"))
+                    recorded = dataclasses.replace(start.state, **start.intervals)
+                    recorded.save_to_json(str(Path(folder) / "trainer_state.json"))
                     self.args.eval_on_start = False
                     self._resuming = start
                     kwargs["resume_from_checkpoint"] = folder
+                self.model_init = None  # type: ignore[assignment]  # the model is made
                 try:
                     self._settle_lr(start, writer)
                     output = super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs)
@@ -332,12 +498,20 @@ class ZOTrainer(Trainer):
                 raise ZOError(f"{error}; {broken}") from error
             raise
         finally:
-            self.args.eval_on_start = evaluates_first
+            self.args.eval_on_start, self.model_init = evaluates_first, model_init
             self._resuming = None
         if self.args.load_best_model_at_end and self.best_step is not None:
             self._load_best_model()
+        self._tell_skipped(writer)
         metrics = {**output.metrics, "skipped_steps": writer.log.skipped}
         return output._replace(training_loss=writer.log.mean_loss(), metrics=metrics)
+
+    def _tell_skipped(self, writer: RunWriter) -> None:
+        """Say at the end how many steps of the run were skipped, if any was."""
+        skipped = writer.log.skipped
+        if skipped:
+            were, their = ("was", "its") if skipped == 1 else ("were", "their")
+            say(f"{skipped} of {self.zm.step_count} steps {were} skipped: {their} loss was not finite")
 
     def _make_writer(self, start: Start, weights: WeightCheck) -> RunWriter:
         options = {k: v for k, v in self.args.to_dict().items() if not k.startswith(("hub_", "push_"))}
@@ -350,8 +524,13 @@ class ZOTrainer(Trainer):
             weights=weights,
             facts=self._facts(),
             tokenizer=self.tokenizer(),
+            write_model=self._write_model if any(map(self._is_overridden, ("save_model", "_save"))) else None,
             check_labels=self.refuse_wrong_labels,
         )
+
+    def _write_model(self, folder: Path) -> None:
+        """Write the model as a subclass writes it."""
+        self.save_model(str(folder), _internal_call=True)
 
     def _settle_lr(self, start: Start, writer: RunWriter) -> None:
         """Settle the learning rate, and give it to the schedule and to the first step."""
@@ -387,6 +566,12 @@ class ZOTrainer(Trainer):
         """End a run with no step left; where a kill came after the last one, the end is still to be written."""
         say(f"{self.run.path} is finished: {start.step} steps are done")
         self.state = start.state
+        self._load_callback_state()
+        # What a training does before its first step, and every later start as well.
+        self.args.learning_rate = start.plan.get("learning_rate", self.args.learning_rate)
+        tokenizer = self.processing_class
+        if isinstance(tokenizer, PreTrainedTokenizerBase | ProcessorMixin) and hasattr(self._bare, "config"):
+            align_special_tokens(self._bare, tokenizer)
         if not start.finished:
             try:
                 writer.close(interrupted=False)
@@ -423,7 +608,7 @@ class ZOTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the present model and the tokenizer, for ``from_pretrained``."""
-        self._save(output_dir)
+        self._save(output_dir or str(self.args.output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         metadata = {**self.zm.facts(), **self._facts()}
@@ -440,10 +625,32 @@ class ZOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         assert self._writer is not None
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()  # type: ignore[index,call-overload]
+        self.store_flos()
+        states = collect_states([*self.callback_handler.callbacks, self.control])
+        self.state.stateful_callbacks = states  # type: ignore[assignment]
         self._writer.save_checkpoint(dataclasses.asdict(self.state))
+
+    def _load_callback_state(self) -> None:
+        """Give the callbacks the states that they had: the run goes on as the one that it would have been."""
+        states: Any = self.state.stateful_callbacks or {}
+        asked = self.args.restore_callback_states_from_checkpoint
+        callbacks = [*self.callback_handler.callbacks, *([self.control] if asked else [])]
+        gone = restore_states(callbacks, states, arguments=asked)
+        if gone:
+            logger.warning(f"The run had callbacks with a state that this trainer does not have: {', '.join(gone)}")
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Restore the state as the Trainer does, which warns of other intervals than the run had; these count now."""
+        found = super()._init_training_state(*args, **kwargs)
+        if self._resuming is not None:
+            for name in _INTERVALS:
+                setattr(self.state, name, getattr(self._resuming.state, name))
+        return found
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Do what is due after a step, then keep the states of the callbacks."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.run.history.add_states(collect_states(self.callback_handler.callbacks), self.state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Do nothing: the weights are already those of the step that the run goes on from."""
@@ -480,13 +687,16 @@ class ZOTrainer(Trainer):
             self._writer.flush()
         self._sums = sums = evaluation.Evaluation()
         self._sums_of = metric_key_prefix
-        whole = self.compute_metrics is not None or _find_override(self, "prediction_step")
+        self._follow_loss()
+        overridden = any(map(self._is_overridden, ("prediction_step", "evaluation_loop")))
+        whole = self.compute_metrics is not None or overridden
         if description != "Evaluation" or (whole and self.batch_metrics is None):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
             # The Trainer's loss is a mean of the batches' means; this one gives every token or example the same weight.
             ours = {f"{metric_key_prefix}_loss": loss for loss in sums.means().values()}
+            ours.update(self._tell_broken_rows(sums, metric_key_prefix))
             return output._replace(metrics={**(output.metrics or {}), **ours})
         self.callback_handler.eval_dataloader = dataloader
         for inputs in dataloader:
@@ -496,18 +706,68 @@ class ZOTrainer(Trainer):
         if not sums.examples:
             raise ZOError("there is nothing to evaluate on: the evaluation set is empty")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in sums.means().items()}
+        metrics.update(self._tell_broken_rows(sums, metric_key_prefix))
         return EvalLoopOutput(None, None, metrics, sums.examples)  # type: ignore[arg-type]
+
+    def _tell_broken_rows(self, sums: evaluation.Evaluation, prefix: str) -> dict[str, float]:
+        """Warn of the rows of an evaluation without a finite loss, and return their number as a metric, if any."""
+        broken = sums.find_broken_rows()
+        if not broken:
+            return {}
+        which = f"row {broken[0]} has" if len(broken) == 1 else f"{len(broken)} rows have"
+        first = "" if len(broken) == 1 else f", the first is row {broken[0]}"
+        warnings.warn(
+            f"{which} no finite loss in the evaluation {prefix!r}{first} (counted from 0), nor has their mean",
+            ZOWarning,
+            stacklevel=4,
+        )
+        return {f"{prefix}_rows_without_loss": float(len(broken))}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss of one batch at the present weights; only evaluations ask for it."""
+        """Compute the loss of one batch at the present weights; only evaluations and overrides ask for it."""
+        if self._loss_source is not None:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
         sums, weights, outputs = evaluation.evaluate_batch(self._loss, inputs, outputs=True)
         rows = count_rows(inputs)
         self._sums.examples += rows
         self._sums.add_loss(sums, weights, rows, self.args.device)
         loss = (sums.sum() / weights.sum()).float()
-        return (loss, outputs if isinstance(outputs, dict) else (loss, *outputs)) if return_outputs else loss
+        if not isinstance(outputs, dict) and self._loss.form != "own":  # which is a tuple with its loss already
+            outputs = (loss, *outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Evaluate a batch as the Trainer does, and keep its loss with the weight of its tokens or examples."""
+        inputs = self.prepare_batch(inputs, "evaluation")
+        before = self._sums.examples
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
+        if loss is not None and self._sums.examples == before:
+            rows = count_rows(inputs)
+            self._sums.examples += rows
+            self._sums.add_loss(*self._loss.weigh(loss, inputs), rows, self.args.device)
+        return loss, logits, labels
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: a search trains many times, each time into a folder of its own.
+
+        Raises:
+            ZOError: always.
+        """
+        raise ZOError(
+            "hyperparameter_search is not supported: make a ZOTrainer with its own output_dir for each trial, or let "
+            "lr='auto' choose the learning rate"
+        )
 
     def _get_evaluation(self) -> tuple[evaluation.Evaluation, str] | None:
         """Return the sums of the latest evaluation and the prefix of its metrics' names; None outside of a training."""
@@ -519,33 +779,34 @@ class ZOTrainer(Trainer):
             logs.pop("grad_norm", None)
             logs.update(self._writer.take_log())
         super().log(logs, start_time)
+        if self.is_in_train and self._writer is not None:
+            self.run.history.add_log(self.state.log_history[-1], self.state.global_step)
 
 
-# Methods of the Trainer that a zeroth-order step does not call → what to use in their place.
-_NOT_OVERRIDDEN = {
-    "compute_loss": "give the loss as loss_fn=(lambda model, batch: ...)",
-    "training_step": "the step is the rule's: give rule=, and the loss as loss_fn=(lambda model, batch: ...)",
-    "create_optimizer": "the update is the rule's: give rule= and rule_options=",
-    "create_optimizer_and_scheduler": "the update is the rule's (rule=), the schedule is lr_scheduler_type",
-    "get_optimizer_cls_and_kwargs": "the update is the rule's: give rule= and rule_options=",
-    "get_decay_parameter_names": "weight decay is the rule's: give weight_decay=, which leaves out vectors",
-}
+# The Trainer's arguments after (model, args), in its order.
+_POSITIONAL = tuple(inspect.signature(Trainer.__init__).parameters)[3:]
+# Arguments that give the loss as a function of outputs and labels, which is compiled like any other.
+_LOSS_ARGUMENTS = ("compute_loss_func", "label_smoothing_factor")
+_INTERVALS = ("logging_steps", "eval_steps", "save_steps")
 
 
-def _find_override(trainer: ZOTrainer, name: str) -> str | None:
-    """Return the class (or ``"this trainer"``) that overrides that method of the Trainer or of ours, if one does."""
-    if name in vars(trainer):
-        return "this trainer"
-    others = (each for each in type(trainer).__mro__ if not issubclass(ZOTrainer, each))
-    return next((each.__name__ for each in others if name in vars(each)), None)
-
-
-def _check_overrides(trainer: ZOTrainer) -> None:
-    """Refuse methods that would never be called, or that would make another step than the rule's."""
-    for name, instead in _NOT_OVERRIDDEN.items():
-        where = _find_override(trainer, name)
-        if where is not None:
-            raise ZOError(f"{where} overrides {name}, which a zeroth-order trainer does not use: {instead}")
+def _check_losses(trainer: ZOTrainer, args: ZOConfig, loss_fn: Any, compute_loss_func: Any) -> None:
+    """Refuse two losses for one training, of which one would be ignored."""
+    arguments = {
+        "loss_fn=": loss_fn is not None,
+        "compute_loss_func=": compute_loss_func is not None,
+        "label_smoothing_factor=": bool(args.label_smoothing_factor),
+    }
+    given = [name for name, is_given in arguments.items() if is_given]
+    override = find_override(trainer, ZOTrainer, "compute_loss")
+    if override is not None:
+        reads = {"compute_loss_func=": "compute_loss_func", "label_smoothing_factor=": "label_smoother"}
+        given = [
+            name for name in given if name not in reads or not mentions(trainer, override, reads[name], "compute_loss")
+        ]
+        given += [f"compute_loss of {override.where}"] if given else []
+    if len(given) > 1:
+        raise ZOError(f"{given[0]} and {given[1]} each give a loss, and a training has one: leave one of them out")
 
 
 def _find_wrong_label(dataset: Any, classes: int) -> tuple[int | None, int | None]:
@@ -561,13 +822,11 @@ def _find_wrong_label(dataset: Any, classes: int) -> tuple[int | None, int | Non
 
 
 def _check_arguments(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    if model is None or kwargs.get("model_init") is not None:
-        raise ZOError("ZOTrainer takes model=..., and no model_init")
+    if (model is None) == (kwargs.get("model_init") is None):
+        raise ZOError("ZOTrainer takes model=... or model_init=..., and one of them")
     if args is not None and not isinstance(args, ZOConfig):
         raise ZOError(f"args must be a ZOConfig, not {type(args).__name__}, whose defaults are for backpropagation")
-    for name in ("optimizer_cls_and_kwargs", "compute_loss_func"):
-        if kwargs.get(name) is not None:
-            instead = "rule=" if name.startswith("optimizer") else "loss_fn=(lambda model, batch: ...)"
-            raise ZOError(f"{name} has no meaning here: give {instead}")
+    if kwargs.get("optimizer_cls_and_kwargs") is not None:
+        raise ZOError("optimizer_cls_and_kwargs has no meaning here: the update is the rule's (rule=)")
     if any(each is not None for each in kwargs.get("optimizers") or ()):
         raise ZOError("optimizers has no meaning here: the update is the rule's, the schedule is lr_scheduler_type")

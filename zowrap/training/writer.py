@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from zowrap.errors import ZOError, ZOWarning, not_finite
 from zowrap.loss.evaluation import Evaluation, measure_certainty
 from zowrap.model.zo_model import StepResult, ZOModel
+from zowrap.storage.lines import Lines
 from zowrap.storage.save import save_model, save_settings
 from zowrap.training.best_model import BestModel, is_finite
+from zowrap.training.checkpoint import keep_apart
 from zowrap.training.environment import describe_environment, say_differences
-from zowrap.training.journal import Journal
+from zowrap.training.journal import Journal, describe
 from zowrap.training.resume import Start
 from zowrap.training.run_folder import Run
 from zowrap.training.step_log import StepLog, make_metrics_line
@@ -45,6 +47,8 @@ class RunWriter:
         facts: what the headers of weight files say besides :meth:`zowrap.ZOModel.facts`.
         tokenizer: written beside the model, if there is one.
         weights: knows which weights were not finite when the run began.
+        write_model: writes the present model and the tokenizer into the folder that it is given, where that is not
+            :func:`zowrap.storage.save.save_model`.
         check_labels: raises ZOError where a label of the steps so far named no class.
 
     Attributes:
@@ -66,10 +70,11 @@ class RunWriter:
         weights: WeightCheck,
         facts: dict[str, str] | None = None,
         tokenizer: Any = None,
+        write_model: Callable[[Path], None] | None = None,
         check_labels: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.zm, self.args, self.config = run, zm, args, config
-        self.facts, self.tokenizer = facts or {}, tokenizer
+        self.facts, self.tokenizer, self.write_model = facts or {}, tokenizer, write_model
         self.best = BestModel(args.metric_for_best_model, args.greater_is_better)
         self.log = StepLog()
         self.plan = start.plan
@@ -94,10 +99,13 @@ class RunWriter:
             self._last_evaluations.update(dict.fromkeys(_pick_losses(line), line))
         if not start.finished:
             if not start.step or not run.config_file.is_file():
-                run.write_config(self.config["model"], self.config["options"], self.config.get("task"))
+                run.write_config(
+                    self.config["model"], self.config["options"], self.config.get("task"), self.config.get("data")
+                )
             if not start.step:
                 save_settings(self.zm.model, run.path, self.tokenizer)
         self._journal = self._journal or Journal.start(run.journal_file, start.header)
+        run.history.keep(start.step)
         self._mend_metrics(self._journal)
         for line in start.evaluations:
             if self.best.is_beaten_by(line):
@@ -161,12 +169,22 @@ class RunWriter:
             self._journal.amend_header(plan=self.plan)
         self.run.update_status(plan=self.plan)
 
+    def change_model(self, zm: ZOModel) -> None:
+        """Go on with another wrap of the model, before the first step."""
+        self.zm = zm
+        self._start.header.update(describe(zm, model_name=self._start.header["model"]))
+        if self._journal is not None:
+            self._journal.amend_header(**{**self._start.header, "plan": self.plan})
+
     def _close_files(self, sync: bool) -> None:
-        for lines in (self._journal, self.run.metrics):
+        for lines in self._files():
             if lines is not None:
                 if sync:
                     lines.sync()
                 lines.close()
+
+    def _files(self) -> tuple[Lines | None, ...]:
+        return (self._journal, self.run.metrics, self.run.history)
 
     # --- failures ----------------------------------------------------------------------------------------------
 
@@ -327,16 +345,29 @@ class RunWriter:
         """
         self.flush()
         self._check_weights()
-        for lines in (self._journal, self.run.metrics):
+        for lines in self._files():
             if lines is not None:
                 lines.sync()
-        step, keep = state["global_step"], self.args.save_total_limit or 0
-        self.run.save_checkpoint(step, self.zm, state, keep=keep, plan=self.plan)
+        step = state["global_step"]
+        self.run.save_checkpoint(
+            step,
+            self.zm,
+            state,
+            keep=self.args.save_total_limit or 0,
+            plan=self.plan,
+            tokenizer=self.tokenizer,
+            write_model=self.write_model,
+            model_only=self.args.save_only_model,
+        )
         self.run.update_status(step=step)
 
     def _write_model(self) -> None:
         """Write the present model, whose weights are checked, to the root of the run."""
+        if self.write_model is not None:
+            self.write_model(self.run.path)
+            return
         save_model(self.zm.model, self.run.path, {**self.zm.facts(), **self.facts}, tokenizer=self.tokenizer)
+        keep_apart(self.run.path, self.zm)
 
 
 def _pick_losses(line: dict[str, Any]) -> dict[str, Any]:

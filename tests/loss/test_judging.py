@@ -16,7 +16,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from zowrap.loss.module import LossModule, make_probes
+from zowrap.loss.judging import make_probes
+from zowrap.loss.module import LossModule
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -108,7 +109,8 @@ def test_a_weighted_token_of_a_language_model_shows() -> None:
                 weight = torch.ones(40)
                 weight[self.config.eos_token_id] = self.extra
                 logits = outputs.logits[:, :-1].flatten(0, 1)
-                outputs.loss = F.cross_entropy(logits, labels[:, 1:].flatten(), weight=weight)
+                given = None if self.extra == 1 else weight
+                outputs.loss = F.cross_entropy(logits, labels[:, 1:].flatten(), weight=given)
             return outputs
 
     torch.manual_seed(0)
@@ -172,3 +174,101 @@ def test_what_else_a_model_reads_may_be_in_its_loss() -> None:
     loss = LossModule(model)
     loss.settle({"input_ids": ids(3), "labels": torch.tensor([0, 1, 0]), "row_weight": torch.ones(3)})
     assert loss.form == "own"
+
+
+def test_a_term_too_small_to_be_a_number_apart_is_kept_all_the_same() -> None:
+    """What is added is seen as an addition, and not by how much it changes the loss of one batch."""
+    assert (
+        form_after(classifier(lambda logits, labels: F.cross_entropy(logits, labels) + 1e-9), torch.tensor([0, 1]))
+        == "own"
+    )
+    assert form_after(
+        classifier(lambda logits, labels: F.cross_entropy(logits, labels).float()), torch.tensor([0, 1])
+    ) == ("classes")
+
+
+def test_a_mixture_of_experts_with_a_tiny_router_loss_keeps_it() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {**SMALL, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    for coefficient, routed, form in ((1e-6, True, "own"), (1e-6, False, "causal")):
+        config = MixtralConfig(**sizes, output_router_logits=routed, router_aux_loss_coef=coefficient)
+        loss = LossModule(MixtralForCausalLM(config).eval())
+        loss.settle({"input_ids": ids(3), "labels": ids(3)})
+        assert loss.form == form
+
+
+def test_a_loss_that_masks_labels_by_their_values_is_kept_though_no_first_row_has_one() -> None:
+    class Masking(LlamaForCausalLM):
+        def forward(self, labels=None, **inputs):  # type: ignore[override]
+            if labels is not None:
+                labels = labels.masked_fill(labels == self.config.pad_token_id, -100)
+            return super().forward(labels=labels, **inputs)
+
+    torch.manual_seed(0)
+    model = Masking(LlamaConfig(**SMALL, num_key_value_heads=2, pad_token_id=3)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    loss = LossModule(model)
+    loss.settle({"input_ids": ids(12), "labels": ids(12)})
+    assert loss.form == "own"
+
+
+def test_a_constant_that_changes_the_loss_is_judged_when_it_comes() -> None:
+    class Either(BertForSequenceClassification):
+        def forward(self, labels=None, smooth=False, **inputs):  # type: ignore[override]
+            outputs = super().forward(**inputs)
+            if labels is not None:
+                outputs.loss = F.cross_entropy(outputs.logits, labels, label_smoothing=0.5 if smooth else 0.0)
+            return outputs
+
+    torch.manual_seed(0)
+    model = Either(BertConfig(**SMALL, num_labels=2)).eval()
+    with torch.no_grad():
+        model.classifier.weight.mul_(30)
+    loss, batch = LossModule(model), {"input_ids": ids(4), "labels": torch.tensor([0, 1, 0, 1])}
+    loss.settle(batch)
+    assert loss.form == "classes"
+    loss.settle({**batch, "smooth": True})
+    assert loss.form == "own"
+
+
+def test_a_first_batch_with_a_wrong_label_settles_nothing() -> None:
+    loss = LossModule(classifier(weighted(1.0, 10.0)))
+    loss.settle({"input_ids": ids(2), "labels": torch.tensor([0, 7])})
+    assert loss.form == "unsettled"
+    loss.settle({"input_ids": ids(2), "labels": torch.tensor([0, 1])})
+    assert loss.form == "own"
+
+
+def test_labels_given_shifted_are_the_models_own_matter() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)).eval()
+    x = ids(3)
+    shifted = F.pad(x, (0, 1), value=-100)[:, 1:]
+    loss = LossModule(model)
+    loss.settle({"input_ids": x, "labels": x, "shift_labels": shifted})
+    assert loss.form == "own"  # which those of the next batch need not be shifted alike
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_patches_that_are_no_rows_leave_the_loss_of_the_text(rows: int) -> None:
+    """Four patches for each row; with four rows of one patch each both numbers are the same."""
+
+    class Patched(LlamaForCausalLM):
+        def forward(self, input_ids=None, pixel_values=None, **inputs):  # type: ignore[override]
+            assert len(pixel_values) == 4 * len(input_ids) or len(pixel_values) == len(input_ids)
+            seen = pixel_values.reshape(len(input_ids), -1).mean(-1)[:, None, None]
+            return super().forward(inputs_embeds=self.get_input_embeddings()(input_ids) + seen, **inputs)
+
+    torch.manual_seed(0)
+    model = Patched(LlamaConfig(**SMALL, num_key_value_heads=2)).eval()
+    Patched.__module__ = Patched.forward.__module__ = "transformers.models.patched"  # as if it were their own
+    loss = LossModule(model)
+    batch = {"input_ids": ids(rows), "labels": ids(rows), "pixel_values": torch.randn(4 * rows, 2)}
+    loss.settle(batch)
+    assert loss.form == "causal"
+    sums, weights = loss(batch)
+    with torch.no_grad():
+        assert torch.allclose(sums.sum() / weights.sum(), model(**batch).loss, rtol=1e-5)
