@@ -83,7 +83,6 @@ def lines(record: dict[str, Any]) -> list[str]:
     if record.get("full_rows"):
         parts.append(f"{record['full_rows']:,} rows of codes are full: they end at ±127")
     found = [", ".join(parts), _dev(record), _test(record)]
-
     if record.get("best_is_last") and count and count > 1:
         noise = record.get("improved") is False
         still = "the last evaluation was the best" if noise else "still improving at the last evaluation"

@@ -138,14 +138,12 @@ def _loss_in(result: Any) -> Tensor:
 
 def _form_of(result: Any) -> list[bool] | None:
     """Which part of what a loss function returned is the loss; None if it is all."""
-    if not isinstance(result, tuple | list):
-        if not _is_loss(result):
-            raise ZOCaptureError("the model's loss function returns no number")
-        return None
-    if not any(map(_is_loss, result)):
+    several = isinstance(result, tuple | list)
+    parts = result if several else (result,)
+    first = next((i for i, part in enumerate(parts) if _is_loss(part)), None)
+    if first is None:
         raise ZOCaptureError("the model's loss function returns no number")
-    first = next(i for i, part in enumerate(result) if _is_loss(part))
-    return [i == first for i in range(len(result))]
+    return [i == first for i in range(len(parts))] if several else None
 
 
 def _is_loss(value: Any) -> bool:

@@ -117,7 +117,7 @@ class LossModule(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compute sums and weights of a batch, flat or nested (:mod:`zowrap.loss.nested`)."""
         if self._deferred is not None:
-            return self._as_rows(find_loss(self._deferred(convert_labels(batch, self.model))), batch)
+            return self.weigh(find_loss(self._deferred(convert_labels(batch, self.model))), batch)
         batch = nest_batch(batch)
         if self.loss_fn is not None:
             given = self.loss_fn(self.model, batch)
@@ -125,7 +125,7 @@ class LossModule(nn.Module):
                 raise ZOError(
                     "a population needs the loss of each example: loss_fn must return [batch], not one number"
                 )
-            return self._as_rows(given, batch)
+            return self.weigh(given, batch)
         batch = convert_labels(batch, self.model)
         if self.head is not None and "labels" in batch:
             return self.head(self._logits(batch), batch, self.model)
@@ -134,7 +134,7 @@ class LossModule(nn.Module):
             raise ZOError(
                 "the model returned no loss: put 'labels' into the batch, or give loss_fn=(lambda model, batch: ...)"
             )
-        return self._as_rows(loss, batch)
+        return self.weigh(loss, batch)
 
     @contextmanager
     def deferring(self, batch: Batch) -> Iterator[None]:
@@ -182,7 +182,7 @@ class LossModule(nn.Module):
         config = getattr(self.model, "config", None)
         if self.head is None or config is None:
             return None
-        kinds = [base.__name__ for base in type(self.model).__mro__]
+        kinds = names_of_kind(self.model)
         if self.head is class_loss or any(kind.endswith("ForTokenClassification") for kind in kinds):
             count = getattr(config, "num_labels", None)
             return count if isinstance(count, int) and count > 1 else None
@@ -228,10 +228,6 @@ class LossModule(nn.Module):
             ) from error
 
     def weigh(self, loss: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return a batch's mean loss as sums and weights, as :meth:`forward` does."""
-        return self._as_rows(loss, batch)
-
-    def _as_rows(self, loss: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Convert a loss to (sums, weights). Per-example losses have weight 1; a 0-d mean has the weight of what it
         averages: the label tokens (without the first of each row in a causal model), or else the examples.
         """

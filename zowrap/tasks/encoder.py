@@ -302,7 +302,7 @@ def _read_whole(name: str, entries: list[dict[str, Any]], parts: Sequence[str]) 
             raise ZOError(f"{name} has a module {kind} ({MODULES}), and zowrap knows only {known}")
         path = entry["path"]
         values = _read(name, f"{path}/{MODULE_SETTINGS}")
-        if values is None and kind not in ("Normalize",):
+        if values is None and kind != "Normalize":
             raise ZOError(f"{name} is incomplete: {path}/{MODULE_SETTINGS} is missing, which {MODULES} names")
         if values is not None:
             encoder.documents[f"{path}/{MODULE_SETTINGS}"] = values

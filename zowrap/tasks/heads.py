@@ -69,7 +69,16 @@ class Checkpoint:
 
 
 def identify(source: Source) -> Checkpoint:
-    """Identify the class of a checkpoint by its file, or by its configuration if the file cannot be read."""
+    """Identify the class of a checkpoint by its file, or by its configuration if the file cannot be read.
+
+    It is done once for a source: it may read the header of every file, and build models of all classes without weights.
+    """
+    if source.checkpoint is None:
+        source.checkpoint = _identify(source)
+    return source.checkpoint
+
+
+def _identify(source: Source) -> Checkpoint:
     named = source.architectures[0] if source.architectures else None
     if (Path(source.name).expanduser() / ADAPTER).is_file():
         return _identify_adapters(source, named)

@@ -43,6 +43,7 @@ class Source:
         label_vectors: file of the label vectors to start from, instead of those in the model's folder.
         quantization: arguments of ``BitsAndBytesConfig`` to load the weights with; None loads them unchanged.
         complete: no weight may be missing, as nothing will train it: the model is to be evaluated or written.
+        checkpoint: what :func:`zowrap.tasks.heads.identify` found, so that it looks once.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Source:
     quantization: dict[str, Any] | None = None
     label_vectors: Path | None = None
     complete: bool = False
+    checkpoint: Any = None
 
     @property
     def architectures(self) -> list[str]:
@@ -88,7 +90,7 @@ class Source:
             limits.append(declared)
         return min(limits, default=None)
 
-    @property
+    @functools.cached_property
     def vocabulary_size(self) -> int | None:
         """The number of tokens that the model has an embedding for; None if its configuration does not say.
 

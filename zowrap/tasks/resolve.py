@@ -75,18 +75,18 @@ def resolve(
         ZOError: an option does not fit, or the data cannot be used.
     """
     check_task_kind(kind)
-    length = limit_length(max_length, source.window)
     if kind == "lm":
+        length = limit_length(max_length, source.window)
         layout, column = choose_layout(rows[0], text_column)
         task: Task = LanguageModelling(layout, column, length, end_of_text)
         how = {"text": f"every token of {column!r}", "prompt": "the completion", "messages": "the assistant's turns"}
         _tell_dropped_head(source)
         return task, f"language modelling on {how[layout]}, up to {length} tokens"
     form, why = choose_form(source, head)
+    length = limit_length(max_length, window_of(form, source))
     pooling = "mean"
     if form in ("sentence", "vectors"):
         encoder = source.encoder
-        length = limit_length(max_length, window_of(form, source))
         pooling = default_pooling(source.config) if encoder is None else encoder.modes[0]
         why += "" if encoder is None else f" ({encoder.describe()})"
     found = _number_labels(form, rows, source, labels, label_column, keep_head)
