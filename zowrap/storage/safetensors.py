@@ -75,6 +75,16 @@ def add_metadata(file: Path, metadata: Mapping[str, str]) -> None:
         os.replace(beside, file)
 
 
+def read_shapes(file: StrPath) -> dict[str, tuple[int, ...]]:
+    """Read the names and shapes of the tensors in a safetensors file, from its header.
+
+    Raises:
+        ZOError: as :func:`open_safetensors`.
+    """
+    with open_safetensors(file) as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 (no dict)
+
+
 # --- model folders -----------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import torch
 from zowrap.errors import ZOError
 from zowrap.storage.atomic import read_json
 from zowrap.storage.base_options import read_base_options, read_run_config
-from zowrap.storage.safetensors import ADAPTER, ADAPTER_CONFIG, StrPath, adapters_base, open_safetensors
+from zowrap.storage.safetensors import ADAPTER, ADAPTER_CONFIG, StrPath, adapters_base, read_shapes
 
 # The classes of the bases of adapters that only their task is known of, by peft's names of the tasks.
 _BASES = {
@@ -57,8 +57,5 @@ def load_adapted(folder: StrPath) -> Any:
 
 def _count_classes(folder: Path) -> int | None:
     """The number of classes of a head that is saved with the adapters, under one of peft's names; None without one."""
-    with open_safetensors(folder / ADAPTER) as tensors:
-        for key in tensors.keys():  # noqa: SIM118 (no dict)
-            if key.endswith(("score.weight", "classifier.weight", "classifier.out_proj.weight")):
-                return int(tensors.get_slice(key).get_shape()[0])
-    return None
+    heads = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+    return next((shape[0] for key, shape in read_shapes(folder / ADAPTER).items() if key.endswith(heads)), None)

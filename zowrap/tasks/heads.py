@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from zowrap.errors import ZOError
+from zowrap.storage import safetensors
 from zowrap.storage.atomic import read_json
 from zowrap.storage.base_options import read_base_options
-from zowrap.storage.safetensors import ADAPTER, ADAPTER_CONFIG, INDEX, WEIGHTS, open_safetensors, weight_files
+from zowrap.storage.safetensors import ADAPTER, ADAPTER_CONFIG, INDEX, WEIGHTS, weight_files
 from zowrap.tasks.labels import are_numbers
 from zowrap.tasks.loading import Source, build_empty
 
@@ -99,9 +100,7 @@ def read_shapes(source: Source) -> Shapes:
     found: Shapes = {}
     try:
         for file in _list_files(source):
-            with open_safetensors(file) as tensors:
-                names = list(tensors.keys())
-                found.update({name: tuple(tensors.get_slice(name).get_shape()) for name in names})
+            found.update(safetensors.read_shapes(file))
     except (ZOError, OSError):  # loading the weights will say why
         return {}
     return found
@@ -214,8 +213,8 @@ def _identify_adapters(source: Source, base: str | None) -> Checkpoint:
     """The class that adapters were tuned on: by the head beside them, else by their settings and the base's class."""
     path = Path(source.name).expanduser()
     try:
-        with open_safetensors(path / ADAPTER) as tensors:
-            roots = {name.removeprefix(_PEFT_PREFIX).split(".")[0] for name in tensors.keys()}  # noqa: SIM118
+        names = safetensors.read_shapes(path / ADAPTER)
+        roots = {name.removeprefix(_PEFT_PREFIX).split(".")[0] for name in names}
         task = read_json(path / ADAPTER_CONFIG).get("task_type")
     except (ZOError, OSError, AttributeError):
         return Checkpoint(base, f"the adapters stand on a {base}")

@@ -23,7 +23,7 @@ from zowrap.quant.lowering import is_quantized_layer, mark_fresh
 from zowrap.quant.schemes import check_requested
 from zowrap.step.parameters import canonical_name
 from zowrap.storage.folder import RunFolder
-from zowrap.storage.safetensors import ADAPTER, adapters_base, check_adapter_settings, check_directory, open_safetensors
+from zowrap.storage.safetensors import ADAPTER, adapters_base, check_adapter_settings, check_directory, read_shapes
 from zowrap.tasks.encoder import Encoder, read_encoder
 from zowrap.tasks.saved_adapters import attach_saved, stored_names
 
@@ -264,8 +264,7 @@ def count_parameters(source: Source) -> int:
 
 def _count_elements(file: Path) -> int:
     """Count the weights in a safetensors file, from its header."""
-    with open_safetensors(file) as tensors:
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 (no dict)
+    return sum(map(math.prod, read_shapes(file).values()))
 
 
 def build_empty(source: Source, auto_class: Any, dtype: torch.dtype, **changes: Any) -> nn.Module:
@@ -386,11 +385,9 @@ def _read_adapted_vocabulary(name: str) -> int:
     file = Path(name).expanduser() / ADAPTER
     if not file.is_file():
         return 0
-    with open_safetensors(file) as tensors:
-        shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 (no dict)
     rows = [
         shape[0]
-        for key, shape in shapes.items()
+        for key, shape in read_shapes(file).items()
         if len(shape) == 2 and _EMBEDDING.search(key) and "position" not in key and "token_type" not in key
     ]
     return max(rows, default=0)

@@ -11,7 +11,7 @@ from torch import nn
 from zowrap.errors import ZOError, first_line, need_package
 from zowrap.numerics.dtypes import is_16_bit
 from zowrap.step.parameters import canonical_name
-from zowrap.storage.safetensors import ADAPTER, StrPath, check_adapter_settings, open_safetensors
+from zowrap.storage.safetensors import ADAPTER, StrPath, check_adapter_settings, open_safetensors, read_shapes
 
 
 def stored_names(folder: StrPath) -> set[str]:
@@ -19,8 +19,7 @@ def stored_names(folder: StrPath) -> set[str]:
     file = Path(folder).expanduser() / ADAPTER
     if not file.is_file():
         return set()
-    with open_safetensors(file) as tensors:
-        return {canonical_name(key) for key in tensors.keys()}  # noqa: SIM118 (no dict)
+    return set(map(canonical_name, read_shapes(file)))
 
 
 def attach_saved(base: Any, folder: StrPath) -> nn.Module:
@@ -92,8 +91,7 @@ def _stored_rows(base: Any, folder: Path, find: Any) -> int | None:
     module = find()
     name = next((name for name, each in base.named_modules() if each is module), None)
     names = {f"{name}.weight", f"{name}.token_adapter.weight"}
-    with open_safetensors(folder / ADAPTER) as tensors:
-        for key in tensors.keys():  # noqa: SIM118
-            if canonical_name(key) in names or canonical_name(key.removeprefix("base_model.")) in names:
-                return int(tensors.get_slice(key).get_shape()[0])
+    for key, shape in read_shapes(folder / ADAPTER).items():
+        if canonical_name(key) in names or canonical_name(key.removeprefix("base_model.")) in names:
+            return shape[0]
     return None
