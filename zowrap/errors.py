@@ -78,6 +78,12 @@ def first_line(error: object, otherwise: str | None = None) -> str:
     return next(filter(None, lines), type(error).__name__ if otherwise is None else otherwise)
 
 
+def list_some(names: Iterable[str], most: int = 8) -> str:
+    """The first names of a list that may be long, for a message: ``a, b, …``."""
+    names = list(names)
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A clause naming the closest valid choice, e.g. ``"; did you mean 'meazo'?"`` (or the list of choices)."""
     choices = list(choices)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import os
 import sys
 import tempfile
@@ -24,11 +23,9 @@ def main() -> int:
     from tests.golden import digest
     from tests.golden.configurations import CONFIGURATIONS
     from tests.golden.runs import run
+    from tests.support.choosing import choose_names
 
-    patterns = options.patterns or ["*"]
-    names = [name for name in CONFIGURATIONS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    if not names:
-        parser.error(f"no golden run matches {' '.join(patterns)}")
+    names = choose_names(parser, CONFIGURATIONS, options.patterns, "golden run")
     if options.list:
         print("\n".join(names))
         return 0

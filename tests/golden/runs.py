@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 import zowrap
 from tests.golden import models
 from tests.golden.digest import Outcome
+from tests.support.crash import CrashAfter
 
 STEPS = 25
 Run = Callable[[Path], Outcome]
@@ -209,17 +210,6 @@ def _outcome_of_run(folder: Path) -> Outcome:
 # --- the trainer ----------------------------------------------------------------------------------------------------
 
 
-class _Break(TrainerCallback):
-    """Breaks a training off after a step, as a crash does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise RuntimeError("broken off")
-
-
 def run_trainer(
     model: str, rule: str, engine: str = "eager", *, dtype: torch.dtype = torch.float32, scheme: str | None = None,
     break_at: int | None = None, loss_fn: Any = None, **options: Any,
@@ -252,7 +242,7 @@ def run_trainer(
             make_trainer(folder, []).train()
         else:
             with contextlib.suppress(RuntimeError):
-                make_trainer(folder, [_Break(break_at)]).train()
+                make_trainer(folder, [CrashAfter(break_at)]).train()
             journal = folder / "run" / "journal.jsonl"
             assert len(_read_lines(journal)) <= break_at + 1
             with journal.open("a") as file:

@@ -10,6 +10,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from tests.support.crash import CrashAfter
 from tests.support.tiny_run import trainer_in
 from zowrap.training.callback_states import collect_states, restore_states
 
@@ -57,17 +58,6 @@ def test_a_file_sets_nothing_but_what_the_callback_calls_its_state(saved: Any) -
     assert vars(callback) == {"name": "mine", "seen": 4}
 
 
-class Fails(TrainerCallback):
-    """Ends a run as a crash does, after the step's record is written."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise RuntimeError("the machine went down")
-
-
 @pytest.mark.parametrize("step", [2, 4, 5, 7])
 def test_a_resumed_run_counts_on_where_it_was(tmp_path: Any, step: int) -> None:
     options = {"max_steps": 8, "save_steps": 4, "eval_steps": 3, "logging_steps": 2}
@@ -77,7 +67,7 @@ def test_a_resumed_run_counts_on_where_it_was(tmp_path: Any, step: int) -> None:
     whole.train()
     assert [each.seen for each in mine] == [8, 80]
     with pytest.raises(RuntimeError):
-        trainer_in(tmp_path / "b", callbacks=[Counts("first"), Counts("second"), Fails(step)], **options).train()
+        trainer_in(tmp_path / "b", callbacks=[Counts("first"), Counts("second"), CrashAfter(step)], **options).train()
     mine = [Counts("first"), Counts("second")]
     again = trainer_in(tmp_path / "b", callbacks=mine, **options)
     again.train(resume_from_checkpoint=True)
@@ -101,7 +91,7 @@ def test_early_stopping_that_was_interrupted_stops_where_it_would_have(tmp_path:
     for step in (3, 7, stopped - 1):
         folder = tmp_path / str(step)
         with pytest.raises(RuntimeError):
-            trainer_in(folder, callbacks=[EarlyStoppingCallback(5, 1.0), Fails(step)], **options).train()
+            trainer_in(folder, callbacks=[EarlyStoppingCallback(5, 1.0), CrashAfter(step)], **options).train()
         again = trainer_in(folder, callbacks=[EarlyStoppingCallback(5, 1.0)], **options)
         assert again.train(resume_from_checkpoint=True).global_step == stopped
         assert _without_times(again.state.log_history) == _without_times(whole.state.log_history)

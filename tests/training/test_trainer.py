@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from tests.support.crash import CrashAfter
 from tests.support.tiny_run import collate, rows, tiny_llama, trainer_in, weights_of
 from zowrap.errors import ZOError, ZOWarning
 from zowrap.loss.evaluation import evaluate
@@ -387,12 +388,7 @@ def test_the_first_skipped_step_is_told_and_none_is_counted_where_there_is_none(
 
 
 def test_a_resumed_run_counts_the_skipped_steps_of_the_whole_run(tmp_path):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 12:
-                raise RuntimeError("the machine went down")
-
-    trainer = trainer_in(tmp_path, callbacks=[Stop()])
+    trainer = trainer_in(tmp_path, callbacks=[CrashAfter(12)])
     not_finite_from(trainer, {3, 4, 10})
     with pytest.raises(RuntimeError):
         trainer.train()

@@ -7,7 +7,6 @@ anew in any case (``--checks ""`` does nothing else).
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import os
 import sys
 import tempfile
@@ -31,13 +30,13 @@ def main() -> int:
     import torch
     import transformers
 
+    from tests.support.choosing import choose_names
     from tests.zoo import results, tiny
 
     torch.set_num_threads(1)
     kept = results.read()
     kept["versions"] = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
-    patterns = options.patterns or ["*"]
-    names = [name for name in tiny.families() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    names = choose_names(parser, tiny.families(), options.patterns, "family")
     if options.each_type:
         made = [name for name in names if "left_out" not in kept["families"].get(name, {})]
         names = results.one_of_each_type(made)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from zowrap.errors import ZOError
+from zowrap.errors import ZOError, list_some
 from zowrap.storage import safetensors
 from zowrap.storage.atomic import read_json
 from zowrap.storage.base_options import read_base_options
@@ -390,4 +390,4 @@ def _mismatch(found: Sequence[str], own: Sequence[str], source: Source) -> ZOErr
 
 
 def _list(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names[:8]) + (", …" if len(names) > 8 else "")
+    return list_some(map(repr, names))

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from zowrap.errors import ZOError
+from zowrap.errors import ZOError, list_some
 from zowrap.tasks.rows import Row, check_encodable, describe_type, read_value
 
 log = logging.getLogger("zowrap")
@@ -105,7 +105,7 @@ def label_index(
         known_numbers = list(range(len(labels)) if numbers is None else numbers)
         if int(number) in known_numbers:
             return known_numbers.index(int(number))
-    known = ", ".join(repr(label) for label in labels[:8]) + (", …" if len(labels) > 8 else "")
+    known = list_some(map(repr, labels))
     raise ZOError(f"{row.where}: label {name!r} is not one of the labels of training ({known})")
 
 

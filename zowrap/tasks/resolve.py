@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zowrap.errors import ZOError, nearest
+from zowrap.errors import ZOError, list_some, nearest
 from zowrap.names import TASKS as NAMES
 from zowrap.storage.safetensors import LABEL_VECTORS
 from zowrap.tasks.classification import (
@@ -132,7 +132,7 @@ def _number_labels(
         log.warning(
             "the labels are numbers (%s), and a text is compared with their names: name them with --labels, in the "
             "order of the numbers from 0",
-            ", ".join(names[:8]) + (", …" if len(names) > 8 else ""),
+            list_some(names),
         )
     return by_data
 
