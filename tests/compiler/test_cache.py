@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +49,27 @@ def test_a_second_start_of_the_same_job_compiles_nothing(tmp_path) -> None:
     assert len(second["kernels"]) == len(first["kernels"]) > 0
     assert second["loss"] == first["loss"]
     assert second["trace"] > 0
+
+
+INTERRUPTED = """#!/bin/sh
+for word; do [ "$flag" = -o ] && out=$word; flag=$word; done
+case "$*" in *.main.cpp*) if [ -e {marker} ]; then rm {marker}; echo half > "$out"; kill -9 $PPID; exit 1; fi;; esac
+exec {compiler} "$@"
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch takes g++ by this name")
+def test_a_start_killed_while_the_compiler_writes_does_no_harm_to_the_next(tmp_path, monkeypatch) -> None:
+    marker, script = tmp_path / "marker", tmp_path / "bin" / "g++"
+    script.parent.mkdir()
+    script.write_text(INTERRUPTED.format(marker=marker, compiler=shutil.which("g++")))
+    script.chmod(0o755)
+    marker.touch()
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(subprocess.CalledProcessError) as killed:
+        run(tmp_path / "cache")
+    assert killed.value.returncode == -signal.SIGKILL
+    assert run(tmp_path / "cache")["loss"] > 0
 
 
 @pytest.fixture

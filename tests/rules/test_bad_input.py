@@ -160,7 +160,8 @@ def test_the_state_of_other_options_or_another_model_is_refused(name: str) -> No
     queries = zm.state_dict()["queries"]
     refuses(zm, wrap(name, lr=0.7, queries=queries + 1).state_dict(), f"queries={queries + 1}")
     refuses(zm, wrap(name, lr=0.7, blocks="layer").state_dict(), r"blocks=\['layers.0', 'layers.1'\]")
-    refuses(zm, wrap(name, lr=0.7, block_order="random").state_dict(), "block_order='random'")
+    randomly = wrap(name, lr=0.7, blocks="layer", block_order="random").state_dict()
+    refuses(wrap(name, lr=0.7, blocks="layer"), randomly, "block_order='random'")
     refuses(zm, wrap(name, lr=0.7, trainable=["*.weight"]).state_dict(), "another model: its tunable parameters")
     wide = zowrap.zo_wrap(nn.Linear(3, 4), name, engine="eager", loss_fn=lambda m, b: m.weight.sum())
     refuses(zm, wide.state_dict(), "another model: its tunable parameters")

@@ -78,6 +78,11 @@ def test_only_the_active_block_moves_and_it_keeps_its_own_state() -> None:
         assert [float(s["n"]) for s in zm.job.states] == [1.0] * (step + 1) + [0.0] * (2 - step)
 
 
+def test_an_order_of_no_blocks_is_refused() -> None:
+    with pytest.raises(ZOError, match="block_order='random' does nothing without blocks"):
+        zowrap.zo_wrap(make("llama"), block_order="random", engine="eager")
+
+
 def test_unknown_order_names_the_nearest() -> None:
     with pytest.raises(ZOError, match="did you mean 'ascending'"):
         zowrap.zo_wrap(make("llama"), blocks="layer", block_order="asscending", engine="eager")

@@ -7,6 +7,8 @@ code is kept between processes (:mod:`zowrap.compiler.cache`).
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
-from torch._inductor import standalone_compile
+from torch._inductor import cpp_builder, standalone_compile
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -35,6 +37,25 @@ class RefusedProgram(ZOCaptureError):
 
 compile_count = 0  # graphs and kernels that this process compiled or loaded from the cache
 cache.use_cache_folder()
+_run_compiler = cpp_builder.run_compile_cmd
+
+
+def _compile_beside(cmd_line: str, cwd: str) -> None:
+    """Run torch's command of the C++ compiler, and put the file in its place only once it is whole.
+
+    torch takes every file that exists for a whole one. A process killed while the compiler writes would leave part of
+    one in the cache, and every later start of the job would load that.
+    """
+    words = shlex.split(cmd_line)
+    if "-o" not in words:  # Microsoft's compiler
+        return _run_compiler(cmd_line, cwd)
+    at = words.index("-o") + 1
+    target, words[at] = words[at], f"{words[at]}.{os.getpid()}.part"
+    _run_compiler(shlex.join(words), cwd)
+    os.replace(words[at], target)
+
+
+cpp_builder.run_compile_cmd = _compile_beside
 
 
 @dataclass

@@ -14,7 +14,7 @@ from zowrap.rules.base import Choice, Rule, with_masters
 from zowrap.rules.estimators import Estimator
 from zowrap.step import directions
 from zowrap.step.directions import Direction
-from zowrap.step.options import StepOptions
+from zowrap.step.options import DEFAULTS, StepOptions
 
 SEVERAL = 2  # what a rule is told of the number of blocks while there is no model to count them in
 
@@ -74,6 +74,8 @@ def choose_method(options: StepOptions) -> Method:
         rule = with_masters(rule)
     second = _second_point(options.along, rule, estimator, direction, queries)
     method = Method(asked, rule, direction, estimator, queries, None if isinstance(lr, str) else float(lr), second)
+    if options.blocks is None and options.block_order != DEFAULTS["block_order"]:
+        raise ZOError(Option("block_order", options.block_order), " does nothing without ", Option("blocks"))
     method.check_blocks(1 if options.blocks is None else SEVERAL)
     _check_together(method, options.engine)
     return method
