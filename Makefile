@@ -19,7 +19,7 @@ test: $(VENV)/ready  ## the default suite, in parallel
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: $(VENV)/ready  ## the cases that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --numprocesses auto --dist loadscope
 
 bench-gpu: $(VENV)/ready  ## an hour on one NVIDIA GPU: benchmarks/results/gpu and docs/gpu.md
 	$(BIN)/python -m benchmarks.gpu run
