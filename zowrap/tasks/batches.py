@@ -23,7 +23,7 @@ Example = dict[str, Any]
 
 @dataclass
 class Examples(Dataset):
-    """Tokenised rows: ``{"input_ids": [int], "labels": int or [int]}`` each; of two texts also ``"token_type_ids"``.
+    """Tokenised rows: ``{"input_ids": [int], "labels": int or [int]}`` each; some with ``"token_type_ids"``.
 
     Attributes:
         items: the examples in file order, without the dropped ones.
@@ -62,19 +62,22 @@ class Examples(Dataset):
 class Collator:
     """Pads examples into one batch, to the longest of them or to the next of some fixed lengths.
 
-    Returns ``input_ids``, ``attention_mask`` and, for two texts, ``token_type_ids``, int64 ``[batch, length]``, and
-    ``labels``, int64 ``[batch]`` for classes or ``[batch, length]`` with -100 at positions without a label.
+    Returns ``input_ids``, ``attention_mask`` and, if the examples have them, ``token_type_ids``, int64
+    ``[batch, length]``, and ``labels``, int64 ``[batch]`` for classes or ``[batch, length]`` with -100 at
+    positions without a label.
 
     Attributes:
         pad_id: token id that fills ``input_ids``; the mask hides it.
         side: ``"right"``, or ``"left"`` so that every row ends at the same position.
         lengths: in ascending order; a batch is padded to the first that is long enough, so that batches have few
             shapes (:func:`even_lengths`). By default, and beyond the last, a batch is padded to its longest row.
+        pad_type: what fills ``token_type_ids``.
     """
 
     pad_id: int
     side: str = "right"
     lengths: tuple[int, ...] = ()
+    pad_type: int = 0
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         ids = [example["input_ids"] for example in examples]
@@ -83,7 +86,7 @@ class Collator:
             "attention_mask": self._pad([[1] * len(row) for row in ids], 0),
         }
         if examples and "token_type_ids" in examples[0]:
-            batch["token_type_ids"] = self._pad([example["token_type_ids"] for example in examples], 0)
+            batch["token_type_ids"] = self._pad([example["token_type_ids"] for example in examples], self.pad_type)
         if examples and "labels" in examples[0]:
             labels = [example["labels"] for example in examples]
             batch["labels"] = torch.tensor(labels) if isinstance(labels[0], int) else self._pad(labels, IGNORED)

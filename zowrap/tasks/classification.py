@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from zowrap.errors import ZOError, nearest
 from zowrap.names import FORMS
 from zowrap.step.parameters import canonical_name
-from zowrap.storage.safetensors import ADAPTER, LABEL_VECTORS, open_safetensors, read_metadata
+from zowrap.storage.safetensors import LABEL_VECTORS, adapter_file, open_safetensors, read_metadata
 from zowrap.tasks import templates
 from zowrap.tasks.batches import Collator, Example, Examples, truncate
 from zowrap.tasks.encoder import SENTENCE_TRANSFORMER, Encoder, default_encoder, kind_of_encoder
-from zowrap.tasks.encoding import check_vocabulary, drop_doubled, unknown_token
+from zowrap.tasks.encoding import check_vocabulary, find_single, list_types, unknown_token
 from zowrap.tasks.heads import identify
 from zowrap.tasks.labels import label_index
 from zowrap.tasks.loading import Source, check_complete, load_model
@@ -142,7 +142,11 @@ class Classification:
     def examples(self, rows: Sequence[Row], source: Source) -> Examples:
         """Tokenise rows to ``{"input_ids": [int], "labels": int}``, truncating texts (a prompt from its left).
 
-        Rows of two texts also get ``"token_type_ids": [int]`` if the tokenizer makes them.
+        Rows of two texts also get ``"token_type_ids": [int]`` if the tokenizer makes them, rows of one if it marks
+        tokens with them (:func:`zowrap.tasks.encoding.list_types`): types that are all 0 are the model's default.
+
+        Raises:
+            ZOError: a label or a token is not known, or a form that knows no types would have to leave them out.
         """
         labels = [self._label(row) for row in rows]
         if self.pair_column is not None:
@@ -157,25 +161,30 @@ class Classification:
         if room < 1:
             raise ZOError(f"--max-length {self.max_length} leaves no room for the text before the label's words")
         tokenizer = source.tokenizer
-        encoded = tokenizer(texts, verbose=False)["input_ids"]
+        names = ("input_ids", "token_type_ids") if self._needs_types(source) else ("input_ids",)
+        encoded = tokenizer(texts, verbose=False)
         items: list[Example] = []
         kept: list[Row] = []
         truncated = dropped = 0
-        for row, text, whole, label in zip(rows, texts, encoded, labels, strict=True):
-            ids = drop_doubled(tokenizer, text, list(whole))
-            ids = _strip_end(ids, tokenizer) if words else ids
+        for i, (row, text, label) in enumerate(zip(rows, texts, labels, strict=True)):
+            whole = list(encoded["input_ids"][i])
+            single = find_single(tokenizer, text, whole)
+            item = {name: list(encoded[name][i])[single] for name in names}
+            ids = _strip_end(item["input_ids"], tokenizer) if words else item["input_ids"]
             if len(ids) > room:
                 truncated += 1
                 if words:
                     ids, _ = truncate(ids, [-100] * len(ids), room, tokenizer.bos_token_id)
                 elif len(ids) < len(whole):  # the text has special tokens of its own
-                    ids = ids[:room]
+                    item = {name: each[:room] for name, each in item.items()}
                 else:  # the tokenizer knows which special tokens must stay
-                    ids = tokenizer(text, truncation=True, max_length=room, verbose=False)["input_ids"]
-            if not ids:
+                    cut = tokenizer(text, truncation=True, max_length=room, verbose=False)
+                    item = {name: list(cut[name]) for name in names}
+            item = {"input_ids": ids} if words else item
+            if not item["input_ids"]:
                 dropped += 1
                 continue
-            items.append({"input_ids": list(ids), "labels": label})
+            items.append({**item, "labels": label})
             kept.append(row)
         check_vocabulary(kept, (item["input_ids"] for item in items), source)
         return Examples(items, truncated, dropped, [row.index for row in kept])
@@ -188,9 +197,8 @@ class Classification:
         whole = source.tokenizer(first, second, verbose=False)["input_ids"]
         encoded = source.tokenizer(first, second, truncation=True, max_length=self.max_length, verbose=False)
         types = encoded.get("token_type_ids")
-        known = getattr(source.config, "type_vocab_size", None)
-        if types is not None and known is not None and max(map(max, types)) >= known:
-            types = None  # the model knows no second type, and its tokenizer is of another family
+        if types is not None and not _knows_types(source, max(map(max, types))):
+            types = None
         items: list[Example] = []
         for i, label in enumerate(labels):
             items.append({"input_ids": list(encoded["input_ids"][i]), "labels": label})
@@ -199,6 +207,22 @@ class Classification:
         check_vocabulary(rows, encoded["input_ids"], source)
         truncated = sum(len(ids) > self.max_length for ids in whole)
         return Examples(items, truncated, rows=[row.index for row in rows])
+
+    def _needs_types(self, source: Source) -> bool:
+        """Whether single texts come with token types: the tokenizer marks tokens with them, and the model knows them.
+
+        Raises:
+            ZOError: this form would leave them out.
+        """
+        highest = max(list_types(source.tokenizer), default=0)
+        if highest == 0 or not _knows_types(source, highest):
+            return False
+        if self.form != "sequence":
+            raise ZOError(
+                f"the tokenizer of {source.name} marks tokens with types of their own, which --head {self.form} would "
+                "leave out: --head sequence adds a new classification head"
+            )
+        return True
 
     def encoder(self, source: Source) -> Encoder | None:
         """The sentence encoder that this form compares texts with, ready to tokenise; None for other forms."""
@@ -215,7 +239,11 @@ class Classification:
 
     def collator(self, source: Source) -> Collator:
         pad = head_pad_id(source.config, source.pad_id) if self.form == "sequence" else source.pad_id
-        return Collator(pad, "left" if self.form == "words" else "right")
+        tokenizer = source.tokenizer
+        # Of a head that reads the last position, whatever it holds, the tokenizer says where the padding goes.
+        last = self.form == "sequence" and getattr(source.config, "summary_type", None) == "last"
+        side = tokenizer.padding_side if last else "left" if self.form == "words" else "right"
+        return Collator(pad, side, pad_type=tokenizer.pad_token_type_id)
 
     def label_words(self, source: Source) -> tuple[Tensor, Tensor]:
         """Tokenise the labels, as words after a text or as names to embed: ids and mask, int64 ``[labels, tokens]``."""
@@ -294,7 +322,7 @@ class Classification:
             "problem_type": "single_label_classification",
         }
         if known != len(self.labels) and self._has_own_head(source):
-            if not (Path(source.name).expanduser() / ADAPTER).is_file():  # adapters bring the head they were tuned with
+            if not adapter_file(source.name).is_file():  # adapters bring the head they were tuned with
                 log.warning(
                     "the checkpoint's head has %s labels and the data has %d: it gets a new head, freshly initialised",
                     known,
@@ -347,6 +375,12 @@ class Classification:
             }
             for row, label in zip(probabilities, batch["labels"].tolist(), strict=True)
         ]
+
+
+def _knows_types(source: Source, highest: int) -> bool:
+    """Whether the model has token types up to ``highest``; it has not where its tokenizer is of another family."""
+    known = getattr(source.config, "type_vocab_size", None)
+    return known is None or highest < known
 
 
 def head_pad_id(config: Any, pad: int) -> int:

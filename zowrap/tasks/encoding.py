@@ -12,11 +12,12 @@ from zowrap.tasks.rows import Row
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Tokenise a text with the tokenizer's special tokens, each of them once."""
-    return drop_doubled(tokenizer, text, list(tokenizer(text, verbose=False)["input_ids"]))
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    return ids[find_single(tokenizer, text, ids)]
 
 
-def drop_doubled(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
-    """Drop the special tokens which the tokenizer added around a text that begins or ends with them.
+def find_single(tokenizer: Any, text: str, ids: list[int]) -> slice:
+    """Find the part of ``ids`` without the special tokens that the tokenizer added to a text which has them itself.
 
     Text that went through a chat template begins with ``<s>``, and a model has never seen two of them.
 
@@ -26,16 +27,21 @@ def drop_doubled(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
     opening = tuple(token for token in (tokenizer.bos_token, tokenizer.cls_token) if token)
     closing = tuple(token for token in (tokenizer.eos_token, tokenizer.sep_token) if token)
     if not text.lstrip().startswith(opening) and not text.rstrip().endswith(closing):
-        return ids
+        return slice(None)
     bare = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     added = len(ids) - len(bare)
     before = next((n for n in range(added + 1) if ids[n : n + len(bare)] == bare), None)
     if before is None:
-        return ids
+        return slice(None)
     front, back = ids[:before], ids[before + len(bare) :]
-    front = [] if bare[: len(front)] == front else front
-    back = [] if back and bare[-len(back) :] == back else back
-    return [*front, *bare, *back]
+    start = before if bare[: len(front)] == front else 0
+    end = before + len(bare) if back and bare[-len(back) :] == back else len(ids)
+    return slice(start, end)
+
+
+def list_types(tokenizer: Any) -> list[int]:
+    """The types other than 0 that a tokenizer gives to tokens of a single text: 2 for the ``<cls>`` of XLNet."""
+    return [each for each in tokenizer("a", verbose=False).get("token_type_ids") or () if each]
 
 
 def check_vocabulary(rows: Iterable[Row], encoded: Iterable[Sequence[int]], source: Source) -> None:

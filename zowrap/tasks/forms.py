@@ -71,6 +71,12 @@ class Form(nn.Module):
         return self.module(**inputs)
 
 
+def _list_inputs(module: nn.Module) -> set[str]:
+    """The names of what a model's forward takes; those of one of peft's wrappers are its base's."""
+    inner: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
+    return set(inspect.signature(inner.forward).parameters)
+
+
 class LabelTokens(nn.Module):
     """The labels' token ids and their mask, int64 ``[labels, tokens]``: constants that move with the model's device.
 
@@ -89,13 +95,12 @@ class LabelTokens(nn.Module):
 class SequenceForm(Form):
     """A model with a classification head, scored by its own logits.
 
-    Rows of two texts come with ``token_type_ids``, int64 ``[batch, length]``, which are handed on if the model takes
-    them.
+    Rows may come with ``token_type_ids``, int64 ``[batch, length]``, which are handed on if the model takes them.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self._takes_types = "token_type_ids" in inspect.signature(module.forward).parameters
+        self._takes_types = "token_type_ids" in _list_inputs(module)
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         types = {"token_type_ids": token_type_ids} if self._takes_types and token_type_ids is not None else {}
@@ -117,9 +122,7 @@ class WordsForm(Form):
     def __init__(self, module: nn.Module, label_ids: Tensor, label_mask: Tensor) -> None:
         super().__init__(module)
         self.names = LabelTokens(label_ids, label_mask)
-        # The forward of one of peft's wrappers says nothing: it hands on what its base accepts.
-        inner: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
-        accepted = inspect.signature(inner.forward).parameters
+        accepted = _list_inputs(module)
         self._positions = "position_ids" in accepted
         self._keeps = "logits_to_keep" in accepted
 
