@@ -33,11 +33,11 @@ from zowrap.cli.options import (
 from zowrap.cli.paths import PATH
 from zowrap.cli.scope import check_columns, check_scope, list_asked
 from zowrap.cli.summary import spread
-from zowrap.cli.tasks import check_task_scope, resolve_task, saved_task, say_counts
+from zowrap.cli.tasks import check_task_scope, resolve_task, saved_task, say_counts, say_other_adapters
 from zowrap.errors import ZOError
 from zowrap.storage.atomic import is_same_place
 from zowrap.storage.folder import RunFolder
-from zowrap.storage.safetensors import check_directory, weight_files
+from zowrap.storage.safetensors import adapter_file, check_directory, weight_files
 from zowrap.tasks.rows import check_source
 
 if TYPE_CHECKING:
@@ -80,7 +80,6 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
     quiet_libraries()
     from zowrap.quant.lowering import lower
     from zowrap.storage.base_options import read_base_options
-    from zowrap.storage.safetensors import ADAPTER
     from zowrap.tasks.loading import choose_dtype, open_source
     from zowrap.tasks.rows import read_rows, sample
 
@@ -90,8 +89,9 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
     task, why = _task(context, options, asked, saved, rows, source)
     task.check(rows)
     say(why)
+    say_other_adapters(source.name)
     # A run is measured as it was tuned: in its own dtype, and adapters on the base as it was loaded for them.
-    base = read_base_options(options.model) if Path(options.model, ADAPTER).is_file() else {}
+    base = read_base_options(source.name) if adapter_file(source.name).is_file() else {}
     source.quantization = base.get("quantization")
     dtype, reason = choose_dtype(options.dtype or base.get("dtype") or ("auto" if saved else None), source)
     examples = task.examples(rows, source)

@@ -15,12 +15,12 @@ from zowrap.cli.eval import say_failure
 from zowrap.cli.options import Json, option, takes
 from zowrap.cli.paths import PATH
 from zowrap.cli.scope import check_scope, list_asked
-from zowrap.cli.tasks import check_target, recorded_base
+from zowrap.cli.tasks import check_target, recorded_base, say_other_adapters
 from zowrap.errors import ZOError
 from zowrap.storage import safetensors
 from zowrap.storage.encoder_files import pickled_modules
 from zowrap.storage.lock import lock_folder
-from zowrap.storage.safetensors import ADAPTER, could_be_hub_name, pickled_weights, weight_files
+from zowrap.storage.safetensors import adapter_file, could_be_hub_name, pickled_weights, weight_files
 
 
 @dataclasses.dataclass
@@ -66,8 +66,9 @@ def _write(options: ExportOptions, source: Path) -> None:
 
     assert options.to is not None
     say_failure(source)
+    say_other_adapters(source)
     errors: dict[str, float] = {}
-    adapters = (source / ADAPTER).is_file()
+    adapters = adapter_file(source).is_file()
     if options.format == "merged" or (adapters and options.format in DTYPES):
         from zowrap.storage.merge import export_merged
 
@@ -111,7 +112,7 @@ def _check(options: ExportOptions, asked: frozenset[str]) -> None:
     one_of("--dtype", options.dtype, names.DTYPES)
     path = Path(options.source)
     check_scope("export", asked, format=options.format)
-    if options.format == "same" and (path / ADAPTER).is_file():  # adapters stay adapters, in one file
+    if options.format == "same" and adapter_file(path).is_file():  # adapters stay adapters, in one file
         check_scope("export", asked & {"max_shard_size"}, format="adapters")
     if not path.is_dir():
         if path.exists() or not could_be_hub_name(options.source):

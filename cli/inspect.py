@@ -116,10 +116,10 @@ def _open(options: InspectOptions) -> Any:
     from zowrap.storage.safetensors import adapters_base
     from zowrap.tasks.loading import open_source
 
-    base = adapters_base(options.model)
+    source = open_source(options.model, options.trust_remote_code, empty=True)
+    base = adapters_base(source.name)
     if base is not None:
         raise ZOError(f"{options.model} holds adapters: inspect what they stand on, zowrap inspect {base} --use-peft")
-    source = open_source(options.model, options.trust_remote_code, empty=True)
     source.quantization = bitsandbytes_options(dataclasses.asdict(options))
     return source
 

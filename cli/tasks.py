@@ -12,7 +12,7 @@ from zowrap.errors import ZOError
 from zowrap.storage.atomic import contains
 from zowrap.storage.folder import RunFolder
 from zowrap.storage.lock import list_entries
-from zowrap.storage.safetensors import adapters_base
+from zowrap.storage.safetensors import adapters_base, adapters_folder, named_adapters
 
 
 def saved_task(model: str) -> dict[str, Any] | None:
@@ -75,6 +75,16 @@ def recorded_base(folder: str | Path) -> str | None:
     run = RunFolder(folder)
     named = run.config().get("model") if run.config_file.is_file() else None
     return named or adapters_base(folder)
+
+
+def say_other_adapters(folder: str | Path) -> None:
+    """Say which adapters a folder holds beside those that are used."""
+    used = adapters_folder(folder)
+    others = [each.name for each in named_adapters(folder) if each != used]
+    if others and used == Path(folder).expanduser():
+        say(
+            f"{folder} also holds the adapters {', '.join(others)}, which are left out: each can be given by its folder"
+        )
 
 
 def check_target(to: str, overwrite: bool, option_name: str, *kept: Any) -> None:

@@ -116,18 +116,18 @@ def prepare(options: TuneOptions, asked: frozenset[str] = frozenset()) -> Plan:
     from zowrap.tasks.rows import read_rows, sample
 
     assert options.data is not None and options.model is not None  # check_options asked for them
-    base = adapters_base(options.model)
-    if base is not None:
-        raise ZOError(
-            f"{options.model} holds adapters: go on with their run (--resume), start from what they stand on "
-            f"({base}), or from the two made one: zowrap export {options.model} --to DIR --format merged"
-        )
     rows = read_rows(options.data, default_split="train")
     eval_rows = None
     if options.eval_data is not None:
         eval_rows = sample(read_rows(options.eval_data, default_split="test"), options.max_eval_examples)
     test_rows = None if options.test_data is None else read_rows(options.test_data, default_split="test")
     source = open_source(options.model, options.trust_remote_code)
+    base = adapters_base(source.name)
+    if base is not None:
+        raise ZOError(
+            f"{options.model} holds adapters: go on with their run (--resume), start from what they stand on "
+            f"({base}), or from the two made one: zowrap export {options.model} --to DIR --format merged"
+        )
     if not options.use_peft and options.quantized != "adapters":
         with spelled_for(options):
             check_config(source.config)

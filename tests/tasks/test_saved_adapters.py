@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,187 @@ def test_a_classifier_is_loaded_by_the_task_of_its_adapters(source: Path, tmp_pa
     again = load_adapted(folder)
     assert has_adapters(again)
     assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-6)
+
+
+# --- adapters on the hub, and of other names ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``hub(folder, name)`` puts a folder into the cache of the hub, which cannot be reached."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def publish(folder: Path, name: str) -> str:
+        home = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, home / "snapshots" / ("0" * 40))
+        (home / "refs").mkdir()
+        (home / "refs" / "main").write_text("0" * 40)
+        return name
+
+    return publish
+
+
+def test_adapters_of_the_hub_are_evaluated_and_exported(source: Path, tmp_path: Path, hub: Any, zowrap_cli) -> None:
+    """The adapters and their base by name; peft saves no tokenizer, and the base's is taken."""
+    model = moved("lora", Path(hub(source, "some/base")))
+    model.save_pretrained(tmp_path / "adapters")
+    assert (
+        json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "some/base"
+    )
+    name = hub(tmp_path / "adapters", "some/adapters")
+    ids = make_tokenizer("causal")(TEXT, return_tensors="pt")["input_ids"]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": TEXT}])
+    want = pytest.approx(plain_loss(model, ids), abs=1e-4)
+    for place in (tmp_path / "adapters", name):
+        assert evaluated(zowrap_cli, place, rows) == want
+        to = tmp_path / f"merged-{Path(place).parent.name}"
+        assert zowrap_cli("export", place, "--to", to, "--format", "merged").code == 0
+        assert evaluated(zowrap_cli, to, rows) == want
+
+
+def test_adapters_of_the_hub_are_no_start(source: Path, tmp_path: Path, hub: Any, zowrap_cli) -> None:
+    moved("lora", Path(hub(source, "some/base"))).save_pretrained(tmp_path / "adapters")
+    name = hub(tmp_path / "adapters", "some/adapters")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": TEXT}])
+    told = zowrap_cli("tune", name, "--task", "lm", "--data", rows, "--out", tmp_path / "run")
+    assert told.code == 2 and "some/adapters holds adapters" in told.err and not (tmp_path / "run").exists()
+    told = zowrap_cli("inspect", name, "--task", "lm")
+    assert told.code == 2 and "inspect what they stand on, zowrap inspect some/base --use-peft" in told.err
+
+
+def named(source: Path, *names: str) -> Any:
+    """LoRA under names of its own."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(load_base(source), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    return model.eval()
+
+
+def test_adapters_of_another_name_are_evaluated_and_exported(source: Path, tmp_path: Path, zowrap_cli) -> None:
+    model = named(source, "mine")
+    folder = saved(model, tmp_path / "named")
+    assert not (folder / "adapter_model.safetensors").exists() and (folder / "mine").is_dir()
+    ids = make_tokenizer("causal")(TEXT, return_tensors="pt")["input_ids"]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": TEXT}])
+    want = pytest.approx(plain_loss(model, ids), abs=1e-4)
+    assert want != plain_loss(load_base(source), ids)
+    assert evaluated(zowrap_cli, folder, rows) == want
+    for form in ("same", "adapters", "merged", "fp32"):
+        assert zowrap_cli("export", folder, "--to", tmp_path / form, "--format", form).code == 0
+        assert evaluated(zowrap_cli, tmp_path / form, rows) == want
+    again = peft.PeftModel.from_pretrained(load_base(source), tmp_path / "same").eval()
+    assert plain_loss(again, ids) == want
+
+
+def test_a_run_of_an_adapter_of_another_name_ends_with_its_best_model(source: Path, tmp_path: Path, zowrap_cli) -> None:
+    from zowrap import ZOConfig, ZOTrainer
+
+    model, ids = named(source, "mine"), [2, 7, 9, 8]
+    rows = [{"input_ids": ids, "labels": ids}] * 2
+    config = ZOConfig(
+        output_dir=str(tmp_path / "run"), max_steps=2, eval_steps=1, save_steps=1, load_best_model_at_end=True, lr=1e-2,
+        engine="eager", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    ZOTrainer(model, config, train_dataset=rows, eval_dataset=rows, processing_class=make_tokenizer("causal")).train()
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": TEXT}])
+    tokens = make_tokenizer("causal")(TEXT, return_tensors="pt")["input_ids"]
+    assert evaluated(zowrap_cli, tmp_path / "run", file) == pytest.approx(plain_loss(model, tokens), abs=1e-4)
+
+
+def test_of_several_adapters_one_is_to_be_named(source: Path, tmp_path: Path, zowrap_cli) -> None:
+    model = named(source, "one", "two")
+    folder = saved(model, tmp_path / "adapters")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": TEXT}])
+    for command in (("eval", folder, "--task", "lm", "--data", rows), ("export", folder, "--to", tmp_path / "to")):
+        told = zowrap_cli(*command)
+        assert told.code == 2 and "several adapters (one, two)" in told.err
+    model.set_adapter("two")
+    ids = make_tokenizer("causal")(TEXT, return_tensors="pt")["input_ids"]
+    assert evaluated(zowrap_cli, folder / "two", rows) == pytest.approx(plain_loss(model, ids), abs=1e-4)
+    default = saved(named(source, "default", "other"), tmp_path / "default")
+    told = zowrap_cli("eval", default, "--task", "lm", "--data", rows)
+    assert told.code == 0 and "other" in told.err
+
+
+# --- classification heads beside the adapters -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+@pytest.mark.parametrize(("kind", "targets"), [("sequence", ["query"]), ("causal", ["q_proj"])])
+def test_a_head_beside_the_adapters_is_evaluated_and_merged(kind, targets, task, tmp_path: Path, zowrap_cli) -> None:
+    """It has more classes than the head of the base, and only the file of the adapters knows how many."""
+    import transformers
+
+    base = make_model(kind, tmp_path / "base", initializer_range=0.3)
+    auto = transformers.AutoModelForSequenceClassification
+    torch.manual_seed(0)
+    model = auto.from_pretrained(base, num_labels=3, ignore_mismatched_sizes=True)
+    model.config.pad_token_id = 0
+    head = "classifier" if kind == "sequence" else "score"
+    beside = {} if task else {"modules_to_save": [head]}
+    config = peft.LoraConfig(r=2, target_modules=targets, task_type=task, init_lora_weights=False, **beside)
+    tokenizer = make_tokenizer("bert" if kind == "sequence" else "causal")
+    folder = saved(peft.get_peft_model(model, config).eval(), tmp_path / "adapters", tokenizer)
+    texts = ["good movie", "the plot was bad", "it was a film"]
+    with torch.no_grad():
+        logits = torch.cat(
+            [model(input_ids=tokenizer(text, return_tensors="pt")["input_ids"]).logits for text in texts]
+        )
+    want = pytest.approx(torch.nn.functional.cross_entropy(logits, torch.arange(3)).item(), abs=1e-4)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": text, "label": "abc"[i]} for i, text in enumerate(texts)])
+    assert zowrap_cli("export", folder, "--to", tmp_path / "merged", "--format", "merged").code == 0
+    for place in (folder, tmp_path / "merged"):
+        told = zowrap_cli("eval", place, "--data", rows, "--json")
+        assert told.code == 0 and told.json["loss"] == want, told.err
+    two = write_rows(tmp_path / "two.jsonl", [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(texts)])
+    told = zowrap_cli("eval", folder, "--data", two, "--json")
+    assert told.code == 2 and "the 3 classes of the head" in told.json["error"]
+
+
+def test_pairs_reach_an_adapted_classifier_with_their_types(tmp_path: Path, zowrap_cli) -> None:
+    """The forward of peft's wrapper does not name the inputs of its base."""
+    import transformers
+    from tokenizers.processors import TemplateProcessing
+
+    base = make_model("sequence", tmp_path / "base", initializer_range=0.3)
+    tokenizer = make_tokenizer("bert")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save_pretrained(base)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base, model_input_names=names)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, config).eval()
+    folder = saved(model, tmp_path / "adapters", tokenizer)
+    pairs = [("good movie", "it was great"), ("a film", "the plot was bad")]
+    encoded = [tokenizer(*pair, return_tensors="pt") for pair in pairs]
+    assert all(each["token_type_ids"].any() for each in encoded)
+    with torch.no_grad():
+        logits = torch.cat([model(**each).logits for each in encoded])
+    want = torch.nn.functional.cross_entropy(logits, torch.arange(2)).item()
+    rows = [{"text": a, "other": b, "label": "ab"[i]} for i, (a, b) in enumerate(pairs)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    told = zowrap_cli("eval", folder, "--data", file, "--text-pair-column", "other", "--json")
+    assert told.json["loss"] == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "causal"])
+def test_a_model_without_a_tokenizer_is_refused(kind: str, tmp_path: Path) -> None:
+    """transformers makes one of special tokens for some classes, to which all texts are the same."""
+    from zowrap.tasks.loading import open_source
+
+    folder = make_model(kind, tmp_path / "model")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ZOError, match="tokenizer"):
+        open_source(str(folder))

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from zowrap.quant import schemes
+from zowrap.step.parameters import canonical_name
 from zowrap.storage.atomic import read_json
-from zowrap.storage.safetensors import ADAPTER, StrPath, read_metadata
+from zowrap.storage.safetensors import StrPath, adapter_file, read_metadata, read_shapes
 
 
 def describe_base(model: nn.Module) -> dict[str, str]:
@@ -36,22 +37,35 @@ def describe_base(model: nn.Module) -> dict[str, str]:
 def read_base_options(folder: StrPath) -> dict[str, Any]:
     """Read what :func:`describe_base` wrote into a folder of adapters; without that, use the options of its run.
 
+    The number of classes is that of the head that is saved with the adapters, if there is one.
+
     Returns:
         ``"dtype"``, ``"num_labels"``, ``"architecture"`` and ``"quantization"`` (arguments of
         ``BitsAndBytesConfig``), each as far as it is known.
     """
     from zowrap.quant.schemes import bitsandbytes_options
 
-    facts = json.loads(read_metadata(Path(folder) / ADAPTER).get("base_options", "{}"))
+    facts = json.loads(read_metadata(adapter_file(folder)).get("base_options", "{}"))
     options = read_run_config(folder).get("options") or {}
     if not facts:
         facts = {"dtype": options.get("dtype"), "quantization": bitsandbytes_options(options)}
+    facts = {**facts, "num_labels": _count_classes(folder) or facts.get("num_labels")}
     if facts.get("quantization"):
         from transformers import BitsAndBytesConfig
 
         known = inspect.signature(BitsAndBytesConfig.__init__).parameters
         facts["quantization"] = {name: value for name, value in facts["quantization"].items() if name in known}
     return facts
+
+
+# The last matrix of a classification head in the families of transformers: one row for each class.
+_LAST_OF_HEAD = ("score", "classifier", "logits_proj", "classifier.out_proj", "classification_head.out_proj")
+
+
+def _count_classes(folder: StrPath) -> int | None:
+    """The number of classes of a head that is saved with the adapters of a folder; None without one."""
+    rows = {canonical_name(name): shape[0] for name, shape in read_shapes(adapter_file(folder)).items() if shape}
+    return next((rows[f"{name}.weight"] for name in _LAST_OF_HEAD if f"{name}.weight" in rows), None)
 
 
 def load_options(folder: StrPath) -> dict[str, Any]:
@@ -63,7 +77,7 @@ def load_options(folder: StrPath) -> dict[str, Any]:
         ``dtype``, ``num_labels`` and ``quantization_config``, as far as they are known; empty for a folder with a
         full model, whose own configuration holds them.
     """
-    if not (Path(folder) / ADAPTER).is_file():
+    if not adapter_file(folder).is_file():
         return {}
     facts = read_base_options(folder)
     options: dict[str, Any] = {}

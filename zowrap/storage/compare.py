@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from zowrap.errors import ZOError, first_line
 from zowrap.quant import lowering
 from zowrap.storage.dequantize import find_model_class
 from zowrap.storage.formats import DTYPES
-from zowrap.storage.safetensors import ADAPTER, Load, StrPath, check_adapter_settings
+from zowrap.storage.safetensors import Load, StrPath, adapter_file, check_adapter_settings
 
 PROBE_ROWS, PROBE_LENGTH = 8, 32  # of random token ids
 
@@ -43,7 +42,7 @@ def measure_output_error(
     wrong = [*report["missing_keys"], *map(str, report.get("mismatched_keys", ()))]
     if wrong:
         raise ZOError(f"{plain} was written but is incomplete: {wrong[0]} is missing or has another shape")
-    if (Path(folder) / ADAPTER).is_file():
+    if adapter_file(folder).is_file():
         if load is None:
             raise TypeError("adapters need load=zowrap.tasks.adapted.load_adapted")
         model = load(folder)

@@ -25,6 +25,8 @@ from zowrap.storage.safetensors import (
     WEIGHTS,
     Load,
     StrPath,
+    adapter_file,
+    adapters_folder,
     add_metadata,
     check_model,
     check_target,
@@ -79,7 +81,7 @@ def export_run(
         raise ZOError(
             f"{run} is quantised, and --dtype would round its scales too: use --format bf16 or fp32 for a plain model"
         )
-    if form in formats.DTYPES and (run / ADAPTER).is_file():
+    if form in formats.DTYPES and adapter_file(run).is_file():
         return export_merged(run, to, load, max_shard_size, overwrite, form, metadata)[0]
     with replace_files(to) as beside:
         _write_copy(run, beside, form, DTYPES.get(dtype or ""), max_shard_size)
@@ -131,9 +133,10 @@ def copy_adapters(folder: StrPath, to: Path) -> None:
         ZOError: there are none.
     """
     for name in (ADAPTER, ADAPTER_CONFIG):
-        if not (Path(folder) / name).is_file():
+        file = adapters_folder(folder) / name
+        if not file.is_file():
             raise ZOError(f"{folder} holds no adapters: it has no {name}")
-        shutil.copyfile(Path(folder) / name, to / name)
+        shutil.copyfile(file, to / name)
     for name in (LABEL_VECTORS, MODULES, PROMPTS, *TRANSFORMER):
         if (Path(folder) / name).is_file():
             shutil.copyfile(Path(folder) / name, to / name)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from zowrap.errors import ZOError
 from zowrap.quant import lowering
 from zowrap.storage.formats import DTYPES
 from zowrap.storage.lock import list_entries
 from zowrap.storage.safetensors import Load, StrPath, add_metadata, check_target, read_metadata, weight_files
 from zowrap.storage.save import MAX_SHARD_SIZE, copy_settings, hide_progress_bars, replace_files, write_weights
+from zowrap.storage.tokenizers import find_tokenizer, load_tokenizer
 from zowrap.version import __version__
 
 
@@ -42,11 +45,19 @@ def export_merged(
         copy_settings(run, beside)
         for name in ("adapter_config.json", "config.json"):
             (beside / name).unlink(missing_ok=True)
+        if find_tokenizer(run) != str(run):
+            _save_tokenizer(find_tokenizer(run), beside)
         with hide_progress_bars():
             write_weights(model, beside, max_shard_size or MAX_SHARD_SIZE)
         for file in sorted(beside.glob("*.safetensors")):
             add_metadata(file, {"zowrap": __version__, **_read_facts(run), **(metadata or {})})
     return [p for p in list_entries(to) if p.is_file()], errors
+
+
+def _save_tokenizer(place: str, to: Path) -> None:
+    """Write the tokenizer of a base beside the merged model; a base may have none."""
+    with suppress(OSError, ValueError, ZOError):
+        load_tokenizer(place).save_pretrained(to)
 
 
 def _read_facts(run: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -88,9 +89,43 @@ def read_shapes(file: StrPath) -> dict[str, tuple[int, ...]]:
 # --- model folders -----------------------------------------------------------------------------------------------
 
 
+def named_adapters(directory: StrPath) -> list[Path]:
+    """List the folders inside a model's folder that peft saved adapters to, which are not named ``default``."""
+    directory = Path(directory).expanduser()
+    return [each for each in sorted(directory.iterdir()) if _is_named_adapter(each)] if directory.is_dir() else []
+
+
+def _is_named_adapter(folder: Path) -> bool:
+    """Whether a folder is one that peft saved an adapter to, and not a checkpoint or a run."""
+    own = (folder / ADAPTER).is_file() and (folder / ADAPTER_CONFIG).is_file()
+    return own and not re.fullmatch(r"checkpoint-\d+", folder.name) and not (folder / "zowrap.json").is_file()
+
+
+def adapters_folder(directory: StrPath) -> Path:
+    """The folder that holds the adapters of a model's folder: itself, or the only one inside it that does."""
+    directory = Path(directory).expanduser()
+    if any((directory / name).is_file() for name in (ADAPTER, ADAPTER_CONFIG, "config.json", WEIGHTS, INDEX)):
+        return directory
+    inside = named_adapters(directory)
+    return inside[0] if len(inside) == 1 else directory
+
+
+def adapter_file(directory: StrPath) -> Path:
+    """The file of the adapters of a model's folder, whether it is there or not."""
+    return adapters_folder(directory) / ADAPTER
+
+
+def _check_one_adapter(directory: Path) -> None:
+    """Raise :class:`ZOError` for a folder that holds several adapters, none of which is the model's."""
+    inside = named_adapters(directory)
+    if len(inside) > 1 and not weight_files(directory):
+        names = ", ".join(each.name for each in inside)
+        raise ZOError(f"{directory} holds several adapters ({names}): give the folder of one, such as {inside[0]}")
+
+
 def adapters_base(directory: StrPath) -> str | None:
     """The base model that a folder of adapters names; None for any other folder."""
-    file = Path(directory) / ADAPTER_CONFIG
+    file = adapters_folder(directory) / ADAPTER_CONFIG
     named = read_json(file).get("base_model_name_or_path") if file.is_file() else None
     return named if named and not (Path(directory) / "config.json").is_file() else None
 
@@ -101,7 +136,7 @@ def check_adapter_settings(directory: StrPath) -> None:
     Raises:
         ZOError: ``adapter_config.json`` names a module to import, or asks for remote code.
     """
-    file = Path(directory) / ADAPTER_CONFIG
+    file = adapters_folder(directory) / ADAPTER_CONFIG
     if not file.is_file():
         return
     settings = read_json(file)
@@ -139,7 +174,7 @@ def weight_files(directory: StrPath) -> list[Path]:
         if missing:
             raise ZOError(f"{directory} is incomplete: {missing[0]}, which {INDEX} names, is missing")
         return [directory / name for name in names]
-    return [directory / name for name in (WEIGHTS, ADAPTER) if (directory / name).is_file()][:1]
+    return [file for file in (directory / WEIGHTS, adapter_file(directory)) if file.is_file()][:1]
 
 
 def pickled_weights(directory: StrPath) -> list[Path]:
@@ -180,6 +215,7 @@ def require_safetensors(model_dir: StrPath, whole: bool = True) -> None:
 def check_model(run: StrPath, whole: bool = True) -> None:
     """Raise :class:`ZOError` unless a RUN or another folder holds a model; ``whole`` as in require_safetensors."""
     run = Path(run)
+    _check_one_adapter(run)
     if (run / "zowrap.json").is_file() and not weight_files(run):
         reason = RunFolder(run).failure()
         if reason:
@@ -208,6 +244,7 @@ def check_directory(name: str, weights: bool = True, whole: bool = True) -> None
     path = Path(name).expanduser()
     if path.is_dir():
         check_adapter_settings(path)
+        _check_one_adapter(path)
         if not (path / "config.json").is_file() and adapters_base(path) is None:
             raise ZOError(f"{name} is not a model directory: it has no config.json")
         if weights:

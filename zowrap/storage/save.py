@@ -29,6 +29,7 @@ from zowrap.storage.safetensors import (
     SETTINGS,
     WEIGHTS,
     StrPath,
+    adapters_folder,
     add_metadata,
 )
 from zowrap.version import __version__
@@ -141,7 +142,7 @@ def replace_files(directory: Path):
         yield beside
         new = {p.name for p in beside.iterdir()}
         stale = {p.name for p in directory.iterdir() if _is_weight_file(p.name)} - new
-        if ADAPTER in new:  # with a config.json, transformers would look for a full model
+        if any(beside.rglob(ADAPTER)):  # with a config.json, transformers would look for a full model
             stale |= {"config.json"} - new
         if not any(p.suffix == ".safetensors" for p in beside.rglob("*")):
             stale = set()
@@ -242,4 +243,7 @@ def copy_settings(source: Path, to: Path) -> None:
         kept |= file.name == LABEL_VECTORS
         if file.is_file() and kept:
             shutil.copyfile(file, to / file.name)
+    settings = adapters_folder(source) / ADAPTER_CONFIG  # of adapters with a name of their own, which they lose here
+    if settings.is_file():
+        shutil.copyfile(settings, to / ADAPTER_CONFIG)
     copy_modules(source, to)

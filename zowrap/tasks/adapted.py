@@ -10,7 +10,14 @@ import torch
 from zowrap.errors import ZOError
 from zowrap.storage.atomic import read_json
 from zowrap.storage.base_options import read_base_options, read_run_config
-from zowrap.storage.safetensors import ADAPTER, ADAPTER_CONFIG, StrPath, adapters_base, read_shapes
+from zowrap.storage.safetensors import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    StrPath,
+    adapter_file,
+    adapters_base,
+    adapters_folder,
+)
 
 # The classes of the bases of adapters that only their task is known of, by peft's names of the tasks.
 _BASES = {
@@ -33,11 +40,12 @@ def load_adapted(folder: StrPath) -> Any:
 
     from zowrap.numerics.dtypes import DTYPES as NAMES
     from zowrap.step.pretrained import saved_part
+    from zowrap.tasks.heads import identify
     from zowrap.tasks.loading import Source, load_model, open_source
     from zowrap.tasks.resolve import restore_task
 
     folder = Path(folder)
-    if not (folder / ADAPTER).is_file():
+    if not adapter_file(folder).is_file():
         raise ZOError(f"{folder} holds no adapters to merge: it has no {ADAPTER}")
     facts, run = read_base_options(folder), read_run_config(folder)
     dtype = NAMES.get(facts.get("dtype") or "", torch.float32)
@@ -47,15 +55,12 @@ def load_adapted(folder: StrPath) -> Any:
         source.quantization = facts.get("quantization")
         return saved_part(restore_task(run["task"]).build(source, dtype))[0]
     config = transformers.AutoConfig.from_pretrained(adapters_base(folder) or folder)
-    task = read_json(folder / ADAPTER_CONFIG).get("task_type")
-    name = facts.get("architecture") or _BASES.get(task) or (config.architectures or [""])[0]
-    kind: Any = getattr(transformers, name, transformers.AutoModel)
+    task = read_json(adapters_folder(folder) / ADAPTER_CONFIG).get("task_type")
     source = Source(str(folder), config, None, quantization=facts.get("quantization"), complete=True)
-    labels = facts.get("num_labels") or (_count_classes(folder) if task == "SEQ_CLS" else None)
-    return load_model(source, kind, dtype, **({} if labels is None else {"num_labels": labels}))
-
-
-def _count_classes(folder: Path) -> int | None:
-    """The number of classes of a head that is saved with the adapters, under one of peft's names; None without one."""
-    heads = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
-    return next((shape[0] for key, shape in read_shapes(folder / ADAPTER).items() if key.endswith(heads)), None)
+    kind = "SEQ_CLS" if task is None and identify(source).kind == "sequence" else task
+    name = facts.get("architecture") or _BASES.get(kind) or (config.architectures or [""])[0]
+    auto: Any = getattr(transformers, name, transformers.AutoModel)
+    labels = facts.get("num_labels")
+    # The head of the base, which may be of other classes, makes way for the one beside the adapters.
+    changes = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
+    return load_model(source, auto, dtype, **changes)

@@ -19,9 +19,17 @@ from zowrap.errors import ZOError, list_some
 from zowrap.storage import safetensors
 from zowrap.storage.atomic import read_json
 from zowrap.storage.base_options import read_base_options
-from zowrap.storage.safetensors import ADAPTER, ADAPTER_CONFIG, INDEX, WEIGHTS, weight_files
+from zowrap.storage.safetensors import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    INDEX,
+    WEIGHTS,
+    adapter_file,
+    adapters_folder,
+    weight_files,
+)
 from zowrap.tasks.labels import are_numbers
-from zowrap.tasks.loading import Source, build_empty
+from zowrap.tasks.loading import Source, build_empty, find_file
 
 log = logging.getLogger("zowrap")
 
@@ -81,7 +89,7 @@ def identify(source: Source) -> Checkpoint:
 
 def _identify(source: Source) -> Checkpoint:
     named = source.architectures[0] if source.architectures else None
-    if (Path(source.name).expanduser() / ADAPTER).is_file():
+    if adapter_file(source.name).is_file():
         return _identify_adapters(source, named)
     by_name = Checkpoint(named, f"the checkpoint is a {named}")
     shapes = read_shapes(source)
@@ -112,20 +120,9 @@ def _list_files(source: Source) -> list[Path]:
         return weight_files(path)
     if source.empty:  # its weights are not needed, and not fetched for this
         return []
-    from transformers.utils import cached_file
-
-    def fetch(name: str) -> str | None:
-        return cached_file(
-            source.name,
-            name,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-
-    index = fetch(INDEX)
+    index = find_file(source.name, INDEX)
     names = [WEIGHTS] if index is None else sorted(set(read_json(index)["weight_map"].values()))
-    files = [fetch(name) for name in names]
+    files = [find_file(source.name, name) for name in names]
     return [Path(file) for file in files if file is not None] if all(files) else []
 
 
@@ -211,18 +208,19 @@ def _list_classes(source: Source) -> list[Any]:
 
 def _identify_adapters(source: Source, base: str | None) -> Checkpoint:
     """The class that adapters were tuned on: by the head beside them, else by their settings and the base's class."""
-    path = Path(source.name).expanduser()
+    path = adapters_folder(source.name)
+    known = Checkpoint(base, f"the adapters stand on a {base}")
     try:
         names = safetensors.read_shapes(path / ADAPTER)
         roots = {name.removeprefix(_PEFT_PREFIX).split(".")[0] for name in names}
         task = read_json(path / ADAPTER_CONFIG).get("task_type")
     except (ZOError, OSError, AttributeError):
-        return Checkpoint(base, f"the adapters stand on a {base}")
-    if task == "SEQ_CLS" or (task is None and not roots.isdisjoint(_CLASSIFIERS)):
+        return known
+    if task == "SEQ_CLS" or (task is None and known.kind != "other" and not roots.isdisjoint(_CLASSIFIERS)):
         return Checkpoint(_SEQUENCE, "the adapters are for a classification head")
     if task == "CAUSAL_LM":
         return Checkpoint(_CAUSAL[0], "the adapters are for a causal language model")
-    return Checkpoint(base, f"the adapters stand on a {base}")
+    return known
 
 
 # --- the classes of a trained head -----------------------------------------------------------------------------------
@@ -246,10 +244,9 @@ class Numbering:
 def name_classes(source: Source) -> list[str]:
     """The names of the classes of a trained head, in its order; ``LABEL_0`` and so on where it has none."""
     names = [str(name) for _, name in sorted((getattr(source.config, "id2label", None) or {}).items())]
-    folder = Path(source.name).expanduser()
-    if (folder / ADAPTER).is_file():  # the configuration is the base's, and so are the names in it
-        count = read_base_options(folder).get("num_labels") or len(names)
-        return [f"LABEL_{i}" for i in range(count)]
+    if adapter_file(source.name).is_file():  # the configuration is the base's, whose head may be of other classes
+        count = read_base_options(source.name).get("num_labels") or len(names)
+        return names if count == len(names) else [f"LABEL_{i}" for i in range(count)]
     return names
 
 

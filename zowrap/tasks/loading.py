@@ -23,7 +23,15 @@ from zowrap.quant.lowering import is_quantized_layer, mark_fresh
 from zowrap.quant.schemes import check_requested
 from zowrap.step.parameters import canonical_name
 from zowrap.storage.folder import RunFolder
-from zowrap.storage.safetensors import ADAPTER, adapters_base, check_adapter_settings, check_directory, read_shapes
+from zowrap.storage.safetensors import (
+    ADAPTER_CONFIG,
+    adapter_file,
+    adapters_base,
+    check_adapter_settings,
+    check_directory,
+    read_shapes,
+)
+from zowrap.storage.tokenizers import find_tokenizer, load_tokenizer
 from zowrap.tasks.encoder import Encoder, read_encoder
 from zowrap.tasks.saved_adapters import attach_saved, stored_names
 
@@ -35,7 +43,7 @@ class Source:
     """A model that was found but not loaded: its configuration and its tokenizer.
 
     Attributes:
-        name: directory or hub name, as the user gave it.
+        name: directory or hub name, as the user gave it; of adapters on the hub the folder they were downloaded to.
         config: the transformers configuration.
         tokenizer: the tokenizer, always with a padding token; None if ``empty`` and there is none.
         trust_remote_code: run code from the model's repository.
@@ -125,18 +133,20 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
     Raises:
         ZOError: there is no such directory or hub model, no tokenizer, no weights or only pickled ones.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     check_directory(name, weights=not empty)
-    if adapters_base(name) is not None:
+    name = _fetch_adapters(name)
+    base = adapters_base(name)
+    if base is not None:
         need_package("peft", f"{name} holds adapters: they need")
-    with _explain_load_errors(name):
-        config = AutoConfig.from_pretrained(adapters_base(name) or name, trust_remote_code=trust_remote_code)
+    with _explain_load_errors(base or name):
+        config = AutoConfig.from_pretrained(base or name, trust_remote_code=trust_remote_code)
+
     try:
-        with _explain_load_errors(name, "the tokenizer of "):
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if len(tokenizer) == 0:
-            raise ZOError(f"{name} has no tokenizer files")
+        place = find_tokenizer(name)
+        with _explain_load_errors(place, "the tokenizer of "):
+            tokenizer = load_tokenizer(place, trust_remote_code)
     except ZOError:
         if not empty:
             raise
@@ -144,6 +154,26 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return Source(name, config, tokenizer, trust_remote_code, empty)
+
+
+def find_file(name: str, file: str) -> str | None:
+    """Find a file of a model on the hub, and download it if it is not in the cache; None if there is none."""
+    from transformers.utils import cached_file
+
+    return cached_file(
+        name,
+        file,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def _fetch_adapters(name: str) -> str:
+    """The folder that adapters on the hub are downloaded to; of any other model its name."""
+    if Path(name).expanduser().is_dir() or find_file(name, "config.json") or not find_file(name, ADAPTER_CONFIG):
+        return name
+    return str(fetch(name))
 
 
 def fetch(name: str, pickles: bool = False) -> Path:
@@ -250,7 +280,7 @@ def _own_dtype(config: Any) -> torch.dtype:
 
 def count_parameters(source: Source) -> int:
     """Count the weights of a model, from the safetensors headers of a directory or else from an empty model."""
-    path = Path(source.name).expanduser()
+    path = Path(adapters_base(source.name) or source.name).expanduser()
     if path.is_dir() and (files := sorted(path.glob("*.safetensors"))):
         try:
             return sum(map(_count_elements, files))
@@ -382,7 +412,7 @@ def _from_pretrained(
 
 def _read_adapted_vocabulary(name: str) -> int:
     """The rows of the embedding that a folder of adapters holds beside them; 0 if it holds none."""
-    file = Path(name).expanduser() / ADAPTER
+    file = adapter_file(name)
     if not file.is_file():
         return 0
     rows = [

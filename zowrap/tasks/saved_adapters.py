@@ -11,12 +11,20 @@ from torch import nn
 from zowrap.errors import ZOError, first_line, need_package
 from zowrap.numerics.dtypes import is_16_bit
 from zowrap.step.parameters import canonical_name
-from zowrap.storage.safetensors import ADAPTER, StrPath, check_adapter_settings, open_safetensors, read_shapes
+from zowrap.storage.safetensors import (
+    ADAPTER,
+    StrPath,
+    adapter_file,
+    adapters_folder,
+    check_adapter_settings,
+    open_safetensors,
+    read_shapes,
+)
 
 
 def stored_names(folder: StrPath) -> set[str]:
     """The canonical names of the weights in a folder of adapters, which its base need not have."""
-    file = Path(folder).expanduser() / ADAPTER
+    file = adapter_file(folder)
     if not file.is_file():
         return set()
     return set(map(canonical_name, read_shapes(file)))
@@ -30,7 +38,7 @@ def attach_saved(base: Any, folder: StrPath) -> nn.Module:
     Raises:
         ZOError: peft is not installed, the adapters are of another base, or some of their weights are missing.
     """
-    folder = Path(folder).expanduser()
+    folder = adapters_folder(folder)
     check_adapter_settings(folder)
     need_package("peft", f"{folder} holds adapters: they need")
     from peft import PeftModel

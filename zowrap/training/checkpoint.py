@@ -99,10 +99,11 @@ def load_weights(directory: str | os.PathLike[str], zm: ZOModel) -> None:
 def keep_apart(directory: str | os.PathLike[str], zm: ZOModel) -> None:
     """Write what the adapters in a folder do not hold bit for bit to a file of its own, for :func:`load_weights`.
 
-    peft saves of a prompt what its encoder makes, and not the encoder.
+    peft saves of a prompt what its encoder makes, and not the encoder; and adapters under another name than they have
+    in the model.
     """
     file = Path(directory) / APART
-    adapted = (file.parent / safetensors.ADAPTER).is_file()
+    adapted = safetensors.adapter_file(file.parent).is_file() or safetensors.named_adapters(file.parent)
     unsaved = [zm.parameters[index] for index in find_unsaved(zm, file.parent)] if adapted else []
     tensors = {p.name: p.tensor.detach().cpu().contiguous() for p in unsaved if p.scale is None}
     if not tensors:
