@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -110,6 +111,9 @@ def _check(options: ExportOptions, asked: frozenset[str]) -> None:
         raise ZOError("where to? give --to DIR")
     one_of("--format", options.format, names.FORMATS)
     one_of("--dtype", options.dtype, names.DTYPES)
+    size = options.max_shard_size
+    if size is not None and not re.fullmatch(r"(?=.*[1-9])(\d*\.)?\d+ ?[KMGT]B", size.upper()):
+        raise ZOError(f"--max-shard-size is a number of KB, MB, GB or TB, such as 2GB, and not {size!r}")
     path = Path(options.source)
     check_scope("export", asked, format=options.format)
     if options.format == "same" and adapter_file(path).is_file():  # adapters stay adapters, in one file

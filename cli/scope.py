@@ -68,7 +68,12 @@ SCOPES = (
         )
         for name in ("lora_r", "lora_alpha", "lora_target_modules")
     ),
-    Scope("memory", commands=("tune",), without=("engine=eager",), instead="the eager engine has one way to do a step"),
+    Scope(
+        "memory",
+        commands=("tune", "inspect"),
+        without=("engine=eager",),
+        instead="the eager engine has one way to do a step",
+    ),
     Scope("dtype", commands=("export",), format=("same",), instead="--format says what the weights become"),
     Scope("allow_pickle", commands=("export",), format=("same",), instead="convert the pickle in an export of its own"),
     Scope("max_shard_size", commands=("export",), format=("same", "bf16", "fp32", "merged")),

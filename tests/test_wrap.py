@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import warnings
 
 import pytest
 import torch
@@ -336,6 +337,18 @@ def test_a_state_is_a_snapshot() -> None:
     before = {k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
     zm.update(projected_grad=torch.tensor(1.0))
     assert all(torch.equal(state[k], v) for k, v in before.items())
+
+
+def test_a_weight_decay_without_a_matrix_to_decay_is_told() -> None:
+    def told(trainable: list[str]) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            zowrap.zo_wrap(
+                nn.Linear(2, 2), loss_fn=lambda m, b: m(b["x"]).sum(-1), weight_decay=0.1, trainable=trainable
+            )
+        return [str(each.message) for each in caught if "weight_decay does nothing" in str(each.message)]
+
+    assert len(told(["bias"])) == 1 and not told(["bias", "weight"])
 
 
 def test_another_weight_decay_is_refused_not_ignored() -> None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple, Unpack
 
 from torch import nn
 
 from zowrap.engines import build_engine
-from zowrap.errors import Option, ZOError
+from zowrap.errors import Option, ZOError, ZOWarning
 from zowrap.loss.module import LossFn, LossModule
 from zowrap.model.schedule import Schedule
 from zowrap.model.zo_model import ZOModel
@@ -137,6 +138,8 @@ def _select(model: nn.Module, options: StepOptions, method: Method, mode: QuantM
         blocks = block_lib.partition(parameters, options.blocks)
     method.check_blocks(len(blocks))
     _check_sixteen_bit(parameters, options)
+    if options.weight_decay and not any(each.decays for each in parameters):
+        warnings.warn("weight_decay does nothing: it is for matrices, and none of what moves is one", ZOWarning, 4)
     return _Moving(parameters, blocks)
 
 

@@ -113,6 +113,7 @@ def test_the_options_of_a_file_are_asked_for_as_well(
         (("--task", "classification", "--template", "{text}"), "--template does nothing without --data"),
         (("--task", "lm", "--text-column", "text"), "--text-column does nothing without --data"),
         (("--task", "lm", "--labels", "a,b"), "--labels does nothing with --task lm"),
+        (("--engine", "eager", "--memory", "paired"), "--memory does nothing with --engine eager"),
     ],
 )
 def test_inspect_refuses_what_it_does_not_read(
@@ -128,6 +129,8 @@ def test_inspect_refuses_what_it_does_not_read(
         (("--format", "bf16", "--dtype", "float32"), "--dtype does nothing with --format bf16"),
         (("--format", "merged", "--allow-pickle"), "--allow-pickle does nothing with --format merged"),
         (("--format", "adapters", "--max-shard-size", "1MB"), "--max-shard-size does nothing with --format adapters"),
+        (("--max-shard-size", "large"), "--max-shard-size is a number of KB"),
+        (("--max-shard-size", "0GB"), "--max-shard-size is a number of KB"),
     ],
 )
 def test_export_refuses_what_its_format_has_not(

@@ -111,6 +111,7 @@ def test_no_clock_is_asked() -> None:
         ({"engine": "compiled"}, "compiled"),
         ({"engine": "eager"}, "eager"),
         ({"memory": "sequential"}, "compiled"),  # asked for by those who have little
+        ({"memory": "paired"}, "compiled"),  # the eager engine knows no pairs
         ({"blocks": "layer"}, "eager"),
         ({"rule": "fzoo"}, "eager"),
         ({"rule": "lozo"}, "eager"),

@@ -607,6 +607,14 @@ def test_a_rule_without_further_options_probes_as_it_wants_to(tmp_path):
     assert header["queries"] == default.queries and default.estimator == "forward"
 
 
+def test_a_warm_up_is_made_whatever_the_schedule_that_is_left_open(tmp_path):
+    """The Trainer's own default has one, and the constant schedule that takes its place has none."""
+    trainer = trainer_in(tmp_path, warmup_steps=4, max_steps=6, eval_dataset=None)
+    trainer.train()
+    rates = [record["lr"] for record in journal(tmp_path)]
+    assert rates == pytest.approx([trainer.args.learning_rate * share for share in (0, 0.25, 0.5, 0.75, 1, 1)])
+
+
 def test_what_is_set_stays_even_if_it_is_the_trainers_default():
     config = ZOConfig(output_dir="x", learning_rate=5e-5, lr_scheduler_type="linear", logging_steps=500, save_steps=500)
     assert (config.learning_rate, config.lr_scheduler_type) == (5e-5, "linear")
@@ -619,6 +627,8 @@ def test_what_is_set_stays_even_if_it_is_the_trainers_default():
         {"max_grad_norm": 1.0},
         {"gradient_checkpointing": True},
         {"torch_compile": True},
+        {"torch_compile_backend": "eager"},
+        {"torch_compile_mode": "reduce-overhead"},
         {"optim": "adamw_torch"},
         {"use_liger_kernel": True},
         {"push_to_hub": True},
@@ -637,6 +647,12 @@ def test_options_without_meaning_are_ignored_with_one_sentence(option):
     ("option", "named"),
     [
         ({"optim": "adafactor"}, "optim='adafactor'"),
+        ({"adam_beta1": 0.5}, "adam_beta1"),
+        ({"adam_epsilon": 1e-3}, "adam_epsilon"),
+        ({"debug": "underflow_overflow"}, "debug"),
+        ({"ddp_backend": "gloo"}, "ddp_backend"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "constant_with_warmup"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0.1}, "warmup_steps"),
         ({"fp16": True}, "fp16"),
         ({"bf16": True}, "bfloat16"),
         ({"deepspeed": {"a": 1}}, "deepspeed"),

@@ -56,7 +56,7 @@ def settle_engine(zm: Wrapped, batch: Batch, planned: Planned) -> bool:
     """
     engine, job = zm.engine, zm.job
     open_still = getattr(engine, "fall_back", False) and not getattr(engine, "executables", None)
-    if not open_still or job.device.type != "cpu" or job.quant_mode is not None or zm.schedule.asked == "sequential":
+    if not open_still or job.device.type != "cpu" or job.quant_mode is not None or zm.schedule.asked != "auto":
         return False
     copied = sum(p.tensor.numel() * p.tensor.element_size() for p in job.parameters)
     takes, saves = compile_seconds(job), saved_seconds(zm, batch, planned)

@@ -33,7 +33,7 @@ class ZOConfig(StepOptions, TrainingArguments):
     argument                     the Trainer's default               here
     ===========================  ==================================  ========================================
     learning_rate                5e-5                                the rule's own; ``"auto"`` chooses it
-    lr_scheduler_type            linear                              constant
+    lr_scheduler_type            linear                              constant, after ``warmup_steps`` if given
     max_grad_norm                1.0                                 0: there is no gradient to clip
     eval_strategy, eval_steps    never                               before the first step and ten times,
                                                                      if there is an eval_dataset
@@ -123,6 +123,7 @@ class ZOConfig(StepOptions, TrainingArguments):
             self.blocks = "layer"  # type: ignore[assignment]
         _ignore_and_refuse(self)
         self.auto_lr = _settle_lr(self)
+        _settle_schedule(self)
         self.unset = {name for name in _FILLED if getattr(self, name) is None}
         _check_numbers(self)
         if self.learning_rate is None:
@@ -200,6 +201,8 @@ _IGNORED = {
     "gradient_checkpointing": "saves activations for a backward pass, and there is none",
     "activation_checkpointing": "saves activations for a backward pass, and there is none",
     "torch_compile": "asks for what the engine does anyway: it compiles the step",
+    "torch_compile_backend": "asks for what the engine does anyway: it compiles the step",
+    "torch_compile_mode": "asks for what the engine does anyway: it compiles the step",
     "use_liger_kernel": "replaces kernels that the engine compiles itself",
     "torch_empty_cache_steps": "frees gradients, and there are none",
     "enable_jit_checkpoint": "asks for what is done anyway: a SIGTERM ends in a checkpoint",
@@ -217,8 +220,31 @@ _REFUSED = {
     "neftune_noise_alpha": "its noise would differ between the two sides of a step: leave it out",
     "auto_find_batch_size": "a run whose batch size changes cannot be repeated: set per_device_train_batch_size",
     "optim_args": "give hyper-parameters to the rule: rule_options={'beta': ...}",
+    "debug": "losses and weights that are not finite are found and told anyway: leave it out",
+    "parallelism_config": "it is for several processes, and a run has one: start without it",
+    "ddp_backend": "it is for several processes, and a run has one: start without it",
     "optim_target_modules": "name what moves instead: trainable=['*q_proj*', ...]",
 }
+# Hyper-parameters of an optimiser that is never made: their defaults ask for nothing.
+_OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+# Schedules of transformers without a warm-up.
+_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau")
+
+
+def _settle_schedule(config: ZOConfig) -> None:
+    """Choose the schedule that was left open: constant, after a warm-up if one is asked for.
+
+    Raises:
+        ZOError: the schedule that was asked for has none.
+    """
+    asked = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
+    if config.warmup_steps and asked in _WITHOUT_WARMUP:
+        raise ZOError(
+            f"warmup_steps does nothing with lr_scheduler_type={asked!r}: leave one of them out, or take "
+            "'constant_with_warmup'"
+        )
+    if config.warmup_steps and asked is None:
+        config.lr_scheduler_type = "constant_with_warmup"
 
 
 def _settle_lr(config: ZOConfig) -> bool:
@@ -250,6 +276,12 @@ def _ignore_and_refuse(config: ZOConfig) -> None:
         if getattr(config, name, None):
             raise ZOError(f"{name} is not supported: {instead}")
     defaults = {each.name: each.default for each in fields(TrainingArguments)} | _FILLED
+    for name in _OF_ADAM:
+        if getattr(config, name) != defaults[name]:
+            raise ZOError(
+                f"{name} has no meaning here: the update is the rule's, whose hyper-parameters are its own "
+                "(rule_options={'beta1': ...} for rule='zo_adam')"
+            )
     for name, why in _IGNORED.items():
         if getattr(config, name, None):
             if not (name == "gradient_checkpointing" and getattr(config, "activation_checkpointing", None)):
