@@ -65,6 +65,31 @@ def test_the_parts_are_counted_before_each_is_compiled(monkeypatch: pytest.Monke
     assert told == [(i + 1, len(told)) for i in range(len(told))]
 
 
+class Masked(torch.nn.Module):
+    """Its layers read a view of an input, which is taken out of the first region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(4, 4)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(LAYERS))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        mask, hidden = mask.view(len(mask), 1), self.first(x)
+        for layer in self.layers:
+            hidden = hidden + torch.tanh(layer(hidden)) * mask
+        return hidden.sum(-1)
+
+
+def test_a_region_without_the_views_that_it_returned_is_counted_as_before() -> None:
+    given = {"x": torch.ones(3, 4), "mask": torch.rand(3)}
+    one, other = (
+        zowrap.zo_wrap(Masked(), "zo_sgd", eps=1e-2, engine=engine, loss_fn=lambda m, b: m(b["x"], b["mask"]))
+        for engine in ("compiled", "eager")
+    )
+    assert torch.allclose(one.step(**given).losses, other.step(**given).losses, rtol=1e-5)
+
+
 def test_values_live_no_longer_than_their_last_reader() -> None:
     zm, _ = trajectory("compiled", steps=1)
     (executable,) = zm.engine.executables.values()

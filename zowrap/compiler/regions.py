@@ -246,8 +246,10 @@ def _link(
             node.meta["val"] = _fake(program, node)
         add(cast("Callable[..., Any]", node.target), [_mapped(a, slot_of) for a in node.args], [node])
     # Texts need values that only compiling what comes before brings; operators tell kinds apart well enough to count.
-    outlines = list(dict.fromkeys(map(_outline, pieces.regions)))
-    for region in pieces.regions:
+    # They are taken before views leave their regions.
+    outlines = [_outline(region) for region in pieces.regions]
+    told = list(dict.fromkeys(outlines))
+    for region, outline in zip(pieces.regions, outlines, strict=True):
         for node in _take_views_out(region):
             if "val" not in node.meta:
                 node.meta["val"] = _fake(program, node)
@@ -258,7 +260,7 @@ def _link(
             add(aten.sym_size.int, [_mapped(a, slot_of) for a in size.args], [size])
         text = text_of(region)
         if text not in kinds:
-            tell(outlines.index(_outline(region)) + 1, len(outlines))
+            tell(told.index(outline) + 1, len(told))
             kinds[text] = _compile(program, region)
             compilations += 1
             cached += kinds[text].compiled.cached
