@@ -142,7 +142,6 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
         need_package("peft", f"{name} holds adapters: they need")
     with _explain_load_errors(base or name):
         config = AutoConfig.from_pretrained(base or name, trust_remote_code=trust_remote_code)
-
     try:
         place = find_tokenizer(name)
         with _explain_load_errors(place, "the tokenizer of "):
@@ -173,7 +172,9 @@ def _fetch_adapters(name: str) -> str:
     """The folder that adapters on the hub are downloaded to; of any other model its name."""
     if Path(name).expanduser().is_dir() or find_file(name, "config.json") or not find_file(name, ADAPTER_CONFIG):
         return name
-    return str(fetch(name))
+    folder = fetch(name)
+    check_adapter_settings(folder)
+    return str(folder)
 
 
 def fetch(name: str, pickles: bool = False) -> Path:
