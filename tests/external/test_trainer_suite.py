@@ -111,3 +111,8 @@ def test_what_was_substituted_comes_back(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
     assert not issubclass(Trainer, ZOTrainer) and not issubclass(TrainingArguments, ZOConfig)
+
+
+def test_the_page_gives_every_reason() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
+    assert [why for why in REASONS.values() if f"| {why} |" not in page] == []

@@ -31,7 +31,7 @@ from typing import Any
 
 import pytest
 
-_PICKLES = "it looks for files that are pickles (optimizer.pt, training_args.bin …): ours are safetensors and JSON"
+_PICKLES = "it looks for files that are pickles (`optimizer.pt`, `training_args.bin` …): ours are safetensors and JSON"
 _OPTIMISER = "it brings an optimiser of its own, which is refused: the update is the rule's"
 # A pattern for names of tests (``Class::test``, without parameters) → why such a test rightly fails.
 REASONS: dict[str, str] = {
@@ -49,23 +49,23 @@ REASONS: dict[str, str] = {
     ),
     r"::test_(adafactor_lr_none|custom_optimizer|reduce_lr_on_plateau_args|greedy_lr_args)$": _OPTIMISER,
     r"::test_bnb_(optim_\w+|8bit_optimizer_skip_embedding)$": (
-        "it chooses an optimiser of bitsandbytes by optim=, which is refused: the update is the rule's"
+        "it chooses an optimiser of bitsandbytes by `optim=`, which is refused: the update is the rule's"
     ),
     r"TrainerInterruptedTrainingTest::test_resume_batch_order$": (
-        "it asks for optim='sgd', which is refused; and its model counts forwards, of which a step has two and a "
+        'it asks for `optim="sgd"`, which is refused; and its model counts forwards, of which a step has two and a '
         "resumed run none for the steps it replays"
     ),
     r"TrainerAutoBatchSizeTest::test_auto_batch_size_with_resume_from_checkpoint$": (
-        "auto_find_batch_size is refused: a run whose batch size changes cannot be repeated"
+        "`auto_find_batch_size` is refused: a run whose batch size changes cannot be repeated"
     ),
     r"TrainerNEFTuneTest::test_neftune$": (
-        "neftune_noise_alpha is refused: its noise would differ between the two sides of a step"
+        "`neftune_noise_alpha` is refused: its noise would differ between the two sides of a step"
     ),
     r"TrainerLoggingTest::test_logging_inf_nan_filter$": (
-        "it trains on without a finite loss (learning_rate=1e9): ours ends as failed after 20 such steps in a row"
+        "it trains on without a finite loss (`learning_rate=1e9`): ours ends as failed after 20 such steps in a row"
     ),
     r"TestTrainingArguments::test_torch_compile_auto_enable$": (
-        "it asks whether torch_compile is set, which is ignored with a warning: the engine compiles the step itself"
+        "it asks whether `torch_compile` is set, which is ignored with a warning: the engine compiles the step itself"
     ),
 }
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+)
 
 from tests.support.tiny_run import collate, rows, same_weights, tiny_llama, trainer_in
 from zowrap.errors import ZOError
@@ -174,6 +182,32 @@ def test_the_state_says_at_the_end_which_model_is_the_best_and_where_it_lies(tmp
         tmp_path / "c", metric_for_best_model="loss", callbacks=[EarlyStoppingCallback(1, 1e9)], **options
     )
     assert early.train().global_step == 4 and early.state.best_model_checkpoint == str(tmp_path / "c")
+
+
+def test_a_trainer_that_evaluates_by_generating(tmp_path: Path) -> None:
+    @dataclass
+    class Arguments(ZOConfig, Seq2SeqTrainingArguments):
+        pass
+
+    class Generates(Seq2SeqTrainer, ZOTrainer):
+        pass
+
+    def count_exact(found: Any) -> dict[str, float]:
+        kinds.append((found.predictions.ndim, found.predictions.dtype.kind))
+        return {"exact": float((found.predictions[:, 1:3] == found.label_ids[:, :2]).mean())}
+
+    kinds: list[tuple[int, str]] = []
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    data = [{"input_ids": [1 + row, 2, 3], "attention_mask": [1, 1, 1], "labels": [2, 3]} for row in range(8)]
+    args = Arguments(str(tmp_path), max_steps=2, eval_steps=1, predict_with_generate=True,
+                     metric_for_best_model="exact", engine="eager", report_to="none", disable_tqdm=True)  # fmt: skip
+    model = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes))
+    trainer = Generates(model, args, collate, data, eval_dataset=data[:4], compute_metrics=count_exact)
+    trainer.train()
+    assert len(journal(tmp_path)) == 2 and trainer.best_metric == max(
+        line["eval_exact"] for line in evaluations(tmp_path)
+    )
+    assert kinds == [(2, "i")] * 3  # tokens, and no logits
 
 
 # --- signals and memory ---------------------------------------------------------------------------------------------
