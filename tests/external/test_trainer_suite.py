@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.external.trainer_suite import REASONS, Outcome, convert
+from tests.external.trainer_suite import REASONS, Outcome, find_unused, substitute
 
 SUITE = """
 import unittest
@@ -41,8 +41,21 @@ class TinyTest(unittest.TestCase):
     def test_bnb_optim_sgd(self):
         self.assertEqual(self.train(optim="sgd").state.global_step, 4)
 
+    def test_arguments_alone(self):
+        options = {"eval_strategy": "steps", "load_best_model_at_end": True, "save_steps": 7, "logging_steps": 7}
+        args = TrainingArguments("out", learning_rate=0.3, **options)
+        self.assertEqual((args.save_steps, args.eval_steps, args.learning_rate), (7, 7, 0.3))
+        self.assertEqual((args.metric_for_best_model, args.lr_scheduler_type), ("loss", "linear"))
+
+    def test_that_makes_neither(self):
+        self.assertTrue(issubclass(Trainer, object))
+
     def test_fails_with_both(self):
         self.fail("not here")
+
+    @unittest.skip("needs a GPU")
+    def test_that_is_skipped(self):
+        pass
 
     def test_that_has_no_reason(self):
         self.assertFalse(hasattr(Trainer, "wrap"), "this is another trainer")
@@ -56,14 +69,20 @@ def test_a_suite_is_counted_against_what_the_trainer_passes(tmp_path: Path) -> N
         (package / "__init__.py").touch()
     (folder / "test_trainer_tiny.py").write_text(SUITE)
     (folder / "test_trainer_distributed.py").write_text("raise AssertionError('needs several processes')")
-    command = [sys.executable, "-m", "tests.external.trainer_suite", str(tmp_path), "--list"]
+    command = [sys.executable, "-m", "tests.external.trainer_suite", str(tmp_path), "--list", "--table"]
     told = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    lines = told.stdout.splitlines()
     assert told.returncode == 1
-    assert lines[0].startswith("rightly fails  TinyTest::test_bnb_optim_sgd: it is about an optimiser")
+    lines = told.stdout.splitlines()
+    counts = [line.split("|")[2].strip() for line in lines[2:8]]
+    assert counts == ["6", "4", "1", "1", "1", "2"]
+    assert sum(line.startswith("| `test_bnb_optim_sgd` | it chooses an optimiser") for line in lines) == 1
+    lines = [line for line in lines if line and not line.startswith("|")]
+    assert lines[0].startswith("rightly fails  TinyTest::test_bnb_optim_sgd: it chooses an optimiser")
     assert lines[1].startswith("FAILED         TinyTest::test_that_has_no_reason: AssertionError: True is not false")
-    assert lines[2] == ("2 of the 4 tests that the Trainer passes here pass, 1 rightly fail, 1 fail without a reason")
-    told = subprocess.run([*command[:-2], str(folder)], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert [line.split()[0] for line in lines[2:-1]] == ["UNUSED"] * (len(REASONS) - 1)
+    assert lines[-1] == "4 of the 6 tests that the Trainer passes here pass, 1 rightly fail, 1 fail without a reason"
+    command[3] = str(folder)
+    told = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert told.returncode == 1 and "is no checkout of transformers" in told.stderr
 
 
@@ -73,11 +92,27 @@ def test_an_outcome_is_limited_to_what_the_trainer_passes() -> None:
     assert Outcome([], {"T::test_bnb_optim_0": "x", "T::test_steps": "y"}).explain(REASONS)[1] == ["T::test_steps"]
 
 
-def test_arguments_keep_what_they_set(tmp_path: Path) -> None:
-    from transformers import TrainingArguments
+def test_a_reason_that_explains_nothing_is_found() -> None:
+    assert find_unused([]) == list(REASONS)
+    assert r"TrainerNEFTuneTest::test_neftune$" not in find_unused(["TrainerNEFTuneTest::test_neftune"])
 
-    options = {"save_steps": 7, "eval_steps": 7, "eval_strategy": "steps", "load_best_model_at_end": True}
-    theirs = TrainingArguments(str(tmp_path), learning_rate=0.3, report_to="none", **options)
-    ours = convert(theirs)
-    assert (ours.save_steps, ours.learning_rate, ours.logging_steps) == (7, 0.3, 500)
-    assert ours.metric_for_best_model == "loss" and ours.engine == "eager" and ours.lr_scheduler_type == "linear"
+
+def test_what_was_substituted_comes_back(tmp_path: Path) -> None:
+    from zowrap.training.config import ZOConfig
+    from zowrap.training.trainer import ZOTrainer
+
+    made: list[int] = []
+    with substitute(lambda: made.append(1)):
+        from transformers import Trainer, TrainingArguments
+
+        args = TrainingArguments(str(tmp_path), report_to="none", learning_rate=0.3)
+        assert issubclass(Trainer, ZOTrainer) and isinstance(args, ZOConfig) and made == [1]
+        assert (args.learning_rate, args.logging_steps, args.engine) == (0.3, 500, "eager")
+    from transformers import Trainer, TrainingArguments
+
+    assert not issubclass(Trainer, ZOTrainer) and not issubclass(TrainingArguments, ZOConfig)
+
+
+def test_the_page_gives_every_reason() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
+    assert [why for why in REASONS.values() if f"| {why} |" not in page] == []

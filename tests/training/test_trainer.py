@@ -209,7 +209,8 @@ def test_the_schedule_drives_the_learning_rate(tmp_path, name):
 def test_a_callback_may_set_the_learning_rate(tmp_path):
     class Half(TrainerCallback):
         def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-            optimizer.param_groups[0]["lr"] = 1e-3 / (1 + state.global_step)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 / (1 + state.global_step)
 
     trainer_in(tmp_path, max_steps=3, callbacks=[Half()], eval_dataset=None).train()
     assert [record["lr"] for record in journal(tmp_path)] == [1e-3, 1e-3 / 2, 1e-3 / 3]
@@ -627,8 +628,8 @@ def test_what_is_set_stays_even_if_it_is_the_trainers_default():
         {"max_grad_norm": 1.0},
         {"gradient_checkpointing": True},
         {"torch_compile": True},
-        {"torch_compile_backend": "eager"},
         {"torch_compile_mode": "reduce-overhead"},
+        {"torch_compile_backend": "eager"},
         {"optim": "adamw_torch"},
         {"use_liger_kernel": True},
         {"push_to_hub": True},

@@ -33,6 +33,9 @@ class WriterCallback(TrainerCallback):
         self._get_evaluation = get_evaluation
         self._steps_per_epoch: int | None = None
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.writer.tell_best(state)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._steps_per_epoch = count_steps_per_epoch(args, kwargs["train_dataloader"])
         self.writer.run.update_status(state="running", step=state.global_step, max_steps=state.max_steps)
@@ -70,7 +73,8 @@ class WriterCallback(TrainerCallback):
 class RunEvents(CallbackHandler):
     """Calls the writer's callback beside the user's, in whose list it is not: there is no run without it.
 
-    Its turn comes after the callbacks that the trainer was made with, and before those that were added later.
+    Its turn comes after the callbacks that the trainer was made with, and before those that were added later; at the
+    end of a training it comes first, and tells all others where the best model lies.
 
     Args:
         handler: the Trainer's own, which this one replaces.
@@ -85,7 +89,7 @@ class RunEvents(CallbackHandler):
     def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         facts = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
         places = [place for place, each in enumerate(self.callbacks, 1) if id(each) in self._first]
-        turn = max(places, default=0)
+        turn = 0 if event == "on_train_end" else max(places, default=0)
         for callback in [*self.callbacks[:turn], self._mine, *self.callbacks[turn:]]:
             known = {name: getattr(self, name) for name in facts}
             control = getattr(callback, event)(args, state, control, **known, **kwargs) or control

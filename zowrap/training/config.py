@@ -146,7 +146,8 @@ class ZOConfig(StepOptions, TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no other memory to copy to; torch warns of it
         if self.data_seed is None:
-            self.data_seed = self.seed  # the data's order then follows from the seed, not from the generator's past
+            self.unset.add("data_seed")
+        self.settle_data_seed()
         if self.world_size > 1:  # started by something that sets no variable
             raise ZOError("several processes (torchrun, accelerate launch) are not supported: start one")
         if self.n_gpu > 1:
@@ -170,6 +171,11 @@ class ZOConfig(StepOptions, TrainingArguments):
         if steps and "warmup" not in options and rule.hyper.get("warmup") is False:
             rule = rules.get(self.rule, **options, warmup=steps)
         return rule
+
+    def settle_data_seed(self) -> None:
+        """Let the data's order follow from the seed, as it is now, and not from the generator's past."""
+        if "data_seed" in self.unset:
+            self.data_seed = self.seed
 
     def evaluates(self, has_eval_dataset: bool) -> None:
         """Settle what depends on the data: whether to evaluate at all, and before the first step."""
@@ -201,11 +207,9 @@ _IGNORED = {
     "gradient_checkpointing": "saves activations for a backward pass, and there is none",
     "activation_checkpointing": "saves activations for a backward pass, and there is none",
     "torch_compile": "asks for what the engine does anyway: it compiles the step",
-    "torch_compile_backend": "asks for what the engine does anyway: it compiles the step",
-    "torch_compile_mode": "asks for what the engine does anyway: it compiles the step",
+    "torch_compile_backend": "chooses a compiler, and the engine has its own",
+    "torch_compile_mode": "chooses how to compile, and the engine has its own way",
     "use_liger_kernel": "replaces kernels that the engine compiles itself",
-    "torch_empty_cache_steps": "frees gradients, and there are none",
-    "enable_jit_checkpoint": "asks for what is done anyway: a SIGTERM ends in a checkpoint",
     "push_to_hub": "would upload during the run: upload output_dir afterwards instead",
     "logging_nan_inf_filter": "asks for what is done anyway: losses that are not finite are left out, and counted",
 }

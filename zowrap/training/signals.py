@@ -26,6 +26,8 @@ class StopSignal:
 def catch_stop_signals() -> Iterator[StopSignal]:
     """Note SIGINT and SIGTERM in place of dying from them; the earlier handlers are back afterwards.
 
+    One that a callback put in place in the meantime stays.
+
     Only the main thread can handle signals: in any other, nothing changes.
     """
     asked = StopSignal()
@@ -43,4 +45,5 @@ def catch_stop_signals() -> Iterator[StopSignal]:
         yield asked
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is handle:
+                signal.signal(number, handler)

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
 from transformers.trainer import align_special_tokens, logger
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, denumpify_detensorize
 
 from zowrap.errors import ZOError, ZOWarning
 from zowrap.loss import evaluation
@@ -33,7 +34,7 @@ from zowrap.model.choice import Planned
 from zowrap.model.zo_model import StepResult, ZOModel
 from zowrap.quant import lowering
 from zowrap.step.finite import warn_about
-from zowrap.step.options import values_of
+from zowrap.step.options import check_values, values_of
 from zowrap.step.pretrained import model_name
 from zowrap.storage.lock import lock_folder
 from zowrap.storage.save import save_model
@@ -61,6 +62,9 @@ __all__ = ["ZOConfig", "ZOTrainer"]
 class ZOStep(torch.optim.Optimizer):
     """Stands in for the Trainer's optimiser: ``step`` applies the rule, at the schedule's learning rate.
 
+    It has the Trainer's two groups, the tensors with weight decay and those without. A schedule or a callback may set
+    the learning rate of both, and the weight decay of the first.
+
     Args:
         zm: the wrapped model.
         lr: η before any schedule.
@@ -68,14 +72,18 @@ class ZOStep(torch.optim.Optimizer):
     """
 
     def __init__(self, zm: ZOModel, lr: float, done: Callable[[StepResult], None]) -> None:
-        super().__init__([parameter.tensor for parameter in zm.parameters], {"lr": lr})
+        groups = [
+            {"params": [each.tensor for each in zm.parameters if each.decays == decays], "weight_decay": decay}
+            for decays, decay in ((True, zm.hyper["weight_decay"]), (False, 0.0))
+        ]
+        super().__init__(groups, {"lr": lr})
         self.zm = zm
         self.done = done
         self._made = False  # make_whole made the step
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if self.zm.accumulated:
-            self.zm.lr = float(self.param_groups[0]["lr"])
+            self._follow_groups()
             self.done(self.zm.update())
         elif not self._made:
             raise ZOError(
@@ -96,11 +104,32 @@ class ZOStep(torch.optim.Optimizer):
         Returns:
             0-d float32 loss, the mean over the step's evaluations.
         """
-        self.zm.lr = float(self.param_groups[0]["lr"])
+        self._follow_groups()
         result = self.zm.step(**batch)
         self._made = True
         self.done(result)
         return result.loss
+
+    def _follow_groups(self) -> None:
+        """Take the learning rate and the weight decay that the groups have now.
+
+        Raises:
+            ZOError: the groups ask for what one rule for all tensors cannot do.
+        """
+        rates = {float(group["lr"]) for group in self.param_groups if group["params"]}
+        if len(rates) > 1:
+            raise ZOError(
+                f"the optimizer's groups have the learning rates {' and '.join(f'{each:g}' for each in sorted(rates))}"
+                ", and a rule has one for all tensors: set the same for every group of optimizer.param_groups"
+            )
+        self.zm.lr = rates.pop()
+        decay, of_vectors = (float(group["weight_decay"]) for group in self.param_groups)
+        if of_vectors or (decay > 0) != self.zm.job.decays:
+            raise ZOError(
+                "the optimizer's weight decay was changed to what the rule does not do: give weight_decay= to begin "
+                "with one, which moves matrices and never vectors"
+            )
+        self.zm.set_hyper(weight_decay=decay)
 
 
 class ZOTrainer(Trainer):
@@ -167,6 +196,10 @@ class ZOTrainer(Trainer):
         assert model is not None
         with lowering.hide_quantization(model):
             super().__init__(model, args, **named)
+        for callback in self.callback_handler.callbacks:
+            if type(callback).__name__ == "JITCheckpointCallback":
+                # A SIGTERM ends every training in a checkpoint (catch_stop_signals), at once and not only the first.
+                callback.on_train_end(args, self.state, self.control)  # which gives back the handler it replaced
         self.model_init = model_init
         self.batch_metrics = batch_metrics
         self.run = Run(str(args.output_dir))
@@ -195,7 +228,7 @@ class ZOTrainer(Trainer):
 
     def wrap(self, engine: str | None) -> None:
         """Wrap the model, with the rule at its first step: ``zm`` is then another."""
-        options = values_of(self.args)
+        self._wrapped_with = options = values_of(self.args)
         lr = "auto" if self.args.auto_lr else self.args.learning_rate
         self._engine_asked = engine
         self._loss_source = self._find_loss_source()
@@ -208,8 +241,8 @@ class ZOTrainer(Trainer):
                     f"{self._loss_source} gives the loss and runs eagerly, as it may read other values at each step: "
                     "engine='compiled' compiles it with the values of the first"
                 )
-        options |= {"rule": self._rule, "lr": lr, "engine": engine}
-        self.zm: ZOModel = zo_wrap(self._bare, loss_fn=loss_fn, **options)
+        given = {"rule": self._rule, "lr": lr, "engine": engine}
+        self.zm: ZOModel = zo_wrap(self._bare, loss_fn=loss_fn, **options | given)
         self._loss = self.zm.loss_module
         if self._optimizer_step is not None:
             self._optimizer_step.zm = self.zm
@@ -251,6 +284,25 @@ class ZOTrainer(Trainer):
             raise ZOError(f"{found or 'the loss'} was changed after the first step: make a new trainer with it")
         _check_losses(self, self.args, self._loss_fn, self.compute_loss_func)
         self.wrap(self._engine_asked)
+
+    def _follow_options(self) -> None:
+        """Wrap again where an option of a step was changed on ``args`` before the first step.
+
+        Raises:
+            ZOError: it was changed later.
+        """
+        now = values_of(self.args)
+        changed = [name for name, value in now.items() if value != self._wrapped_with[name]]
+        if not changed:
+            return
+        if self.zm.step_count:
+            raise ZOError(
+                f"{changed[0]} was changed after step {self.zm.step_count}, and a run keeps its options: make a new "
+                "trainer with it"
+            )
+        check_values(self.args, changed)
+        self._rule = self.args.rule_object()
+        self.wrap(self.args.engine)
 
     def _follow_frozen(self) -> None:
         """Wrap again where weights were frozen or unfrozen before the first step.
@@ -297,6 +349,8 @@ class ZOTrainer(Trainer):
         """
         if str(self.run.path) != str(Path(str(self.args.output_dir))):
             self.run = Run(str(self.args.output_dir))
+        self.args.settle_data_seed()
+        self.accelerator.dataloader_config.data_seed = self.args.data_seed
         trained = self._writer is not None
         if trained:
             self.optimizer = self.lr_scheduler = self._optimizer_step = None  # type: ignore[assignment]
@@ -312,6 +366,7 @@ class ZOTrainer(Trainer):
                 )
         else:
             self._follow_loss()
+            self._follow_options()
             if not self.zm.step_count:
                 self._follow_frozen()
             return
@@ -354,6 +409,9 @@ class ZOTrainer(Trainer):
         loss = step.make_whole(batch) if step is not None and alone else self.zm.accumulate(**batch)
         if step is None:
             self.zm.discard()
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         batches = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0) / batches
 
@@ -567,6 +625,7 @@ class ZOTrainer(Trainer):
         say(f"{self.run.path} is finished: {start.step} steps are done")
         self.state = start.state
         self._load_callback_state()
+        writer.tell_best(self.state)
         # What a training does before its first step, and every later start as well.
         self.args.learning_rate = start.plan.get("learning_rate", self.args.learning_rate)
         tokenizer = self.processing_class
@@ -757,6 +816,21 @@ class ZOTrainer(Trainer):
             self._sums.examples += rows
             self._sums.add_loss(*self._loss.weigh(loss, inputs), rows, self.args.device)
         return loss, logits, labels
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, and keep what an override of ``evaluate`` returns beside what it tells the callbacks."""
+        metrics = super()._evaluate(*args, **kwargs)
+        self._keep_returned(metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compare as the Trainer does; an override of ``_evaluate`` need not have passed on to this class."""
+        self._keep_returned(metrics)
+        return super()._determine_best_metric(metrics, trial)
+
+    def _keep_returned(self, metrics: dict[str, float]) -> None:
+        if self.is_in_train and self._writer is not None:
+            self._writer.add_returned_metrics(denumpify_detensorize(metrics), self.state.global_step)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: a search trains many times, each time into a folder of its own.

@@ -24,6 +24,8 @@ from zowrap.training.step_log import StepLog, make_metrics_line
 from zowrap.training.weight_check import WeightCheck
 
 if TYPE_CHECKING:
+    from transformers import TrainerState
+
     from zowrap.training.config import ZOConfig
 
 # Reading a result waits for the device. On an accelerator results stay there and are read together, at most this many
@@ -86,6 +88,7 @@ class RunWriter:
         self._pending: list[tuple[StepResult, float]] = []
         self._clock = self._flushed = time.monotonic()
         self._entries_before: set[Path] = set()
+        self._told: dict[int, set[str]] = {}  # step of the last evaluation → the names of its metrics
         self._last_evaluations: dict[str, dict[str, Any]] = {}  # by the name of the loss: one for each evaluation set
 
     # --- begin and end -----------------------------------------------------------------------------------------
@@ -314,10 +317,8 @@ class RunWriter:
         Raises:
             ZOError: a loss before the first step is not finite, or weights are not that would become the best model.
         """
-        line: dict[str, Any] = {"step": step}
-        for name, value in metrics.items():
-            if name.startswith("eval_") and not name.endswith(_SPEED) and isinstance(value, int | float):
-                line[name] = value
+        line: dict[str, Any] = {"step": step, **_pick_metrics(metrics)}
+        self._told = {step: self._told.get(step, set()) | line.keys()}
         if step == 0:
             self._check_first_evaluation(line, sums)
         rows = sums.rows()
@@ -333,6 +334,22 @@ class RunWriter:
             self._write_model()
             self.run.update_status(best_step=self.best.step, best_metric=self.best.value, metric=self.best.key)
         self.run.metrics.append(line)
+
+    def add_returned_metrics(self, metrics: dict[str, Any], step: int) -> None:
+        """Take what an override of ``evaluate`` returns and told no callback: the Trainer compares models by it too."""
+        told = self._told.get(step, set())
+        new = {name: value for name, value in _pick_metrics(metrics).items() if name not in told}
+        if new:
+            self.add_evaluation(new, step, Evaluation(), "eval")
+
+    def tell_best(self, state: TrainerState) -> None:
+        """Say in the Trainer's state which model is the best and where it lies, if an evaluation chose one.
+
+        Only at the end: with ``save_total_limit=1`` the Trainer removes all checkpoints but a best one that it knows.
+        """
+        if self.best.step is not None:
+            state.best_metric, state.best_global_step = self.best.value, self.best.step
+            state.best_model_checkpoint = str(self.run.path)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write a checkpoint of the present step.
@@ -368,6 +385,15 @@ class RunWriter:
             return
         save_model(self.zm.model, self.run.path, {**self.zm.facts(), **self.facts}, tokenizer=self.tokenizer)
         keep_apart(self.run.path, self.zm)
+
+
+def _pick_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics of an evaluation that a line of metrics.jsonl keeps."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name.startswith("eval_") and not name.endswith(_SPEED) and isinstance(value, int | float)
+    }
 
 
 def _pick_losses(line: dict[str, Any]) -> dict[str, Any]:
