@@ -22,9 +22,12 @@ from torch import Tensor
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
+from zowrap.compiler.conversions import capture_conversions
+from zowrap.compiler.experts import capture_experts
 from zowrap.compiler.guards import Guards
 from zowrap.compiler.inductor import size_oblivious
 from zowrap.compiler.lengths import capture_lengths
+from zowrap.compiler.masks import capture_masks
 from zowrap.compiler.program import Input, Program
 from zowrap.compiler.recurrent import capture_recurrent_layers
 from zowrap.compiler.scans import capture_scans
@@ -216,9 +219,12 @@ def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Pro
                 torch.no_grad(),
                 sizes,
                 evaluation_mode(loss),
+                capture_conversions(),
                 capture_recurrent_layers(),
                 capture_scans(loss.model),
+                capture_experts(loss.model),
                 capture_lengths(loss.model),
+                capture_masks(),
                 _silence_export(),
             ):
                 warnings.simplefilter("ignore")

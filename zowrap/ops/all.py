@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zowrap.compiler import recurrent, scans
+from zowrap.compiler import experts, recurrent, scans
 from zowrap.loss import captured, deferred
 from zowrap.ops import codes, head, int8, lookups, perturb, update, vmap_forms
 
@@ -10,6 +10,7 @@ __all__ = [
     "captured",
     "codes",
     "deferred",
+    "experts",
     "head",
     "int8",
     "lookups",
