@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import zowrap
 import zowrap.errors
+from tests.support.uncompiled import compile_nothing
 from zowrap.model.zo_model import ZOModel
 
 
@@ -72,6 +73,51 @@ def test_a_program_for_one_size_that_would_be_too_long_is_not_compiled(monkeypat
     zm.loss(**rows_of(4, 40))  # on the way that the canonical batch took
     with pytest.raises(zowrap.errors.ZOCaptureError, match=r"for this size alone would have \d+ operations"):
         zm.loss(**rows_of(4, 20))
+
+
+class Windows(nn.Module):
+    """Cuts pictures into windows of eight by eight pixels, here one for each picture, as Swin does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, _, high, wide = x.shape
+        parts = x.permute(0, 2, 3, 1).contiguous().view(rows, high // 8, 8, wide // 8, 8, 3)
+        h = self.layer(parts.permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, 64, 3)).tanh()
+        return nn.functional.adaptive_avg_pool1d(h.transpose(1, 2), 1).flatten(1).view(rows, -1).square().mean(1)
+
+
+def test_a_single_row_shares_the_program_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's kernels ask whether there is one, but no result depends on it."""
+    compile_nothing(monkeypatch)
+    zms = [
+        zowrap.zo_wrap(Windows(), "zo_sgd", eps=0.1, loss_fn=lambda m, b: m(b["x"]), engine=engine)
+        for engine in ("eager", "compiled")
+    ]
+    for rows in (3, 1, 2):
+        inputs = {"x": torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(rows))}
+        assert torch.allclose(*[zm.step(**inputs).losses for zm in zms], rtol=1e-5), rows
+    (programs,) = zms[1].engine._captured.values()
+    assert len(programs) == 1
+
+
+@pytest.mark.parametrize("squeeze", [lambda h: h.squeeze(), lambda h: torch.squeeze(h, dim=0)], ids=["all", "first"])
+def test_a_dimension_that_squeezing_drops_is_asked_about(squeeze: Callable[[Tensor], Tensor]) -> None:
+    """Of a single row the first dimension is gone, and the sum another one."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4)
+    zms = [
+        zowrap.zo_wrap(model, "zo_sgd", loss_fn=lambda m, b: squeeze(m(b["x"])).cumsum(0).flatten()[-1:], engine=engine)
+        for engine in ("eager", "compiled")
+    ]
+    for rows in (3, 1, 2):
+        inputs = {"x": torch.randn(rows, 3, generator=torch.Generator().manual_seed(rows))}
+        assert torch.allclose(*[zm.loss(**inputs) for zm in zms], rtol=1e-5), rows
+    assert len(zms[1].engine.executables) == 2
+    assert torch.Tensor.squeeze(torch.ones(1, 2)).ndim == 1 and torch.squeeze.__module__ != "zowrap.compiler.guards"
 
 
 class Number(nn.Module):

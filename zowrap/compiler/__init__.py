@@ -6,6 +6,7 @@
 ``experts``     captures experts that are modules of their own
 ``conversions`` captures forwards that convert a module to another dtype
 ``masks``       captures attention masks that models make themselves
+``pictures``    captures the features of any number of pictures
 ``lengths``     captures ``len(tensor)`` as a size
 ``program``     defines programs, and the invariants they keep
 ``guards``      decides which batches a captured program is valid for

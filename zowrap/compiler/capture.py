@@ -24,10 +24,11 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from zowrap.compiler.conversions import capture_conversions
 from zowrap.compiler.experts import capture_experts
-from zowrap.compiler.guards import Guards
+from zowrap.compiler.guards import Guards, accept_single_rows, ask_before_squeezing
 from zowrap.compiler.inductor import size_oblivious
 from zowrap.compiler.lengths import capture_lengths
 from zowrap.compiler.masks import capture_masks
+from zowrap.compiler.pictures import capture_pictures
 from zowrap.compiler.program import Input, Program
 from zowrap.compiler.recurrent import capture_recurrent_layers
 from zowrap.compiler.scans import capture_scans
@@ -218,6 +219,8 @@ def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Pro
                 warnings.catch_warnings(),
                 torch.no_grad(),
                 sizes,
+                accept_single_rows(),
+                ask_before_squeezing(),
                 evaluation_mode(loss),
                 capture_conversions(),
                 capture_recurrent_layers(),
@@ -225,6 +228,7 @@ def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Pro
                 capture_experts(loss.model),
                 capture_lengths(loss.model),
                 capture_masks(),
+                capture_pictures(loss.model),
                 _silence_export(),
             ):
                 warnings.simplefilter("ignore")

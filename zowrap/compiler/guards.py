@@ -7,11 +7,13 @@ program.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
 import torch
+from torch.fx.experimental.sym_node import SymNode
 
 
 class Guards:
@@ -59,3 +61,60 @@ class Guards:
         wrong = (sympy.Eq(expression, size).xreplace(values) for expression, size in pairs)
         unmet = (expression.xreplace(values) for expression in self._asked)
         return not any(found == sympy.false for found in (*wrong, *unmet))
+
+
+@contextmanager
+def accept_single_rows() -> Iterator[None]:
+    """Record no condition while inside where torch's own kernels ask whether a size is 1, and it is not.
+
+    They ask because the strides of such a dimension mean nothing and it may be broadcast. A program that does neither
+    is right for a size of 1 as well. What the model asks in Python is recorded.
+    """
+    plain = SymNode.guard_bool
+
+    def guard_bool(self: Any, file: str, line: int) -> bool:
+        if file.endswith(".h") and _is_about_one(self.expr):
+            with self.shape_env.suppress_guards():
+                found = plain(self, file, line)
+            if found == _holds_for_others(self.expr):
+                return found
+        return plain(self, file, line)
+
+    SymNode.guard_bool = guard_bool  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SymNode.guard_bool = plain  # type: ignore[method-assign]
+
+
+def _is_about_one(expression: Any) -> bool:
+    """Whether an expression compares a size with 1."""
+    return isinstance(expression, sympy.core.relational.Relational) and sympy.S.One in expression.args
+
+
+def _holds_for_others(comparison: Any) -> bool:
+    """Whether a comparison with 1 is true of the sizes above it."""
+    return bool(comparison.func(*[sympy.Integer(2) if arg != 1 else arg for arg in comparison.args]))
+
+
+@contextmanager
+def ask_before_squeezing() -> Iterator[None]:
+    """Record while inside whether a dimension that ``squeeze`` would drop has the size 1: torch itself does not."""
+    places: list[tuple[Any, Any]] = [(torch.Tensor, torch.Tensor.squeeze), (torch, torch.squeeze)]
+    try:
+        for place, plain in places:
+            place.squeeze = _make_asking(plain)
+        yield
+    finally:
+        for place, plain in places:
+            place.squeeze = plain
+
+
+def _make_asking(plain: Any) -> Any:
+    def squeeze(input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        dims = kwargs.get("dim", args[0] if args else range(input.ndim))
+        for dim in dims if isinstance(dims, tuple | list | range) else [dims]:
+            bool(input.shape[dim] == 1)
+        return plain(input, *args, **kwargs)
+
+    return squeeze
