@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import zowrap
 from tests.support.devices import gpu_generator
 from tests.support.families import DataDependent, batch, make, snapshot, unchanged
+from tests.support.uncompiled import compile_nothing
 from zowrap.compiler import inductor
 from zowrap.errors import ZOCaptureError, ZOError
 
@@ -415,6 +416,22 @@ def test_a_wrong_token_id_is_an_error_also_below_the_active_block(engine) -> Non
         zm.step(**inputs)
 
 
+def test_the_tensors_of_a_model_are_looked_up_once_a_step_and_anew_at_the_next(monkeypatch) -> None:
+    """Of a small model looking them up takes longer than evaluating one of many directions."""
+    compile_nothing(monkeypatch)
+    zm, inputs, calls = zowrap.zo_wrap(make("llama"), "zo_sgd", queries=3, engine="compiled"), batch("llama", 2, 5), []
+    zm.step(**inputs)  # captures
+    plain = zm.job.loss.named_buffers
+    monkeypatch.setattr(zm.job.loss, "named_buffers", lambda **given: calls.append(1) or plain(**given))
+    for step in range(1, 3):
+        zm.step(**inputs)
+        assert len(calls) == step
+    before = zm.loss(**inputs).item()
+    norm = zm.model.get_submodule("model.norm")
+    norm.weight = torch.nn.Parameter(2 * norm.weight.detach())
+    assert zm.loss(**inputs).item() != before
+
+
 WRONG_INDICES = """
 import torch, zowrap
 from torch import nn
@@ -635,7 +652,6 @@ class Strided(nn.Module):
 @pytest.mark.parametrize("takes", [3, 5])
 def test_a_program_that_the_compiler_refuses_is_captured_with_fewer_open_sizes(takes, monkeypatch) -> None:
     """Those of the pictures are fixed first, and the number of rows only where that is refused too."""
-    from tests.support.uncompiled import compile_nothing
     from zowrap.engines import compiled as compiled_engine
 
     compile_nothing(monkeypatch)

@@ -73,7 +73,9 @@ class CompiledEngine:
         self._first_freedom: dict[tuple, int] = {}  # by kind of batch: the first of FREEDOMS that the compiler may take
         self._refused: tuple[Batch, ZOCaptureError] | None = None
         self._warmed: set[tuple] = set()
-        self._kept: dict[int, dict[int, Any]] | None = None  # inside one_batch: by executable, what is shared
+        # Inside one_batch: by executable, what its evaluations share; and the model's tensors by name.
+        self._kept: dict[int, dict[int, Any]] | None = None
+        self._tensors: dict[str, Tensor] | None = None
         # Of a model without weights, whose costs alone are asked for, nothing is compiled.
         self.telling = Telling(lambda: compile_seconds(job), "kept for the next start", job.device.type == "meta")
         self._scalar_names = _direction_scalar_names(job)
@@ -93,7 +95,7 @@ class CompiledEngine:
         try:
             yield
         finally:
-            self._kept = None
+            self._kept = self._tensors = None
 
     @torch.no_grad()
     def losses(self, batch: Batch, query: DirectionNoise | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,8 +258,7 @@ class CompiledEngine:
     def _arguments(
         self, program: Program, batch: Batch, query: DirectionNoise | None, coefficients: Tensor
     ) -> list[Any]:
-        named: dict[str, Tensor] = dict(self.job.loss.named_parameters(remove_duplicate=False))
-        named.update(self.job.loss.named_buffers(remove_duplicate=False))
+        named = self._named_tensors()
         values: list[Any] = []
         for given in program.inputs:
             if given.kind == "batch":
@@ -269,6 +270,16 @@ class CompiledEngine:
             else:
                 values.append(named[given.target] if given.target in named else program.constants[given.target])
         return values
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """The model's tensors by name. They are looked up once a batch: between batches a user may exchange them."""
+        if self._tensors is not None:
+            return self._tensors
+        named: dict[str, Tensor] = dict(self.job.loss.named_parameters(remove_duplicate=False))
+        named.update(self.job.loss.named_buffers(remove_duplicate=False))
+        if self._kept is not None:
+            self._tensors = named
+        return named
 
     def _added_value(self, target: str, query: DirectionNoise, coefficients: Tensor) -> Tensor:
         if target == "factors":

@@ -74,15 +74,20 @@ def choose_method(options: StepOptions) -> Method:
         rule = with_masters(rule)
     second = _second_point(options.along, rule, estimator, direction, queries)
     method = Method(asked, rule, direction, estimator, queries, None if isinstance(lr, str) else float(lr), second)
-    if options.blocks is None and options.block_order != DEFAULTS["block_order"]:
-        raise ZOError(Option("block_order", options.block_order), " does nothing without ", Option("blocks"))
     method.check_blocks(1 if options.blocks is None else SEVERAL)
-    _check_together(method, options.engine)
+    _check_together(method, options)
     return method
 
 
-def _check_together(method: Method, engine: str | None) -> None:
+def _check_together(method: Method, options: StepOptions) -> None:
     rule, direction, estimator = method.rule, method.direction, method.estimator
+    if options.blocks is None and options.block_order != DEFAULTS["block_order"]:
+        raise ZOError(Option("block_order", options.block_order), " does nothing without ", Option("blocks"))
+    if options.engine == "eager" and options.memory != DEFAULTS["memory"]:
+        raise ZOError(
+            *(Option("memory", options.memory), " does nothing with ", Option("engine", "eager")),
+            ": the eager engine has one way to do a step",
+        )
     if direction.lowrank is not None and rule.shapes_directions:
         raise ZOError(f"{rule.name} works on each element of a direction: {direction.name} would lose its low rank")
     if rule.points is not None and (estimator.per_example or estimator.exact):
@@ -97,7 +102,7 @@ def _check_together(method: Method, engine: str | None) -> None:
         raise ZOError(
             "a population has one direction per example: ", Option("queries"), f" must be 1, got {method.queries}"
         )
-    if estimator.exact and engine == "compiled":
+    if estimator.exact and options.engine == "compiled":
         raise ZOError(
             f"estimator {estimator.name!r} is a reference: it runs with ", Option("engine", "eager"), " alone"
         )
