@@ -51,6 +51,16 @@ def test_a_second_start_of_the_same_job_compiles_nothing(tmp_path) -> None:
     assert second["trace"] > 0
 
 
+def test_a_library_that_cannot_be_loaded_is_compiled_again(tmp_path) -> None:
+    first = run(tmp_path)
+    libraries = list(tmp_path.rglob("*.main.so"))
+    for path in libraries:
+        path.write_bytes(b"no library")
+    again = run(tmp_path)
+    assert libraries and again["loss"] == first["loss"]
+    assert all(path.read_bytes() != b"no library" for path in libraries)
+
+
 INTERRUPTED = """#!/bin/sh
 for word; do [ "$flag" = -o ] && out=$word; flag=$word; done
 case "$*" in *.main.cpp*) if [ -e {marker} ]; then rm {marker}; echo half > "$out"; kill -9 $PPID; exit 1; fi;; esac

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import zowrap
@@ -29,6 +29,7 @@ def journal_with(path: Path, steps: int) -> Journal:
     return journal
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # which a busy machine is
 @given(st.lists(st.floats(width=32), min_size=1, max_size=4))
 def test_every_float32_comes_back_exactly_and_what_is_not_finite_as_nan(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("journal") / "journal.jsonl"

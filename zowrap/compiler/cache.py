@@ -7,6 +7,7 @@ set already. The folder may be deleted at any time.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 OURS, TORCHS = "ZOWRAP_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"
@@ -29,3 +30,16 @@ def use_cache_folder() -> None:
         return
     if os.access(chosen, os.W_OK):
         os.environ[TORCHS] = str(chosen)
+
+
+def remove_broken_library(message: str) -> bool:
+    """Remove the compiled library that the message of a failed load names; return whether there was one.
+
+    torch takes every file that exists for a good one, so that every later start would fail on it too.
+    """
+    folder = Path(os.environ[TORCHS]).resolve()  # torch names its own default there too, once it has compiled
+    found = re.search(r"(/[^:\s]+\.so): ", message)
+    if found is None or folder not in Path(found[1]).resolve().parents:
+        return False
+    Path(found[1]).unlink(missing_ok=True)
+    return True

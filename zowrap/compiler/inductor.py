@@ -105,11 +105,21 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compil
         mode = next(x.fake_mode for x in inputs if isinstance(x, FakeTensor))
         context = torch._guards.TracingContext(mode)  # keeps the ranges that capture found for symbols
         with torch.no_grad(), size_oblivious(use_duck_shape=False), torch._guards.tracing(context):
-            call = standalone_compile(graph_module, list(inputs), dynamic_shapes="from_tracing_context")
+            call = _compile(graph_module, inputs)
     except Exception as error:
         raise _explain_failure(error) from error
     compile_count += 1
     return Compiled(call, time.perf_counter() - start, cached=_misses() == misses)
+
+
+def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile, once more where a library in the cache cannot be loaded."""
+    try:
+        return standalone_compile(graph_module, list(inputs), dynamic_shapes="from_tracing_context")
+    except Exception as error:
+        if not cache.remove_broken_library(str(error)):
+            raise
+    return standalone_compile(graph_module, list(inputs), dynamic_shapes="from_tracing_context")
 
 
 def _misses() -> int:
