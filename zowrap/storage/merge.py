@@ -45,8 +45,9 @@ def export_merged(
         copy_settings(run, beside)
         for name in ("adapter_config.json", "config.json"):
             (beside / name).unlink(missing_ok=True)
-        if find_tokenizer(run) != str(run):
-            _save_tokenizer(find_tokenizer(run), beside)
+        tokenizer = find_tokenizer(run)
+        if tokenizer != str(run):
+            _save_tokenizer(tokenizer, beside)
         with hide_progress_bars():
             write_weights(model, beside, max_shard_size or MAX_SHARD_SIZE)
         for file in sorted(beside.glob("*.safetensors")):

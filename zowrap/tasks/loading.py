@@ -135,13 +135,23 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
     """
     from transformers import AutoConfig
 
+    def load_config() -> Any:
+        base = adapters_base(name)
+        if base is not None:
+            need_package("peft", f"{name} holds adapters: they need")
+        with _explain_load_errors(base or name):
+            return AutoConfig.from_pretrained(base or name, trust_remote_code=trust_remote_code)
+
     check_directory(name, weights=not empty)
-    name = _fetch_adapters(name)
-    base = adapters_base(name)
-    if base is not None:
-        need_package("peft", f"{name} holds adapters: they need")
-    with _explain_load_errors(base or name):
-        config = AutoConfig.from_pretrained(base or name, trust_remote_code=trust_remote_code)
+    try:
+        config = load_config()
+    except ZOError as error:
+        # Only then: a model on the hub, the usual case, is not asked for once more.
+        folder = _fetch_adapters(name) if isinstance(error.__cause__, OSError) else None
+        if folder is None:
+            raise
+        name = folder
+        config = load_config()
     try:
         place = find_tokenizer(name)
         with _explain_load_errors(place, "the tokenizer of "):
@@ -168,10 +178,10 @@ def find_file(name: str, file: str) -> str | None:
     )
 
 
-def _fetch_adapters(name: str) -> str:
-    """The folder that adapters on the hub are downloaded to; of any other model its name."""
-    if Path(name).expanduser().is_dir() or find_file(name, "config.json") or not find_file(name, ADAPTER_CONFIG):
-        return name
+def _fetch_adapters(name: str) -> str | None:
+    """The folder that adapters on the hub are downloaded to; None where there are none."""
+    if Path(name).expanduser().is_dir() or not find_file(name, ADAPTER_CONFIG):
+        return None
     folder = fetch(name)
     check_adapter_settings(folder)
     return str(folder)
