@@ -47,7 +47,6 @@ TOGETHER = [
     ({"estimator": "forward_gradient", "engine": "compiled"}, "it runs with --engine eager alone", ""),
     ({"along": "evaluated", "direction": "lowrank(1)"}, "--along evaluated takes the differences", "lowrank(1)"),
     ({"block_order": "random"}, "--block-order random does nothing without --blocks", ""),
-    ({"memory": "paired", "engine": "eager"}, "--memory paired does nothing with --engine eager", ""),
     ({"direction": "block(1)"}, "are chosen by --blocks layer or name patterns", ""),
     ({"direction": "lozo(2)"}, "lozo is a rule: --rule lozo", "--direction lowrank(r, nu=ν)"),
     ({"direction": "lowrank(0)"}, "direction 'lowrank': rank must be a whole number from 1, got 0", ""),

@@ -131,7 +131,6 @@ def test_values_are_checked_whatever_was_asked_for_before() -> None:
         (rules.zo_sgd(conservative=True), {"queries": 2}, "use queries=1"),
         (rules.zo_sgd(conservative=True), {"estimator": "population"}, "compares losses along one direction"),
         (rules.meazo(groups=True), {}, "groups=True needs blocks"),
-        ("zo_sgd", {"engine": "eager", "memory": "sequential"}, "memory='sequential' does nothing with engine='eager'"),
     ],
 )
 def test_combinations_without_a_meaning_are_refused(rule, options, words) -> None:

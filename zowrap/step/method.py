@@ -83,11 +83,6 @@ def _check_together(method: Method, options: StepOptions) -> None:
     rule, direction, estimator = method.rule, method.direction, method.estimator
     if options.blocks is None and options.block_order != DEFAULTS["block_order"]:
         raise ZOError(Option("block_order", options.block_order), " does nothing without ", Option("blocks"))
-    if options.engine == "eager" and options.memory != DEFAULTS["memory"]:
-        raise ZOError(
-            *(Option("memory", options.memory), " does nothing with ", Option("engine", "eager")),
-            ": the eager engine has one way to do a step",
-        )
     if direction.lowrank is not None and rule.shapes_directions:
         raise ZOError(f"{rule.name} works on each element of a direction: {direction.name} would lose its low rank")
     if rule.points is not None and (estimator.per_example or estimator.exact):

@@ -167,8 +167,13 @@ class StepOptions:
     engine: str | None = option(
         None, "compiled or eager. Default: compiled where possible and worth it.", check=_one_of(names.ENGINES)
     )
-    # auto: paired is faster, sequential needs less; which one fits is known at the first batch.
-    memory: str = option("auto", "paired, sequential or auto: the faster one that fits.", check=_one_of(names.MEMORY))
+    # auto: paired is faster, sequential needs less; which one fits is known at the first batch. The eager engine takes
+    # any of them, so that a compiled run can be repeated on it: it evaluates one point at a time and needs the least.
+    memory: str = option(
+        "auto",
+        "Of the compiled engine: paired, sequential or auto (the faster one that fits).",
+        check=_one_of(names.MEMORY),
+    )
     # None: scales for 8-bit weights, which are one number per row; adapters for others.
     quantized: str | None = option(
         None,
