@@ -332,6 +332,18 @@ def test_a_forward_that_writes_to_the_model_is_undone_or_named(trainable, writte
             assert not model.calls.any()
 
 
+@pytest.mark.parametrize("options", [{}, {"queries": 3}, {"estimator": "population"}], ids=str)
+def test_every_point_starts_from_the_same_buffers(options: dict) -> None:
+    """A forward that uses what it counts would otherwise compare the points of a direction at different counts."""
+
+    def loss(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+        return model(given["ids"]) * 0 + model.calls.sum() * (given["ids"][:, 0] * 0 + 1)
+
+    zm = zowrap.zo_wrap(Writing(None, 8), "zo_sgd", loss_fn=loss, engine="eager", **options)
+    result = zm.step(ids=torch.randint(0, 11, (3, 5)))
+    assert result.losses.eq(3).all() and not zm.model.calls.any()
+
+
 def test_training_mode_is_evaluated_without_dropout_and_restored() -> None:
     model = make("bert").train()
     model.bert.pooler.eval()

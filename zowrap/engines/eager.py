@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zowrap import machine
 from zowrap.errors import Option, ZOError
-from zowrap.loss.evaluation_mode import evaluation_mode, forbid_writes
+from zowrap.loss.evaluation_mode import evaluation_mode, forbid_writes, keep_buffers
 from zowrap.loss.module import Batch, count_rows, select_example
 from zowrap.numerics import codes, noise
 from zowrap.numerics.dtypes import at_least_float32, is_16_bit
@@ -85,7 +85,9 @@ class EagerEngine:
                     continue
                 copy = perturb_weight(p.tensor, self.direction(query, i, which), coefficient)
                 copies.update({f"model.{name}": copy for name in self._places[i]})
-            with forbid_writes(copies.items()):  # else a model would pass or fail by what is perturbed
+            # Every point starts from the same buffers. Perturbed copies are not written to either, or a model would
+            # pass or fail by what is perturbed.
+            with keep_buffers(self.job.loss), forbid_writes(copies.items()):
                 sums, weights = torch.func.functional_call(self.job.loss, copies, (batch,), tie_weights=False)
             rows.append(sums)
         return torch.stack(rows), weights

@@ -25,15 +25,13 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
         ZOError: on leaving, if one of those was written to, see :func:`forbid_writes`.
     """
     training = [child for child in module.modules() if child.training]
-    buffers = [b for b in module.buffers() if b.numel() <= MAX_RESTORED]
     large = [*module.named_parameters(), *((name, b) for name, b in module.named_buffers() if b.numel() > MAX_RESTORED)]
-    before = [(b, b._version, b.clone()) for b in buffers]
     plain = (p for p in module.parameters() if type(p) is nn.Parameter and not p.is_meta)
     memory = [(p, p.data, p.data_ptr()) for p in plain]
     for child in training:
         child.training = False
     try:
-        with forbid_writes(large), apply_without_writing(module):
+        with keep_buffers(module), forbid_writes(large), apply_without_writing(module):
             yield
     finally:
         for parameter, data, place in memory:
@@ -41,6 +39,15 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
                 parameter.data = data
         for child in training:
             child.training = True
+
+
+@contextmanager
+def keep_buffers(module: nn.Module) -> Iterator[None]:
+    """Restore the buffers of up to ``MAX_RESTORED`` elements on leaving: counters and running statistics."""
+    before = [(b, b._version, b.clone()) for b in module.buffers() if b.numel() <= MAX_RESTORED]
+    try:
+        yield
+    finally:
         for buffer, version, value in before:
             if buffer._version != version:
                 with torch.no_grad():
