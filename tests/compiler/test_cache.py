@@ -34,8 +34,8 @@ print(json.dumps({"regions": report.compile_count, "cached": report.cached, "ker
 """
 
 
-def run(folder: Path) -> dict:
-    env = {**os.environ, "ZOWRAP_CACHE_DIR": str(folder)}
+def run(folder: Path, **environment: str) -> dict:
+    env = {**os.environ, "ZOWRAP_CACHE_DIR": str(folder), **environment}
     done = subprocess.run([sys.executable, "-c", JOB], env=env, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -59,6 +59,17 @@ def test_a_library_that_cannot_be_loaded_is_compiled_again(tmp_path) -> None:
     again = run(tmp_path)
     assert libraries and again["loss"] == first["loss"]
     assert all(path.read_bytes() != b"no library" for path in libraries)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or None in (shutil.which("gcc"), shutil.which("readelf")), reason="gcc links ELF files"
+)
+def test_libraries_hold_what_they_need_where_the_compiler_is_named_as_one_of_c(tmp_path) -> None:
+    """peft leaves CXX=gcc behind where its BOFT finds no CUDA, and gcc leaves the library of C++ out."""
+    run(tmp_path, CXX="gcc")
+    libraries = list(tmp_path.rglob("*.main.so"))
+    needed = [subprocess.run(["readelf", "-d", path], capture_output=True, text=True).stdout for path in libraries]
+    assert libraries and all("libstdc++" in each for each in needed)
 
 
 INTERRUPTED = """#!/bin/sh

@@ -8,8 +8,10 @@ code is kept between processes (:mod:`zowrap.compiler.cache`).
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +40,7 @@ class RefusedProgram(ZOCaptureError):
 compile_count = 0  # graphs and kernels that this process compiled or loaded from the cache
 cache.use_cache_folder()
 _run_compiler = cpp_builder.run_compile_cmd
+_C_DRIVER = re.compile(r"(.*-)?(gcc|cc|clang)(-[\d.]+)?")
 
 
 def _compile_beside(cmd_line: str, cwd: str) -> None:
@@ -51,6 +54,10 @@ def _compile_beside(cmd_line: str, cwd: str) -> None:
         return _run_compiler(cmd_line, cwd)
     at = words.index("-o") + 1
     target, words[at] = words[at], f"{words[at]}.{os.getpid()}.part"
+    # A C driver, too, compiles C++, but does not link its library. peft leaves CXX=gcc behind where its BOFT finds
+    # no CUDA.
+    if "-shared" in words and _C_DRIVER.fullmatch(os.path.basename(words[0])) and sys.platform == "linux":
+        words.append("-lstdc++")
     _run_compiler(shlex.join(words), cwd)
     os.replace(words[at], target)
 
