@@ -13,6 +13,8 @@ import pytest
 
 # One thread per test process, children included: the suite runs a process per core, and thread counts are recorded.
 os.environ["OMP_NUM_THREADS"] = "1"
+# No test asks the hub: without a connection each question would wait for half a minute.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 

@@ -14,6 +14,7 @@ from torch import nn
 import zowrap
 import zowrap.engines.eager
 from tests.support.families import batch, make, snapshot, unchanged
+from tests.support.slow import slow_except
 from zowrap import rules
 from zowrap.errors import ZOError
 
@@ -34,7 +35,7 @@ def concatenate(batches):
     }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", slow_except(["eager"], ENGINES))
 def test_four_micro_batches_of_four_are_one_of_sixteen(engine) -> None:
     parts = [batch("llama", 4, length, seed=length) for length in (5, 9, 12, 17)]
     whole, split = wrap(engine), wrap(engine)
@@ -226,7 +227,7 @@ def test_trainable_takes_a_predicate() -> None:
     assert zm.parameters and all(p.tensor.ndim == 1 for p in zm.parameters)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", slow_except(["eager"], ENGINES))
 def test_adapters_move_and_the_base_stays(engine) -> None:
     peft = pytest.importorskip("peft")
     base = make("llama")
@@ -374,7 +375,7 @@ def test_float64_weights_keep_their_precision() -> None:
     assert unchanged(model, before)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", slow_except(["eager"], ENGINES))
 def test_means_over_label_tokens_accumulate_exactly(engine) -> None:
     """A loss function that returns the model's own mean: micro-batches still weigh by their label tokens."""
     parts = [batch("llama", 4, length, seed=length) for length in (5, 17)]

@@ -18,6 +18,7 @@ from torch import nn
 import zowrap
 from tests.support.costs import cost_model_of
 from tests.support.families import batch, make
+from tests.support.slow import slow_except
 from zowrap import machine
 from zowrap.analysis.costs import Costs
 from zowrap.bench import measure
@@ -76,7 +77,7 @@ def measure_here(kind: str, sizes: list[list[int]]) -> list[tuple[int | None, in
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("kind", slow_except(["opt"], MODELS))
 def test_predicted_memory_is_the_measured_one(kind: str) -> None:
     """Measure in a process with an allocator that returns freed memory at once, so that only the step's is counted."""
     sizes = [[8, 64], [16, 128]]
@@ -168,7 +169,7 @@ def test_every_rule_can_be_wrapped_without_weights() -> None:
         assert sum(max(points, 1) for points in evaluations) == zm.inspect().forwards, rule
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("family", slow_except(["bert", "gpt2"], ["llama", "gpt2", "bert", "t5"]))
 def test_families_cost_the_same_with_and_without_weights(family: str) -> None:
     live = zowrap.zo_wrap(make(family), "zo_sgd", engine="compiled")
     live.job.loss.settled = True  # a model without values has nothing to compare losses on
@@ -180,6 +181,7 @@ def test_families_cost_the_same_with_and_without_weights(family: str) -> None:
     assert one.memory.peak == pytest.approx(other.memory.peak, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_population_costs_without_weights() -> None:
     told = cost_model_of(zowrap.zo_wrap(empty("bert"), estimator="population"), _shapes("bert")).costs()
     assert told.step.flops > told.forwards.flops > 0
@@ -198,6 +200,7 @@ def _shapes(family: str, device: str = "meta") -> dict[str, torch.Tensor]:
 # --- of a live model -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_live_model_tells_the_costs_of_its_last_batch() -> None:
     zm = zowrap.zo_wrap(make("opt"), "zo_sgd", engine="compiled")
     assert zm.inspect().costs is None and "no batch" in str(zm.inspect().as_dict()["costs_unknown"])

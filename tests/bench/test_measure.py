@@ -46,8 +46,8 @@ def test_a_row_that_is_given_twice_is_timed_once(capsys, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("row", "rule", "direction", "blocks"),
     [
-        ("hizoo", "hizoo", "gaussian", 1),
-        ("zo_adam, rademacher", "zo_adam", "rademacher", 1),
+        pytest.param("hizoo", "hizoo", "gaussian", 1, marks=pytest.mark.slow),
+        pytest.param("zo_adam, rademacher", "zo_adam", "rademacher", 1, marks=pytest.mark.slow),
         ("mezo, sphere, one layer per step", "zo_sgd", "sphere", 5),
     ],
 )

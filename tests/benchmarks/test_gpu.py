@@ -20,6 +20,7 @@ def run(case: Any, *rows: str) -> list[dict[str, Any]]:
     return list(measure_case.run(dataclasses.replace(case.tiny(), rows=rows), rounds=1))
 
 
+@pytest.mark.slow
 def test_rows_of_all_kinds_are_measured() -> None:
     records = run(CASES[0], *ROWS)
     assert [r["row"] for r in records] == list(ROWS) and not any("error" in r for r in records)
@@ -30,6 +31,7 @@ def test_rows_of_all_kinds_are_measured() -> None:
     assert all("ratio" not in r for r in first)
 
 
+@pytest.mark.slow
 def test_quantised_rows_are_measured() -> None:
     (record,) = run(next(c for c in CASES if c.int8), "scales")
     assert record["ratio"]["median"] > 0 and record["costs"]["bytes"] > 0
@@ -39,7 +41,7 @@ def test_quantised_rows_are_measured() -> None:
     ("case", "row"),
     [
         pytest.param(CASES[0], "LoRA r8", marks=pytest.mark.slow),
-        (next(c for c in CASES if c.int8), "adapters"),
+        pytest.param(next(c for c in CASES if c.int8), "adapters", marks=pytest.mark.slow),
     ],
 )
 def test_adapters_are_measured_against_forwards_with_adapters(
@@ -59,6 +61,7 @@ def test_adapters_are_measured_against_forwards_with_adapters(
     )
 
 
+@pytest.mark.slow
 def test_a_row_that_does_not_fit_says_so_and_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     make = measure_case.contenders.make_contender
 

@@ -124,7 +124,11 @@ def test_f1_counts_words():
 
 @pytest.mark.parametrize(
     ("family", "tasks", "tuning"),
-    [("causal", ["sst2", "copa", "squad"], "full"), ("causal", ["copa"], "lora"), ("masked", ["sst2"], "lora")],
+    [
+        pytest.param("causal", ["sst2", "copa", "squad"], "full", marks=pytest.mark.slow),
+        ("causal", ["copa"], "lora"),
+        ("masked", ["sst2"], "lora"),
+    ],
 )
 def test_a_table_from_end_to_end(family, tasks, tuning, tiny, data_dir, tmp_path):
     given = ["--quick", "--model", tiny[family], "--tasks", *tasks, "--tuning", tuning]
@@ -138,6 +142,7 @@ def test_a_table_from_end_to_end(family, tasks, tuning, tiny, data_dir, tmp_path
     assert (tmp_path / "llm.svg").is_file()
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_made_again(tiny, data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(llm_run, "SPLITS", (8, 8, 8))
     given = ["--model", tiny["causal"], "--tasks", "sst2", "--steps", 4, "--batch-size", 4, "--lrs", 1e-4, 1e-3]

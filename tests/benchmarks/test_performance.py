@@ -57,6 +57,7 @@ def test_a_round_before_the_first_is_not_counted() -> None:
     assert calls == (["a"] * 3 + ["b"] * 3) * 3
 
 
+@pytest.mark.slow
 def test_the_tables_of_parts_are_made_at_a_small_size(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {
         "ELEMENTS": 256,
@@ -83,6 +84,7 @@ def test_the_tables_of_parts_are_made_at_a_small_size(monkeypatch: pytest.Monkey
     assert docs._operators(found).count("\n| --- |") == 4
 
 
+@pytest.mark.slow
 def test_a_profile_tells_kinds_of_work_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     build = architectures.build_model
     monkeypatch.setattr(architectures, "build_model", lambda name: build("opt-tiny"))
@@ -97,6 +99,7 @@ def test_a_profile_tells_kinds_of_work_apart(monkeypatch: pytest.MonkeyPatch) ->
     assert docs._profile(found).count(" tokens: two forwards") == 2
 
 
+@pytest.mark.slow
 def test_a_case_of_growth_counts_what_it_times() -> None:
     found = growth.measure_one(1, width=128, batch=(1, 8), queries=2)
     assert (found["tokens"], found["queries"], found["blocks"]) == (8, 2, 1)

@@ -14,6 +14,7 @@ from torch import nn
 
 import zowrap
 from tests.support.devices import gpu_generator
+from tests.support.slow import slow_except
 from zowrap import rules
 from zowrap.calibration.learning_rate import SHARE, preserve_state, tune_lr
 from zowrap.errors import ZOError
@@ -83,7 +84,7 @@ def test_the_noise_of_a_run_at_the_chosen_rate_costs_what_was_allowed(name):
     assert 0.3 * choice.change < rise < 3 * choice.change, (name, rise, choice)
 
 
-@pytest.mark.parametrize("name", rules.REGISTRY)
+@pytest.mark.parametrize("name", slow_except(["zo_sgd", "meazo"], rules.REGISTRY))
 def test_the_scale_of_the_loss_does_not_matter(name):
     if name == "radazo":
         pytest.skip("its ζ stands inside the root: it is scale-free for projected gradients above 1e-4 alone")
@@ -103,6 +104,7 @@ def test_a_falling_schedule_allows_a_higher_rate():
     assert falling.lr == pytest.approx(math.sqrt(3) * chosen(), rel=0.1)
 
 
+@pytest.mark.slow
 def test_what_a_direction_is_does_not_matter():
     joint = chosen()
     assert chosen(direction="rademacher") == pytest.approx(joint, rel=0.15)

@@ -28,6 +28,7 @@ def bare(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
     return {kind: root / kind for kind in models}
 
 
+@pytest.mark.slow
 def test_it_needs_no_weights_and_reads_none(
     zowrap_cli: Cli, models: dict[str, Path], bare: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +71,7 @@ def test_sizes_and_schedule_are_options(zowrap_cli: Cli, bare: dict[str, Path]) 
     assert half["dtype"] == "bfloat16" and all(m["rounding"] == "stochastic rounding" for m in half["moves"])
 
 
+@pytest.mark.slow
 def test_auto_takes_the_schedule_that_fits(
     zowrap_cli: Cli, bare: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +92,7 @@ def test_auto_takes_the_schedule_that_fits(
         ("causal", ("--task", "classification", "--labels", "good,bad")),
         ("encoder", ("--task", "classification", "--labels", "good,bad")),
         ("sequence", ("--task", "classification")),
-        ("sequence", ("--estimator", "population")),
+        pytest.param("sequence", ("--estimator", "population"), marks=pytest.mark.slow),
         ("causal", ("--blocks", "layer", "--rule", "zo_adam")),
     ],
 )
@@ -127,7 +129,7 @@ def test_a_picture_tells_points_apart(zowrap_cli: Cli, bare: dict[str, Path], tm
     [
         (),
         ("--direction", "lowrank(1)"),
-        ("--estimator", "population"),
+        pytest.param(("--estimator", "population"), marks=pytest.mark.slow),
         ("--load-in-8bit",),
         ("--load-in-8bit", "--quantized", "codes"),
     ],
@@ -144,6 +146,7 @@ def test_every_picture_of_two_points_has_both(
     assert "<span class='weight' title" in text
 
 
+@pytest.mark.slow
 def test_a_picture_of_many_layers_is_short(zowrap_cli: Cli, tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "ffn_dim": 32, "num_attention_heads": 2, "word_embed_proj_dim": 16, "vocab_size": 40}
     lengths = []

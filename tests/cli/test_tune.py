@@ -350,6 +350,7 @@ def test_a_run_does_not_go_on_with_other_data(
     assert (run / "zowrap.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_chosen_once(
     zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,6 +399,7 @@ def test_the_learning_rate_is_chosen_once(
     assert after[20] == pytest.approx(smoothed[20], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_schedule_that_fits_is_taken_and_a_resumed_run_may_be_given_another(
     zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

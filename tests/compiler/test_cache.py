@@ -51,6 +51,7 @@ def test_a_second_start_of_the_same_job_compiles_nothing(tmp_path) -> None:
     assert second["trace"] > 0
 
 
+@pytest.mark.slow
 def test_a_library_that_cannot_be_loaded_is_compiled_again(tmp_path) -> None:
     first = run(tmp_path)
     libraries = list(tmp_path.rglob("*.main.so"))
@@ -79,6 +80,7 @@ exec {compiler} "$@"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch takes g++ by this name")
 def test_a_start_killed_while_the_compiler_writes_does_no_harm_to_the_next(tmp_path, monkeypatch) -> None:
     marker, script = tmp_path / "marker", tmp_path / "bin" / "g++"

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import zowrap
 import zowrap.model.zo_model
+from tests.support.slow import slow_except
 from zowrap.telling import Telling
 
 LAYERS = 5
@@ -38,6 +39,7 @@ def trajectory(engine: str, steps: int = 3, **options) -> tuple[zowrap.model.zo_
     return zm, losses
 
 
+@pytest.mark.slow
 def test_layers_are_compiled_once_and_blocks_share_them() -> None:
     zm, losses = trajectory("compiled", steps=2 * (LAYERS + 2), blocks="layer")
     _, expected = trajectory("eager", steps=2 * (LAYERS + 2), blocks="layer")
@@ -57,6 +59,7 @@ def test_a_whole_model_is_three_kinds_of_regions() -> None:
     assert executable.compiled.count == LAYERS + 2 and zm.inspect().compile_count <= 4
 
 
+@pytest.mark.slow
 def test_the_parts_are_counted_before_each_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
     monkeypatch.setattr(Telling, "region", lambda self, number, count: told.append((number, count)))
@@ -90,6 +93,7 @@ def test_a_region_without_the_views_that_it_returned_is_counted_as_before() -> N
     assert torch.allclose(one.step(**given).losses, other.step(**given).losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_values_live_no_longer_than_their_last_reader() -> None:
     zm, _ = trajectory("compiled", steps=1)
     (executable,) = zm.engine.executables.values()
@@ -99,6 +103,7 @@ def test_values_live_no_longer_than_their_last_reader() -> None:
     assert len(alive) == len(executable.compiled.outputs) == 3  # two losses and the weights
 
 
+@pytest.mark.slow
 def test_few_layers_are_one_region() -> None:
     config = make().config
     config.num_hidden_layers = 2
@@ -124,8 +129,10 @@ def regions_run(zm: zowrap.model.zo_model.ZOModel, monkeypatch: pytest.MonkeyPat
     return counts
 
 
-@pytest.mark.parametrize("moving", [["*layers.4.mlp.down_proj*"], ["*layers.4*", "*norm*"]])
-@pytest.mark.parametrize("memory", ["paired", "sequential"])
+@pytest.mark.parametrize(
+    "moving", slow_except([["*layers.4*", "*norm*"]], [["*layers.4.mlp.down_proj*"], ["*layers.4*", "*norm*"]])
+)
+@pytest.mark.parametrize("memory", slow_except(["sequential"], ["paired", "sequential"]))
 def test_what_no_direction_reaches_is_computed_once_and_changes_nothing(
     moving: list[str], memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +157,7 @@ def test_what_no_direction_reaches_is_computed_once_and_changes_nothing(
     assert all(count < counts[0] for count in counts[1:])
 
 
+@pytest.mark.slow
 def test_the_next_batch_and_the_moved_weights_share_nothing_with_the_last() -> None:
     options = {"trainable": ["*layers.4.mlp.down_proj*"], "queries": 2}
     zm, _ = trajectory("compiled", **options)

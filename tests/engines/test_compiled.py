@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import zowrap
 from tests.support.devices import gpu_generator
 from tests.support.families import DataDependent, batch, make, snapshot, unchanged
+from tests.support.slow import slow_except
 from tests.support.uncompiled import compile_nothing
 from zowrap.compiler import inductor
 from zowrap.errors import ZOCaptureError, ZOError
@@ -22,7 +23,7 @@ from zowrap.errors import ZOCaptureError, ZOError
 ONE_OF_EACH = ("opt", "llama", "bert", "t5")  # decoder, decoder with tied head, encoder, encoder–decoder
 
 
-@pytest.fixture(scope="module", params=ONE_OF_EACH)
+@pytest.fixture(scope="module", params=slow_except(["llama", "bert"], ONE_OF_EACH))
 def pair(request):
     """The same model under both engines, compiled once for the module's tests."""
     name = request.param
@@ -209,7 +210,7 @@ def test_perturbation_noise_is_update_noise_is_replay_noise(direction, dtype) ->
 @pytest.mark.parametrize(
     "options",
     [
-        {"direction": "sphere", "queries": 3},
+        pytest.param({"direction": "sphere", "queries": 3}, marks=pytest.mark.slow),
         {"direction": "rademacher", "estimator": "forward", "queries": 2},
         {"weight_decay": 0.1, "rule": zowrap.rules.zo_sgd(momentum=0.9)},
         {"rule": "meazo", "queries": 2, "blocks": ["embed*", "*"]},
@@ -235,6 +236,7 @@ def test_engines_agree_for_odd_models(options) -> None:
         assert (a.tensor - b.tensor).norm() <= 1e-5 * moved, a.name
 
 
+@pytest.mark.slow
 def test_tied_weights_are_one_parameter_and_stay_tied() -> None:
     model = make("llama")
     zm = zowrap.zo_wrap(model, engine="compiled")
@@ -401,7 +403,7 @@ print([str(w.message) for w in caught if "eagerly" in str(w.message)], zm.step_c
 """
 
 
-@pytest.mark.parametrize("engine", [None, "compiled"])
+@pytest.mark.parametrize("engine", slow_except([None], [None, "compiled"]))
 def test_without_a_compiler(engine, tmp_path) -> None:
     """CXX points nowhere and nothing is cached: eager with one warning, or an error if compiled was asked for."""
     import os
@@ -418,6 +420,7 @@ def test_without_a_compiler(engine, tmp_path) -> None:
         assert "ERROR engine='compiled' was asked for, but no working C++ compiler" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
 def test_a_wrong_token_id_is_an_error_also_below_the_active_block(engine) -> None:
     zm = zowrap.zo_wrap(make("llama"), blocks="layer", block_order="descending", engine=engine)
@@ -498,7 +501,7 @@ def test_a_wrong_index_does_not_end_the_process() -> None:
     assert done.returncode == 0 and done.stdout.strip().endswith("alive"), done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", ["input_ids", "labels"])
+@pytest.mark.parametrize("name", slow_except(["input_ids"], ["input_ids", "labels"]))
 def test_int32_indices_give_the_same_losses(name) -> None:
     """After int64 ones, whose kernels are there already."""
     compiled, eager = (zowrap.zo_wrap(make("llama"), engine=engine, eps=0.1) for engine in ("compiled", "eager"))

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.external.trainer_suite import REASONS, Outcome, find_unused, substitute
 
 SUITE = """
@@ -62,6 +64,7 @@ class TinyTest(unittest.TestCase):
 """
 
 
+@pytest.mark.slow
 def test_a_suite_is_counted_against_what_the_trainer_passes(tmp_path: Path) -> None:
     folder = tmp_path / "tests" / "trainer"
     folder.mkdir(parents=True)

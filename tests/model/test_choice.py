@@ -50,6 +50,7 @@ def test_few_steps_are_eager_and_said(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert_same_run(one, other)
 
 
+@pytest.mark.slow
 def test_many_steps_are_compiled_and_stay_so_however_many_are_left(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -247,6 +247,7 @@ def test_a_checkpoint_ahead_of_its_journal_is_gone_on_from(whole, tmp_path):
     assert again.resumed_from == 10 and same_weights(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_schedules_accumulation_and_rule_state_survive_a_kill(tmp_path):
     options = {
         "lr_scheduler_type": "cosine",
@@ -369,6 +370,7 @@ def test_the_compiled_engine_goes_on_bitwise(tmp_path):
     assert_same_run(one, other)
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_survive_a_kill(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     for folder in (one, other):

@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig
 import zowrap
 from tests.support.families import batch
 from tests.support.quantized_models import SCHEMES, logits, plain, quantized
+from tests.support.slow import slow_except
 from zowrap import names, quant
 from zowrap.calibration.noise_floor import NoiseFloor, estimate_slope_and_floor
 from zowrap.errors import ZOError, ZOWarning
@@ -35,7 +36,7 @@ def int8_codes(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.weight.clone() for name, layer in lowering.lowered_layers(model).items()}
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(scope="module", params=slow_except(["scales"], WAYS))
 def pair(request) -> tuple[str, ZOModel, ZOModel]:
     return request.param, wrap(request.param), wrap(request.param, "compiled")
 

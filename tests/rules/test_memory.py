@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import zowrap
 from tests.conftest import Outcome
+from tests.support.slow import slow_except
 from zowrap import rules
 from zowrap.bench import rule_memory
 from zowrap.rules import Rule
@@ -87,7 +88,7 @@ def allocated(act: Any) -> tuple[int, int]:
 NAMED = ("zo_sgd", "meazo", "fzoo", "lozo", "conmezo", "radazo")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMED if name in rules.REGISTRY])
+@pytest.mark.parametrize("name", slow_except(["zo_sgd"], [name for name in NAMED if name in rules.REGISTRY]))
 def test_a_compiled_step_needs_no_memory_of_the_weights_size(name, monkeypatch) -> None:
     """Neither a direction nor a gradient nor a perturbed weight exists whole, in the evaluations or the update."""
     monkeypatch.setattr(arithmetic, "REDUCE_ELEMENTS", 1 << 10)  # a fixed 12 MiB otherwise, more than this whole model

@@ -111,6 +111,7 @@ def test_options_changed_before_the_first_step_count(tmp_path: Path) -> None:
     assert not (tmp_path / "c" / "journal.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_seed_changed_between_trainings_is_that_of_the_data_too(tmp_path: Path) -> None:
     options = {"max_steps": 3, "learning_rate": 1e-3, "engine": "eager", "report_to": "none", "overwrite": True}
 
@@ -145,6 +146,7 @@ def returning_trainer(folder: Path, **options: Any) -> Returns:
     return Returns(tiny_llama(), args, collate, rows(), eval_dataset=rows()[:8])
 
 
+@pytest.mark.slow
 def test_a_metric_that_an_override_returns_chooses_the_best_model(tmp_path: Path) -> None:
     trainer = returning_trainer(tmp_path)
     trainer.train()
@@ -160,6 +162,7 @@ def test_a_metric_that_an_override_returns_chooses_the_best_model(tmp_path: Path
     assert sum("eval_loss" in line for line in evaluations(tmp_path)) == 7
 
 
+@pytest.mark.slow
 def test_the_state_says_at_the_end_which_model_is_the_best_and_where_it_lies(tmp_path: Path) -> None:
     told = []
 

@@ -46,6 +46,7 @@ def config(**options: Any) -> ZOConfig:
     return ZOConfig(output_dir="x", report_to="none", **options)
 
 
+@pytest.mark.slow
 def test_the_writers_turn_is_between_the_callbacks_of_the_trainer_and_those_added_later(tmp_path: Path) -> None:
     from transformers import TrainerCallback
 

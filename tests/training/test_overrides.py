@@ -200,6 +200,7 @@ def test_the_loss_that_is_given_trains_and_evaluates(tmp_path: Path, given: Any,
         assert metrics is None or found["eval_rows"] == 12
 
 
+@pytest.mark.slow
 def test_the_given_loss_is_compiled_where_it_is_asked_for_and_agrees(tmp_path: Path) -> None:
     data = labelled()
     options = {**STILL, "learning_rate": 1e-2, "per_device_train_batch_size": 4}

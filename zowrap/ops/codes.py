@@ -119,8 +119,10 @@ def _(x, codes, row_scale, bias, threshold, slots, key, scale, scalars, coeffici
     return empty_products(x, codes.shape[0], coefficients.shape[0])
 
 
-def _update_buffers(codes: Tensor) -> PersistentBuffers:
-    return {(name, torch.float32, 1): _chunk_bytes(codes) for name in ("old weights", "new weights")}
+def _update_buffers(codes: Tensor, keys: list[Tensor], kernel_key: str) -> PersistentBuffers:
+    most = longest(codes.shape[0], codes.shape[1]) * codes.shape[1]
+    kept = {(name, torch.float32, 1): _chunk_bytes(codes) for name in ("old weights", "new weights")}
+    return kept | kernels.get(kernel_key).update.buffers(most, len(keys))
 
 
 @operator(

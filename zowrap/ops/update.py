@@ -61,10 +61,14 @@ def _(w, slots, left, right, rounding_key, coefficients, hyper, apply, decay, ke
     return None
 
 
+def _sum_buffer(w: Tensor, keys: list[Tensor], kernel_key: str) -> PersistentBuffers:
+    return kernels.get(kernel_key).update.buffers(w.numel(), len(keys))
+
+
 @operator(
     "update_",
     traits=Traits(writes="w"),
-    cost=Cost(noise=lambda w, keys: len(keys) * w.numel()),
+    cost=Cost(noise=lambda w, keys: len(keys) * w.numel(), buffers=_sum_buffer),
     mutates=("w", "slots"),
 )
 def update_(

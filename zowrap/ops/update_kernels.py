@@ -11,13 +11,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from zowrap.custom_op import PersistentBuffers
 from zowrap.numerics import noise
 from zowrap.numerics.dtypes import is_16_bit
 from zowrap.ops.arguments import DrawnDirections, NoiseArgs, UpdateArgs
 from zowrap.ops.loops import Loops, flat_index, offset, segments, split
 from zowrap.ops.perturb_kernels import PerturbKernels
-from zowrap.rules.base import Rule
+from zowrap.ops.scratch import MOST_ELEMENTS, buffers
+from zowrap.rules.base import Rule, combine
 from zowrap.step.arithmetic import evaluated_direction, update_leaf
+
+# The most directions that one kernel draws. Its code grows with them: the C++ compiler took three minutes for 128, and
+# a few seconds for 8.
+MOST_DIRECTIONS = 8
 
 
 class UpdateKernels:
@@ -49,6 +55,8 @@ class UpdateKernels:
             along: the directions that ĝ is a combination of, or ĝ itself, flat float32. ĝ is given for low-rank
                 directions, where it is a thin matrix product.
         """
+        if isinstance(along, DrawnDirections) and self.in_groups(len(along.keys)):
+            return self._write_in_groups(w, args, along, start)
         drawn, given = (None, [along]) if isinstance(along, Tensor) else (along, [])
         names = [name for name in self.coefficient_shapes if drawn is not None or name != "g"]
         queries, scalars = (0, 0) if drawn is None else (len(drawn.keys), len(drawn.scalars))
@@ -66,9 +74,7 @@ class UpdateKernels:
             else:
                 low, high = flat_index(w, offset)
                 seen = self._seen(slots)
-                each = [NoiseArgs(seen, key, scale, scalars) for key, scale in zip(keys, scales, strict=True)]
-                z = [self.perturbation.direction_at(w, low, high, noise_args, tables[0]) for noise_args in each]
-                z = [evaluated_direction(w, direction, eps, self.other) for direction in z]
+                z = self._directions_at(w, (low, high), seen, DrawnDirections(keys, scales, scalars), eps, tables[0])
                 bits = noise.hash_bits(low, high, rounding_key) if rounds else None
             named = dict(zip(self.rule.element_slots(w.dtype), slots, strict=True))
             hyper = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
@@ -85,6 +91,64 @@ class UpdateKernels:
             arrays = [t[run] for t in (w, *args.slots, *given)]
             numbers = [*args.hyper, args.rounding_key, args.apply, offset(first, w.device)]
             self._loops.run(name, kernel, arrays, [*directions, *args.coefficients, *numbers, *tables])
+
+    def in_groups(self, queries: int) -> bool:
+        """Whether ĝ is summed up in a buffer, :data:`MOST_DIRECTIONS` of the directions at a time."""
+        return queries > MOST_DIRECTIONS and not self.rule.leaf_takes_directions
+
+    def buffers(self, elements: int, queries: int) -> PersistentBuffers:
+        """What :meth:`write` keeps for the next call, of a parameter of so many elements and so many directions."""
+        if not self.in_groups(queries):
+            return {}
+        return {("gradient", torch.float32, 1): 4 * min(elements, MOST_ELEMENTS)}
+
+    def _write_in_groups(self, w: Tensor, args: UpdateArgs, along: DrawnDirections, start: int) -> None:
+        at = list(self.coefficient_shapes).index("g")
+        others = [*args.coefficients[:at], *args.coefficients[at + 1 :]]
+        size = min(w.numel(), MOST_ELEMENTS)
+        (scratch,) = buffers("gradient", torch.float32, w.device, 1, size)
+        for first in range(0, w.numel(), max(size, 1)):
+            last = min(first + size, w.numel())
+            g, part = scratch[: last - first], args.part(first, last)
+            # Adding to −0 changes no number, not even a −0: the sum has the bits of one that starts with its summand.
+            g.fill_(-0.0)
+            for i in range(0, len(along.keys), MOST_DIRECTIONS):
+                group = slice(i, i + MOST_DIRECTIONS)
+                some = DrawnDirections(along.keys[group], along.scales[group], along.scalars)
+                self._add_directions(w[first:last], part, some, args.coefficients[at][group], g, start + first)
+            self.write(w[first:last], part._replace(coefficients=others), g, start + first)
+
+    def _add_directions(
+        self, w: Tensor, args: UpdateArgs, along: DrawnDirections, coefficients: Tensor, g: Tensor, start: int
+    ) -> None:
+        """Add Σ_i coefficients[i] · z_i to ``g``, float32 of ``w``'s shape."""
+        seen = self._seen(args.slots)
+        counts = (2, len(seen), len(along.keys), len(along.keys), len(along.scalars), 4)
+
+        def kernel(*inputs: Tensor) -> tuple:
+            (w, g), seen, keys, scales, scalars, (coefficients, eps, offset, table) = split(inputs, *counts)
+            place, drawn = flat_index(w, offset), DrawnDirections(keys, scales, scalars)
+            g.copy_(combine(coefficients, self._directions_at(w, place, seen, drawn, eps, table), g))
+            return ()
+
+        directions, table = [*along.keys, *along.scales, *along.scalars], noise.gaussian_table(w.device)
+        for first, run in segments(start, w.numel()):
+            small = [*directions, coefficients, args.hyper[1], offset(first, w.device), table]
+            self._loops.run(("add", w.dtype, len(along.keys)), kernel, [t[run] for t in (w, g, *seen)], small)
+
+    def _directions_at(
+        self,
+        w: Tensor,
+        place: tuple[Tensor, Tensor],
+        seen: Sequence[Tensor],
+        drawn: DrawnDirections,
+        eps: Tensor,
+        table: Tensor,
+    ) -> list[Tensor]:
+        """The directions that an update takes, at the elements with the numbers ``place``."""
+        each = [NoiseArgs(seen, k, scale, drawn.scalars) for k, scale in zip(drawn.keys, drawn.scales, strict=True)]
+        z = [self.perturbation.direction_at(w, *place, noise_args, table) for noise_args in each]
+        return [evaluated_direction(w, direction, eps, self.other) for direction in z]
 
     def _seen(self, slots: Sequence[Tensor]) -> list[Tensor]:
         """Select those of a parameter's slots that the rule's direction reads."""

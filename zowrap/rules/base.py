@@ -213,11 +213,12 @@ def mean_gradient(probe: Probe) -> Tensor:
     return probe.projected_grad * probe.weights
 
 
-def combine(coefficients: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Compute Σ_i coefficients[i] · tensors[i], adding in this order."""
-    total = coefficients[0] * tensors[0]
-    for i in range(1, len(tensors)):
-        total = total + coefficients[i] * tensors[i]
+def combine(coefficients: Tensor, tensors: Sequence[Tensor], total: Tensor | None = None) -> Tensor:
+    """Compute Σ_i coefficients[i] · tensors[i], adding in this order, to ``total`` if it is given."""
+    for i, tensor in enumerate(tensors):
+        summand = coefficients[i] * tensor
+        total = summand if total is None else total + summand
+    assert total is not None
     return total
 
 

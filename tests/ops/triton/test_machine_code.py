@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton", reason="the kernels for a GPU are written in Triton")
+pytestmark = pytest.mark.slow
 
 # Run in a separate process, because Triton decides at import whether kernels are interpreted or compiled.
 SCRIPT = """
