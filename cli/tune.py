@@ -214,7 +214,8 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
         raise ZOError(f"--head vectors is for plain weights, and those of {plan.source.name} are quantised")
     if mode is not None:
         quantized = mode.name
-        say(f"{quantized} move ({mode.why})")
+        where = " where --trainable selects them" if options.trainable else ""
+        say(f"{quantized} move{where} ({mode.why})")
     eps = eps if eps is not None else modes.EPS_PLAIN if quantized is None else modes.EPS[quantized]
     return model, replace(options, dtype=name, quantized=quantized, eps=eps)
 

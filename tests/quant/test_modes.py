@@ -238,6 +238,8 @@ def test_a_tuned_model_reloads_with_the_same_logits(way: str, tmp_path) -> None:
 
 def test_the_default_is_chosen_and_explained() -> None:
     assert "scales move (the default for 8-bit" in str(wrap(None).inspect())
+    assert "no scales move: trainable selects unquantised weights alone" in str(wrap(None, trainable="*bias").inspect())
+    assert "no codes move" in str(wrap("codes", trainable="*bias").inspect())
     assert wrap(None, scheme="nf4").inspect().quantized.startswith("adapters move (the scales of")
     assert "experimental" in wrap("codes").inspect().quantized
     assert zowrap.zo_wrap(nn.Linear(2, 2), "zo_sgd", loss_fn=lambda m, b: b["x"].sum()).inspect().quantized is None

@@ -92,7 +92,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "youtu": {**_LATENT, "pad_token_id": None},  # transformers clears that row of the embedding when it loads a model
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"), _LINEAR_AND_FULL),
     **dict.fromkeys(("convnext", "convnextv2", "poolformer"), _STAGES),
-    **dict.fromkeys(("t5", "longt5", "switch_transformers"), _DECODER_START),
+    **dict.fromkeys(("t5", "longt5"), _DECODER_START),
+    "switch_transformers": {**_DECODER_START, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
