@@ -76,8 +76,9 @@ def measure_here(kind: str, sizes: list[list[int]]) -> list[tuple[int | None, in
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
-@pytest.mark.parametrize("kind", slow_except(["opt"], MODELS))
+@pytest.mark.parametrize("kind", list(MODELS))
 def test_predicted_memory_is_the_measured_one(kind: str) -> None:
     """Measure in a process with an allocator that returns freed memory at once, so that only the step's is counted."""
     sizes = [[8, 64], [16, 128]]

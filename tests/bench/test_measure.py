@@ -43,11 +43,12 @@ def test_a_row_that_is_given_twice_is_timed_once(capsys, monkeypatch) -> None:
     assert contenders.list_names([]) == list(contenders.NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "rule", "direction", "blocks"),
     [
-        pytest.param("hizoo", "hizoo", "gaussian", 1, marks=pytest.mark.slow),
-        pytest.param("zo_adam, rademacher", "zo_adam", "rademacher", 1, marks=pytest.mark.slow),
+        ("hizoo", "hizoo", "gaussian", 1),
+        ("zo_adam, rademacher", "zo_adam", "rademacher", 1),
         ("mezo, sphere, one layer per step", "zo_sgd", "sphere", 5),
     ],
 )

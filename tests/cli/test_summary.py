@@ -87,6 +87,7 @@ def test_rows_that_chose_nothing_can_also_tell_of_a_loss() -> None:
 # --- runs ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_test_data_is_measured_before_and_after_and_a_resumed_run_says_the_same(
     zowrap_cli: Cli, models: dict[str, Path], data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

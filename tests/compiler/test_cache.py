@@ -40,6 +40,7 @@ def run(folder: Path, **environment: str) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_second_start_of_the_same_job_compiles_nothing(tmp_path) -> None:
     first, second = run(tmp_path), run(tmp_path)
     assert first["cached"] == 0

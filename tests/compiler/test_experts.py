@@ -33,6 +33,7 @@ def batch(rows: int, length: int) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_switch_transformers_are_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompiled, node by node; tokens beyond the capacity pass no expert."""
     compile_nothing(monkeypatch)

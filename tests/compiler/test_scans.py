@@ -53,6 +53,7 @@ def batch(rows: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_one_program_for_every_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below, at and beyond the size of a chunk; uncompiled, node by node."""

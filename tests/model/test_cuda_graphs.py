@@ -387,6 +387,7 @@ def journal(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()[1:]]
 
 
+@pytest.mark.slow
 def test_a_training_replays_its_steps_and_goes_on_the_same(tmp_path: Path) -> None:
     plain = trainer_in(tmp_path / "plain")
     plain.train()

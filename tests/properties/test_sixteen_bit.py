@@ -50,6 +50,7 @@ def train(dtype: torch.dtype, seed: int) -> tuple[float, float]:
     return zm.loss(one=torch.ones(())).item(), torch.cat(sizes).median().item() / ulp
 
 
+@pytest.mark.slow
 def test_bfloat16_reaches_the_float32_loss(monkeypatch) -> None:
     full = [train(torch.float32, seed)[0] for seed in range(3)]
     runs = [train(torch.bfloat16, seed) for seed in range(3)]

@@ -76,6 +76,7 @@ def test_the_page_shows_the_example() -> None:
     assert len(body) <= 20, "about 20 lines"
 
 
+@pytest.mark.slow
 def test_the_python_on_the_page_runs(monkeypatch) -> None:
     _, test = re.findall(r"```python\n(.*?)```", DOCS, re.S)
     monkeypatch.syspath_prepend(str(EXAMPLE.parent))

@@ -244,6 +244,7 @@ def test_an_error_of_the_watch_stops_the_choice() -> None:
 # --- a warm-up spans the steps planned ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_conmezo_warms_up_over_the_steps_planned(tmp_path):
     options = {"rule": "conmezo", "learning_rate": 1e-3}
     trainer = trainer_in(tmp_path / "whole", **options)

@@ -226,7 +226,8 @@ class CostModel:
     def _update_arguments(self, update: Operator, index: int) -> dict[str, Any]:
         """Return the arguments on which the cost of a parameter's update depends."""
         job, w = self.job, self.job.parameters[index].tensor
-        arguments: dict[str, Any] = {str(update.traits.writes): w, "keys": [None] * job.queries}
+        keys = [None] * job.queries
+        arguments: dict[str, Any] = {str(update.traits.writes): w, "keys": keys, "kernel_key": self.engine.kernels.key}
         if (law := job.direction.lowrank) is not None:
             rows, _, rank = matrix_shape(w, law.rank)
             arguments["left"] = torch.empty(rows, rank * self._directions(), device="meta")
