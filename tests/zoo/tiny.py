@@ -130,7 +130,13 @@ CHANGES: dict[str, dict[str, Any]] = {
         "key_dim": [4, 4, 4],
     },
     "pvt": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4]},
-    "hiera": {"embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 2, 4], "num_query_pool": 2},
+    "hiera": {
+        "image_size": [IMAGE, IMAGE],
+        "embed_dim": 8,
+        "depths": [1, 1, 1],
+        "num_heads": [1, 2, 4],
+        "num_query_pool": 2,
+    },
     "siglip2": {"num_patches": 16},
     "mobilevitv2": {"-patch_size": None},
 }
