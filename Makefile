@@ -18,7 +18,7 @@ demo: $(VENV)/ready  ## tune a classifier of support messages, reload it with pl
 test: $(VENV)/ready  ## the default suite, in parallel
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-test-slow: $(VENV)/ready  ## the cases that take minutes
+test-slow: $(VENV)/ready  ## the slower cases
 	$(BIN)/python -m pytest -m slow --numprocesses auto --dist loadscope
 
 bench-gpu: $(VENV)/ready  ## an hour on one NVIDIA GPU: benchmarks/results/gpu and docs/gpu.md

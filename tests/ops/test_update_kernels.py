@@ -57,6 +57,8 @@ def test_groups_have_the_bits_of_one_kernel(name: str, monkeypatch: pytest.Monke
 def test_what_a_group_is_summed_up_in_is_told_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_kernels, "MOST_DIRECTIONS", 2)
     _, kernels = train("plain", queries=2)
-    assert kernels.update.buffers(35, 2) == {}
-    assert kernels.update.buffers(35, 3) == {("gradient", torch.float32, 1): 4 * 35}
-    assert kernels.update.buffers(1 << 30, 3) == {("gradient", torch.float32, 1): 4 * update_kernels.MOST_ELEMENTS}
+    assert kernels.update.persistent_buffers(35, 2) == {}
+    assert kernels.update.persistent_buffers(35, 3) == {("gradient", torch.float32, 1): 4 * 35}
+    assert kernels.update.persistent_buffers(1 << 30, 3) == {
+        ("gradient", torch.float32, 1): 4 * update_kernels.MOST_ELEMENTS
+    }

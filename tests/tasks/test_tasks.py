@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from tests.conftest import make_model, make_tokenizer, reviews
 from zowrap.errors import ZOError
-from zowrap.tasks import loading
 from zowrap.tasks.batches import Collator, even_lengths, truncate
 from zowrap.tasks.lm import LanguageModelling
 from zowrap.tasks.loading import Source, open_source
@@ -306,7 +305,6 @@ def test_hub_failures_are_one_sentence(monkeypatch: pytest.MonkeyPatch, error: E
         raise error
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
-    monkeypatch.setattr(loading, "find_file", lambda name, file: None)  # the hub, waited for in vain
     with pytest.raises(ZOError, match=message) as caught:
         open_source("someone/model")
     assert "\n" not in str(caught.value)
@@ -329,6 +327,7 @@ def test_forms_compile_to_the_same_losses(models: dict[str, Path], kind: str) ->
 def test_float32_is_taken_where_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModel
 
+    from zowrap.tasks import loading
     from zowrap.tasks.loading import choose_dtype
 
     make_model("encoder", tmp_path)

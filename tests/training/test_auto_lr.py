@@ -83,9 +83,6 @@ def test_the_choice_is_recorded_used_and_told(tmp_path, capsys):
     assert same_weights(tmp_path, tmp_path / "given")
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize("name", slow_except(["zo_adam"], ["zo_sgd", "zo_adam", "conmezo", "lozo_m"]))
 def test_a_killed_run_goes_on_with_its_choice(tmp_path, name, request):
     options = {**AUTO, "rule": name, "lr_scheduler_type": "linear", "gradient_accumulation_steps": 2}

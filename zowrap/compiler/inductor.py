@@ -48,14 +48,15 @@ def _compile_beside(cmd_line: str, cwd: str) -> None:
 
     torch takes every file that exists for a whole one. A process killed while the compiler writes would leave part of
     one in the cache, and every later start of the job would load that.
+
+    A C driver (gcc for g++) compiles C++ too, but does not link its library, which is therefore named here. peft leaves
+    CXX=gcc behind where its BOFT finds no CUDA.
     """
     words = shlex.split(cmd_line)
     if "-o" not in words:  # Microsoft's compiler
         return _run_compiler(cmd_line, cwd)
     at = words.index("-o") + 1
     target, words[at] = words[at], f"{words[at]}.{os.getpid()}.part"
-    # A C driver, too, compiles C++, but does not link its library. peft leaves CXX=gcc behind where its BOFT finds
-    # no CUDA.
     if "-shared" in words and _C_DRIVER.fullmatch(os.path.basename(words[0])) and sys.platform == "linux":
         words.append("-lstdc++")
     _run_compiler(shlex.join(words), cwd)

@@ -120,9 +120,9 @@ def _(x, codes, row_scale, bias, threshold, slots, key, scale, scalars, coeffici
 
 
 def _update_buffers(codes: Tensor, keys: list[Tensor], kernel_key: str) -> PersistentBuffers:
-    most = longest(codes.shape[0], codes.shape[1]) * codes.shape[1]
-    kept = {(name, torch.float32, 1): _chunk_bytes(codes) for name in ("old weights", "new weights")}
-    return kept | kernels.get(kernel_key).update.buffers(most, len(keys))
+    size = _chunk_bytes(codes)
+    kept = {(name, torch.float32, 1): size for name in ("old weights", "new weights")}
+    return kept | kernels.get(kernel_key).update.persistent_buffers(size // 4, len(keys))
 
 
 @operator(

@@ -62,7 +62,7 @@ def _(w, slots, left, right, rounding_key, coefficients, hyper, apply, decay, ke
 
 
 def _sum_buffer(w: Tensor, keys: list[Tensor], kernel_key: str) -> PersistentBuffers:
-    return kernels.get(kernel_key).update.buffers(w.numel(), len(keys))
+    return kernels.get(kernel_key).update.persistent_buffers(w.numel(), len(keys))
 
 
 @operator(

@@ -67,15 +67,14 @@ class UpdateKernels:
             (w,), slots, given, keys, scales, scalars, values, numbers, tables = split(inputs, *counts)
             lr, eps, weight_decay, rounding_key, apply, offset = numbers
             coefficients = dict(zip(names, values, strict=True))
+            place = flat_index(w, offset)
+            bits = noise.hash_bits(*place, rounding_key) if rounds else None
             if drawn is None:
                 z = list(given)
-                bits = noise.hash_bits(*flat_index(w, offset), rounding_key) if rounds else None
                 coefficients["g"] = torch.ones(1, device=w.device)
             else:
-                low, high = flat_index(w, offset)
-                seen = self._seen(slots)
-                z = self._directions_at(w, (low, high), seen, DrawnDirections(keys, scales, scalars), eps, tables[0])
-                bits = noise.hash_bits(low, high, rounding_key) if rounds else None
+                again = DrawnDirections(keys, scales, scalars)
+                z = self._directions_at(w, place, self._seen(slots), again, eps, tables[0])
             named = dict(zip(self.rule.element_slots(w.dtype), slots, strict=True))
             hyper = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
             new_w, new_slots = update_leaf(self.rule, w, z, named, coefficients, hyper, apply, bits, args.decay)
@@ -96,7 +95,7 @@ class UpdateKernels:
         """Whether ĝ is summed up in a buffer, :data:`MOST_DIRECTIONS` of the directions at a time."""
         return queries > MOST_DIRECTIONS and not self.rule.leaf_takes_directions
 
-    def buffers(self, elements: int, queries: int) -> PersistentBuffers:
+    def persistent_buffers(self, elements: int, queries: int) -> PersistentBuffers:
         """What :meth:`write` keeps for the next call, of a parameter of so many elements and so many directions."""
         if not self.in_groups(queries):
             return {}

@@ -269,7 +269,7 @@ def check_mode(mode: QuantMode, rule: Rule, law: Direction, estimator: Estimator
 
 def explain(mode: QuantMode, moving: Sequence[Parameter]) -> str:
     """One sentence for ``inspect`` that says what moves, and why."""
-    if mode.name != "adapters" and not any(p.codes or p.name.endswith(".log_scale") for p in moving):
+    if mode.name != "adapters" and all(p.scale is None for p in moving):
         return f"no {mode.name} move: trainable selects unquantised weights alone"
     return f"{mode.name} move ({mode.why})" + ("; experimental" if any(p.codes for p in moving) else "")
 
