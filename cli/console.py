@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any, cast
 
 from zowrap.errors import ZOWarning
@@ -94,6 +95,11 @@ def say(text: str) -> None:
 def begin(what: str) -> None:
     """The first line of a command that takes its time, before what takes seconds to import."""
     say(f"zowrap {__version__}: loading torch, then {what}")
+
+
+def name_place(model: str) -> str:
+    """A model as it was named, and where it will be looked for if that is not this machine: a mistyped path shows."""
+    return model if Path(model).expanduser().exists() else f"{model} from the hub"
 
 
 def fail(sentence: str, as_json: bool, code: int = 130) -> int:

@@ -108,6 +108,7 @@ def test_a_model_of_the_hub_is_fetched_and_converted(
         assert (tmp_path / name / "tokenizer.json").is_file()
     told = zowrap_cli("export", "org/nothing", "--to", tmp_path / "x", "--allow-pickle")
     assert told.code == 2 and "could not be loaded from the hub" in told.err and "HF_TOKEN" in told.err
+    assert "loading torch, then org/nothing from the hub" in told.err
     (hub / "org" / "pickled" / "pytorch_model.bin").unlink()
     shutil.rmtree(tmp_path / "cache")
     told = zowrap_cli("export", "org/pickled", "--to", tmp_path / "x", "--allow-pickle")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from tests.support.tiny_run import tiny_llama
 from zowrap.errors import ZOError
-from zowrap.tasks.loading import Source, load_model
+from zowrap.tasks.loading import Source, load_model, open_source
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -68,3 +68,14 @@ def test_a_run_with_weights_of_another_model_is_refused(folder: Path, caplog: py
     (folder / "zowrap.json").write_text("{}")
     with pytest.raises(ZOError, match=r"has no place for: model\.layers\.2\.mlp\.up_proj\.weight"):
         load(folder, complete=True)
+
+
+def test_a_hub_that_gave_no_answer_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question without a connection waits about 20 s for its retries; the cache is still looked into."""
+    asked = []
+    monkeypatch.setattr(
+        "zowrap.tasks.loading.find_file", lambda name, file, cached=False: asked.append((name, file, cached))
+    )
+    with pytest.raises(ZOError, match="no-such-model is not a directory here"):
+        open_source("no-such-model")
+    assert asked == [("no-such-model", "adapter_config.json", True)]

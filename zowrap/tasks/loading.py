@@ -147,7 +147,7 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
         config = load_config()
     except ZOError as error:
         # Only then: a model on the hub, the usual case, is not asked for once more.
-        folder = _fetch_adapters(name) if isinstance(error.__cause__, OSError) else None
+        folder = _fetch_adapters(name, _unreachable(error)) if isinstance(error.__cause__, OSError) else None
         if folder is None:
             raise
         name = folder
@@ -165,22 +165,34 @@ def open_source(name: str, trust_remote_code: bool = False, empty: bool = False)
     return Source(name, config, tokenizer, trust_remote_code, empty)
 
 
-def find_file(name: str, file: str) -> str | None:
-    """Find a file of a model on the hub, and download it if it is not in the cache; None if there is none."""
+def find_file(name: str, file: str, cached: bool = False) -> str | None:
+    """Find a file of a model on the hub, and download it if it is not in the cache; None if there is none.
+
+    Args:
+        cached: look in the cache alone.
+    """
     from transformers.utils import cached_file
 
     return cached_file(
         name,
         file,
+        local_files_only=cached,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
 
 
-def _fetch_adapters(name: str) -> str | None:
-    """The folder that adapters on the hub are downloaded to; None where there are none."""
-    if Path(name).expanduser().is_dir() or not find_file(name, ADAPTER_CONFIG):
+def _unreachable(error: ZOError) -> bool:
+    """Whether the hub gave no answer: each further question would wait for its retries, about 20 s."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    return error.__cause__ is not None and isinstance(error.__cause__.__cause__, LocalEntryNotFoundError)
+
+
+def _fetch_adapters(name: str, cached: bool) -> str | None:
+    """The folder that adapters on the hub are downloaded to; None where there are none. ``cached``: see find_file."""
+    if Path(name).expanduser().is_dir() or not find_file(name, ADAPTER_CONFIG, cached):
         return None
     folder = fetch(name)
     check_adapter_settings(folder)

@@ -19,7 +19,7 @@ from zowrap import rules
 from zowrap.compiler.inductor import Compiled, compile_function
 from zowrap.errors import ZOCaptureError, ZOInternalError
 from zowrap.numerics import noise
-from zowrap.ops import kernels
+from zowrap.ops import kernels, update_kernels
 from zowrap.ops import loops as plain_loops
 from zowrap.ops.arguments import DrawnDirections, NoiseArgs, UpdateArgs
 from zowrap.ops.codes import _write
@@ -114,6 +114,15 @@ def test_sixteen_bit_weights_are_written_as_the_reference_writes_them(
     masters: bool, along: str, dtype: torch.dtype, checked: list[str], device: torch.device
 ) -> None:
     exercise(kernels_of("zo_adam", None, dtype, device, masters=masters, along=along), dtype, checked, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_many_directions_are_summed_up_as_the_reference_sums_them(
+    dtype: torch.dtype, checked: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update_kernels, "MOST_DIRECTIONS", 2)
+    exercise(kernels_of("zo_adam", None, dtype, device, queries=5), dtype, checked, device)
+    assert sum("_add_directions" in name for name in checked) == 6  # two, two and one, applied and left out
 
 
 def exercise(
