@@ -416,6 +416,21 @@ def test_reading_a_number_counts_as_waiting() -> None:
     assert waits.found
 
 
+def test_a_model_that_branches_on_values_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches of one kind may need different programs."""
+
+    def forward(self: Words, ids: Tensor, plain: Callable[[Words, Tensor], Tensor] = Words.forward) -> Tensor:
+        return plain(self, ids) * (2.0 if (ids == 0).any() else 1.0)
+
+    monkeypatch.setattr(Words, "forward", forward)
+    one, other = wrapped(), wrapped()
+    cache = recording(one)
+    for ids in (torch.ones(2, 5), torch.ones(2, 5), torch.zeros(2, 5), torch.ones(2, 5)):
+        one.step(ids=ids.long())
+        other.step(ids=ids.long())
+    assert not cache.captured and not cache.failed and same(one, other)
+
+
 def test_thresholds_that_are_renewed_on_some_steps_are_not_recorded() -> None:
     assert cuda_graphs.can_be_captured(wrapped()) and not cuda_graphs.can_be_captured(wrapped(rule="sparse_mezo"))
 

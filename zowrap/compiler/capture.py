@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 import torch.export._trace as trace
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_symbols
 
+from zowrap.compiler.branches import BatchNumbers, Branches
 from zowrap.compiler.conversions import capture_conversions
 from zowrap.compiler.experts import capture_experts
 from zowrap.compiler.guards import Guards, accept_single_rows, ask_before_squeezing
@@ -205,7 +207,10 @@ def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Pro
     problem: Exception | None = None
     tried: list[tuple[Any, bool]] = []
     found: Program | None = None
-    for number in numbers:
+    branches: Branches | None = None
+    left = list(numbers)
+    while left:
+        number = left.pop(0)
         free = FREEDOMS[number]
         if found is not None and (free.equal or not free.rows):
             continue
@@ -230,6 +235,7 @@ def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Pro
                 capture_masks(),
                 capture_pictures(loss.model),
                 _silence_export(),
+                contextlib.nullcontext() if branches is None else branches.answering(loss),
             ):
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(loss, (dict(batch),), dynamic_shapes=shapes, strict=False)
@@ -242,8 +248,13 @@ def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Pro
             raise
         except Exception as error:
             problem = problem or error
+            if branches is None and isinstance(error, GuardOnDataDependentSymNode):
+                branches = _record_branches(loss, batch)
+                if branches is not None:  # the same freedom once more
+                    tried.pop()
+                    left.insert(0, number)
             continue
-        program = _build_program(exported)
+        program = _build_program(exported, branches)
         program.freedom = number
         if not free.rows or not _fixes_rows(program, batch):
             return program
@@ -251,6 +262,15 @@ def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Pro
     if found is not None:
         return found
     raise ZOCaptureError("torch.export cannot capture this model") from problem
+
+
+def _record_branches(loss: LossModule, batch: Batch) -> Branches | None:
+    """The numbers that a forward takes out of the example batch; None if it cannot run, as without weights."""
+    try:
+        with torch.no_grad(), evaluation_mode(loss):
+            return Branches.record(lambda: loss(batch))
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _fixes_rows(program: Program, batch: Batch) -> bool:
@@ -291,7 +311,7 @@ def _needs_functionalising(exported: torch.export.ExportedProgram) -> bool:
     return False
 
 
-def _build_program(exported: torch.export.ExportedProgram) -> Program:
+def _build_program(exported: torch.export.ExportedProgram, branches: Branches | None = None) -> Program:
     kinds = {
         InputKind.PARAMETER: "parameter",
         InputKind.BUFFER: "buffer",
@@ -314,9 +334,21 @@ def _build_program(exported: torch.export.ExportedProgram) -> Program:
     program = Program(exported.graph_module, inputs, constants, _fake_mode(exported))
     given = {g.target: v for g, v in zip(inputs, program.fakes(), strict=True) if g.kind == "batch"}
     sizes = {name: value.shape for name, value in given.items() if isinstance(value, Tensor)}
-    program.guards = Guards(sizes, program.fake_mode.shape_env)
-    _drop_mutations(program, exported)
+    taken = _drop_mutations(program, exported, 0 if branches is None else len(branches.numbers))
+    values = None
+    if branches is not None:
+        sources = [(g.kind, g.target if g.kind in ("batch", "parameter") else _tensor_of(exported, g)) for g in inputs]
+        symbols = {s for shape in sizes.values() for size in shape for s in free_symbols(size)}
+        values = BatchNumbers(program.graph, taken, sources, branches, program.fake_mode.shape_env, symbols)
+    program.guards = Guards(sizes, program.fake_mode.shape_env, values)
+    program.finish("capture")
     return program
+
+
+def _tensor_of(exported: torch.export.ExportedProgram, given: Input) -> Tensor:
+    """The buffer or constant that an input stands for."""
+    found = exported.constants if given.target in exported.constants else exported.state_dict
+    return found[given.target]
 
 
 def _batch_names(exported: torch.export.ExportedProgram) -> list[str]:
@@ -332,8 +364,12 @@ def _fake_mode(exported: torch.export.ExportedProgram) -> Any:
     raise ZOCaptureError("the captured program has no tensors")
 
 
-def _drop_mutations(program: Program, exported: torch.export.ExportedProgram) -> None:
-    """Remove writes to buffers (running statistics, counters), which must not happen at perturbed points."""
+def _drop_mutations(program: Program, exported: torch.export.ExportedProgram, taken: int) -> list[fx.Node]:
+    """Remove writes to buffers (running statistics, counters), which must not happen at perturbed points.
+
+    Returns:
+        the nodes of the last ``taken`` outputs, which are no outputs any more.
+    """
     outputs = exported.graph_signature.output_specs
     kept, dropped = [], []
     for spec, value in zip(outputs, program.graph.output_node().args[0], strict=True):  # type: ignore[arg-type]
@@ -343,7 +379,8 @@ def _drop_mutations(program: Program, exported: torch.export.ExportedProgram) ->
             dropped.append(str(spec.target))
         else:
             raise ZOCaptureError(f"the model's forward changes its inputs ({spec.kind.name}), which is not supported")
-    program.graph.output_node().args = (tuple(kept),)
+    first = len(kept) - taken
+    program.graph.output_node().args = (tuple(kept[:first]),)
     if dropped:
         program.notes["capture"] = f"writes to buffers dropped: {', '.join(dropped)}"
         warnings.warn(
@@ -351,4 +388,4 @@ def _drop_mutations(program: Program, exported: torch.export.ExportedProgram) ->
             ZOWarning,
             stacklevel=2,
         )
-    program.finish("capture")
+    return kept[first:]

@@ -200,6 +200,11 @@ class CompiledEngine:
                     raise
                 return build(captured.clone(), job, block, key, 0, self._scalar_names, epilogue)
 
+    @property
+    def reads_values(self) -> bool:
+        """Whether values of a batch decide which program it needs."""
+        return any(program.guards.read_values for programs in self._captured.values() for program in programs)
+
     def captured(self, batch: Batch) -> Program:
         """The captured loss for this kind of batch; captured on first need.
 

@@ -18,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,8 +71,8 @@ class GraphCache:
 
     def step(self, batch: dict[str, Any]) -> StepResult | None:
         """The step on ``batch``, or None where it has to run as it is."""
-        zm = self.zm
-        if self.failed or math.isnan(zm.lr) or zm.engine.fallen_back is not None:  # type: ignore[attr-defined]
+        zm, engine = self.zm, cast(CompiledEngine, self.zm.engine)
+        if self.failed or math.isnan(zm.lr) or engine.fallen_back is not None or engine.reads_values:
             return None
         inputs = zm.prepare(batch)
         under = self._under()
@@ -219,7 +219,8 @@ def can_be_captured(zm: Wrapped) -> bool:
     """Whether a step is the same work every time, and never waits for the device.
 
     That is: compiled, no state that is renewed on some steps alone, and no 8-bit layer with a threshold, which reads
-    from the device whether there are columns to multiply apart.
+    from the device whether there are columns to multiply apart. Whether the model branches on values of its batch is
+    known after its first step.
     """
     waits = any(isinstance(module, Int8Linear) and module.threshold > 0 for module in zm.model.modules())
     return isinstance(zm.engine, CompiledEngine) and zm.job.rule.refresh is None and not waits
