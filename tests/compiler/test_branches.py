@@ -74,3 +74,16 @@ def test_a_branch_on_weights_is_refused() -> None:
     zm = wrap(lambda m, x, mask: m.one.weight.sum() > 0, "compiled")
     with pytest.raises(ZOCaptureError, match="branches on a number that depends on its weights"):
         zm.step(**batch_of(4, 0))
+
+
+def test_costs_are_counted_without_values() -> None:
+    """They are counted on the meta device, for any of the ways."""
+    zm = wrap(ASKS["any"][1], "compiled")
+    zm.step(**batch_of(8, 0))
+    assert zm.inspect().costs is not None
+
+
+def test_the_program_itself_takes_no_number() -> None:
+    zm = wrap(ASKS["two"][1], "compiled")
+    program = zm.engine.captured(batch_of(8, 1))
+    assert "item" not in program.history[0][1] and "_local_scalar_dense" not in program.history[0][1]

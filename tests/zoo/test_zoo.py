@@ -22,25 +22,29 @@ def every(names: list[str], step: int) -> list[pytest.param]:
     return [pytest.param(n, marks=() if i % step == 0 else pytest.mark.slow) for i, n in enumerate(names)]
 
 
-@pytest.mark.parametrize("family", every(EAGER, 25))
-def test_the_eager_engine_evaluates_the_models_own_loss(family: str, tmp_path: Path) -> None:
-    checks.check_eager(family, tmp_path)
+# In classes, because ``make test-slow`` hands out whole classes to its processes.
+class TestEager:
+    @pytest.mark.parametrize("family", every(EAGER, 25))
+    def test_the_loss_is_the_models_own(self, family: str, tmp_path: Path) -> None:
+        checks.check_eager(family, tmp_path)
 
 
-@pytest.mark.parametrize("family", every(CAPTURED, 40))
-def test_the_captured_program_equals_the_eager_engine(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_nothing(monkeypatch)
-    checks.check_compiled(family)
+class TestCaptured:
+    @pytest.mark.parametrize("family", every(CAPTURED, 75))
+    def test_the_program_equals_the_eager_engine(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        compile_nothing(monkeypatch)
+        checks.check_compiled(family)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", INDUCTOR)
-def test_machine_code_equals_the_eager_engine(family: str) -> None:
-    checks.check_compiled(family)
+class TestMachineCode:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("family", INDUCTOR)
+    def test_it_equals_the_eager_engine(self, family: str) -> None:
+        checks.check_compiled(family)
 
 
 def test_enough_families_hold() -> None:
-    assert len(EAGER) >= 500
+    assert len(EAGER) >= 500 and len(CAPTURED) >= 200 and len(INDUCTOR) >= 25
 
 
 def test_the_page_is_made_from_the_results() -> None:

@@ -269,7 +269,7 @@ def _record_branches(loss: LossModule, batch: Batch) -> Branches | None:
     try:
         with torch.no_grad(), evaluation_mode(loss):
             return Branches.record(lambda: loss(batch))
-    except (RuntimeError, NotImplementedError):
+    except Exception:  # of any kind; what export could not do is reported
         return None
 
 
@@ -340,6 +340,8 @@ def _build_program(exported: torch.export.ExportedProgram, branches: Branches | 
         sources = [(g.kind, g.target if g.kind in ("batch", "parameter") else _tensor_of(exported, g)) for g in inputs]
         symbols = {s for shape in sizes.values() for size in shape for s in free_symbols(size)}
         values = BatchNumbers(program.graph, taken, sources, branches, program.fake_mode.shape_env, symbols)
+        for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
+            program.graph.erase_node(node)  # what the guards check, and that a yes is 0 or 1
     program.guards = Guards(sizes, program.fake_mode.shape_env, values)
     program.finish("capture")
     return program
