@@ -33,9 +33,9 @@ ASKS: dict[str, tuple[int, Callable[[Branching, Tensor, Tensor], object]]] = {
     "item": (2, lambda m, x, mask: mask.all().item()),
     "not": (2, lambda m, x, mask: not mask.all()),
     "length": (2, lambda m, x, mask: mask.sum(-1).min().item() < mask.shape[1]),
-    "int": (3, lambda m, x, mask: int(mask.sum(-1).min()) >= 5),  # each value has its own
-    "float": (2, lambda m, x, mask: x.abs().max().item() > 1.0),
-    "buffer": (2, lambda m, x, mask: mask.sum(-1).min() < m.most),
+    "in turn": (3, lambda m, x, mask: (n := (mask == 0).sum().item()) > 0 and mask.sum().item() / n > 15),
+    "item of floats": (2, lambda m, x, mask: x.abs().max().item() > 1.0),
+    "not reached": (2, lambda m, x, mask: (mask == 0).any() and (x[(mask == 0).nonzero()[0, 0]] < 9).all()),
     "two": (3, lambda m, x, mask: mask.sum(-1).min().item() < 5 or bool((mask == 0).any())),
     "always": (1, lambda m, x, mask: mask.sum(-1).max().item() <= mask.shape[1]),
 }
@@ -70,10 +70,59 @@ def test_each_batch_takes_the_way_that_python_takes(name: str, monkeypatch: pyte
     assert len(compiled.engine.executables) == programs
 
 
-def test_a_branch_on_weights_is_refused() -> None:
-    zm = wrap(lambda m, x, mask: m.one.weight.sum() > 0, "compiled")
-    with pytest.raises(ZOCaptureError, match="branches on a number that depends on its weights"):
-        zm.step(**batch_of(4, 0))
+REFUSED: dict[str, tuple[str, Callable[[Branching, Tensor, Tensor], object]]] = {
+    "weights": ("depends on its parameters", lambda m, x, mask: m.one.weight.sum() > 0),
+    "buffer": ("depends on its buffers", lambda m, x, mask: mask.sum(-1).min() < m.most),
+    "int": ("cannot capture", lambda m, x, mask: int(mask.sum(-1).min()) >= 5),
+    "float": ("cannot capture", lambda m, x, mask: float(x.max()) >= 5),
+    "size": ("as a size", lambda m, x, mask: (n := mask[0].sum().item()) > 3 and (torch.arange(n) + mask[0]).any()),
+    "check": ("_check", lambda m, x, mask: _check((n := mask.sum(-1).min().item()) >= 5) or n > 5),
+}
+
+
+def _check(condition: bool) -> None:
+    torch._check(condition)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_conditions_do_not_cover_is_refused(name: str) -> None:
+    reason, asks = REFUSED[name]
+    with pytest.raises(ZOCaptureError, match=reason):
+        wrap(asks, "compiled").step(**batch_of(4, 0))
+
+
+def test_a_number_that_nothing_asks_about_is_no_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It scales the output, and serves every batch."""
+    compile_nothing(monkeypatch)
+
+    def forward(self: Branching, x: Tensor, mask: Tensor, plain: Callable[..., Tensor] = Branching.forward) -> Tensor:
+        return plain(self, x, mask) * mask.sum().item()
+
+    monkeypatch.setattr(Branching, "forward", forward)
+    eager, compiled = wrap(ASKS["any"][1], "eager"), wrap(ASKS["any"][1], "compiled")
+    for rows, zeros in ((4, 0), (5, 0), (4, 1), (4, 2)):
+        given = batch_of(rows, zeros)
+        assert torch.allclose(eager.step(**given).losses, compiled.step(**given).losses)
+    assert len(compiled.engine.executables) == 2
+
+
+def test_a_batch_of_nan_takes_the_way_that_python_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_nothing(monkeypatch)
+    zm = wrap(ASKS["item of floats"][1], "compiled")
+    zm.step(**batch_of(4, 0))
+    given = batch_of(4, 0)
+    given["x"] = given["x"] * float("nan")
+    assert zm.step(**given).skipped.all()
+    assert not zm.step(**batch_of(4, 1)).skipped.any()
+    assert len(zm.engine.executables) == 2
+
+
+def test_a_single_row_first_leaves_the_other_way_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_nothing(monkeypatch)
+    zm = wrap(ASKS["any"][1], "compiled")
+    for rows, zeros in ((4, 0), (1, 1), (5, 1), (3, 1)):
+        zm.step(**batch_of(rows, zeros))
+    assert len(zm.engine.executables) == 2
 
 
 def test_costs_are_counted_without_values() -> None:
@@ -81,9 +130,3 @@ def test_costs_are_counted_without_values() -> None:
     zm = wrap(ASKS["any"][1], "compiled")
     zm.step(**batch_of(8, 0))
     assert zm.inspect().costs is not None
-
-
-def test_the_program_itself_takes_no_number() -> None:
-    zm = wrap(ASKS["two"][1], "compiled")
-    program = zm.engine.captured(batch_of(8, 1))
-    assert "item" not in program.history[0][1] and "_local_scalar_dense" not in program.history[0][1]

@@ -372,19 +372,21 @@ def test_a_failed_capture_prints_nothing_of_torchs(debug, capfd, monkeypatch) ->
         zowrap.zo_wrap(DataDependent(), loss_fn=data_dependent_loss).step(x=torch.randn(4, 3))
     printed = capfd.readouterr()
     assert ("def forward" in printed.err) == debug and printed.out == ""
-    assert debug or printed.err == ""
+    assert debug or all(line.startswith("compiling the training step") for line in printed.err.splitlines())
     assert log.level == level and "print" not in vars(torch.export._trace)
 
 
 def test_what_cannot_be_captured_falls_back_with_one_warning() -> None:
     zm = zowrap.zo_wrap(DataDependent(), loss_fn=data_dependent_loss)
-    with pytest.warns(UserWarning, match="running eagerly, because torch.export cannot capture"):
+    with pytest.warns(
+        UserWarning, match="running eagerly, because the model branches on a number that depends on its param"
+    ):
         zm.step(x=torch.randn(4, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         zm.step(x=torch.randn(4, 3))
     report = zm.inspect()
-    assert report.engine == "eager" and "cannot capture" in report.fallen_back
+    assert report.engine == "eager" and "branches on a number" in report.fallen_back
     with pytest.raises(ZOCaptureError, match="engine='compiled' was asked for"):
         zowrap.zo_wrap(DataDependent(), loss_fn=data_dependent_loss, engine="compiled").step(x=torch.randn(4, 3))
 

@@ -3,8 +3,11 @@
 Export follows one path through the model's Python code and knows no values. Here the path is that of the example batch:
 the model runs once as it is, and the numbers that it takes out of tensors (``.item()``, ``bool(...)``) answer the same
 questions while it is captured. The conditions become guards on values, besides those on sizes: a program is valid for
-the batches that give the same answers. A small program computes the numbers of a batch; it reads no weights, because
-they move.
+the batches that give the same answers. A small program computes the numbers of a batch. It reads neither weights, which
+move, nor buffers, which a user may exchange.
+
+The eager engine is left with what would need a program for nearly every batch (``int(...)`` and ``float(...)``, which
+have to be plain numbers), and with what rests on more than such conditions (a number as a size).
 """
 
 from __future__ import annotations
@@ -17,22 +20,18 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.relational import Relational
 from torch import Tensor, fx, nn
 from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
 from zowrap.errors import ZOCaptureError
 
 Number = bool | int | float
 
-# The ways in which Python takes a number out of a tensor, each with what it makes of it. ``int`` has to be a plain one,
-# so every value of it gets a program of its own; with ``float`` nearly every batch would.
-_TAKEN: dict[Any, Callable[[Any], Any]] = {
-    Tensor.item: lambda number: number,
-    Tensor.__bool__: bool,
-    Tensor.__int__: int,
-    Tensor.__index__: int,
-}
+# The ways in which Python takes a number out of a tensor, each with what it makes of it.
+_TAKEN: dict[Any, Callable[[Any], Any]] = {Tensor.item: lambda number: number, Tensor.__bool__: bool}
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Branches:
     @contextmanager
     def answering(self, module: nn.Module) -> Iterator[None]:
         """While inside, the forward of ``module`` can be captured; it also returns the tensors that it takes from."""
-        plain_forward, plain_bool, plain_int = module.forward, SymNode.guard_bool, SymNode.guard_int
+        plain_forward, plain_guard = module.forward, SymNode.guard_bool
 
         @functools.wraps(plain_forward)
         def forward(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -95,35 +94,28 @@ class Branches:
             return (*returned, *asked)
 
         def guard_bool(node: Any, file: str, line: int) -> bool:
-            found = self._evaluate(node)
-            if found not in (sympy.true, sympy.false):
-                return plain_bool(node, file, line)
-            self.conditions.append(Condition(node.expr, bool(found)))
-            return bool(found)
-
-        def guard_int(node: Any, file: str, line: int) -> int:
-            found = self._evaluate(node)
-            if found is None or not found.is_Integer:
-                return plain_int(node, file, line)
-            self.conditions.append(Condition(sympy.Eq(node.expr, found, evaluate=False), True))
-            return int(found)
+            answer = self._answer(node)
+            if answer is None:
+                return plain_guard(node, file, line)
+            self.conditions.append(Condition(node.expr, answer))
+            return answer
 
         module.forward = forward
-        SymNode.guard_bool, SymNode.guard_int = guard_bool, guard_int  # type: ignore[method-assign, assignment]
+        SymNode.guard_bool = guard_bool  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            SymNode.guard_bool, SymNode.guard_int = plain_bool, plain_int  # type: ignore[method-assign]
+            SymNode.guard_bool = plain_guard  # type: ignore[method-assign]
             del module.forward
 
-    def _evaluate(self, node: Any) -> Any:
-        """The value of an expression of numbers for the example batch; None if it is one of anything else."""
+    def _answer(self, node: Any) -> bool | None:
+        """The answer to a question about numbers, for the example batch; None if it is about anything else."""
         known = {symbol: _to_sympy(n) for symbol, n in zip(self.symbols, self.numbers, strict=False) if symbol}
-        asked = node.expr
-        if not asked.free_symbols & known.keys():
+        symbols = node.expr.free_symbols
+        if not symbols & known.keys():
             return None
-        sizes = {s: node.shape_env.size_hint(s, allow_none=True) for s in asked.free_symbols - known.keys()}
-        return None if None in sizes.values() else asked.xreplace({**known, **sizes})
+        sizes = {s: node.shape_env.size_hint(s, allow_none=True) for s in symbols - known.keys()}
+        return None if None in sizes.values() else _decide(node.expr, {**known, **sizes})
 
 
 class _Taking(TorchFunctionMode):
@@ -140,80 +132,107 @@ class _Taking(TorchFunctionMode):
 
 
 def _symbol_of(number: Any) -> sympy.Symbol | None:
-    """The symbol that a number without a known value consists of."""
+    """The symbol that stands for a number without a known value; a yes or no is written as ``Eq(symbol, 1)``."""
     if not isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool):
         return None
-    symbols = number.node.expr.free_symbols
-    return next(iter(symbols)) if len(symbols) == 1 else None
+    expression, symbols = number.node.expr, free_unbacked_symbols(number)
+    symbol = next(iter(symbols)) if len(symbols) == 1 else None
+    return symbol if symbol is not None and expression in (symbol, sympy.Eq(symbol, 1)) else None
 
 
 def _to_sympy(number: Number) -> Any:
     return sympy.Float(number) if isinstance(number, float) else sympy.Integer(int(number))
 
 
+def _decide(condition: Any, values: Mapping[sympy.Symbol, Any]) -> bool | None:
+    """Whether a condition is true; None if that cannot be decided."""
+    if isinstance(condition, Relational) and any(values.get(s) is sympy.nan for s in condition.free_symbols):
+        return isinstance(condition, sympy.Ne)  # as in Python; sympy refuses to compare with NaN
+    try:
+        found = condition.xreplace(values)
+    except (TypeError, ZeroDivisionError):
+        return None
+    return bool(found) if found in (sympy.true, sympy.false) else None
+
+
 class BatchNumbers:
-    """Computes the numbers that a captured forward takes out of its batch, and what follows from them.
+    """Computes the numbers that a captured forward takes out of its batch, and whether they give the same answers.
 
     Args:
-        graph: of the captured program.
-        wanted: the node of each number's tensor.
-        inputs: the kind of each placeholder, and the name in its batch or the tensor that it stands for.
-        branches: what was asked of the numbers while the program was captured.
-        shape_env: knows which of its symbols are sizes of the batch.
-        sizes: the symbols that are.
+        module: holds the captured graph.
+        taken: the node of each number's tensor.
+        inputs: the kind of each placeholder, and its name in the batch or its tensor.
+        branches: the numbers' symbols and the conditions, from the same capture.
+        shape_env: where the capture kept what it knows about symbols.
+        sizes: the symbols that are sizes of the batch.
 
     Raises:
-        ZOCaptureError: a number depends on the weights, which move, or is compared with a size that no tensor has.
+        ZOCaptureError: the program rests on more than the conditions, or a condition on more than the batch.
     """
 
     def __init__(
         self,
-        graph: fx.Graph,
-        wanted: Sequence[fx.Node],
+        module: fx.GraphModule,
+        taken: Sequence[fx.Node],
         inputs: Sequence[tuple[str, Any]],
         branches: Branches,
         shape_env: Any,
         sizes: Set[sympy.Symbol],
     ) -> None:
-        self._symbols = list(branches.symbols)
-        asked = {Condition(shape_env.replace(c.expression), c.answer) for c in branches.conditions}
-        self._conditions = sorted(asked, key=str)
-        if any(each.expression.free_symbols - sizes - set(self._symbols) for each in asked):
-            raise ZOCaptureError("the model compares a number of its batch with a size that no tensor of it has")
-        needed: set[fx.Node] = set()
-        open_nodes = list(wanted)
-        while open_nodes:
-            node = open_nodes.pop()
-            if node not in needed:
-                needed.add(node)
-                open_nodes += node.all_input_nodes
-        own = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        self._sources: list[tuple[str, Any]] = []
-        placeholders = iter(inputs)
-        for node in graph.nodes:
-            source = next(placeholders) if node.op == "placeholder" else None
-            if node not in needed:
-                continue
-            if source is not None:
-                if source[0] == "parameter":
-                    raise ZOCaptureError("the model branches on a number that depends on its weights, which move")
-                self._sources.append(source)
-            copies[node] = own.node_copy(node, copies.__getitem__)
-        own.output([copies[node] for node in wanted])
-        self._program = fx.GraphModule({}, own)
+        numbers = {symbol: node for symbol, node in zip(branches.symbols, taken, strict=True) if symbol is not None}
+        assumed = [a.expr.free_symbols for each in shape_env.deferred_runtime_asserts.values() for a in each]
+        if any(symbol in shape_env.replacements or any(symbol in a for a in assumed) for symbol in numbers):
+            raise ZOCaptureError("the model uses a number of its batch as a size, or checks it with torch._check")
+        # In the order of asking: where an answer differs, Python would not have come to the next question.
+        asked = dict.fromkeys(branches.conditions)
+        same = {s: shape_env.replace(s) for c in asked for s in c.expression.free_symbols - numbers.keys()}
+        self._conditions = [Condition(c.expression.xreplace(same), c.answer) for c in asked]
+        if any(each.expression.free_symbols - sizes - numbers.keys() for each in self._conditions):
+            raise ZOCaptureError("the model compares a number of its batch with something that is no size of it")
+        used = {symbol for c in self._conditions for symbol in c.expression.free_symbols & numbers.keys()}
+        self._programs = {symbol: _extract(module, numbers[symbol], inputs) for symbol in used}
 
     def answer_alike(self, batch: Mapping[str, Any], sizes: Mapping[sympy.Symbol, sympy.Integer]) -> bool:
-        """Whether the numbers of a batch answer every question as those of the example did.
+        """Whether the numbers of a batch give the answers that those of the example gave.
 
-        A batch on the ``meta`` device has no numbers, and any way will do to analyse it. On a GPU this waits for the
-        device.
+        A batch on the ``meta`` device has no numbers: it counts as giving them. On a GPU this waits for the device.
         """
-        given = [batch[of] if kind == "batch" else of for kind, of in self._sources]
-        if any(isinstance(value, Tensor) and value.device.type == "meta" for value in given):
-            return True
-        with torch.no_grad():
-            numbers = [tensor.item() for tensor in self._program(*given)]
-        known = {symbol: _to_sympy(n) for symbol, n in zip(self._symbols, numbers, strict=True) if symbol}
-        values = {**sizes, **known}
-        return all(bool(each.expression.xreplace(values)) == each.answer for each in self._conditions)
+        values: dict[sympy.Symbol, Any] = dict(sizes)
+        for condition in self._conditions:
+            for symbol in condition.expression.free_symbols - values.keys():
+                module, sources = self._programs[symbol]
+                given = [batch[of] if kind == "batch" else of for kind, of in sources]
+                if any(isinstance(value, Tensor) and value.device.type == "meta" for value in given):
+                    return True
+                with torch.no_grad():
+                    values[symbol] = _to_sympy(module(*given).item())
+            if _decide(condition.expression, values) != condition.answer:
+                return False
+        return True
+
+
+def _extract(
+    module: fx.GraphModule, wanted: fx.Node, inputs: Sequence[tuple[str, Any]]
+) -> tuple[fx.GraphModule, list[tuple[str, Any]]]:
+    """The part of a graph that computes one of its tensors, and what it takes: see ``inputs`` of BatchNumbers."""
+    needed: set[fx.Node] = set()
+    left = [wanted]
+    while left:
+        node = left.pop()
+        if node not in needed:
+            needed.add(node)
+            left += node.all_input_nodes
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    sources: list[tuple[str, Any]] = []
+    placeholders = iter(inputs)
+    for node in wanted.graph.nodes:
+        source = next(placeholders) if node.op == "placeholder" else None
+        if node in needed:
+            if source is not None:
+                if source[0] not in ("batch", "constant"):
+                    raise ZOCaptureError(f"the model branches on a number that depends on its {source[0]}s")
+                sources.append(source)
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[wanted])
+    return fx.GraphModule(module, graph), sources

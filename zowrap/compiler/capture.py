@@ -178,15 +178,20 @@ def capture(loss: LossModule, batch: Batch, first: int = 0, last: int = _TRIED -
         ZOCaptureError: export cannot express the model; the message names the first obstacle.
     """
     problem: Exception | None = None
-    contexts: list[contextlib.AbstractContextManager[None]] = [contextlib.nullcontext(), loss.deferring(batch)]
+    ways = [False, True]  # whether the loss is left to an operator
     if loss.depends_on_values or any(map(is_joined, batch)):
-        del contexts[0]
-    for context in contexts:
-        try:
-            with context:
-                return _try_freedoms(loss, batch, range(first, last + 1))
-        except ZOCaptureError as error:
-            problem = problem or error.__cause__ or error  # type: ignore[assignment]
+        del ways[0]
+    # A loss that branches on values is left to an operator rather than captured once for each of its ways.
+    for branching in (False, True):
+        for deferred in ways:
+            try:
+                with loss.deferring(batch) if deferred else contextlib.nullcontext():
+                    return _try_freedoms(loss, batch, range(first, last + 1), branching)
+            except ZOCaptureError as error:
+                if problem is None or (branching and not deferred and error.__cause__ is None):
+                    problem = error.__cause__ or error  # type: ignore[assignment]
+        if not isinstance(problem, GuardOnDataDependentSymNode):
+            break
     if isinstance(problem, ZOCaptureError):
         raise problem
     text = first_line(problem, "")
@@ -195,11 +200,14 @@ def capture(loss: LossModule, batch: Batch, first: int = 0, last: int = _TRIED -
     ) from problem
 
 
-def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Program:
+def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int], branching: bool) -> Program:
     """Capture with the first of some freedoms for which that succeeds, and leaves the numbers of rows open.
 
     Where a picture's height and width are open, but not for the model, export may fix the number of pictures with them;
     where the rows stay fixed whatever is tried, the first program that there was is taken.
+
+    Args:
+        branching: the model may branch on values of the batch, see :mod:`zowrap.compiler.branches`.
 
     Raises:
         ZOCaptureError: none does; caused by the error of the first.
@@ -208,9 +216,7 @@ def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Pro
     tried: list[tuple[Any, bool]] = []
     found: Program | None = None
     branches: Branches | None = None
-    left = list(numbers)
-    while left:
-        number = left.pop(0)
+    for number in numbers:
         free = FREEDOMS[number]
         if found is not None and (free.equal or not free.rows):
             continue
@@ -218,27 +224,12 @@ def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Pro
         if (shapes, free.equal) in tried:  # happens if no input is a float, or none has a length
             continue
         tried.append((shapes, free.equal))
-        sizes = size_oblivious(use_duck_shape=free.equal)
         try:
-            with (
-                warnings.catch_warnings(),
-                torch.no_grad(),
-                sizes,
-                accept_single_rows(),
-                ask_before_squeezing(),
-                evaluation_mode(loss),
-                capture_conversions(),
-                capture_recurrent_layers(),
-                capture_scans(loss.model),
-                capture_experts(loss.model),
-                capture_lengths(loss.model),
-                capture_masks(),
-                capture_pictures(loss.model),
-                _silence_export(),
-                contextlib.nullcontext() if branches is None else branches.answering(loss),
-            ):
-                warnings.simplefilter("ignore")
-                exported = torch.export.export(loss, (dict(batch),), dynamic_shapes=shapes, strict=False)
+            with _capturing(loss, free):
+                if branching and branches is None:
+                    branches = Branches.record(lambda: loss(batch))
+                with contextlib.nullcontext() if branches is None else branches.answering(loss):
+                    exported = torch.export.export(loss, (dict(batch),), dynamic_shapes=shapes, strict=False)
                 if _needs_functionalising(exported):
                     exported = exported.run_decompositions({})
         except ZOCaptureError as error:
@@ -248,11 +239,6 @@ def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Pro
             raise
         except Exception as error:
             problem = problem or error
-            if branches is None and isinstance(error, GuardOnDataDependentSymNode):
-                branches = _record_branches(loss, batch)
-                if branches is not None:  # the same freedom once more
-                    tried.pop()
-                    left.insert(0, number)
             continue
         program = _build_program(exported, branches)
         program.freedom = number
@@ -264,13 +250,27 @@ def _try_freedoms(loss: LossModule, batch: Batch, numbers: Iterable[int]) -> Pro
     raise ZOCaptureError("torch.export cannot capture this model") from problem
 
 
-def _record_branches(loss: LossModule, batch: Batch) -> Branches | None:
-    """The numbers that a forward takes out of the example batch; None if it cannot run, as without weights."""
-    try:
-        with torch.no_grad(), evaluation_mode(loss):
-            return Branches.record(lambda: loss(batch))
-    except Exception:  # of any kind; what export could not do is reported
-        return None
+@contextlib.contextmanager
+def _capturing(loss: LossModule, free: Freedom) -> Iterator[None]:
+    """While inside, export captures what it could not otherwise, and prints nothing."""
+    with (
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        size_oblivious(use_duck_shape=free.equal),
+        accept_single_rows(),
+        ask_before_squeezing(),
+        evaluation_mode(loss),
+        capture_conversions(),
+        capture_recurrent_layers(),
+        capture_scans(loss.model),
+        capture_experts(loss.model),
+        capture_lengths(loss.model),
+        capture_masks(),
+        capture_pictures(loss.model),
+        _silence_export(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _fixes_rows(program: Program, batch: Batch) -> bool:
@@ -337,20 +337,12 @@ def _build_program(exported: torch.export.ExportedProgram, branches: Branches | 
     taken = _drop_mutations(program, exported, 0 if branches is None else len(branches.numbers))
     values = None
     if branches is not None:
-        sources = [(g.kind, g.target if g.kind in ("batch", "parameter") else _tensor_of(exported, g)) for g in inputs]
+        sources = [(g.kind, constants[g.target] if g.kind == "constant" else g.target) for g in inputs]
         symbols = {s for shape in sizes.values() for size in shape for s in free_symbols(size)}
-        values = BatchNumbers(program.graph, taken, sources, branches, program.fake_mode.shape_env, symbols)
-        for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
-            program.graph.erase_node(node)  # what the guards check, and that a yes is 0 or 1
+        values = BatchNumbers(program.graph_module, taken, sources, branches, program.fake_mode.shape_env, symbols)
     program.guards = Guards(sizes, program.fake_mode.shape_env, values)
     program.finish("capture")
     return program
-
-
-def _tensor_of(exported: torch.export.ExportedProgram, given: Input) -> Tensor:
-    """The buffer or constant that an input stands for."""
-    found = exported.constants if given.target in exported.constants else exported.state_dict
-    return found[given.target]
 
 
 def _batch_names(exported: torch.export.ExportedProgram) -> list[str]:

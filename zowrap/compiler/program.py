@@ -53,7 +53,7 @@ class Program:
         history: ``(pass name, program as Python)`` after each pass.
         notes: reports of the passes, for people.
         epilogue: the update that follows the evaluations, once attached.
-        guards: decides for which batch sizes the program is valid.
+        guards: decides for which batches the program is valid.
         freedom: how few sizes are left open, a number of :data:`zowrap.compiler.capture.FREEDOMS`.
     """
 
@@ -111,7 +111,7 @@ class Program:
             FakeTensorProp(self.graph_module, self.fake_mode).propagate_dont_convert_inputs(*self.fakes())
 
     def accepts(self, batch: dict[str, Any]) -> bool:
-        """Whether the program is valid for the sizes of ``batch``, which has its signature."""
+        """Whether the program is valid for ``batch``, which has its signature."""
         return self.guards.hold(batch)
 
     @property

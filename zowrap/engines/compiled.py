@@ -244,7 +244,7 @@ class CompiledEngine:
             if programs[-1].accepts(batch):
                 return programs[-1]
             programs.pop()
-        elif not programs:
+        elif not programs or self.reads_values:  # another way through the model may be open in its sizes as the first
             programs.append(capture(loss, canonical_batch(batch, loss.model)))
             if programs[-1].accepts(batch):
                 return programs[-1]
@@ -257,6 +257,8 @@ class CompiledEngine:
                 f"have {count:,} operations"
             )
         own.guards.accept(batch)
+        if not own.accepts(batch):
+            raise ZOCaptureError("this model branches on other values when it runs again")
         programs.append(own)
         return own
 
