@@ -92,14 +92,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def begin(what: str) -> None:
-    """The first line of a command that takes its time, before what takes seconds to import."""
-    say(f"zowrap {__version__}: loading torch, then {what}")
+def begin(model: str, *files: object) -> None:
+    """The first line of a command that takes its time, before what takes seconds to import.
 
-
-def name_place(model: str) -> str:
-    """A model as it was named, and where it will be looked for if that is not this machine: a mistyped path shows."""
-    return model if Path(model).expanduser().exists() else f"{model} from the hub"
+    It says of a model that is not on this machine where it will be looked for: a mistyped path shows.
+    """
+    place = model if Path(model).expanduser().exists() else f"{model} from the hub"
+    say(f"zowrap {__version__}: loading torch, then {' and '.join([place, *map(str, files)])}")
 
 
 def fail(sentence: str, as_json: bool, code: int = 130) -> int:

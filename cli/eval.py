@@ -11,7 +11,7 @@ import typer
 
 from zowrap import names
 from zowrap.cli.checks import at_least, one_of
-from zowrap.cli.console import begin, name_place, quiet_libraries, result, say
+from zowrap.cli.console import begin, quiet_libraries, result, say
 from zowrap.cli.options import (
     Dtype,
     EndOfText,
@@ -76,7 +76,7 @@ def evaluate(context: typer.Context, options: EvalOptions) -> None:
     asked = list_asked(context, options)
     saved = _check(context, options, asked)
     assert options.data is not None
-    begin(f"{name_place(options.model)} and {options.data}")
+    begin(options.model, options.data)
     quiet_libraries()
     from zowrap.quant.lowering import lower
     from zowrap.storage.base_options import read_base_options

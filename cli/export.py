@@ -11,7 +11,7 @@ import typer
 
 from zowrap import names
 from zowrap.cli.checks import one_of
-from zowrap.cli.console import begin, name_place, quiet_libraries, result
+from zowrap.cli.console import begin, quiet_libraries, result
 from zowrap.cli.eval import say_failure
 from zowrap.cli.options import Json, option, takes
 from zowrap.cli.paths import PATH
@@ -47,7 +47,7 @@ def export(context: typer.Context, options: ExportOptions) -> None:
     """Write the tuned model of a run as safetensors that load with from_pretrained."""
     _check(options, list_asked(context, options))
     assert options.to is not None
-    begin(name_place(options.source))
+    begin(options.source)
     quiet_libraries()
 
     source = _directory(options)

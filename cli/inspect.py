@@ -14,7 +14,7 @@ import typer
 
 from zowrap import names
 from zowrap.cli.checks import at_least, check_step_options, one_of
-from zowrap.cli.console import begin, name_place, quiet_libraries, result, say
+from zowrap.cli.console import begin, quiet_libraries, result, say
 from zowrap.cli.options import SharedOptions, load_plugins, option, split_labels, takes
 from zowrap.cli.paths import PATH
 from zowrap.cli.scope import OWN, check_scope, list_asked
@@ -51,7 +51,7 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
     """Say whether a model can be tuned here, what moves, and what a step costs; weights are read with --data alone."""
     asked = list_asked(context, options)
     _check(options, asked)
-    begin(name_place(options.model))
+    begin(options.model)
     quiet_libraries()
     load_plugins(options.plugin)
     from zowrap.model.inspect import report

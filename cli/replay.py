@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from zowrap.cli.checks import check_recorded_rule
-from zowrap.cli.console import begin, name_place, quiet_libraries, result
+from zowrap.cli.console import begin, quiet_libraries, result
 from zowrap.cli.options import Json, Plugin, Trust, load_plugins, option, takes
 from zowrap.cli.paths import PATH
 from zowrap.cli.tasks import check_target, recorded_base
@@ -47,7 +47,7 @@ def replay(context: typer.Context, options: ReplayOptions) -> None:
     for plugin in options.plugin:
         python_file(plugin)
     check_directory(options.model, whole=False)
-    begin(f"{name_place(options.model)} and {options.run}")
+    begin(options.model, options.run)
     quiet_libraries()
     load_plugins(options.plugin)
     check_recorded_rule(config, run.path, [])

@@ -17,7 +17,7 @@ from typing import Any
 import typer
 
 from zowrap.cli.checks import check_at_once, check_options, check_out_is_free, to_config
-from zowrap.cli.console import Interrupted, begin, name_place, quiet_libraries, result, say
+from zowrap.cli.console import Interrupted, begin, quiet_libraries, result, say
 from zowrap.cli.options import TuneOptions, load_plugins, takes
 from zowrap.cli.restore import restore_options, saved_options
 from zowrap.cli.scope import list_asked
@@ -45,7 +45,7 @@ def tune(context: typer.Context, options: TuneOptions) -> None:
     goes_on = given.resume and given.out is not None and saved_task(given.out) is not None
     asked = frozenset() if goes_on else list_asked(context, given)
     check_at_once(options, asked)
-    begin(f"{name_place(options.model)} and {options.data}")
+    begin(options.model, options.data)
     quiet_libraries()
 
     load_plugins(options.plugin)

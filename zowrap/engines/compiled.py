@@ -244,7 +244,7 @@ class CompiledEngine:
             if programs[-1].accepts(batch):
                 return programs[-1]
             programs.pop()
-        elif not programs or self.reads_values:  # another way through the model may be open in its sizes as the first
+        elif all(each.guards.read_values for each in programs):  # another way may leave as many sizes open
             programs.append(capture(loss, canonical_batch(batch, loss.model)))
             if programs[-1].accepts(batch):
                 return programs[-1]
