@@ -66,12 +66,13 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
         raise ZOError(f"there is no program to {'print' if options.programs else 'draw'}: {problem}")
     plan = _plan(options, zm, cost_model, problem)
     programs = [] if cost_model is None else cost_model.programs()
-    facts = report(zm.job, zm.engine, zm.schedule, zm.hyper, None, plan.costs)
+    facts = report(zm.job, zm.engine, zm.schedule, zm.hyper, shapes.batch, plan.costs)
     facts.notes = {name: laid.program.notes for name, laid in programs}
     record: dict[str, Any] = {"model": options.model, "dtype": _name(dtype), **plan.record(), **facts.as_dict()}
     record["eps_why"], record["noise_floor"] = _why_eps(options, zm), None
     lines = [f"{options.model} in {_name(dtype)} ({why})", plan.sentence, *str(facts).splitlines()]
-    lines.append(f"eps        {zm.eps:g} ({record['eps_why']})")
+    if not zm.job.estimator.credit:
+        lines.append(f"eps        {zm.eps:g} ({record['eps_why']})")
     rounds = zm.job.quant_mode is not None and zm.job.quant_mode.rounds
     if options.data is not None and not rounds:
         read_rows(options.data, default_split="train")  # a name that is wrong is wrong here, too

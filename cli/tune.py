@@ -68,7 +68,8 @@ def train(options: TuneOptions, began: float, asked: frozenset[str] = frozenset(
     plan = prepare(options, asked)
     model, options = load(plan, options)
     trainer = build_trainer(plan, model, options)
-    say(f"{len(plan.train)} examples, {trainer.zm.rule.describe()}, lr {options.lr}, eps {options.eps:g}")
+    probes = "residual credit" if options.eps is None else f"eps {options.eps:g}"
+    say(f"{len(plan.train)} examples, {trainer.zm.rule.describe()}, lr {options.lr}, {probes}")
     try:
         trainer.train(resume_from_checkpoint=options.resume)
     finally:
@@ -216,7 +217,8 @@ def load(plan: Plan, options: TuneOptions) -> tuple[Any, TuneOptions]:
         quantized = mode.name
         where = " where --trainable selects them" if options.trainable else ""
         say(f"{quantized} move{where} ({mode.why})")
-    eps = eps if eps is not None else modes.EPS_PLAIN if quantized is None else modes.EPS[quantized]
+    if options.estimator != "residual":  # which perturbs nothing
+        eps = eps if eps is not None else modes.EPS_PLAIN if quantized is None else modes.EPS[quantized]
     return model, replace(options, dtype=name, quantized=quantized, eps=eps)
 
 

@@ -13,6 +13,8 @@
 8. ``population``       populations only: give every example its own direction
 9. ``epilogue``         attach the update rule, the only place that writes weights
 
+   ``residual``         residual credit only, after the first three: what the matrices that write to the stream need
+
 The plain loss at θ needs only the first three. After each pass the manager verifies the program and keeps its text, so
 ``inspect`` can show the effect of every pass.
 """

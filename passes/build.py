@@ -11,10 +11,16 @@ from zowrap.passes.manager import Pass, run
 from zowrap.passes.perturb import Perturb
 from zowrap.passes.perturb_lowrank import PerturbLowRank
 from zowrap.passes.population import Population
+from zowrap.passes.residual import AssignCredit
 from zowrap.passes.select_tunable import SelectTunable
 from zowrap.passes.split_streams import SplitStreams
 from zowrap.passes.strip_training import StripTraining
 from zowrap.step.job import Job
+
+
+def build_credit(program: Program, job: Job) -> Program:
+    """Turn a captured program into one evaluation at θ that yields residual credit as well."""
+    return run(program, [StripTraining(), CheckLookups(), FuseHead(), AssignCredit(job)])
 
 
 def build(

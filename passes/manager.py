@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from zowrap.compiler.program import Program, verify
-from zowrap.errors import ZOCaptureError, ZOInternalError
+from zowrap.errors import ZOError, ZOInternalError
 
 
 class Pass:
@@ -32,7 +32,7 @@ def run(program: Program, passes: Sequence[Pass]) -> Program:
     """Apply ``passes`` in order.
 
     Raises:
-        ZOCaptureError: a pass cannot handle the model; the message names the pass.
+        ZOError: a pass cannot handle the model, or what was asked of it; the message says why.
         ZOInternalError: a pass broke an invariant; the message names this pass and those that ran before it.
     """
     done: list[str] = []
@@ -44,7 +44,7 @@ def run(program: Program, passes: Sequence[Pass]) -> Program:
             program.finish(step.name)
             verify(program)
             step.ensures(program)
-        except ZOCaptureError:
+        except ZOError:
             raise
         except Exception as error:
             before = f"after {', '.join(done)}" if done else "as the first pass"

@@ -14,7 +14,7 @@ from zowrap.errors import ZOError, nearest
 
 ENGINES = ("compiled", "eager")
 MEMORY = ("auto", "paired", "sequential")
-ESTIMATORS = ("central", "forward", "population", "forward_gradient")
+ESTIMATORS = ("central", "forward", "population", "residual", "forward_gradient")
 BLOCK_ORDERS = ("ascending", "descending", "flip_flop", "random_permutation", "random")
 ALONG = ("drawn", "evaluated")
 QUANT_MODES = ("scales", "codes", "adapters")

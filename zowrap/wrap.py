@@ -56,8 +56,10 @@ def zo_wrap(
         queries: directions per step, averaged (n-SPSA); by default the rule's own, mostly 1: most steps per forward.
         estimator: ``"central"`` (two forwards per direction), ``"forward"`` (one, and one shared), ``"population"``
             (two, every example along its own low-rank direction; each tensor of the batch has a row for each example,
-            or one row that all share) or ``"forward_gradient"`` (exact, a reference); by default the rule's own,
-            mostly central. See :mod:`zowrap.rules.estimators`.
+            or one row that all share), ``"residual"`` (one and a half, without directions: the matrices that write to
+            the model's residual stream get an estimate of their gradients, :mod:`zowrap.step.credit`) or
+            ``"forward_gradient"`` (exact, a reference); by default the rule's own, mostly central. See
+            :mod:`zowrap.rules.estimators`.
         blocks: ``None``, ``"layer"`` or name patterns: one block is perturbed and updated per step.
         block_order: see :data:`zowrap.names.BLOCK_ORDERS`.
         trainable: name patterns or a predicate; by default what has ``requires_grad``.

@@ -222,5 +222,5 @@ def test_pairs_of_texts_and_pictures_are_one_program_for_every_size(monkeypatch)
         ids[:, -1] = 2
         given = {"input_ids": ids, "pixel_values": torch.randn(rows, 3, 16, 16), "return_loss": True}
         assert torch.allclose(zm.loss(**given), model.eval()(**given).loss.detach(), rtol=1e-5)
-    assert [len(programs) for programs in zm.engine._captured.values()] == [1]
+    assert [len(programs) for programs in zm.engine.captures.by_kind.values()] == [1]
     assert "len" not in vars(transformers.models.clip.modeling_clip)

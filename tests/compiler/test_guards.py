@@ -66,9 +66,9 @@ def test_sizes_that_nothing_was_asked_of_share_a_program() -> None:
 
 
 def test_a_program_for_one_size_that_would_be_too_long_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    from zowrap.engines import compiled
+    from zowrap.engines import captures
 
-    monkeypatch.setattr(compiled, "MAX_OWN_NODES", 5)
+    monkeypatch.setattr(captures, "MAX_OWN_NODES", 5)
     zm = wrap("length", "compiled")
     zm.loss(**rows_of(4, 40))  # on the way that the canonical batch took
     with pytest.raises(zowrap.errors.ZOCaptureError, match=r"for this size alone would have \d+ operations"):
@@ -100,7 +100,7 @@ def test_a_single_row_shares_the_program_of_several(monkeypatch: pytest.MonkeyPa
     for rows in (3, 1, 2):
         inputs = {"x": torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(rows))}
         assert torch.allclose(*[zm.step(**inputs).losses for zm in zms], rtol=1e-5), rows
-    (programs,) = zms[1].engine._captured.values()
+    (programs,) = zms[1].engine.captures.by_kind.values()
     assert len(programs) == 1
 
 

@@ -43,5 +43,5 @@ def test_the_number_of_pictures_is_open(monkeypatch: pytest.MonkeyPatch) -> None
     )
     for inputs in (batch([1, 1, 1], 12), batch([1, 1], 15), batch([1, 2, 0, 2], 14)):
         assert torch.allclose(zm.step(**inputs).losses, eager.step(**inputs).losses, rtol=1e-5)
-    assert [len(programs) for programs in zm.engine._captured.values()] == [1]
+    assert [len(programs) for programs in zm.engine.captures.by_kind.values()] == [1]
     assert not zm.model.model.multi_modal_projector._forward_hooks

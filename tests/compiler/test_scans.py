@@ -67,7 +67,7 @@ def test_one_program_for_every_length(name: str, monkeypatch: pytest.MonkeyPatch
             each.discard()
             each.accumulate(**batch(rows, length))
         assert torch.allclose(zm.peek()[0], eager.peek()[0], rtol=1e-5), length
-    (programs,) = zm.engine._captured.values()
+    (programs,) = zm.engine.captures.by_kind.values()
     assert len(programs) == 1 and len(programs[0].graph.nodes) < 1000
     assert programs[0].graph.find_nodes(op="call_function", target=torch.ops.zowrap.scan.default)
 

@@ -692,7 +692,7 @@ def test_a_program_that_the_compiler_refuses_is_captured_with_fewer_open_sizes(t
             each.discard()
             each.accumulate(**inputs)
         assert torch.allclose(eager.peek()[0], zm.peek()[0], rtol=1e-5)
-    (programs,) = zm.engine._captured.values()
+    (programs,) = zm.engine.captures.by_kind.values()
     assert {program.freedom for program in programs} == {takes}
     assert len(programs) == (2 if takes == 3 else 3)
 

@@ -76,14 +76,14 @@ def agree(make: Any, batches: list[dict[str, Any]], monkeypatch: pytest.MonkeyPa
 def test_speech_with_a_ctc_loss(kind: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [sounds(3, 200), sounds(2, 240), sounds(1, 200, words=3)]
     zm = agree(lambda: speech(kind, ctc_loss_reduction=reduction), batches, monkeypatch)
-    (program,) = [program for programs in zm.engine._captured.values() for program in programs]
+    (program,) = [program for programs in zm.engine.captures.by_kind.values() for program in programs]
     assert program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.deferred_loss.default)
 
 
 def test_detection_with_lists_of_dictionaries(monkeypatch: pytest.MonkeyPatch) -> None:
     """One program, whatever the number of pictures and of the boxes in each; none in some of them."""
     zm = agree(detector, [pictures(3, 2), pictures(2, 1), pictures(4, 3)], monkeypatch)
-    assert sum(map(len, zm.engine._captured.values())) == 1
+    assert sum(map(len, zm.engine.captures.by_kind.values())) == 1
 
 
 def test_a_label_beyond_the_vocabulary_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

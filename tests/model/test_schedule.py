@@ -23,7 +23,7 @@ from zowrap.analysis.costs import CostModel, Costs
 from zowrap.analysis.program import ProgramCosts
 from zowrap.calibration import learning_rate
 from zowrap.compiler import capture as compiled_capture
-from zowrap.engines import compiled
+from zowrap.engines import captures
 from zowrap.errors import ZOError
 from zowrap.machine import MARGIN
 from zowrap.step.parameters import weight_bytes
@@ -187,7 +187,7 @@ def test_what_cannot_be_captured_is_tried_once(free: Any, monkeypatch: pytest.Mo
     free(0)
     calls: list[int] = []
     capture = compiled_capture.capture
-    monkeypatch.setattr(compiled, "capture", lambda *given: calls.append(1) or capture(*given))
+    monkeypatch.setattr(captures, "capture", lambda *given: calls.append(1) or capture(*given))
     zm = zowrap.zo_wrap(DataDependent(), loss_fn=lambda model, batch: model(batch["x"]).square().mean())
     with pytest.warns(UserWarning, match="running eagerly"):
         zm.step(x=torch.ones(4, 3))

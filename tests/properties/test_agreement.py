@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import zowrap
 from tests.support.families import batch, make, snapshot, unchanged
 from tests.support.uncompiled import compile_nothing
-from zowrap.engines import compiled
+from zowrap.engines import captures
 from zowrap.errors import ZOCaptureError, ZOError
 from zowrap.loss.module import token_losses
 from zowrap.ops import scratch
@@ -192,7 +192,7 @@ def linear(**options: Any) -> zowrap.ZOModel:
 
 def test_a_number_that_changes_with_every_batch_is_not_compiled_for_ever() -> None:
     zm = linear()
-    for step in range(compiled.MAX_KINDS):
+    for step in range(captures.MAX_KINDS):
         zm.step(x=torch.ones(2, 4), factor=0.5 + step)
     with pytest.warns(UserWarning, match="'factor' differs from batch to batch and is not a tensor"):
         zm.step(x=torch.ones(2, 4), factor=0.25)

@@ -328,7 +328,7 @@ def test_a_resume_from_one_checkpoint_takes_the_thread_count_too(tmp_path, capfd
 
 @pytest.mark.parametrize("of_one_checkpoint", [False, True])
 def test_a_run_that_fell_back_to_eager_stays_eager(whole, tmp_path, monkeypatch, capfd, of_one_checkpoint):
-    from zowrap.engines import compile_time, compiled
+    from zowrap.engines import captures, compile_time
     from zowrap.errors import ZOCaptureError
 
     def no_compiler(*args, **kwargs):
@@ -336,7 +336,7 @@ def test_a_run_that_fell_back_to_eager_stays_eager(whole, tmp_path, monkeypatch,
 
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="running eagerly"):
         patch.setattr(compile_time, "COMPILE_PLAIN_SECONDS", 0.0)  # it is to be compiled, however few its steps
-        patch.setattr(compiled, "capture", no_compiler)
+        patch.setattr(captures, "capture", no_compiler)
         trainer = trainer_in(tmp_path, engine=None)
         stop_after(trainer, 10)
         trainer.train()

@@ -8,6 +8,7 @@ memory can be analysed. The programs are those of the compiled engine. Their mem
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -131,7 +132,7 @@ class CostModel:
         self.job, self.engine, self.schedule, self.batch = job, engine, schedule, batch
         self.per_example = job.estimator.per_example
         self._programs = ProgramCosts(batch, engine.min_layers, engine.shares)
-        self._found: dict[tuple[int, int], ProgramCost] = {}
+        self._found: dict[tuple[int, int | str], ProgramCost] = {}
 
     # --- the step ---------------------------------------------------------------------------------------------
 
@@ -162,7 +163,9 @@ class CostModel:
         points that are evaluated together. This includes weights, because uses without an operator of ours need a
         perturbed copy.
         """
-        counts = {max(points, 1) for points in self.evaluations(False)}
+        # With residual credit, the derivative of what follows the stream has at most as many values again.
+        credit = self.job.estimator.credit
+        counts = {2} if credit else {max(points, 1) for points in map(int, self.evaluations(False))}
         values = max(counts) * self._programs.bytes_of_all_values(self.engine.captured(self.batch))
         update = max(self._factors(block) + self._update(block)[1] for block in _sample(len(self.job.blocks)))
         # One set of perturbed chunks for each number of points, and one chunk each of logits and of a gradient.
@@ -185,25 +188,52 @@ class CostModel:
         for block in _sample(len(self.job.blocks)):
             for points in self.evaluations(sequential):
                 name = f"{points} points, block {self.job.blocks[block].name}" if points else "loss"
+                if isinstance(points, str):
+                    name = f"residual credit, {points}"
                 found.setdefault(name, self.program_cost(block if points else -1, points))
         return list(found.items())
 
-    def evaluations(self, sequential: bool) -> list[int]:
-        """Return the number of points in each evaluation of a step; 0 means θ itself."""
+    def evaluations(self, sequential: bool) -> list[int | str]:
+        """Return the number of points in each evaluation of a step, 0 for θ itself; or the parts of residual credit."""
+        if self.job.estimator.credit:
+            return ["without inputs", "inputs"] if sequential else ["all"]
         grouped = groups(self.job.points, self.job.device, sequential)
-        counts = [0 if direction is None else signs.shape[0] for direction, signs in grouped]
+        counts: list[int | str] = [0 if direction is None else signs.shape[0] for direction, signs in grouped]
         candidates = self.job.candidates
         return counts + ([1] * candidates if sequential else [candidates] * (candidates > 0))
 
     def _step(self, block: int, sequential: bool) -> tuple[Work, int]:
         """Return the work of a step that moves the block, and its peak transient bytes."""
         work, transient = Work(), 0
+        if self.job.estimator.credit:
+            return self._credit_step(sequential)
         for points in self.evaluations(sequential):
             cost = self.program_cost(block if points else -1, points)
             work, transient = work + cost.work, max(transient, cost.transient)
         update, temporary = self._update(block)
         factors = self._factors(block)
         return work + update, factors + max(transient, temporary)
+
+    def _credit_step(self, sequential: bool) -> tuple[Work, int]:
+        """Return the work of a step with residual credit, and its peak transient bytes."""
+        work, transient, held = Work(), 0, 0
+        for part in self.evaluations(sequential):
+            cost = self.program_cost(0, part)
+            work, transient, held = work + cost.work, max(transient, held + cost.transient), held + cost.held
+        program = self.program_cost(0, "all").program
+        outputs: Any = program.graph.output_node().args[0]
+        largest = 0
+        for use in program.credit:
+            w, update = self.job.parameters[use.parameter].tensor, update_operator(self.job, use.parameter)
+            arguments = self._update_arguments(update, use.parameter)
+            tokens = 1
+            if use.matrix:
+                tokens = math.prod(self._programs.sizes(program, outputs[use.outputs[0]])[:-1])
+                arguments["left"] = torch.empty(w.shape[0], tokens, device="meta")
+            work.update_bytes += 2 * sum(map(_size, (w, *self.job.slots_of(use.parameter).values())))
+            work.flops += update.flops(arguments)
+            largest = max(largest, 4 * tokens * sum(w.shape))
+        return work, max(transient, held + largest)
 
     def _update(self, block: int) -> tuple[Work, int]:
         """Return the work and peak bytes of the epilogue: each active weight and its state is read and written once."""
@@ -246,10 +276,14 @@ class CostModel:
 
     # --- one program ------------------------------------------------------------------------------------------
 
-    def program_cost(self, block: int, points: int) -> ProgramCost:
-        """Return the cost of a block's program for this number of points, built when it is first needed."""
+    def program_cost(self, block: int, points: int | str) -> ProgramCost:
+        """Return the cost of a block's program for this number of points, or of a part of residual credit."""
         key = (block, points)
+        if key not in self._found and isinstance(points, str):
+            program = self.engine.credit_program(self.engine.captured(self.batch), points)
+            self._found[key] = self._programs.cost(program, holds=points != "inputs")
         if key not in self._found:
+            assert isinstance(points, int)
             program = self.engine.program(self.batch, block, points, self.per_example and points > 0)
             self._found[key] = self._programs.cost(program)
         return self._found[key]

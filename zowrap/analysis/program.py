@@ -28,12 +28,14 @@ class ProgramCost:
     Attributes:
         regions: each region with its analysis, in execution order; regions that compute the same share one analysis.
         transient: peak bytes allocated in addition to the program's inputs.
+        held: bytes of its outputs, which are part of that.
         buffers: buffers that its operators keep from step to step.
     """
 
     program: Program
     regions: list[tuple[Region, Analysis]]
     transient: int
+    held: int
     work: Work
     buffers: PersistentBuffers
 
@@ -51,8 +53,11 @@ class ProgramCosts:
         self.mode = FakeTensorMode()
         self._analyses: dict[tuple, Analysis] = {}
 
-    def cost(self, program: Program) -> ProgramCost:
+    def cost(self, program: Program, holds: bool = True) -> ProgramCost:
         """Compute the cost of a program at the batch's sizes.
+
+        Args:
+            holds: its outputs stay in memory until it ends; otherwise each is used and let go when it is made.
 
         Raises:
             ZOCaptureError: sizes inside the program depend on its data.
@@ -66,7 +71,13 @@ class ProgramCosts:
             ) from error
         work = sum((analysis.work for _, analysis in regions), Work())
         buffers = merged(analysis.buffers for _, analysis in regions)
-        return ProgramCost(program, regions, _transient(program, regions), work, buffers)
+        transient, held = _transient(program, regions, holds)
+        return ProgramCost(program, regions, transient, held, work, buffers)
+
+    def sizes(self, program: Program, node: fx.Node) -> list[int]:
+        """Return the sizes of a node's value at the batch's sizes."""
+        number = self._numbers(program)
+        return [number(size) for size in node.meta["val"].shape]
 
     def _analyse(self, program: Program) -> list[tuple[Region, Analysis]]:
         """Return every region of a program with its analysis, in order."""
@@ -133,8 +144,8 @@ class ProgramCosts:
         return values
 
 
-def _transient(program: Program, regions: Sequence[tuple[Region, Analysis]]) -> int:
-    """Return the peak bytes of a program's regions and of the values held between them."""
+def _transient(program: Program, regions: Sequence[tuple[Region, Analysis]], holds: bool) -> tuple[int, int]:
+    """Return the peak bytes of a program's regions and of the values held between them, and those of its outputs."""
     lies_in: dict[fx.Node, Any] = {}  # value → (region, number) of its memory; program inputs are absent
     last: dict[Any, int] = {}
     sizes: dict[Any, int] = {}
@@ -153,15 +164,15 @@ def _transient(program: Program, regions: Sequence[tuple[Region, Analysis]]) -> 
             last[memory] = i
             if kind == "own":
                 sizes[memory] = analysis.own[number]
-    for node in program.graph.output_node().all_input_nodes:
-        if node in lies_in:
-            last[lies_in[node]] = len(regions)
+    outputs = {lies_in[node] for node in program.graph.output_node().all_input_nodes if node in lies_in}
+    if holds:
+        last.update(dict.fromkeys(outputs, len(regions)))
     live = peak = 0
     for i, (_, analysis) in enumerate(regions):
         peak = max(peak, live + analysis.peak)
         live += sum(size for memory, size in sizes.items() if memory[0] == i)
         live -= sum(size for memory, size in sizes.items() if last[memory] == i)
-    return peak
+    return peak, sum(sizes.get(memory, 0) for memory in outputs) if holds else 0
 
 
 def _described(value: Any) -> Any:

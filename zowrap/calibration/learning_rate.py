@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from zowrap import machine
+from zowrap.calibration.credit_rate import CreditRate, choose_credit_rate
 from zowrap.calibration.simulation import Simulation
 from zowrap.errors import Option, ZOError, not_finite
 from zowrap.model.zo_model import ZOModel
@@ -91,8 +92,10 @@ def tune_lr(
     *,
     schedule: Callable[[int], float] | None = None,
     watch: Callable[[int, int], None] | None = None,
-) -> LearningRate:
+) -> LearningRate | CreditRate:
     """Choose the learning rate of a run that is about to begin, and set ``zm.lr`` to it.
+
+    With residual credit it is chosen in another way, see :mod:`zowrap.calibration.credit_rate`.
 
     Weights are only read; the rule's state, the step and ε do not change.
 
@@ -119,6 +122,11 @@ def tune_lr(
         raise ZOError(f"steps must be a whole number from 1, got {steps!r}")
     if isinstance(batches, Mapping):
         raise ZOError("tune_lr needs several batches, each a dictionary: give a list of them, or a loader")
+    if zm.job.estimator.credit:
+        with preserve_state(zm):
+            chosen = choose_credit_rate(zm, batches, steps, watch)
+        zm.lr = chosen.lr
+        return chosen
     if not any(point.coefficient for point in zm.points):
         raise ZOError(
             Option("lr", "auto"),

@@ -20,6 +20,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from zowrap.compiler.guards import Guards
 from zowrap.compiler.inductor import symbolic_sizes
 from zowrap.errors import ZOInternalError
+from zowrap.step.credit import Use
 
 # Recompute all shapes after every pass, as the tests do: it detects a broken pass at once, but takes seconds.
 CHECK_SHAPES = False
@@ -46,7 +47,8 @@ class Program:
     """A functional graph of tensors with named inputs.
 
     Attributes:
-        graph_module: placeholders in the order of ``inputs``; output ``(sums_0, …, sums_{points-1}, weights)``.
+        graph_module: placeholders in the order of ``inputs``; output ``(sums_0, …, sums_{points-1}, weights)``,
+            followed by what residual credit adds.
         constants: tensors lifted out of the model's code, by target.
         fake_mode: holds the symbolic sizes.
         points: the number of evaluations in the program.
@@ -55,6 +57,7 @@ class Program:
         epilogue: the update that follows the evaluations, once attached.
         guards: decides for which batches the program is valid.
         freedom: how few sizes are left open, a number of :data:`zowrap.compiler.capture.FREEDOMS`.
+        credit: what the outputs after the weights hold, of a program with residual credit.
     """
 
     graph_module: fx.GraphModule
@@ -67,6 +70,7 @@ class Program:
     epilogue: fx.GraphModule | None = None
     guards: Guards = field(default_factory=lambda: Guards({}, None))
     freedom: int = 0
+    credit: list[Use] = field(default_factory=list)
 
     @property
     def graph(self) -> fx.Graph:
@@ -129,7 +133,12 @@ class Program:
         graph.output(output)
         module = fx.GraphModule(self.graph_module, graph)
         return replace(
-            self, graph_module=module, inputs=list(self.inputs), history=list(self.history), notes=dict(self.notes)
+            self,
+            graph_module=module,
+            inputs=list(self.inputs),
+            history=list(self.history),
+            notes=dict(self.notes),
+            credit=list(self.credit),
         )
 
     def code(self) -> str:
@@ -164,7 +173,7 @@ def verify(program: Program) -> None:
 
     Raises:
         ZOInternalError: the placeholders differ from ``inputs``, a node writes into a tensor or calls a module, or the
-            outputs are not ``points`` losses and the weights.
+            outputs are not ``points`` losses, the weights, and what residual credit adds.
     """
     placeholders = program.graph.find_nodes(op="placeholder")
     if [n.name for n in placeholders] != [given.node for given in program.inputs]:
@@ -176,5 +185,6 @@ def verify(program: Program) -> None:
         if node.op in ("call_module", "call_method"):
             raise ZOInternalError(f"{node.format_node()} calls back into Python modules")
     outputs = program.graph.output_node().args[0]
-    if not isinstance(outputs, tuple | list) or len(outputs) != program.points + 1:
-        raise ZOInternalError(f"the program must return {program.points} losses and the weights")
+    expected = program.points + 1 + sum(len(use.outputs) for use in program.credit)
+    if not isinstance(outputs, tuple | list) or len(outputs) != expected:
+        raise ZOInternalError(f"the program must return {program.points} losses and the weights, then credit")

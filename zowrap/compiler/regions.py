@@ -73,6 +73,10 @@ class Call:
     results: list[int]
     last_used: list[int] = field(default_factory=list)
 
+    def reads(self, slot: int) -> bool:
+        """Whether a value is among the arguments."""
+        return slot in _slots_in(self.arguments)
+
 
 @dataclass
 class Regions:
@@ -97,11 +101,17 @@ class Regions:
     shared: frozenset[int] = frozenset()
     border: frozenset[int] = frozenset()
 
-    def __call__(self, *inputs: Any, kept: dict[int, Any] | None = None) -> list[Any]:
+    def __call__(
+        self,
+        *inputs: Any,
+        kept: dict[int, Any] | None = None,
+        after: Callable[[int, list[Any]], None] = lambda number, values: None,
+    ) -> list[Any]:
         """Run the program.
 
         Args:
             kept: results of shared calls on the same batch and weights, by slot; filled where it is empty.
+            after: called with the number of each call that was run, and all values by slot.
         """
         values: list[Any] = [*inputs, *([None] * (self.slots - len(inputs)))]
         reused = bool(kept)
@@ -123,6 +133,7 @@ class Regions:
             del given, made
             for slot in call.last_used:  # an activation lives no longer than its last reader
                 values[slot] = None
+            after(number, values)
         return [_fill(o, values) for o in self.outputs]
 
 

@@ -7,9 +7,10 @@ nothing of the original modules.
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,29 +18,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zowrap.compiler.capture import FREEDOMS, ROWS_ALONE, batch_signature, canonical_batch, capture
 from zowrap.compiler.inductor import RefusedProgram
 from zowrap.compiler.program import Program
 from zowrap.compiler.regions import MIN_LAYERS, Kind, Regions, compile_regions
+from zowrap.engines.captures import Captures
 from zowrap.engines.compile_time import compile_seconds
 from zowrap.engines.eager import EagerEngine, realign_slot
-from zowrap.errors import Option, ZOCaptureError, ZOError, ZOWarning, first_line
+from zowrap.errors import Option, ZOCaptureError, ZOError, ZOInternalError, ZOWarning, first_line
 from zowrap.loss.module import Batch
 from zowrap.ops import codes, kernels
 from zowrap.ops.loops import alike
-from zowrap.passes.build import build
+from zowrap.ops.update import update_lowrank_
+from zowrap.passes.build import build, build_credit
 from zowrap.passes.epilogue import build_epilogue, coefficient_shapes
+from zowrap.passes.residual import collect_pieces, take_part
 from zowrap.passes.select_tunable import UnusedBlock
 from zowrap.step import lowrank
 from zowrap.step.arithmetic import Conclusion
+from zowrap.step.credit import Credit, Piece, each_expert, factors, has_experts
 from zowrap.step.directions import squared_norm
-from zowrap.step.job import DirectionNoise, Job
+from zowrap.step.job import DirectionNoise, Job, Signs
 from zowrap.telling import Telling
 
-MAX_FIXED_SIZES = 8  # programs per kind of batch where export cannot make a size dynamic; each costs a compilation
-# Of a program for one size: a model that loops over positions is as many times as long, and compiles for minutes.
-MAX_OWN_NODES = 10_000
-MAX_KINDS = 16  # kinds of batch; more come only where a value that is no tensor changes from step to step
+LOSS, CREDIT = -1, -2  # in the place of a block, in the key of an executable
 
 
 @dataclass
@@ -62,22 +63,16 @@ class CompiledEngine:
 
     def __init__(self, job: Job, points: int, fall_back: bool = True) -> None:
         self.job, self.fall_back = job, fall_back
-        self.eager = EagerEngine(job)
+        # Of a model without weights, whose costs alone are asked for, nothing is compiled.
+        self.telling = Telling(lambda: compile_seconds(job), "kept for the next start", job.device.type == "meta")
+        self.captures = Captures(job.loss, self.telling)
+        self.eager = EagerEngine(job, self.captures)
         self.compile_count = 0
-        self.trace_seconds = 0.0
         self.executables: dict[tuple, Executable] = {}
         self._kinds: dict[str, Kind] = {}
         self.fallen_back: str | None = None
-        self._captured: dict[tuple, list[Program]] = {}
-        self._restricted: list[Program] = []  # kept, because executables are found by the identity of their program
-        self._first_freedom: dict[tuple, int] = {}  # by kind of batch: the first of FREEDOMS that the compiler may take
-        self._refused: tuple[Batch, ZOCaptureError] | None = None
         self._warmed: set[tuple] = set()
-        # Inside one_batch: by executable, what its evaluations share; and the model's tensors by name.
-        self._kept: dict[int, dict[int, Any]] | None = None
-        self._tensors: dict[str, Tensor] | None = None
-        # Of a model without weights, whose costs alone are asked for, nothing is compiled.
-        self.telling = Telling(lambda: compile_seconds(job), "kept for the next start", job.device.type == "meta")
+        self._kept: dict[int, dict[int, Any]] | None = None  # inside one_batch: by executable, what its calls share
         self._scalar_names = _direction_scalar_names(job)
         shapes = coefficient_shapes(job, points)
         names = list(shapes)
@@ -93,9 +88,10 @@ class CompiledEngine:
     def one_batch(self) -> Iterator[None]:
         self._kept = {}
         try:
-            yield
+            with self.captures.one_batch():
+                yield
         finally:
-            self._kept = self._tensors = None
+            self._kept = None
 
     @torch.no_grad()
     def losses(self, batch: Batch, query: DirectionNoise | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,25 +114,27 @@ class CompiledEngine:
         """The outputs of the program for this batch."""
         while True:
             executable = self._executable(batch, query, points)
-            inputs = self._arguments(executable.program, batch, query, coefficients)
+            inputs = self.captures.arguments(
+                executable.program, batch, lambda target: self._added_value(target, query, coefficients)
+            )
             try:
                 kept = None if self._kept is None else self._kept.setdefault(id(executable), {})
                 return executable.compiled(*inputs, kept=kept)
             except AssertionError as error:  # Inductor checks the sizes that it relies on, and may have fixed some
-                if not self._restrict(batch, self.captured(batch)):
+                if not self.captures.restrict(batch, self.captured(batch)):
                     first = first_line(error)[:200]
                     raise ZOCaptureError(f"the compiled program does not fit this batch ({first})") from error
 
     def _executable(self, batch: Batch, query: DirectionNoise | None, points: int) -> Executable:
         while True:
             captured = self.captured(batch)
-            key = (id(captured), -1 if query is None else query.block, points)
+            key = (id(captured), LOSS if query is None else query.block, points)
             if key in self.executables:
                 return self.executables[key]
             try:
                 self.executables[key] = self._build(batch, query, points)
             except RefusedProgram:
-                if not self._restrict(batch, captured):
+                if not self.captures.restrict(batch, captured):
                     raise
 
     def _build(self, batch: Batch, query: DirectionNoise | None, points: int) -> Executable:
@@ -145,30 +143,13 @@ class CompiledEngine:
         with self.telling.during("capturing the step", finished=True):
             start = time.perf_counter()
             program = self.program(batch, block, points, per_example)
-            self.trace_seconds += time.perf_counter() - start
+            self.captures.seconds += time.perf_counter() - start
             with _as_capture_error():
                 compiled = compile_regions(program, self._kinds, self.min_layers, self.telling.region, self.shares)
             looked_up = program.graph.find_nodes(op="call_function", target=torch.ops.zowrap.perturb_rows.default)
             self._warm(block, points, rows=bool(looked_up))
         self.compile_count += compiled.compilations
         return Executable(program, compiled)
-
-    def _restrict(self, batch: Batch, refused: Program) -> bool:
-        """Leave fewer sizes of this kind of batch open, where the compiler has refused a program of more.
-
-        Convolutions with strides make sizes that it cannot express, and images mostly have one size.
-
-        Returns:
-            Whether there is anything left to fix; the next :meth:`captured` does so.
-        """
-        first = ROWS_ALONE if refused.freedom < ROWS_ALONE else len(FREEDOMS) - 1
-        if refused.freedom >= first or not refused.varies:
-            return False
-        kind = batch_signature(batch)
-        self._first_freedom[kind] = first
-        self._restricted.append(refused)
-        self._captured[kind] = [program for program in self._captured[kind] if program is not refused]
-        return True
 
     @property
     def min_layers(self) -> int:
@@ -203,7 +184,7 @@ class CompiledEngine:
     @property
     def reads_values(self) -> bool:
         """Whether values of a batch decide which program it needs."""
-        return any(program.guards.read_values for programs in self._captured.values() for program in programs)
+        return self.captures.read_values
 
     def captured(self, batch: Batch) -> Program:
         """The captured loss for this kind of batch; captured on first need.
@@ -211,84 +192,10 @@ class CompiledEngine:
         Raises:
             ZOCaptureError: the model cannot be captured.
         """
-        kind = batch_signature(batch)
-        if kind not in self._captured and len(self._captured) == MAX_KINDS:
-            raise ZOCaptureError(_too_many(list(self._captured)))
-        programs = self._captured.setdefault(kind, [])
-        for program in programs:
-            if program.accepts(batch):
-                return program
-        if self._refused is not None and self._refused[0] is batch:  # who asks twice does not wait twice
-            raise self._refused[1]
-        start = time.perf_counter()
-        try:
-            with self.telling.during("capturing the step"):
-                return self._capture(batch, programs)
-        except ZOCaptureError as error:
-            self._refused = batch, error
-            raise
-        finally:
-            self.trace_seconds += time.perf_counter() - start
+        return self.captures.find(batch)
 
-    def _capture(self, batch: Batch, programs: list[Program]) -> Program:
-        """Capture one more program for this kind of batch."""
-        if len(programs) == MAX_FIXED_SIZES:
-            raise ZOCaptureError(
-                f"what this model does depends on the sizes of its inputs, and {MAX_FIXED_SIZES} sizes were captured "
-                f"already (pad every batch to one size)"
-            )
-        loss, first = self.job.loss, self._first_freedom.get(batch_signature(batch), 0)
-        if first:  # the compiler has refused a program that leaves more sizes open
-            example = batch if first > ROWS_ALONE else canonical_batch(batch, loss.model, lengths=False)
-            programs.append(capture(loss, example, first, len(FREEDOMS) - 1))
-            if programs[-1].accepts(batch):
-                return programs[-1]
-            programs.pop()
-        elif all(each.guards.read_values for each in programs):  # another way may leave as many sizes open
-            programs.append(capture(loss, canonical_batch(batch, loss.model)))
-            if programs[-1].accepts(batch):
-                return programs[-1]
-            programs.pop()  # the canonical sizes got fixed, or the model does something else at the batch's own
-        own = capture(loss, batch, first, len(FREEDOMS) - 1)
-        count = len(own.graph.nodes)
-        if count > MAX_OWN_NODES:
-            raise ZOCaptureError(
-                f"what this model does depends on the sizes of its inputs, and a program for this size alone would "
-                f"have {count:,} operations"
-            )
-        own.guards.accept(batch)
-        if not own.accepts(batch):
-            raise ZOCaptureError("this model branches on other values when it runs again")
-        programs.append(own)
-        return own
-
-    def _arguments(
-        self, program: Program, batch: Batch, query: DirectionNoise | None, coefficients: Tensor
-    ) -> list[Any]:
-        named = self._named_tensors()
-        values: list[Any] = []
-        for given in program.inputs:
-            if given.kind == "batch":
-                value = batch[given.target]
-                values.append(value.contiguous() if isinstance(value, Tensor) else value)  # as it was compiled for
-            elif given.kind == "added":
-                assert query is not None
-                values.append(self._added_value(given.target, query, coefficients))
-            else:
-                values.append(named[given.target] if given.target in named else program.constants[given.target])
-        return values
-
-    def _named_tensors(self) -> dict[str, Tensor]:
-        """The model's tensors by name. They are looked up once a batch: between batches a user may exchange them."""
-        if self._tensors is not None:
-            return self._tensors
-        named: dict[str, Tensor] = dict(self.job.loss.named_parameters(remove_duplicate=False))
-        named.update(self.job.loss.named_buffers(remove_duplicate=False))
-        if self._kept is not None:
-            self._tensors = named
-        return named
-
-    def _added_value(self, target: str, query: DirectionNoise, coefficients: Tensor) -> Tensor:
+    def _added_value(self, target: str, query: DirectionNoise | None, coefficients: Tensor) -> Tensor:
+        assert query is not None
         if target == "factors":
             assert query.factors is not None
             return query.factors if query.per_example else query.factors[0]
@@ -319,13 +226,153 @@ class CompiledEngine:
                 codes.warm(self.kernels, job.device, columns)
                 self._warmed.add(("codes", columns))
 
+    # --- residual credit --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def credit(self, batch: Batch, signs: Signs, keep_inputs: bool) -> tuple[Tensor, Tensor, list[Piece]]:
+        if self.fallen_back is not None:
+            return self.eager.credit(batch, signs, keep_inputs)
+        try:
+            executable = self._credit_executable(batch, "all" if keep_inputs else "without inputs")
+        except ZOCaptureError as error:
+            result = self.eager.credit(batch, signs, keep_inputs)
+            self._fall_back(error)
+            return result
+        values = self._run_credit(executable, batch, signs)
+        sums, weights, *rest = values
+        return sums.unsqueeze(0), weights, collect_pieces(executable.program.credit, rest, keep_inputs)
+
+    def _run_credit(self, executable: Executable, batch: Batch, signs: Signs, **hooks: Any) -> list[Any]:
+        program = executable.program
+        width = next(v.shape[0] for g, v in zip(program.inputs, program.fakes(), strict=True) if g.target == "sketch")
+        return executable.compiled(*self.captures.arguments(program, batch, lambda target: signs(width)), **hooks)
+
+    def _credit_executable(self, batch: Batch, part: str) -> Executable:
+        """The program that yields credit for this kind of batch, or a part of it."""
+        while True:
+            captured = self.captured(batch)
+            key = (id(captured), CREDIT, part)
+            if key in self.executables:
+                return self.executables[key]
+            try:
+                self.executables[key] = self._build_credit(captured, part)
+            except RefusedProgram:
+                if not self.captures.restrict(batch, captured):
+                    raise
+
+    def credit_program(self, captured: Program, part: str) -> Program:
+        """The program that yields residual credit, or a part of it (:func:`take_part`), not compiled.
+
+        Raises:
+            ZOError: the model has no residual stream, or nothing that moves writes to it.
+        """
+        with _as_capture_error():
+            return take_part(build_credit(captured.clone(), self.job), part)
+
+    def credited(self, batch: Batch) -> set[int]:
+        """Indices of the parameters that get residual credit from this kind of batch."""
+        return {use.parameter for use in self.credit_program(self.captured(batch), "all").credit}
+
+    def _build_credit(self, captured: Program, part: str) -> Executable:
+        with self.telling.during("capturing the step", finished=True):
+            start = time.perf_counter()
+            program = self.credit_program(captured, part)
+            self.captures.seconds += time.perf_counter() - start
+            with _as_capture_error():
+                compiled = compile_regions(program, self._kinds, self.min_layers, self.telling.region)
+            self._warm(0, 0)
+        self.compile_count += compiled.compilations
+        return Executable(program, compiled)
+
+    @torch.no_grad()
+    def update_with(self, credit: Credit, rounding_keys: Tensor, factor: Tensor, conclusion: Conclusion) -> None:
+        if not self._ready(0):
+            return self.eager.update_with(credit, rounding_keys, factor, conclusion)
+        write = functools.partial(self._write_credit, rounding_keys=rounding_keys, factor=factor, conclusion=conclusion)
+        if len(credit.pending) == 1 and len(credit.pending[0][1]) == len(credit.pieces):
+            self._update_on_the_way(*credit.pending[0], write)
+        else:
+            self.complete(credit)
+            for i in credit.parameters:
+                write(i, credit.of(i))
+        for name, value in conclusion.state.items():
+            self.job.states[0][name].copy_(value)
+
+    @torch.no_grad()
+    def complete(self, credit: Credit) -> None:
+        for batch, pieces in credit.pending:
+            self._run_inputs(batch, pieces)
+        credit.pending = []
+
+    def _run_inputs(self, batch: Batch, pieces: list[Piece]) -> None:
+        """The second forward: give each matrix's piece its inputs."""
+        executable = self._credit_executable(batch, "inputs")
+        found = executable.compiled(*self.captures.arguments(executable.program, batch, _no_sketch))
+        matrices = [piece for piece in pieces if piece.use.matrix]
+        for piece, x in zip(matrices, found, strict=True):
+            piece.x = x
+
+    def _update_on_the_way(self, batch: Batch, pieces: list[Piece], write: Callable[[int, list[Piece]], None]) -> None:
+        """The second forward, in which each parameter is written after its last use, and its inputs are let go."""
+        executable = self._credit_executable(batch, "inputs")
+        matrices = [piece for piece in pieces if piece.use.matrix]
+        compiled, program = executable.compiled, executable.program
+        ready = _last_needed(executable, self.job, matrices)
+        left = {slot.number: 0 for slot in compiled.outputs}
+        for slot in compiled.outputs:
+            left[slot.number] += 1
+        due: dict[int, list[int]] = {}
+        for parameter in sorted({piece.use.parameter for piece in pieces}):
+            due.setdefault(ready.get(parameter, -1), []).append(parameter)
+
+        def after(number: int, values: list[Any]) -> None:
+            for parameter in due.pop(number, []):
+                own = [piece for piece in pieces if piece.use.parameter == parameter]
+                for piece, slot in zip(matrices, compiled.outputs, strict=True):
+                    if piece.use.parameter == parameter:
+                        piece.x = values[slot.number]
+                        left[slot.number] -= 1
+                        if not left[slot.number]:
+                            values[slot.number] = None
+                write(parameter, own)
+                for piece in own:
+                    piece.x = None
+
+        compiled(*self.captures.arguments(program, batch, _no_sketch), after=after)
+        for parameter in due.pop(-1, []):
+            write(parameter, [piece for piece in pieces if piece.use.parameter == parameter])
+
+    def _write_credit(
+        self, index: int, pieces: list[Piece], rounding_keys: Tensor, factor: Tensor, conclusion: Conclusion
+    ) -> None:
+        """Write the update of one parameter."""
+        job, parameter = self.job, self.job.parameters[index]
+        tensor, slots = parameter.tensor.detach(), list(job.slots_of(index).values())
+        parts = [(tensor, slots, pieces)]
+        if has_experts(tensor, pieces):
+            count = tensor.shape[0]
+            parts = [(tensor[e], [slot[e] for slot in slots], own) for e, own in enumerate(each_expert(pieces, count))]
+        for number, (part, part_slots, own) in enumerate(parts):
+            update_lowrank_(
+                part,
+                part_slots,
+                *factors(own, factor),
+                rounding_keys[index],
+                [value for name, value in conclusion.coefficients.items() if name != "g"],
+                [job.hyper["lr"], job.hyper["eps"], job.hyper["weight_decay"]],
+                conclusion.apply,
+                job.decays and parameter.decays,
+                self.kernels.key,
+                number * part.numel(),
+            )
+
     # --- falling back -----------------------------------------------------------------------------------------
 
     def _fall_back(self, error: ZOCaptureError) -> None:
         """Run eagerly from now on, or raise where that was ruled out."""
         if not self.fall_back:
             raise ZOCaptureError(Option("engine", "compiled"), f" was asked for, but {error}") from error
-        self.fallen_back, self._refused = str(error), None
+        self.fallen_back, self.captures.refused = str(error), None
         warnings.warn(
             f"running eagerly, because {error}. Steps are several times slower and need one more copy of the tunable "
             f"parameters; engine='eager' silences this, engine='compiled' makes it an error.",
@@ -387,6 +434,11 @@ class CompiledEngine:
 
     # --- facts ------------------------------------------------------------------------------------------------
 
+    def _name_of(self, block: int, points: int | str) -> str:
+        if block == CREDIT:
+            return {"inputs": "inputs of products"}.get(str(points), "loss and residual credit")
+        return "loss" if block < 0 else f"{points} points, block {self.job.blocks[block].name}"
+
     def describe(self) -> dict[str, Any]:
         if self.fallen_back is not None:
             return {**self.eager.describe(), "fallen_back": self.fallen_back}
@@ -397,12 +449,33 @@ class CompiledEngine:
             "compile_count": self.compile_count,
             "compile_seconds": sum(e.compiled.seconds for e in self.executables.values()),
             "cached": sum(e.compiled.cached for e in self.executables.values()),
-            "trace_seconds": self.trace_seconds,
+            "trace_seconds": self.captures.seconds,
             "programs": {
-                f"{i}: {points} points, block {self.job.blocks[block].name}" if block >= 0 else f"{i}: loss": e.program
-                for i, ((_, block, points), e) in enumerate(self.executables.items())
+                f"{i}: {self._name_of(*key[1:])}": executable.program
+                for i, (key, executable) in enumerate(self.executables.items())
             },
         }
+
+
+def _no_sketch(target: str) -> Tensor:
+    raise ZOInternalError(f"a forward for the inputs of products asks for {target}")
+
+
+def _last_needed(executable: Executable, job: Job, matrices: list[Piece]) -> dict[int, int]:
+    """By parameter: the last call that makes an input of its product or reads it."""
+    compiled, program = executable.compiled, executable.program
+    made = {slot: number for number, call in enumerate(compiled.calls) for slot in call.results}
+    last: dict[int, int] = {}
+    for piece, slot in zip(matrices, compiled.outputs, strict=True):
+        number = made.get(slot.number, -1)
+        last[piece.use.parameter] = max(last.get(piece.use.parameter, -1), number)
+    names = {f"model.{name}": i for i, parameter in enumerate(job.parameters) for name in parameter.names}
+    for place, given in enumerate(program.inputs):
+        parameter = names.get(given.target) if given.kind == "parameter" else None
+        if parameter is not None:
+            readers = [number for number, call in enumerate(compiled.calls) if call.reads(place)]
+            last[parameter] = max([last.get(parameter, -1), *readers])
+    return last
 
 
 @contextmanager
@@ -415,18 +488,6 @@ def _as_capture_error() -> Iterator[None]:
     except Exception as error:
         what = f"{type(error).__name__}: {first_line(error, '')[:200]}"
         raise RefusedProgram(f"this model cannot be compiled ({what})") from error
-
-
-def _too_many(kinds: list[tuple]) -> str:
-    """Why batches of so many kinds cannot all be captured: the value that differs, if there is one."""
-    constants = [{part[0]: part[1] for part in kind if len(part) == 2} for kind in kinds]
-    for name in constants[-1]:
-        if len({found.get(name) for found in constants}) > len(kinds) // 2:
-            return (
-                f"{name!r} differs from batch to batch and is not a tensor, so each of its values needs a program of "
-                f"its own (give it as a tensor, or leave it out)"
-            )
-    return f"the batches are of more than {MAX_KINDS} kinds (names, dtypes and numbers of dimensions of what they hold)"
 
 
 def _direction_scalar_names(job: Job) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,18 @@ from zowrap.loss.evaluation_mode import evaluation_mode, forbid_writes, keep_buf
 from zowrap.loss.module import Batch, count_rows, select_example
 from zowrap.numerics import codes, noise
 from zowrap.numerics.dtypes import at_least_float32, is_16_bit
+from zowrap.rules.base import Scalars
 from zowrap.step import lowrank
 from zowrap.step.arithmetic import Conclusion, evaluated_direction, perturb_weight, update_leaf
+from zowrap.step.credit import Credit, Piece, gradient
 from zowrap.step.directions import integer_squares, squared_norm
-from zowrap.step.job import DirectionNoise, Job
+from zowrap.step.job import DirectionNoise, Job, Signs
 from zowrap.step.parameters import Parameter
+from zowrap.telling import Telling
+
+if TYPE_CHECKING:
+    from zowrap.compiler.program import Program
+    from zowrap.engines.captures import Captures
 
 
 class EagerEngine:
@@ -32,8 +39,10 @@ class EagerEngine:
 
     name = "eager"
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, captures: Captures | None = None) -> None:
         self.job = job
+        self._captures = captures  # shared with the engine that this one stands behind, if there is one
+        self._programs: dict[int, Program] = {}  # with residual credit, by the captured program they were made of
         self._places = [_places(job.loss.model, p.names) for p in job.parameters]
 
     def active(self, block: int) -> list[tuple[int, Parameter]]:
@@ -137,35 +146,47 @@ class EagerEngine:
     @torch.no_grad()
     def update(self, queries: Sequence[DirectionNoise], rounding_keys: Tensor, conclusion: Conclusion) -> None:
         job, block = self.job, queries[0].block
-        for i, parameter in self.active(block):
-            w = old = parameter.tensor
-            slots = job.slots_of(i)
-            bits = None
-            if parameter.scale is not None and parameter.codes:
-                unit = codes.unit_of(parameter.scale)
-                w = old = codes.dequantize(parameter.tensor, unit)
-            if parameter.codes or is_16_bit(w):
-                index = torch.arange(w.numel(), dtype=torch.int64, device=w.device)
-                bits = noise.hash_bits(*noise.split_index(index), rounding_keys[i]).reshape(w.shape)
+        for i, _ in self.active(block):
             directions, coefficients = self._update_directions(queries, i, conclusion)
-            new_w, new_slots = update_leaf(
-                job.rule,
-                w,
-                directions,
-                slots,
-                coefficients,
-                job.hyper,
-                conclusion.apply,
-                None if parameter.codes else bits,
-                job.decays and parameter.decays,
-            )
-            if parameter.codes and bits is not None:
-                new_w = codes.add_change(parameter.tensor, new_w - old, unit, bits, conclusion.apply)
-            parameter.tensor.copy_(new_w)
-            for name, value in new_slots.items():
-                slots[name].copy_(value)
+            self._write(i, directions, coefficients, rounding_keys, conclusion)
         for name, value in conclusion.state.items():
             job.states[block][name].copy_(value)
+
+    def _write(
+        self,
+        index: int,
+        directions: Sequence[Tensor],
+        coefficients: Scalars,
+        rounding_keys: Tensor,
+        conclusion: Conclusion,
+    ) -> None:
+        """Write the update of one parameter along some directions, ĝ = Σ coefficients["g"][i] · directions[i]."""
+        job, parameter = self.job, self.job.parameters[index]
+        w = old = parameter.tensor
+        slots = job.slots_of(index)
+        bits = None
+        if parameter.scale is not None and parameter.codes:
+            unit = codes.unit_of(parameter.scale)
+            w = old = codes.dequantize(parameter.tensor, unit)
+        if parameter.codes or is_16_bit(w):
+            place = torch.arange(w.numel(), dtype=torch.int64, device=w.device)
+            bits = noise.hash_bits(*noise.split_index(place), rounding_keys[index]).reshape(w.shape)
+        new_w, new_slots = update_leaf(
+            job.rule,
+            w,
+            directions,
+            slots,
+            coefficients,
+            job.hyper,
+            conclusion.apply,
+            None if parameter.codes else bits,
+            job.decays and parameter.decays,
+        )
+        if parameter.codes and bits is not None:
+            new_w = codes.add_change(parameter.tensor, new_w - old, unit, bits, conclusion.apply)
+        parameter.tensor.copy_(new_w)
+        for name, value in new_slots.items():
+            slots[name].copy_(value)
 
     def _update_directions(
         self, queries: Sequence[DirectionNoise], index: int, conclusion: Conclusion
@@ -189,6 +210,49 @@ class EagerEngine:
             for which in range(query.factors.shape[0]):  # one at a time: a population has as many as examples
                 total += next(g) * factor * self.direction(query, index, which)
         return [total], {**c, "g": torch.ones_like(c["g"][:1])}
+
+    # --- residual credit --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def credit(self, batch: Batch, signs: Signs, keep_inputs: bool) -> tuple[Tensor, Tensor, list[Piece]]:
+        """Run the captured program, node by node: it is the flow of data through it that gives credit."""
+        from zowrap.passes.residual import collect_pieces  # capture is imported only where it is used
+
+        captures, program = self._captured_programs(), self._credit_program(batch)
+        width = next(v.shape[0] for g, v in zip(program.inputs, program.fakes(), strict=True) if g.target == "sketch")
+        sums, weights, *rest = program(captures.arguments(program, batch, lambda target: signs(width)))
+        return sums.unsqueeze(0), weights, collect_pieces(program.credit, rest, with_inputs=True)
+
+    def complete(self, credit: Credit) -> None:
+        pass  # nothing lacks its inputs
+
+    def credited(self, batch: Batch) -> set[int]:
+        """Indices of the parameters that get residual credit from this kind of batch."""
+        return {use.parameter for use in self._credit_program(batch).credit}
+
+    def _credit_program(self, batch: Batch) -> Program:
+        from zowrap.passes.build import build_credit
+
+        captured = self._captured_programs().find(batch)
+        if id(captured) not in self._programs:
+            self._programs[id(captured)] = build_credit(captured.clone(), self.job)
+        return self._programs[id(captured)]
+
+    def _captured_programs(self) -> Captures:
+        if self._captures is None:
+            from zowrap.engines.captures import Captures
+
+            self._captures = Captures(self.job.loss, Telling(lambda: 0.0, "", silent=True))
+        return self._captures
+
+    @torch.no_grad()
+    def update_with(self, credit: Credit, rounding_keys: Tensor, factor: Tensor, conclusion: Conclusion) -> None:
+        one = {**conclusion.coefficients, "g": torch.ones_like(conclusion.coefficients["g"])}
+        for i in credit.parameters:
+            g = gradient(credit.of(i), factor, self.job.parameters[i].tensor.shape)
+            self._write(i, [g], one, rounding_keys, conclusion)
+        for name, value in conclusion.state.items():
+            self.job.states[0][name].copy_(value)
 
     def describe(self) -> dict[str, Any]:
         return {"engine": self.name, "program_hash": None, "compile_count": 0}

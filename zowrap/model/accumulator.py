@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zowrap.step.credit import Credit, Piece
+
 
 @dataclass
 class Measurement:
@@ -21,11 +23,13 @@ class Measurement:
         sums: losses ``[points]``; ``[points, rows]`` for a population.
         weight: 0-d; ``[rows]`` for a population.
         slope_sums: float64 ``[queries]``, sums of exact derivatives, where the estimator has them.
+        pieces: residual credit, where the estimator assigns it.
     """
 
     sums: Tensor
     weight: Tensor
     slope_sums: Tensor | None = None
+    pieces: list[Piece] = field(default_factory=list)
 
 
 @dataclass
@@ -34,12 +38,14 @@ class Accumulator:
 
     Attributes:
         batches: the micro-batches themselves, where the rule evaluates them again.
+        credit: residual credit, where the estimator assigns it.
     """
 
     sums: Tensor | None = None
     weight: Tensor | None = None
     slope_sums: Tensor | None = None
     batches: list[dict[str, Any]] = field(default_factory=list)
+    credit: Credit = field(default_factory=Credit)
 
     def add(self, new: Measurement, batch: dict[str, Any] | None) -> Tensor:
         """Take in one micro-batch; returns its loss, the mean over its evaluations: 0-d float32."""
@@ -73,6 +79,11 @@ class Accumulator:
         """float32 ``[batch]``, for a population: each example's part of the whole weight."""
         assert self.weight is not None
         return (self.weight / self.weight.sum()).float()
+
+    def size_of_credit(self) -> Tensor:
+        """0-d float32: ‖G‖ of the mean loss."""
+        assert self.weight is not None
+        return (self.credit.squared_norm().sqrt() / self.weight).float()
 
     def slopes(self) -> Tensor | None:
         """float32 ``[queries]`` exact projected gradients, or None where losses stand for them."""

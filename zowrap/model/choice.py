@@ -58,7 +58,7 @@ def settle_engine(zm: Wrapped, batch: Batch, planned: Planned) -> bool:
     open_still = getattr(engine, "fall_back", False) and not getattr(engine, "executables", None)
     if not open_still or job.device.type != "cpu" or job.quant_mode is not None or zm.schedule.asked != "auto":
         return False
-    copied = sum(p.tensor.numel() * p.tensor.element_size() for p in job.parameters)
+    copied = 0 if job.estimator.credit else sum(p.tensor.numel() * p.tensor.element_size() for p in job.parameters)
     takes, saves = compile_seconds(job), saved_seconds(zm, batch, planned)
     if saves >= takes or copied > MOST_BYTES:
         return False
@@ -76,7 +76,7 @@ def saved_seconds(zm: Wrapped, batch: Batch, planned: Planned) -> float:
     job, points = zm.job, len(zm.job.points)
     moving = sum(p.tensor.numel() for p in job.parameters) / len(job.blocks)
     examples = count_rows(batch) if zm.job.estimator.per_example else 1  # which the eager engine evaluates one by one
-    draws = moving * (points * examples + job.queries)
+    draws = 0 if job.estimator.credit else moving * (points * examples + job.queries)
     modules = sum(1 for _ in job.loss.model.modules()) * points * examples
     weights = sum(p.numel() for p in job.loss.model.parameters() if p.ndim > 1)
     flops = 2 * weights * _tokens(list(batch.values())) * points

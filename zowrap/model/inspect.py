@@ -46,6 +46,7 @@ class Report:
         notes: what each pass did.
         estimate: works out :attr:`costs`; None before the first batch.
         costs_unknown: why there are no costs, once they were asked for.
+        credit: of residual credit: what is exact of it, and what is not.
         quantized: how quantised weights move, and why so; None where there are none.
         count_full: counts :attr:`full_rows`; it reads all codes.
     """
@@ -69,6 +70,7 @@ class Report:
     trace_seconds: float = 0.0
     paper: str | None = None
     quantized: str | None = None
+    credit: str | None = None
     count_full: Callable[[], tuple[int, int] | None] = field(default=lambda: None, repr=False)
     programs: dict[str, list[tuple[str, str]]] = field(default_factory=dict, repr=False)
     notes: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
@@ -121,6 +123,7 @@ class Report:
             "schedule_why": self.schedule_why,
             "hyper": self.hyper,
             "quantized": self.quantized,
+            "credit": self.credit,
             "full_rows": self.full_rows and self.full_rows[0],
             "elements": self.elements,
             "frozen": self.frozen,
@@ -144,8 +147,7 @@ class Report:
         )
         lines = [
             f"engine     {self.engine}{compiled}" + (f" (fell back: {self.fallen_back})" if self.fallen_back else ""),
-            f"rule       {self.rule}, {self.forwards} forwards a step, {self.direction} directions, "
-            f"ε {self.hyper['eps']:g}",
+            f"rule       {self.rule}, " + self._probes(),
             f"schedule   {self.schedule}: {self.schedule_why}",
             f"moves      {self.elements:,} elements in {len(self.moves)} tensors; {self.frozen:,} stay as they are",
             f"state      {self.state_bytes:,} bytes",
@@ -154,6 +156,8 @@ class Report:
         if self.quantized is not None:
             full = f"; {self.full_rows[0]:,} of {self.full_rows[1]:,} rows are full" if self.full_rows else ""
             lines.insert(4, f"quantised  {self.quantized}{full}")
+        if self.credit is not None:
+            lines.insert(2, f"credit     {self.credit}")
         if len(self.blocks) > 8:
             lines[-1] += f", … {self.blocks[-1][0]} ({self.blocks[-1][1]:,})"
         for name, shape, dtype, rounding in self.moves[:12]:
@@ -165,6 +169,11 @@ class Report:
             lines.append(f"program    {program}")
             lines += [f"  {name:<16} {note}" for name, note in notes.items()]
         return "\n".join(lines)
+
+    def _probes(self) -> str:
+        if self.credit is not None:
+            return "residual credit, no directions"
+        return f"{self.forwards} forwards a step, {self.direction} directions, ε {self.hyper['eps']:g}"
 
 
 def _cost_lines(costs: Costs) -> list[str]:
@@ -201,8 +210,12 @@ def report(
     if estimate is None and shapes is not None:
         estimate = functools.partial(_costs, job, engine, schedule, shapes)
     facts = engine.describe()
-    moving = {id(p.tensor) for p in job.parameters}
+    credited = _credited(job, engine, shapes) if job.estimator.credit else None
+    parameters = job.parameters if credited is None else [job.parameters[i] for i in credited]
+    moving = {id(p.tensor) for p in parameters}
     blocks = [(block.name, job.count(b)) for b, block in enumerate(job.blocks)]
+    if credited is not None:
+        blocks = [(blocks[0][0], sum(p.tensor.numel() for p in parameters))]
     result = Report(
         engine=facts["engine"],
         rule=job.rule.describe(),
@@ -218,7 +231,7 @@ def report(
                 str(p.tensor.dtype).removeprefix("torch."),
                 _rounding(job, p),
             )
-            for p in job.parameters
+            for p in parameters
         ],
         frozen=sum(p.numel() for p in job.loss.model.parameters() if id(p) not in moving),
         state_bytes=job.state_bytes,
@@ -230,6 +243,7 @@ def report(
         cached=facts.get("cached", 0),
         trace_seconds=facts.get("trace_seconds", 0.0),
         quantized=None if job.quant_mode is None else modes.explain(job.quant_mode, job.parameters),
+        credit=None if not job.estimator.credit else _CREDIT if credited is not None else f"{_CREDIT}; {_AT_FIRST}",
         count_full=functools.partial(modes.count_full_rows, job.parameters),
         paper=REGISTRY[job.rule.name].paper if job.rule.name in REGISTRY else None,
         estimate=estimate,
@@ -238,6 +252,23 @@ def report(
         result.programs[name] = program.history
         result.notes[name] = program.notes
     return result
+
+
+_CREDIT = (
+    "forward-only, not zeroth-order: exact for what follows the residual stream and what writes to it last, biased for "
+    "lower blocks, the more the lower"
+)
+_AT_FIRST = "of the weights below, those that write to the stream move, which the first batch shows"
+
+
+def _credited(job: Job, engine: Engine, shapes: dict[str, Any] | None) -> list[int] | None:
+    """Indices of the parameters that get residual credit; None where no batch has shown it yet."""
+    if shapes is None or (find := getattr(engine, "credited", None)) is None:
+        return None
+    try:
+        return sorted(find(shapes))
+    except ZOCaptureError:
+        return None
 
 
 def _rounding(job: Job, parameter: Parameter) -> str:

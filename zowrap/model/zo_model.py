@@ -9,6 +9,7 @@ The files that these call are small: :mod:`zowrap.step.step_directions`, :mod:`z
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,8 @@ from zowrap.numerics import noise
 from zowrap.rules.base import Rule
 from zowrap.rules.estimators import Point
 from zowrap.step import blocks as block_lib
-from zowrap.step.arithmetic import conclude
+from zowrap.step.arithmetic import Conclusion, conclude
+from zowrap.step.credit import NO_REPLAY, draw_sketch
 from zowrap.step.job import Engine, Job
 from zowrap.step.options import StepOptions, hyper_of
 from zowrap.step.parameters import Parameter, hash_shapes
@@ -100,7 +102,9 @@ class ZOModel:
             0-d float32: this micro-batch's loss, the mean over the evaluations.
         """
         inputs = self.prepare(name_batch(batches, batch))
-        return self.accumulator.add(self._evaluate(inputs), inputs if self.job.rule.candidates else None)
+        measured = self._evaluate(inputs)
+        self.accumulator.credit.add(inputs, measured.pieces)
+        return self.accumulator.add(measured, inputs if self.job.rule.candidates else None)
 
     def update(
         self, losses: Tensor | None = None, projected_grad: Tensor | None = None, weights: Tensor | None = None
@@ -123,22 +127,28 @@ class ZOModel:
                 Option("lr", "auto"),
                 " is not chosen yet: zowrap.tune_lr(zm, batches, steps=...) chooses it, before step 1",
             )
+        credit = self.accumulator.credit
+        if job.estimator.credit and (losses is not None or projected_grad is not None):
+            raise ZOError(NO_REPLAY)
         if losses is None and self.accumulator.sums is not None:
             losses, weights = self.accumulator.losses(), self.accumulator.shares() if per_example else None
             if projected_grad is None:
-                projected_grad = self.accumulator.slopes()
+                projected_grad = self._slopes()
             if job.rule.candidates is not None:
                 losses = torch.cat((losses, self._candidate_losses(losses, projected_grad)))
         losses, projected_grad = check_losses(job, losses, projected_grad)
         weights = check_weights(job, losses, weights)
-        queries = [self.directions.population(range(losses.shape[1]))] if per_example else self.directions.queries
+        if job.estimator.credit:
+            queries = []
+        else:
+            queries = [self.directions.population(range(losses.shape[1]))] if per_example else self.directions.queries
         done = torch.full((), float(self.step_count), device=job.device)
         if self.device_step is not None:
             done = self.device_step.float()
         conclusion = conclude(
             job.rule,
             job.project,
-            job.states[queries[0].block],
+            job.states[self.block],
             losses[:points],
             job.hyper,
             done,
@@ -149,14 +159,33 @@ class ZOModel:
         rounding = noise.derive_keys(self.seed, self._step_number, 0, job.ids, noise.TAG_ROUNDING)
         facts = self.describe_step()
         with self.writing():
-            self.engine.update(queries, rounding, conclusion)
-            self.directions.keep(conclusion.apply)
+            if job.estimator.credit:
+                factor = self._credit_factor(conclusion)
+                self.engine.update_with(credit, rounding, factor, conclusion)
+            else:
+                self.engine.update(queries, rounding, conclusion)
+                self.directions.keep(conclusion.apply)
             self.step_count += 1
         g = conclusion.projected_grad
         single = job.queries == 1 and not per_example
         result = StepResult(conclusion.loss, g[0] if single else g, ~conclusion.apply, losses, weights, facts)
         self.discard()
         return result
+
+    def _slopes(self) -> Tensor | None:
+        """float32 ``[queries]``: projected gradients that do not come from losses, where the estimator has such."""
+        credit = self.accumulator.credit
+        if not self.job.estimator.credit:
+            return self.accumulator.slopes()
+        count = sum(self.job.parameters[i].tensor.numel() for i in credit.parameters)
+        return (self.accumulator.size_of_credit() / count**0.5).reshape(1)
+
+    def _credit_factor(self, conclusion: Conclusion) -> Tensor:
+        """0-d float32: what the sums of credit are multiplied by in ĝ = Σ c_i z_i, with z = G / rms(G)."""
+        weight = self.accumulator.weight
+        assert weight is not None
+        g, c = conclusion.projected_grad[0], conclusion.coefficients["g"][0]
+        return torch.where(g > 0, c / (g * weight), 0.0).float()
 
     def peek(self) -> tuple[Tensor, Tensor]:
         """Return the losses and projected gradients that :meth:`update` would use; nothing moves.
@@ -170,7 +199,7 @@ class ZOModel:
         """
         if self.accumulator.sums is None:
             raise ZOError("peek() has nothing to look at: call accumulate(**batch) first")
-        losses, g = self.accumulator.losses(), self.accumulator.slopes()
+        losses, g = self.accumulator.losses(), self._slopes()
         return losses, self.job.project(losses, self.job.hyper["eps"]) if g is None else g
 
     def replay(self, record: dict[str, Any]) -> StepResult:
@@ -179,6 +208,8 @@ class ZOModel:
         Raises:
             ZOError: the record belongs to another seed or step, or lacks a field.
         """
+        if self.job.estimator.credit:
+            raise ZOError(NO_REPLAY)
         try:
             step, seed, losses = record["step"], record["seed"], record["losses"]
             values = {name: float(record[name]) for name in self._hyper}
@@ -235,6 +266,8 @@ class ZOModel:
         if per_example:
             per_example_names(batch)  # before anything is captured: raises where the batch does not fit
         self.schedule.settle(self.job, self.engine, batch, self._choose_engine)
+        if self.job.estimator.credit:
+            return self._assign_credit(batch)
         if per_example:
             first = self.accumulator.examples
             queries = [self.directions.population(range(first, first + count_rows(batch)))]
@@ -255,6 +288,13 @@ class ZOModel:
                 rows, weights = self.engine.losses(batch, along, signs * self.job.hyper["eps"])
                 sums.append(rows.double() if per_example else rows.double().sum(-1))
         return Measurement(torch.cat(sums), weights.double() if per_example else weights.double().sum())
+
+    def _assign_credit(self, batch: dict[str, Any]) -> Measurement:
+        """One micro-batch at θ, with the residual credit that it gives."""
+        signs = functools.partial(draw_sketch, seed=self.seed, step=self.step_count, device=self.job.device)
+        with self.engine.one_batch():
+            rows, weights, pieces = self.engine.credit(batch, signs, not self.schedule.sequential)
+        return Measurement(rows.double().sum(-1), weights.double().sum(), pieces=pieces)
 
     @torch.no_grad()
     def _candidate_losses(self, losses: Tensor, projected_grad: Tensor | None) -> Tensor:

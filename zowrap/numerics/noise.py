@@ -31,6 +31,7 @@ TAG_DIRECTION = 0x5A4F0001  # the raw noise u of a direction
 TAG_ROUNDING = 0x5A4F0002  # stochastic rounding of 16-bit weights
 TAG_BLOCKS = 0x5A4F0003  # random block orders
 TAG_RIGHT = 0x5A4F0004  # the right factor of a low-rank direction
+TAG_SKETCH = 0x5A4F0005  # the signs that the size of a residual credit is estimated with
 
 _TABLE_BITS = 12  # 4096 float32 entries: 16 KiB, stays in the first-level cache
 GAUSSIAN_QUANTUM = 2.0**-14  # every gaussian value is a multiple of this: exact in float32 and in int64 sums

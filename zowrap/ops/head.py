@@ -5,6 +5,7 @@ only one number per row of the batch. These operators process the head in chunks
 to a running logsumexp and discarded. Tokens with an ignored label are skipped.
 
 ``head``           product and cross-entropy for a head that is unperturbed or perturbed by low-rank factors
+``head_credit``    the same with its derivative by the hidden states, for residual credit
 ``perturb_head``   the same for w ± εz; each perturbed chunk is made when it is needed, once for all points
 """
 
@@ -117,6 +118,57 @@ def _(info, in_dims, x, w, bias, thin, left, labels):
     return head(x, w, bias, thin, left, labels).unflatten(0, (info.batch_size, -1)), 0
 
 
+@operator(
+    "head_credit",
+    traits=Traits(),
+    cost=Cost(
+        flops=lambda w, labels: 6 * math.prod(labels.shape) * w.numel(),
+        scratch=lambda x, w, bias, labels: _scratch([x], w, labels, 2) + 4 * x.numel(),
+        buffers=_logits,
+    ),
+)
+def head_credit(x: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute ``token_losses(x · wᵀ + bias, labels)`` and its derivative by ``x``, (softmax − one-hot) · w.
+
+    The logits are computed twice, in chunks: for the logsumexp, and again for the derivative.
+
+    Args:
+        x: ``[rows, length, inputs]``.
+        w: ``[vocabulary, inputs]``.
+        bias: ``[vocabulary]``.
+        labels: int64 ``[rows, length]``.
+
+    Returns:
+        float32 ``[rows]``; and ``x``'s shape and dtype, of each row's own sum.
+    """
+    tokens = _Tokens(labels)
+    inputs, running = tokens.of(x), _Running(tokens.labels)
+    runs = list(chunks(w.shape[0], w.shape[1], inputs.shape[0]))
+
+    def logits(first: int, last: int) -> Tensor:
+        product = _product(inputs, w[first:last])
+        return product if bias is None else product + bias[first:last]
+
+    for first, last in runs:
+        running.add(logits(first, last), first)
+    losses = running.losses()
+    counted = (tokens.labels != IGNORED).unsqueeze(1)
+    logsumexp = (running.highest + running.total.log()).unsqueeze(1)
+    derivative = torch.zeros(inputs.shape, dtype=torch.float32, device=x.device)
+    classes = torch.arange(w.shape[0], device=x.device)
+    for first, last in runs:
+        wide = (logits(first, last).float() - logsumexp).exp_()
+        wide.sub_((classes[first:last] == tokens.labels.unsqueeze(1)).float()).mul_(counted)
+        part = torch.mm(wide.to(w.dtype), w[first:last])
+        derivative += part
+    return tokens.sums(losses), tokens.spread(derivative.to(x.dtype)).view(x.shape)
+
+
+@head_credit.register_fake
+def _(x, w, bias, labels):
+    return x.new_empty(labels.shape[:-1], dtype=torch.float32), x.new_empty(x.shape)
+
+
 def _perturbed_flops(w: Tensor, coefficients: Tensor, labels: Tensor) -> int:
     return 2 * coefficients.shape[0] * math.prod(labels.shape) * w.shape[0] * w.shape[1]
 
@@ -207,6 +259,12 @@ class _Tokens:
         """Select the tokens of ``[rows, length, features]``, as ``[tokens, features]``."""
         flat = x.reshape(-1, x.shape[-1])
         return flat if self.index is None else flat.index_select(0, self.index)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Put ``[tokens, features]`` in their places, with zeros where a label is ignored."""
+        if self.index is None:
+            return values
+        return values.new_zeros(self.shape.numel(), values.shape[1]).index_copy_(0, self.index, values)
 
     def sums(self, losses: Tensor) -> Tensor:
         """Sum one loss per token to float32 ``[rows]``."""

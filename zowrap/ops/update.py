@@ -35,29 +35,31 @@ def update_lowrank_(
     apply: Tensor,
     decay: bool,
     kernel_key: str,
+    start: int = 0,
 ) -> None:
     """Apply the rule's update to one parameter, in place, with ĝ = left · rightᵀ formed chunk by chunk in a buffer.
 
     Args:
+        start: number of the first element, where ``w`` and ``slots`` are a part of a parameter.
         left: float32 ``[rows, k]``.
         right: float32 ``[columns, k]``; None for a vector, in which case k is 1.
     """
     update, flat = kernels.get(kernel_key).update, w.view(-1)
     args = UpdateArgs(slots, rounding_key, coefficients, hyper, apply, decay).flat()
     if right is None:
-        return update.write(flat, args, left.reshape(-1))
+        return update.write(flat, args, left.reshape(-1), start)
     rows, columns = left.shape[0], right.shape[0]
     (scratch,) = buffers("gradient", torch.float32, w.device, 1, longest(rows, columns) * columns)
     for first, last in chunks(rows, columns):
-        start, end = first * columns, last * columns
-        g = scratch[: end - start]
+        low, high = first * columns, last * columns
+        g = scratch[: high - low]
         torch.mm(left[first:last], right.t(), out=g.view(last - first, columns))
-        update.write(flat[start:end], args.part(start, end), g, start)
+        update.write(flat[low:high], args.part(low, high), g, start + low)
     return None
 
 
 @update_lowrank_.register_fake
-def _(w, slots, left, right, rounding_key, coefficients, hyper, apply, decay, kernel_key):
+def _(w, slots, left, right, rounding_key, coefficients, hyper, apply, decay, kernel_key, start=0):
     return None
 
 

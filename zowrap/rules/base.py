@@ -161,6 +161,13 @@ class Rule:
         """Whether the rule changes directions element by element, so that a low-rank direction would not stay one."""
         return self.direction is not identity or self.leaf_takes_directions
 
+    @property
+    def needs_directions(self) -> bool:
+        """Whether the rule does more with directions than to follow ĝ, so that it cannot follow one from elsewhere."""
+        own = (self.points, self.project, self.refresh, self.left, self.candidates, self.reduce)
+        usual = self.defaults == Choice()
+        return self.shapes_directions or not usual or any(each is not None for each in own)
+
     def describe(self) -> str:
         """The rule as a constructor call: ``meazo(beta=0.99, zeta=1e-08)``."""
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.hyper.items())})"

@@ -8,11 +8,13 @@ name              points                      projected gradient                
 central           θ + εz_i, θ − εz_i          [f(θ+εz_i) − f(θ−εz_i)] / 2ε        2q
 forward           θ, θ + εz_i                 [f(θ+εz_i) − f(θ)] / ε              q + 1
 population        θ ± εz_b for example b      [f_b(θ+εz_b) − f_b(θ−εz_b)] / 2ε    2, batched
+residual          θ                           rms(G), G from the program's flow   1.4, or 2.4
 forward_gradient  θ                           ∇f(θ)·z_i, exactly                  q with jvp
 ================  ==========================  ==================================  ===========
 
 and ĝ = mean over i of g_i z_i (n-SPSA; Spall 1992, Malladi et al. 2305.17333). In a population every example of the
-batch has its own direction and its own loss f_b, weighted by its share of the label tokens. ``forward_gradient``
+batch has its own direction and its own loss f_b, weighted by its share of the label tokens. ``residual`` draws no
+directions: it is forward-only without being zeroth-order, see :mod:`zowrap.step.credit`. ``forward_gradient``
 (Baydin et al. 2202.08587) is a reference without the error of ε: it runs on the eager engine, by forward-mode
 differentiation.
 """
@@ -46,6 +48,7 @@ class Estimator:
         project: ``project(losses, eps) -> [directions]`` projected gradients; ``losses`` float32 ``[points]``, or
             ``[points, examples]`` with ``per_example``.
         per_example: each example has its own direction.
+        credit: the engine assigns residual credit, because losses alone do not give projected gradients.
         exact: the engine differentiates along the directions, because losses alone do not give projected gradients.
     """
 
@@ -53,6 +56,7 @@ class Estimator:
     points: Callable[[int], list[Point]]
     project: Callable[[Tensor, Tensor], Tensor]
     per_example: bool = False
+    credit: bool = False
     exact: bool = False
 
 
@@ -76,11 +80,15 @@ def _population_project(losses: Tensor, eps: Tensor) -> Tensor:
     return (losses[0] - losses[1]) / (2 * eps)
 
 
+def _at_theta(queries: int) -> list[Point]:
+    return [Point(0, 0.0)]
+
+
 def _exact_points(queries: int) -> list[Point]:
     return [Point(i, 0.0) for i in range(queries)]
 
 
-def _exact_project(losses: Tensor, eps: Tensor) -> Tensor:
+def _supplied(losses: Tensor, eps: Tensor) -> Tensor:
     return torch.full_like(losses, torch.nan)  # the engine supplies them; no difference of losses does
 
 
@@ -90,7 +98,8 @@ ESTIMATORS: dict[str, Estimator] = {
         Estimator("central", _central_points, _central_project),
         Estimator("forward", _forward_points, _forward_project),
         Estimator("population", _central_points, _population_project, per_example=True),
-        Estimator("forward_gradient", _exact_points, _exact_project, exact=True),
+        Estimator("residual", _at_theta, _supplied, credit=True),
+        Estimator("forward_gradient", _exact_points, _supplied, exact=True),
     )
 }
 

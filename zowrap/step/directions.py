@@ -87,6 +87,9 @@ def _unit_sphere(squared_norm: Tensor, count: int) -> Tensor:
     return squared_norm.rsqrt().to(torch.float32)
 
 
+# What stands for a direction where none is drawn: ĝ is given as a product of thin matrices, as it is for low-rank ones.
+CREDIT = Direction("none (residual credit)", lowrank=LowRank(rank=1, nu=None, probe=1.0))
+
 DIRECTIONS: dict[str, Direction] = {
     direction.name: direction
     for direction in (

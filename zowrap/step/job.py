@@ -18,12 +18,14 @@ from zowrap.rules.base import MASTER, Rule, Scalars
 from zowrap.rules.estimators import Estimator, Point
 from zowrap.step.arithmetic import Conclusion
 from zowrap.step.blocks import Block
+from zowrap.step.credit import Credit, Piece
 from zowrap.step.directions import Direction
 from zowrap.step.lowrank import Layout, matrix_shape
 from zowrap.step.method import Method
 from zowrap.step.options import StepOptions, hyper_of
 from zowrap.step.parameters import Parameter
 
+Signs = Callable[[int], Tensor]
 Project = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -251,6 +253,28 @@ class Engine(Protocol):
 
     def update(self, queries: Sequence[DirectionNoise], rounding_keys: Tensor, conclusion: Conclusion) -> None:
         """Write the weights, the slots and the scalar state: the only place that does."""
+        ...
+
+    def credit(self, batch: Batch, signs: Signs, keep_inputs: bool) -> tuple[Tensor, Tensor, list[Piece]]:
+        """Loss sums float32 ``[1, rows]`` at θ, weights ``[rows]``, and what each parameter that gets credit got.
+
+        Args:
+            signs: ``signs(inputs)`` draws the sketch, see :func:`zowrap.step.credit.draw_sketch`.
+            keep_inputs: the inputs of the products are part of it; otherwise a second forward makes them, where the
+                engine can use them one after another.
+        """
+        ...
+
+    def complete(self, credit: Credit) -> None:
+        """Make the inputs that pieces of credit lack, by a second forward; needed only to look at them."""
+        ...
+
+    def update_with(self, credit: Credit, rounding_keys: Tensor, factor: Tensor, conclusion: Conclusion) -> None:
+        """Write the weights that got credit, the slots and the scalar state.
+
+        Args:
+            factor: 0-d float32: ĝ is ``factor`` times the G of the credit.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -66,8 +66,12 @@ def choose_method(options: StepOptions) -> Method:
     lr = rule.lr if options.lr is None else options.lr
     estimator = estimators.get_estimator(options.estimator or rule.defaults.estimator)
     queries = options.queries or rule.defaults.queries
-    usual = "lowrank(1)" if estimator.per_example else rule.defaults.direction
-    direction = directions.get(usual if options.direction is None else options.direction)
+    if estimator.credit:
+        _check_credit(rule, queries, options)
+        direction = directions.CREDIT
+    else:
+        usual = "lowrank(1)" if estimator.per_example else rule.defaults.direction
+        direction = directions.get(usual if options.direction is None else options.direction)
     if direction.shape is not None:
         rule = direction.shape(rule)
     if options.masters:
@@ -83,7 +87,7 @@ def _check_together(method: Method, options: StepOptions) -> None:
     rule, direction, estimator = method.rule, method.direction, method.estimator
     if options.blocks is None and options.block_order != DEFAULTS["block_order"]:
         raise ZOError(Option("block_order", options.block_order), " does nothing without ", Option("blocks"))
-    if direction.lowrank is not None and rule.shapes_directions:
+    if direction.lowrank is not None and not estimator.credit and rule.shapes_directions:
         raise ZOError(f"{rule.name} works on each element of a direction: {direction.name} would lose its low rank")
     if rule.points is not None and (estimator.per_example or estimator.exact):
         raise ZOError(f"{rule.name} evaluates points of its own: estimator {estimator.name!r} does not apply")
@@ -101,6 +105,24 @@ def _check_together(method: Method, options: StepOptions) -> None:
         raise ZOError(
             f"estimator {estimator.name!r} is a reference: it runs with ", Option("engine", "eager"), " alone"
         )
+
+
+def _check_credit(rule: Rule, queries: int, options: StepOptions) -> None:
+    """Refuse what residual credit has no use for: it draws no directions, and takes all blocks in one pass."""
+    asked = Option("estimator", "residual")
+    if rule.needs_directions:
+        raise ZOError(f"{rule.name} needs the directions of its steps, and ", asked, " draws none: ", _FOLLOW)
+    drawn = None if options.direction in (None, directions.CREDIT.name) else Option("direction", options.direction)
+    several = Option("queries", queries) if queries > 1 else None
+    blocks = Option("blocks") if options.blocks is not None else None
+    along = Option("along", options.along) if options.along != "drawn" else None
+    eps = Option("eps", options.eps) if options.eps is not None else None
+    for given in (drawn, several, blocks, along, eps):
+        if given is not None:
+            raise ZOError(given, " does nothing with ", asked, ", which draws no directions: leave it out")
+
+
+_FOLLOW = "zo_sgd, meazo, zo_adam, zo_adamm, zo_rmsprop and radazo take an estimate from elsewhere"
 
 
 def _second_point(along: str, rule: Rule, estimator: Estimator, direction: Direction, queries: int) -> float | None:

@@ -146,7 +146,7 @@ class StepOptions:
     )
     estimator: str | None = option(
         None,
-        "central, forward or population; by default the rule's own.",
+        "central, forward, population or residual; by default the rule's own.",
         identity=True,
         check=_one_of(names.ESTIMATORS),
     )

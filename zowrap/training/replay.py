@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from zowrap.errors import ZOError
+from zowrap.rules.estimators import get_estimator
+from zowrap.step.credit import NO_REPLAY
 from zowrap.step.options import IDENTITY
 from zowrap.storage.save import save_model
 from zowrap.training.journal import Journal, fingerprint
@@ -52,6 +54,8 @@ def replay_run(
     if journal is None:
         raise ZOError(f"there is no journal at {file}")
     head = journal.header
+    if get_estimator(head["estimator"]).credit:
+        raise ZOError(f"{file} is of a run with estimator 'residual': {NO_REPLAY}")
     rules.find_recorded(head["rule"], file)
     moves = set(head["parameters"])
     options = {name: head[name] for name in IDENTITY}

@@ -181,8 +181,10 @@ class _Search:
                 "resume_from_checkpoint to begin one"
             )
         journal = Journal.resume(run.journal_file, self.fresh.header)
-        recorded = journal.steps() if journal else 0
         saved = max(run.checkpoints(), default=0)
+        recorded = journal.steps() if journal else 0
+        if self.zm.job.estimator.credit:  # there is no noise to replay: steps after the last checkpoint are done again
+            recorded = min(recorded, saved)
         finished = run.status().get("state") == "finished"
         step = max(saved, recorded)
         done = finished and step >= state.max_steps

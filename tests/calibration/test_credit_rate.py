@@ -1,0 +1,110 @@
+"""``lr="auto"`` of residual credit: the best step on other examples, with the weights bitwise unmoved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zowrap
+from tests.support.families import batch, make
+from zowrap.calibration import credit_rate
+from zowrap.calibration.credit_rate import CreditRate
+from zowrap.errors import ZOError
+
+
+class Sum(nn.Module):
+    """A stream of one block whose loss is quadratic in the only matrix that moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x.tanh())
+
+
+def squares(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    return (model(given["x"]) - given["y"]).square().sum(-1)
+
+
+def wrap(rule: Any = "zo_sgd", **options: Any) -> zowrap.ZOModel:
+    torch.manual_seed(0)
+    options = {"engine": "eager", "loss_fn": squares, **options}
+    return zowrap.zo_wrap(Sum(), rule, estimator="residual", lr="auto", **options)
+
+
+def batches(count: int = 5, rows: int = 8) -> list[dict[str, Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    made = [torch.randn(2, rows, 4, generator=draw) for _ in range(count)]
+    return [{"x": x, "y": x + 0.3 * y} for x, y in made]
+
+
+@pytest.mark.parametrize("rule", ["zo_sgd", "meazo"])
+def test_a_step_of_that_rate_is_the_share_of_the_best_one(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credit_rate, "LARGEST", 10.0)
+    zm, one = wrap(rule), batches(1, rows=64)
+    before = zm.model.block.weight.detach().clone()
+    choice = zowrap.tune_lr(zm, one, 10)
+    assert isinstance(choice, CreditRate) and zm.lr == choice.lr and zm.step_count == 0
+    assert torch.equal(zm.model.block.weight, before)
+    losses = [float(zm.loss(**one[0]))]
+    zm.step(**one[0])
+    losses.append(float(zm.loss(**one[0])))
+    # Of a quadratic on its own batch, half the best step gains three quarters of what the best one does.
+    best = choice.slope**2 / (2 * choice.curvature)
+    assert losses[0] - losses[1] == pytest.approx(0.75 * best, rel=0.03)
+
+
+def test_a_step_is_never_larger_than_a_share_of_the_weights() -> None:
+    zm = wrap()
+    choice = zowrap.tune_lr(zm, batches(), 10)
+    assert choice.share <= credit_rate.LARGEST * 1.01
+    assert "of the weights that move" in str(choice) and CreditRate(**choice.record()) == choice
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_and_state_are_unmoved(engine: str, dtype: torch.dtype) -> None:
+    model = make("gpt2", dtype)
+    memory = "sequential" if engine == "compiled" else "auto"
+    zm = zowrap.zo_wrap(model, "zo_adam", estimator="residual", lr="auto", engine=engine, memory=memory)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    zowrap.tune_lr(zm, [batch("gpt2", 3, 9)], 10)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(not slot.any() for slots in zm.job.slots.values() for slot in slots)
+    assert not zm.accumulated
+    zm.step(**batch("gpt2", 3, 9))
+    assert zm.step_count == 1
+
+
+def test_rates_of_both_engines_agree() -> None:
+    rates = []
+    for engine in ("eager", "compiled"):
+        zm = zowrap.zo_wrap(make("gpt2"), estimator="residual", lr="auto", engine=engine)
+        rates.append(zowrap.tune_lr(zm, [batch("gpt2", 3, 9)], 10).lr)
+    assert rates[0] == pytest.approx(rates[1], rel=0.02)
+
+
+def test_credit_that_does_not_lower_the_loss_is_told() -> None:
+    zm = wrap()
+    given = batches(2)
+    given[1]["y"] = 2 * given[1]["x"] - given[1]["y"]  # what lowers the loss of one raises that of the other
+    given[0]["y"], given[1]["x"] = given[0]["x"] + 1.0, given[0]["x"]
+    given[1]["y"] = given[0]["x"] - 3.0
+    with pytest.raises(ZOError, match="found no step along the residual credit"):
+        zowrap.tune_lr(zm, given, 10)
+
+
+def test_a_loss_that_is_not_finite_is_told() -> None:
+    given = batches(2)
+    given[0]["x"][0, 0] = torch.nan
+    with pytest.raises(ZOError, match="not finite"):
+        zowrap.tune_lr(wrap(), given, 10)
+
+
+def test_it_needs_a_batch() -> None:
+    with pytest.raises(ZOError, match="at least one training batch"):
+        zowrap.tune_lr(wrap(), [], 10)

@@ -1,0 +1,178 @@
+"""Choose the learning rate of residual credit: the best step on examples that the step was not made from.
+
+Let G be the credit of one batch and f the loss of another. Along the line θ − t·G/rms(G),
+
+    f(t) ≈ f(0) − s t + ½ c t²
+
+and s and c follow from f at −t, 0 and t. The best single step is t* = E s / E c, with means over pairs of batches. It
+is measured at the size of a usual step, because for larger steps a loss may grow faster than its curvature at θ says. A
+run's rate is :data:`SHARE` of t*, because t* is best for one step and a run makes many.
+
+The weights are moved for the evaluations, and put back bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zowrap import rules
+from zowrap.engines.eager import EagerEngine
+from zowrap.errors import Option, ZOError, not_finite
+from zowrap.model.zo_model import ZOModel
+from zowrap.names import RULES
+from zowrap.numerics import noise
+from zowrap.numerics.dtypes import at_least_float32
+from zowrap.step.arithmetic import Conclusion
+
+PAIRS = 4  # of batches: one that gives the credit, one that is evaluated
+# The size of the step that is tried, as a share of the root mean square of the weights that move: encoders and language
+# models take steps between 3e-4 and 4e-3 of it.
+TRIED = 1e-3
+SHARE = 0.5
+LARGEST = 4e-3  # a step in the same measure: where the loss curves down along G, or hardly up
+
+
+@dataclass(frozen=True)
+class CreditRate:
+    """A choice of η for residual credit, and the measurements behind it.
+
+    Attributes:
+        lr: η.
+        steps: the planned number of steps.
+        loss: the mean loss at θ over the batches evaluated.
+        slope, curvature: s and c, means over the pairs.
+        step: the root mean square of a step at this rate, and ``share`` that of the weights that move.
+        forwards: the number of forward passes made.
+    """
+
+    lr: float
+    steps: int
+    loss: float
+    slope: float
+    curvature: float
+    step: float
+    share: float
+    forwards: int
+
+    def __str__(self) -> str:
+        return (
+            f"lr {self.lr:.2e} chosen with {self.forwards} forwards: a step of that size, {self.share:.2g} of the "
+            f"weights that move, lowers the loss of {self.loss:.3g} on other examples by about "
+            f"{self.step * (self.slope - self.curvature * self.step / 2):.2g}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The choice as JSON types; ``CreditRate(**record)`` restores it."""
+        return asdict(self)
+
+
+def choose_credit_rate(
+    zm: ZOModel, batches: Iterable[Any], steps: int, watch: Callable[[int, int], None] | None = None
+) -> CreditRate:
+    """Choose the learning rate of a run with residual credit; see :func:`zowrap.tune_lr`.
+
+    Raises:
+        ZOError: there is no batch, a loss is not finite, or no step along the credit lowers the loss.
+    """
+    groups = [
+        [batch] if isinstance(batch, Mapping) else list(batch)
+        for batch, _ in zip(batches, range(PAIRS + 1), strict=False)
+    ]
+    if not groups:
+        raise ZOError(Option("lr", "auto"), " needs at least one training batch")
+    losses, slopes, curvatures, sizes, forwards = [], [], [], [], 0.0
+    count = max(len(groups) - 1, 1)
+    weights_size = 1.0
+    for pair in range(count):
+        if watch is not None:
+            watch(3 * pair, 3 * count)
+        zm.discard()
+        for batch in groups[pair]:
+            zm.accumulate(**batch)
+        measured, g = zm.peek()
+        if not bool(torch.isfinite(measured).all() & torch.isfinite(g).all()):
+            raise not_finite(measured)
+        weights_size = _weights_size(zm)
+        t = TRIED * weights_size
+        held = groups[(pair + 1) % len(groups)]
+        before, after, behind = _losses_along(zm, held, (0.0, t, -t))
+        zm.discard()
+        losses.append(before)
+        sizes.append(float(g))
+        slopes.append((behind - after) / (2 * t))
+        curvatures.append((after + behind - 2 * before) / t**2)
+        forwards += (1 + zm.schedule.sequential) * len(groups[pair]) + 3 * len(held)
+    loss, slope, curvature = (sum(each) / count for each in (losses, slopes, curvatures))
+    if not math.isfinite(loss + slope + curvature):
+        raise ZOError(Option("lr", "auto"), " met a loss that is not finite near the weights: give lr a number")
+    if slope <= 0:
+        raise ZOError(
+            Option("lr", "auto"),
+            " found no step along the residual credit that lowers the loss on other examples: use more examples a "
+            "batch, or ",
+            Option("estimator", "central"),
+        )
+    best = slope / curvature if curvature > 0 else math.inf
+    step = min(SHARE * best, LARGEST * weights_size)
+    size = math.sqrt(sum(g * g for g in sizes) / count)
+    # A rule that does not depend on the loss's scale makes a first step of size η; another one of size η g.
+    scale_free = zm.rule.name in RULES and RULES[zm.rule.name].scale_free
+    lr = float(f"{step if scale_free else step / size:.3g}")
+    return CreditRate(lr, steps, loss, slope, curvature, step, step / weights_size, round(forwards))
+
+
+def _loss(zm: ZOModel, batches: list[Any]) -> float:
+    """The mean loss of the micro-batches of a step."""
+    return sum(float(zm.loss(**batch)) for batch in batches) / len(batches)
+
+
+def _moving(zm: ZOModel) -> list[Tensor]:
+    return [zm.parameters[i].tensor for i in zm.accumulator.credit.parameters]
+
+
+def _weights_size(zm: ZOModel) -> float:
+    """The root mean square of the weights that get credit."""
+    tensors = [at_least_float32(tensor) for tensor in _moving(zm)]
+    total = sum(float(tensor.double().square().sum()) for tensor in tensors)
+    return math.sqrt(total / sum(tensor.numel() for tensor in tensors))
+
+
+def _losses_along(zm: ZOModel, batches: list[Any], distances: Sequence[float]) -> list[float]:
+    """The losses at θ − distance · G/rms(G), with weights rounded as their updates are."""
+    zm.engine.complete(zm.accumulator.credit)
+    kept = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in _moving(zm)]
+    losses = []
+    try:
+        for distance in distances:
+            if distance:
+                _move(zm, distance)
+            losses.append(_loss(zm, batches))
+            for tensor, value in kept:
+                tensor.data.copy_(value)
+    finally:
+        for tensor, value in kept:
+            tensor.data.copy_(value)
+    return losses
+
+
+def _move(zm: ZOModel, distance: float) -> None:
+    """Move the weights by −distance · G/rms(G)."""
+    job, accumulator = zm.job, zm.accumulator
+    one = torch.ones(1, device=job.device)
+    plain = dataclasses.replace(
+        job, rule=rules.get("zo_sgd"), slots={}, states=[{}], hyper={**job.hyper, "lr": one[0]}, decays=False
+    )
+    _, g = zm.peek()
+    assert accumulator.weight is not None
+    factor = (distance / (g[0] * accumulator.weight)).float()
+    rounding = noise.derive_keys(zm.seed, zm.step_count, 0, job.ids, noise.TAG_ROUNDING)
+    EagerEngine(plain).update_with(
+        accumulator.credit, rounding, factor, Conclusion({}, {"g": one}, one[0] > 0, one, one[0])
+    )
