@@ -89,6 +89,11 @@ class Adjoint:
                 return cast("list[fx.Node]", found)
         return self._recorded(node, cotangent, wanted)
 
+    def to(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """Append a conversion, unless ``node`` has the dtype."""
+        same = node.meta["val"].dtype == dtype
+        return node if same else self.call(aten._to_copy.default, node, dtype=dtype)
+
     def resized(self, node: fx.Node, like: fx.Node) -> fx.Node:
         """Append a view of ``node`` with the shape of ``like``."""
         return self.call(aten.reshape.default, node, self.sizes(like))
@@ -166,6 +171,22 @@ def _head(adjoint: Adjoint, node: fx.Node, cotangent: dict[int, fx.Node], wanted
     return _cast(adjoint, node, adjoint.call(aten.mul.Tensor, own, rows), wanted)
 
 
+@_rule(torch.ops.zowrap.int8_linear.default)
+def _int8(adjoint: Adjoint, node: fx.Node, cotangent: fx.Node, wanted: fx.Node) -> fx.Node | None:
+    """By the inputs, as if they were not rounded; and by the scales of the rows, exactly: y is linear in them."""
+    x, codes, scale, bias, _ = cast("tuple[fx.Node, ...]", node.args)
+    if wanted is x:
+        dtype = cotangent.meta["val"].dtype
+        scaled = adjoint.to(adjoint.call(aten.mul.Tensor, cotangent, scale), dtype)
+        return adjoint.call(aten.matmul.default, scaled, adjoint.to(codes, dtype))
+    if wanted is not scale:
+        return None
+    y = node if bias is None else adjoint.call(aten.sub.Tensor, node, bias)
+    both = adjoint.call(aten.mul.Tensor, adjoint.to(y, torch.float32), adjoint.to(cotangent, torch.float32))
+    rows = adjoint.call(aten.reshape.default, both, [-1, both.meta["val"].shape[-1]])
+    return adjoint.call(aten.div.Tensor, adjoint.call(aten.sum.dim_IntList, rows, [0]), scale)
+
+
 @_rule(*_COPIES)
 def _copy(adjoint: Adjoint, node: fx.Node, cotangent: fx.Node, wanted: fx.Node) -> fx.Node:
     return cotangent
@@ -173,9 +194,7 @@ def _copy(adjoint: Adjoint, node: fx.Node, cotangent: fx.Node, wanted: fx.Node) 
 
 @_rule(*_CASTS)
 def _cast(adjoint: Adjoint, node: fx.Node, cotangent: fx.Node, wanted: fx.Node) -> fx.Node:
-    dtype = wanted.meta["val"].dtype
-    same = cotangent.meta["val"].dtype == dtype
-    return cotangent if same else adjoint.call(aten._to_copy.default, cotangent, dtype=dtype)
+    return adjoint.to(cotangent, wanted.meta["val"].dtype)
 
 
 @_rule(*_SAME_ELEMENTS)

@@ -105,13 +105,16 @@ class AssignCredit(Pass):
             products[product] = replace(products[product], weight=None, bias=None, weights=())
         if not ends:
             raise ZOError(_NO_STREAM, Option("estimator", "central"), " or ", Option("estimator", "population"))
-        sweep = _Sweep(program, products, ends)
+        sweep = _Sweep(program, products, ends, _find_scales(program, self.job))
         found = sweep.run()
         if not found:
             raise ZOError(_NOTHING_MOVES if sweep.reached else _NO_DERIVATIVE, Option("estimator", "population"))
-        outputs = _Outputs(program, self.job, sweep.adjoint, [products[node] for node, _ in found])
+        outputs = _Outputs(program, self.job, sweep.adjoint, [products[node] for node, _ in found if node in products])
         for node, cotangent in found:
-            outputs.add(products[node], cotangent)
+            if node in products:
+                outputs.add(products[node], cotangent)
+            else:
+                outputs.add_vector(sweep.scales[node], cotangent)
         outputs.finish()
         stream = sum(node in ends for node, _ in found)
         return f"{stream} products write to the stream, {len(found) - stream} follow it"
@@ -175,11 +178,6 @@ _NOTHING_MOVES = (
 )
 
 
-def _cast(adjoint: Adjoint, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    same = node.meta["val"].dtype == dtype
-    return node if same else adjoint.call(aten._to_copy.default, node, dtype=dtype)
-
-
 def _find_products(program: Program, job: Job) -> dict[fx.Node, Writer]:
     """Find the products with a matrix of the model, whether it moves or not, by their node."""
     moving = {f"model.{name}": i for i, p in enumerate(job.parameters) for name in p.names}
@@ -218,6 +216,15 @@ def _experts_product(use: fx.Node, through: fx.Node, weight: fx.Node, number: in
     turned = through.target is aten.transpose.int and through.args[0] is weight
     moves = number if turned or through is weight else None
     return Writer(use, x, moves, None, transposed=not turned, ends=ends)
+
+
+def _find_scales(program: Program, job: Job) -> dict[fx.Node, int]:
+    """Find the scales of quantised weights that move, and their indices in the job."""
+    moving = {
+        f"model.{n}": i for i, p in enumerate(job.parameters) if p.scale is not None and not p.codes for n in p.names
+    }
+    nodes = zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=True)
+    return {node: moving[given.target] for given, node in nodes if given.kind == "parameter" and given.target in moving}
 
 
 def _uses(weight: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -309,8 +316,8 @@ class _Outputs:
         self.program, self.job, self.adjoint = program, job, adjoint
         self.nodes: list[Any] = list(program.graph.output_node().args[0])  # type: ignore[arg-type]
         # The signs of the inputs come first, then those of experts.
-        self._widest = max(map(self._columns, writers))
-        most = max(map(self._count_experts, writers))
+        self._widest = max(map(self._columns, writers), default=1)
+        most = max(map(self._count_experts, writers), default=0)
         self.sketch = program.add_input("sketch", torch.zeros(self._widest + most, SKETCHES, device=job.device))
 
     def add(self, writer: Writer, d: fx.Node) -> None:
@@ -333,6 +340,10 @@ class _Outputs:
             self._add(cast("int", index), nodes, writer.transposed, expert)
             sketch = call(aten.zeros_like.default, sketch) if experts is not None else sketch
 
+    def add_vector(self, index: int, gradient: fx.Node) -> None:
+        """Add the gradient of a parameter that is no matrix."""
+        self._add(index, [self.adjoint.to(gradient, torch.float32)])
+
     def finish(self) -> None:
         self.program.graph.output_node().args = (tuple(self.nodes),)
 
@@ -345,13 +356,13 @@ class _Outputs:
         """dᵀ (x r), float32 ``[outputs, SKETCHES]``."""
         call = self.adjoint.call
         signs = call(aten.slice.Tensor, self.sketch, 0, 0, self._columns(writer))
-        thin = call(aten.matmul.default, writer.x, _cast(self.adjoint, signs, writer.x.meta["val"].dtype))
+        thin = call(aten.matmul.default, writer.x, self.adjoint.to(signs, writer.x.meta["val"].dtype))
         thin.meta["nn_module_stack"] = writer.node.meta.get("nn_module_stack")
-        thin = _cast(self.adjoint, call(aten.reshape.default, thin, [-1, SKETCHES]), torch.float32)
+        thin = self.adjoint.to(call(aten.reshape.default, thin, [-1, SKETCHES]), torch.float32)
         if experts is not None:
             own = call(aten.add.Tensor, experts, self._widest)
             thin = call(aten.mul.Tensor, thin, call(aten.index_select.default, self.sketch, 0, own))
-        wide = call(aten.t.default, _cast(self.adjoint, rows, torch.float32))
+        wide = call(aten.t.default, self.adjoint.to(rows, torch.float32))
         return call(aten.mm.default, wide, thin)
 
     def _columns(self, writer: Writer) -> int:
@@ -375,13 +386,19 @@ class _Sweep:
         reached: whether any cotangent came to the end of a block.
     """
 
-    def __init__(self, program: Program, products: dict[fx.Node, Writer], ends: Collection[fx.Node]) -> None:
-        self.graph, self.products, self.ends = program.graph, products, ends
+    def __init__(
+        self,
+        program: Program,
+        products: dict[fx.Node, Writer],
+        ends: Collection[fx.Node],
+        scales: dict[fx.Node, int],
+    ) -> None:
+        self.graph, self.products, self.ends, self.scales = program.graph, products, ends, scales
         self.adjoint = Adjoint(program)
         self.reached = False
         self._needs: set[fx.Node] = set()
         for node in self.graph.nodes:
-            moves = node in products and products[node].moves
+            moves = node in scales or (node in products and products[node].moves)
             inside = node not in ends and any(given in self._needs for given in node.all_input_nodes)
             if (moves or node in ends or inside) and _is_float(node):
                 self._needs.add(node)
@@ -400,10 +417,14 @@ class _Sweep:
             writer = self.products.get(node)
             if writer is not None and writer.moves:
                 found.append((node, cotangent))
+            if node in self.scales:
+                found.append((node, cotangent))
             if node in self.ends:
                 self.reached = True
-                continue
+            # A block's end passes nothing on to its inputs, but to the scales of its own rows.
             wanted = [given for given in node.all_input_nodes if given in self._needs]
+            if node in self.ends:
+                wanted = [given for given in wanted if given is not self.products[node].x]
             if not wanted:
                 continue
             if node.target is operator.getitem:

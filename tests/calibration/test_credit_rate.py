@@ -58,11 +58,13 @@ def test_a_step_of_that_rate_is_the_share_of_the_best_one(rule: str, monkeypatch
     assert losses[0] - losses[1] == pytest.approx(0.75 * best, rel=0.03)
 
 
-def test_a_step_is_never_larger_than_a_share_of_the_weights() -> None:
-    zm = wrap()
-    choice = zowrap.tune_lr(zm, batches(), 10)
-    assert choice.share <= credit_rate.LARGEST * 1.01
-    assert "of the weights that move" in str(choice) and CreditRate(**choice.record()) == choice
+def test_where_the_loss_hardly_curves_a_step_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded, free = wrap(), wrap()
+    monkeypatch.setattr(credit_rate, "LARGEST", 0.1)
+    choice = zowrap.tune_lr(bounded, batches(), 10)
+    monkeypatch.setattr(credit_rate, "LARGEST", 100.0)
+    assert choice.step < 0.5 * zowrap.tune_lr(free, batches(), 10).step
+    assert "moves a weight by about" in str(choice) and CreditRate(**choice.record()) == choice
 
 
 @pytest.mark.parametrize("engine", ["eager", "compiled"])

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import zowrap
+from tests.support import quantized_models
 from tests.support.families import batch, make
 from zowrap.errors import ZOError
+from zowrap.step import credit
 
 RULES = {"zo_sgd": 0.05, "meazo": 1e-3, "zo_adam": 1e-3, "radazo": 1e-3}
 
@@ -207,3 +209,62 @@ def test_a_matrix_is_written_after_its_last_use() -> None:
         for seed in range(3):
             zms[-1].step(x=torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)))
     assert farthest(zms[0], zms[1]) < 1e-6 and farthest(zms[0], zms[2]) < 1e-6
+
+
+def quantized(scheme: str, engine: str, adapters: bool = False) -> zowrap.ZOModel:
+    model = quantized_models.quantized("llama", scheme)
+    if adapters:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"]))
+    return zowrap.zo_wrap(model, "meazo", estimator="residual", engine=engine, lr=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "adapters", "moved"),
+    [
+        ("int8", False, ("o_proj.log_scale", "down_proj.log_scale")),
+        ("int8 with outliers", False, ("o_proj.log_scale", "down_proj.log_scale")),
+        ("int8", True, ("o_proj.lora_B", "down_proj.lora_B")),
+        ("nf4", True, ("o_proj.lora_B", "down_proj.lora_B")),
+    ],
+)
+def test_scales_and_adapters_of_quantised_weights_move(scheme: str, adapters: bool, moved: tuple[str, ...]) -> None:
+    zms = [quantized(scheme, engine, adapters) for engine in ("eager", "compiled")]
+    given = batch("llama", 3, 9)
+    names = {p.name for p in zms[0].parameters}
+    before = {p.name: p.tensor.clone() for p in zms[0].parameters}
+    losses = [float(zms[0].loss(**given))]
+    for _ in range(12):
+        for zm in zms:
+            zm.step(**given)
+    losses.append(float(zms[0].loss(**given)))
+    assert losses[1] < losses[0] - 0.02
+    changed = {p.name for p in zms[0].parameters if not torch.equal(p.tensor, before[p.name])}
+    assert changed == {name for name in names if any(end in name for end in moved)}
+    for mine, theirs in zip(zms[0].parameters, zms[1].parameters, strict=True):
+        assert torch.allclose(mine.tensor, theirs.tensor, atol=1e-4), mine.name
+
+
+def test_scales_get_their_gradients() -> None:
+    """Those of the last product are exact; they are compared with differences of losses."""
+    zm, given = quantized("int8", "eager"), batch("llama", 3, 9)
+    zm.accumulate(**given)
+    index = max(i for i in zm.accumulator.credit.parameters if "down_proj" in zm.parameters[i].name)
+    weight = zm.accumulator.weight
+    assert weight is not None
+    g = credit.gradient(zm.accumulator.credit.of(index), (1 / weight).float(), zm.parameters[index].tensor.shape)
+    scale, step = zm.parameters[index].tensor, 1e-2
+    for row in (0, 7, 31):
+        losses = []
+        for sign in (1, -1):
+            scale[row] += sign * step
+            losses.append(float(zm.loss(**given)))
+            scale[row] -= sign * step
+        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(float(g[row]), rel=0.02, abs=1e-5)
+
+
+def test_codes_are_refused() -> None:
+    with pytest.raises(ZOError, match="quantized='codes' moves along noise"):
+        zowrap.zo_wrap(quantized_models.quantized("llama", "int8"), estimator="residual", quantized="codes")

@@ -5,8 +5,9 @@ Let G be the credit of one batch and f the loss of another. Along the line θ �
     f(t) ≈ f(0) − s t + ½ c t²
 
 and s and c follow from f at −t, 0 and t. The best single step is t* = E s / E c, with means over pairs of batches. It
-is measured at the size of a usual step, because for larger steps a loss may grow faster than its curvature at θ says. A
-run's rate is :data:`SHARE` of t*, because t* is best for one step and a run makes many.
+is measured at the size of a step, because for larger steps a loss may grow faster than its curvature at θ says: t is
+such that the loss would fall by the share :data:`TRIED` if G were its gradient. A run's rate is :data:`SHARE` of t*,
+because t* is best for one step and a run makes many.
 
 The weights are moved for the evaluations, and put back bit for bit.
 """
@@ -28,15 +29,12 @@ from zowrap.errors import Option, ZOError, not_finite
 from zowrap.model.zo_model import ZOModel
 from zowrap.names import RULES
 from zowrap.numerics import noise
-from zowrap.numerics.dtypes import at_least_float32
 from zowrap.step.arithmetic import Conclusion
 
 PAIRS = 4  # of batches: one that gives the credit, one that is evaluated
-# The size of the step that is tried, as a share of the root mean square of the weights that move: encoders and language
-# models take steps between 3e-4 and 4e-3 of it.
-TRIED = 1e-3
+TRIED = 0.1
 SHARE = 0.5
-LARGEST = 4e-3  # a step in the same measure: where the loss curves down along G, or hardly up
+LARGEST = 4.0  # times t: where the loss curves down along G, or hardly up
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class CreditRate:
         steps: the planned number of steps.
         loss: the mean loss at θ over the batches evaluated.
         slope, curvature: s and c, means over the pairs.
-        step: the root mean square of a step at this rate, and ``share`` that of the weights that move.
+        step: the root mean square of a step at this rate.
         forwards: the number of forward passes made.
     """
 
@@ -58,14 +56,13 @@ class CreditRate:
     slope: float
     curvature: float
     step: float
-    share: float
     forwards: int
 
     def __str__(self) -> str:
+        gain = self.step * (self.slope - max(self.curvature, 0.0) * self.step / 2)
         return (
-            f"lr {self.lr:.2e} chosen with {self.forwards} forwards: a step of that size, {self.share:.2g} of the "
-            f"weights that move, lowers the loss of {self.loss:.3g} on other examples by about "
-            f"{self.step * (self.slope - self.curvature * self.step / 2):.2g}"
+            f"lr {self.lr:.2e} chosen with {self.forwards} forwards: a step moves a weight by about {self.step:.2g}, "
+            f"and the loss of other examples, {self.loss:.3g}, by about {-gain:.2g}"
         )
 
     def record(self) -> dict[str, Any]:
@@ -87,9 +84,8 @@ def choose_credit_rate(
     ]
     if not groups:
         raise ZOError(Option("lr", "auto"), " needs at least one training batch")
-    losses, slopes, curvatures, sizes, forwards = [], [], [], [], 0.0
+    losses, slopes, curvatures, sizes, tried, forwards = [], [], [], [], [], 0.0
     count = max(len(groups) - 1, 1)
-    weights_size = 1.0
     for pair in range(count):
         if watch is not None:
             watch(3 * pair, 3 * count)
@@ -99,8 +95,10 @@ def choose_credit_rate(
         measured, g = zm.peek()
         if not bool(torch.isfinite(measured).all() & torch.isfinite(g).all()):
             raise not_finite(measured)
-        weights_size = _weights_size(zm)
-        t = TRIED * weights_size
+        moving = sum(tensor.numel() for tensor in _moving(zm))
+        slope_of_gradient = float(g) * moving  # what the slope would be if G were the gradient
+        t = TRIED * float(measured.mean()) / slope_of_gradient
+        tried.append(t)
         held = groups[(pair + 1) % len(groups)]
         before, after, behind = _losses_along(zm, held, (0.0, t, -t))
         zm.discard()
@@ -120,12 +118,12 @@ def choose_credit_rate(
             Option("estimator", "central"),
         )
     best = slope / curvature if curvature > 0 else math.inf
-    step = min(SHARE * best, LARGEST * weights_size)
+    step = min(SHARE * best, LARGEST * sum(tried) / count)
     size = math.sqrt(sum(g * g for g in sizes) / count)
     # A rule that does not depend on the loss's scale makes a first step of size η; another one of size η g.
     scale_free = zm.rule.name in RULES and RULES[zm.rule.name].scale_free
     lr = float(f"{step if scale_free else step / size:.3g}")
-    return CreditRate(lr, steps, loss, slope, curvature, step, step / weights_size, round(forwards))
+    return CreditRate(lr, steps, loss, slope, curvature, step, round(forwards))
 
 
 def _loss(zm: ZOModel, batches: list[Any]) -> float:
@@ -135,13 +133,6 @@ def _loss(zm: ZOModel, batches: list[Any]) -> float:
 
 def _moving(zm: ZOModel) -> list[Tensor]:
     return [zm.parameters[i].tensor for i in zm.accumulator.credit.parameters]
-
-
-def _weights_size(zm: ZOModel) -> float:
-    """The root mean square of the weights that get credit."""
-    tensors = [at_least_float32(tensor) for tensor in _moving(zm)]
-    total = sum(float(tensor.double().square().sum()) for tensor in tensors)
-    return math.sqrt(total / sum(tensor.numel() for tensor in tensors))
 
 
 def _losses_along(zm: ZOModel, batches: list[Any], distances: Sequence[float]) -> list[float]:

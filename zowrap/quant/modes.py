@@ -235,6 +235,16 @@ def check_mode(mode: QuantMode, rule: Rule, law: Direction, estimator: Estimator
         ZOError: the mode does not support an option.
     """
     if mode.name == "codes":
+        if estimator.credit:
+            raise ZOError(
+                Option("quantized", "codes"),
+                " moves along noise; with ",
+                Option("estimator", "residual"),
+                " use ",
+                Option("quantized", "scales"),
+                " or ",
+                Option("quantized", "adapters"),
+            )
         if law.lowrank is not None or estimator.per_example:
             raise ZOError(
                 Option("quantized", "codes"), f" needs directions of full rank, and {law.name} is not one of them"
@@ -258,7 +268,7 @@ def check_mode(mode: QuantMode, rule: Rule, law: Direction, estimator: Estimator
                 stacklevel=4,
             )
     floor = EPS_FLOOR[mode.name]
-    if mode.rounds and eps < floor:
+    if mode.rounds and eps < floor and not estimator.credit:
         warnings.warn(
             f"eps={eps:g} with quantized={mode.name!r} is below {floor:g}, where the rounding of 8-bit activations "
             "hides changes of the loss: measure it with zowrap.quant.noise_floor (zowrap inspect --data FILE)",

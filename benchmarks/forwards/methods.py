@@ -1,0 +1,131 @@
+"""The methods that are compared, and what a step of each costs in plain forwards of :data:`BATCH` examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import zowrap
+from zowrap.calibration.credit_rate import CreditRate
+from zowrap.errors import ZOError
+from zowrap.model.zo_model import ZOModel
+
+BATCH = 16  # of MeZO, and of a forward that is counted as one
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to tune.
+
+    Attributes:
+        rule, wrap: of ``zo_wrap``; without a rule it is backpropagation with plain gradient descent.
+        lrs: where the search for η starts, half decades; empty where η is chosen without a search.
+        batches: numbers of examples in a step that are tried.
+        moves: of backpropagation, what moves: ``"all"`` that the task tunes, the matrices that ``"write"`` to the
+            residual stream, or those of the ``"last"`` block.
+        forwards: the budget of a run, in forwards; None: that of the benchmark.
+    """
+
+    rule: str | None
+    lrs: tuple[float, ...]
+    wrap: dict[str, Any] = field(default_factory=dict)
+    batches: tuple[int, ...] = (BATCH,)
+    moves: str = "all"
+
+
+METHODS = {
+    "MeZO": Method("zo_sgd", (1e-5, 3e-5, 1e-4), batches=(4, BATCH)),
+    "MEAZO": Method("meazo", (3e-4, 1e-3, 3e-3)),
+    "population": Method("zo_sgd", (3e-5, 1e-4, 3e-4), {"estimator": "population"}),
+    "residual": Method("meazo", (3e-5, 1e-4, 3e-4), {"estimator": "residual"}),
+    "residual, auto": Method("meazo", (), {"estimator": "residual"}),
+    "backpropagation": Method(None, (1e-2, 3e-2, 1e-1)),
+    "backpropagation, writers": Method(None, (1e-2, 3e-2, 1e-1), moves="writers"),
+    "backpropagation, last block": Method(None, (1e-2, 3e-2, 1e-1), moves="last"),
+}
+
+
+def find(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ZOError: there is none.
+    """
+    if name not in METHODS:
+        raise ZOError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+class Stepper:
+    """Makes steps of a method on a model.
+
+    Attributes:
+        forwards: plain forwards of :data:`BATCH` examples that the steps so far have cost.
+        lr: η; of a method that chooses it, once it has.
+    """
+
+    forwards: float
+    lr: float | None
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        raise NotImplementedError
+
+
+class ForwardOnly(Stepper):
+    """Steps of ``zo_wrap``."""
+
+    def __init__(self, zm: ZOModel, lr: float | None, batches: Iterator[dict[str, Tensor]], steps: int) -> None:
+        self.zm, self.lr, self.forwards = zm, lr, 0.0
+        self._cost: float | None = None
+        if lr is None:
+            ahead = [next(batches) for _ in range(5)]
+            choice = zowrap.tune_lr(zm, ahead, steps)
+            assert isinstance(choice, CreditRate)
+            self.lr, self.forwards = choice.lr, float(choice.forwards)
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        self.zm.step(**batch)
+        if self._cost is None:
+            self._cost = self._cost_of_a_step()
+        self.forwards += self._cost * _share(batch)
+
+    def _cost_of_a_step(self) -> float:
+        """Plain forwards of the same batch, by operations where they are not a whole number."""
+        if not self.zm.job.estimator.credit:
+            return float(len(self.zm.points))
+        costs = self.zm.inspect().costs
+        return 1.4 if costs is None else 2 * costs.step.flops / costs.forwards.flops
+
+
+class Backpropagation(Stepper):
+    """Gradient descent; a backward pass costs two forwards, less where only later layers need one.
+
+    Args:
+        loss: ``loss(model, batch)``.
+        parameters: what moves.
+        depth: share of the layers that the backward pass goes through.
+    """
+
+    def __init__(self, zm: ZOModel, parameters: list[nn.Parameter], lr: float, depth: float) -> None:
+        self.loss, self.parameters, self.lr, self.depth = zm.loss_module, parameters, lr, depth
+        self.forwards = 0.0
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            sums, weights = self.loss(batch)
+            gradients = torch.autograd.grad(sums.sum() / weights.sum(), self.parameters)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.requires_grad_(False)
+            assert self.lr is not None
+            parameter.data.sub_(self.lr * gradient)
+        self.forwards += (1 + 2 * self.depth) * _share(batch)
+
+
+def _share(batch: dict[str, Tensor]) -> float:
+    return next(iter(batch.values())).shape[0] / BATCH
