@@ -129,14 +129,59 @@ class Adjoint:
         values = [each.meta["val"] for each in (*given, *inputs)]
         try:
             with symbolic_sizes(self.program.fake_mode):
-                traced = make_fx(torch.func.functionalize(pulled))(*values)  # some derivatives write in place
+                traced = make_fx(pulled)(*values)
         except Exception as error:
             raise ZOCaptureError(
                 f"{node.target} stands between a product and the loss, and has no derivative ({first_line(error)})"
             ) from error
+        _write_in_place_out(traced)
+        _write_constants_out(traced)
         copies = dict(zip(traced.graph.find_nodes(op="placeholder"), [*given, *inputs], strict=True))
         with self.graph.inserting_before(self._output):
             return list(cast("tuple[fx.Node, ...]", self.graph.graph_copy(traced.graph, copies)))
+
+
+def _write_in_place_out(traced: fx.GraphModule) -> None:
+    """Replace operations that write into a tensor, which some derivatives make of new tensors, by those that do not.
+
+    Raises:
+        ZOCaptureError: there is no such operation, or what is written to is read under another name.
+    """
+    for node in traced.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
+        plain = None if packet is None else getattr(packet, schema.overload_name or "default", None)
+        written = node.args[0]
+        if plain is None or written.op != "call_function" or _is_view(written):
+            raise ZOCaptureError(f"the derivative of what follows the residual stream writes in place ({node.target})")
+        node.target = plain
+        written.replace_all_uses_with(node, lambda user, after=node: user > after)
+
+
+def _is_view(node: fx.Node) -> bool:
+    returned = node.target._schema.returns  # type: ignore[union-attr]
+    return any(each.alias_info is not None for each in returned)
+
+
+def _write_constants_out(traced: fx.GraphModule) -> None:
+    """Replace numbers that recording keeps as tensors of the module by operations that make them.
+
+    Raises:
+        ZOCaptureError: a constant is more than a number.
+    """
+    traced.graph.eliminate_dead_code()  # sizes are asked of a few that nothing else reads
+    for node in traced.graph.find_nodes(op="get_attr"):
+        value: torch.Tensor = getattr(traced, str(node.target))
+        if value.ndim:
+            raise ZOCaptureError("the derivative of what follows the residual stream holds a constant tensor")
+        with traced.graph.inserting_before(node):
+            options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+            made = traced.graph.call_function(aten.full.default, ([], value.item()), options)
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        traced.graph.erase_node(node)
 
 
 Simple = Callable[[Adjoint, fx.Node, Any, fx.Node], "fx.Node | None"]
@@ -169,6 +214,14 @@ def _head(adjoint: Adjoint, node: fx.Node, cotangent: dict[int, fx.Node], wanted
     own = adjoint.call(operator.getitem, node, 1)
     rows = adjoint.call(aten.unsqueeze.default, adjoint.call(aten.unsqueeze.default, cotangent[0], -1), -1)
     return _cast(adjoint, node, adjoint.call(aten.mul.Tensor, own, rows), wanted)
+
+
+@_rule(aten.linear.default)
+def _linear(adjoint: Adjoint, node: fx.Node, cotangent: fx.Node, wanted: fx.Node) -> fx.Node | None:
+    weight = cast("fx.Node", node.args[1])
+    if wanted is not node.args[0] or wanted is weight or weight.meta["val"].ndim != 2:
+        return None
+    return adjoint.call(aten.matmul.default, cotangent, weight)
 
 
 @_rule(torch.ops.zowrap.int8_linear.default)

@@ -32,6 +32,7 @@ from zowrap.compiler.inductor import symbolic_sizes
 from zowrap.compiler.program import Program
 from zowrap.errors import Option, ZOError, ZOInternalError
 from zowrap.passes.adjoint import Adjoint
+from zowrap.passes.fuse_head import LEAST_CLASSES
 from zowrap.passes.graph import product_with
 from zowrap.passes.manager import Pass
 from zowrap.step.credit import SKETCHES, Piece, Use
@@ -39,7 +40,9 @@ from zowrap.step.job import Job
 
 aten = torch.ops.aten
 # What leaves a term of a sum what it is: the stream is recognised through it.
+_TURNED = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
 _TRANSPARENT = {
+    *_TURNED,
     aten.to.dtype,
     aten._to_copy.default,
     aten.view.default,
@@ -49,8 +52,6 @@ _TRANSPARENT = {
     aten.contiguous.default,
     aten.unsqueeze.default,
     aten.squeeze.dim,
-    aten.transpose.int,
-    aten.permute.default,
 }
 # By name: transformers registers the first, where torch's own does not fit.
 _GROUPED = {"transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"}
@@ -146,6 +147,13 @@ def take_part(program: Program, part: str) -> Program:
     return program
 
 
+def sketch_inputs(program: Program) -> int:
+    """Return the number of rows of the sketch that a program takes."""
+    sketch = program.placeholder("added", "sketch")
+    assert sketch is not None
+    return sketch.meta["val"].shape[0]
+
+
 def collect_pieces(uses: Sequence[Use], outputs: Sequence[Any], with_inputs: bool) -> list[Piece]:
     """Sort the outputs after the weights into pieces.
 
@@ -186,14 +194,21 @@ def _find_products(program: Program, job: Job) -> dict[fx.Node, Writer]:
         if given.kind in ("parameter", "buffer", "constant"):
             index[node] = moving.get(given.target) if given.kind == "parameter" else None
     found: dict[fx.Node, Writer] = {}
+    of_batch = _from_batch(program)
     for weight, number in index.items():
         value = weight.meta["val"]
         if not isinstance(value, torch.Tensor) or value.ndim < 2:
             continue
+        if _is_vocabulary(weight):
+            number = None
         for use, through in _uses(weight):
             product = product_with(use, through)
+            if use not in of_batch:
+                continue  # a product of weights
             if product is not None:
-                moves = number if through is weight and value.is_floating_point() else None
+                turns = _turns(weight, through)
+                moves = number if turns is not None and value.is_floating_point() else None
+                product = product._replace(transposed=product.transposed != bool(turns))
                 bias = index.get(product.bias) if product.bias is not None else None
                 found[use] = Writer(use, product.x, moves, bias, product.transposed)
             elif str(use.target) in _GROUPED and use.args[1] is through:
@@ -227,10 +242,45 @@ def _find_scales(program: Program, job: Job) -> dict[fx.Node, int]:
     return {node: moving[given.target] for given, node in nodes if given.kind == "parameter" and given.target in moving}
 
 
+def _from_batch(program: Program) -> set[fx.Node]:
+    """Find the nodes that values of the batch reach."""
+    batch = {given.node for given in program.inputs if given.kind == "batch"}
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.name in batch or (node.target is not aten.sym_size.int and found & set(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _is_vocabulary(weight: fx.Node) -> bool:
+    """Return whether a matrix is an embedding, or a head with as many outputs for each token.
+
+    A head that is tied to the embedding would get half of its gradient, and the cotangents of logits are large.
+    """
+    for use in weight.users:
+        if use.target in (aten.embedding.default, torch.ops.zowrap.rows.default):
+            return True
+        product = product_with(use, weight)
+        many = product is not None and use.meta["val"].ndim > 2 and isinstance(_width(use), int)
+        if many and _width(use) >= LEAST_CLASSES and _width(use) > 4 * product.x.meta["val"].shape[-1]:  # type: ignore[union-attr]
+            return True
+    return False
+
+
+def _turns(weight: fx.Node, through: fx.Node) -> int | None:
+    """Return how often a matrix is transposed on the way to its use, modulo 2; None if it is more than transposed."""
+    turns, node = 0, through
+    while node is not weight:
+        if node.target not in _TURNED or node.meta["val"].ndim != 2:
+            return None
+        turns, node = turns + 1, node.args[0]  # type: ignore[assignment]
+    return turns % 2
+
+
 def _uses(weight: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Yield ``(use, weight)`` for each use of a weight, also of its views and casts."""
     for use in weight.users:
-        if use.target in _TRANSPARENT or use.target in (aten.t.default, aten.select.int, aten.slice.Tensor):
+        if use.target in _TRANSPARENT or use.target in (aten.select.int, aten.slice.Tensor):
             yield from _uses(use)
         yield use, weight
 
@@ -264,8 +314,13 @@ def _find_block_ends(graph: fx.Graph, products: dict[fx.Node, Writer]) -> dict[f
             for product in _products_before(term, products):
                 comes_from = ancestors[products[product].x]
                 if any(other is not term and comes_from & bit[other] for other in terms):
-                    ends[product] = ends.get(product, False) or _width(product) == _width(node)
+                    ends[product] = ends.get(product, False) or _fits(product, node)
     return ends
+
+
+def _fits(product: fx.Node, stream: fx.Node) -> bool:
+    """Return whether a product has the stream's width, which is last or, in convolutional models, in another place."""
+    return str(_width(product)) in [str(size) for size in stream.meta["val"].shape[1:]]
 
 
 def _width(node: fx.Node) -> Any:
@@ -356,14 +411,15 @@ class _Outputs:
         """dᵀ (x r), float32 ``[outputs, SKETCHES]``."""
         call = self.adjoint.call
         signs = call(aten.slice.Tensor, self.sketch, 0, 0, self._columns(writer))
-        thin = call(aten.matmul.default, writer.x, self.adjoint.to(signs, writer.x.meta["val"].dtype))
+        dtype = writer.x.meta["val"].dtype
+        wide = torch.float32 if dtype == torch.float16 else dtype  # whose sums may be out of its range
+        thin = call(aten.matmul.default, self.adjoint.to(writer.x, wide), self.adjoint.to(signs, wide))
         thin.meta["nn_module_stack"] = writer.node.meta.get("nn_module_stack")
         thin = self.adjoint.to(call(aten.reshape.default, thin, [-1, SKETCHES]), torch.float32)
         if experts is not None:
             own = call(aten.add.Tensor, experts, self._widest)
             thin = call(aten.mul.Tensor, thin, call(aten.index_select.default, self.sketch, 0, own))
-        wide = call(aten.t.default, self.adjoint.to(rows, torch.float32))
-        return call(aten.mm.default, wide, thin)
+        return call(aten.mm.default, call(aten.t.default, self.adjoint.to(rows, torch.float32)), thin)
 
     def _columns(self, writer: Writer) -> int:
         """The number of inputs of a product, as its weight says; that of ``x`` may be a symbol."""

@@ -110,3 +110,13 @@ def test_a_loss_that_is_not_finite_is_told() -> None:
 def test_it_needs_a_batch() -> None:
     with pytest.raises(ZOError, match="at least one training batch"):
         zowrap.tune_lr(wrap(), [], 10)
+
+
+def test_micro_batches_count_by_their_labels() -> None:
+    zm = zowrap.zo_wrap(make("gpt2"), estimator="residual", lr="auto", engine="eager")
+    given = batch("gpt2", 3, 9)
+    without = {**given, "labels": torch.full_like(given["labels"], -100)}
+    found = zowrap.tune_lr(zm, [[given, without]], 10).lr
+    assert found == pytest.approx(zowrap.tune_lr(zm, [[given]], 10).lr, rel=1e-3)
+    with pytest.raises(ZOError, match="not finite from the start"):
+        zowrap.tune_lr(zm, [{**given, "labels": without["labels"]}], 10)

@@ -268,3 +268,70 @@ def test_scales_get_their_gradients() -> None:
 def test_codes_are_refused() -> None:
     with pytest.raises(ZOError, match="quantized='codes' moves along noise"):
         zowrap.zo_wrap(quantized_models.quantized("llama", "int8"), estimator="residual", quantized="codes")
+
+
+class Kept(nn.Module):
+    """Later blocks read what earlier ones wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        every = []
+        for layer in self.layers:
+            x = x + layer(x.tanh())
+            every.append(x)
+        return sum(each.tanh() for each in every)  # type: ignore[return-value]
+
+
+def test_an_input_that_is_read_again_stays() -> None:
+    zms = []
+    for memory in ("paired", "sequential"):
+        torch.manual_seed(0)
+        loss = lambda model, given: model(given["x"]).square().mean(-1)  # noqa: E731
+        options = {"loss_fn": loss, "estimator": "residual", "engine": "compiled", "memory": memory, "lr": 0.05}
+        zms.append(zowrap.zo_wrap(Kept(), "zo_sgd", **options))
+        for seed in range(3):
+            zms[-1].step(x=torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)))
+    assert farthest(*zms) < 1e-6
+
+
+def test_an_engine_that_falls_back_in_the_middle_of_a_step_finishes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zowrap.engines import compiled
+
+    real, calls = compiled.compile_regions, []
+
+    def fails_later(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyError("val")
+        return real(*args, **options)
+
+    monkeypatch.setattr(compiled, "compile_regions", fails_later)
+    fallen, eager = wrap(engine=None, memory="sequential"), wrap(engine="eager")
+    one, other = batch("gpt2", 3, 9), batch("gpt2", 3, 9, seed=1)
+    del other["attention_mask"]  # another kind of batch, whose program does not compile
+    for zm in (fallen, eager):
+        zm.accumulate(**one)
+        if zm is fallen:
+            with pytest.warns(UserWarning, match="running eagerly"):
+                zm.accumulate(**other)
+        else:
+            zm.accumulate(**other)
+        zm.update()
+    assert farthest(fallen, eager) < 1e-6
+
+
+def test_a_model_that_cannot_be_captured_is_refused_with_what_works() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.a(x) if float(self.a.weight.sum()) > 0 else x
+
+    zm = zowrap.zo_wrap(Branches(), loss_fn=lambda model, given: model(given["x"]).mean(-1), estimator="residual")
+    with pytest.raises(ZOError, match=r"residual credit follows the flow of data .* estimator='central'"):
+        zm.step(x=torch.ones(3, 4))

@@ -257,3 +257,69 @@ def test_tokens_without_a_label_are_left_out() -> None:
     assert right is not None and left.shape[1] == right.shape[1] < tokens
     expected = differentiate(zm, given, blocks_of("gpt2"), all_of=False)
     assert (gradient(zm, credit, i) - expected[i]).norm() < 1e-5 * expected[i].norm()
+
+
+class Head(Residual):
+    """With a biased head for each token: what follows the stream has three dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.first(torch.tanh(self.inner(x)))
+        return self.head(torch.tanh(h + self.second(torch.sin(h))))
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_a_head_of_every_token_serves_all_sizes(rows: int) -> None:
+    torch.manual_seed(0)
+    zm = zowrap.zo_wrap(Head(), "zo_sgd", estimator="residual", engine="eager", loss_fn=mean_square_of_tokens)
+    for length in (3, 6):
+        given = {"x": torch.randn(rows, length, 4)}
+        zm.accumulate(**given)
+        found = zm.accumulator.credit
+        expected = differentiate(zm, given, ("first", "second"), all_of=False)
+        for i in found.parameters:
+            assert torch.allclose(gradient(zm, found, i), expected[i], atol=1e-5), zm.parameters[i].name
+        zm.discard()
+    assert sum(map(len, zm.engine._captured_programs().by_kind.values())) == 1
+
+
+def mean_square_of_tokens(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    return model(given["x"]).square().mean((-2, -1))
+
+
+@pytest.mark.parametrize("turned", ["x @ W.T", "x @ W.t()", "x.matmul(W.transpose(0, 1))", "x @ W.t().t()"])
+def test_a_matrix_may_be_used_transposed(turned: str) -> None:
+    class Turned(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + eval(turned, {"x": torch.tanh(x), "W": self.second.weight}))
+
+    torch.manual_seed(0)
+    zm, given = wrap(Turned(), loss_fn=mean_square), {"x": torch.randn(5, 4)}
+    _, _, found = credit_of(zm, given)
+    assert "second.weight" in {zm.parameters[i].name for i in found.parameters}
+    true = differentiate(zm, given, (), all_of=True)
+    for i in found.parameters:
+        assert torch.allclose(gradient(zm, found, i), true[i], atol=1e-6), zm.parameters[i].name
+
+
+def test_a_product_of_weights_is_no_writer() -> None:
+    class Normed(Residual):
+        """As DoRA's: the norm of a sum of weights scales a product."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            norm = (self.second.weight + self.first.weight @ self.inner.weight).norm(dim=1).detach()
+            return self.head(x + self.first(self.inner(torch.tanh(x))) / norm)
+
+    torch.manual_seed(0)
+    zm, given = wrap(Normed(), loss_fn=mean_square), {"x": torch.randn(5, 4)}
+    _, _, found = credit_of(zm, given)
+    assert {zm.parameters[i].name.partition(".")[0] for i in found.parameters} == {"first", "head"}
+    true = differentiate(zm, given, (), all_of=True)
+    for i in found.parameters:
+        assert torch.allclose(gradient(zm, found, i), true[i], atol=1e-6), zm.parameters[i].name
+
+
+def test_an_embedding_that_is_the_head_stays() -> None:
+    zm, given = wrap(make("gemma")), batch("gemma", 3, 9)
+    zm.model.config.final_logit_softcapping = 30.0
+    _, _, found = credit_of(zm, given)
+    assert not any("embed" in zm.parameters[i].name for i in found.parameters)

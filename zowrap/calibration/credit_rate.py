@@ -62,7 +62,7 @@ class CreditRate:
         gain = self.step * (self.slope - max(self.curvature, 0.0) * self.step / 2)
         return (
             f"lr {self.lr:.2e} chosen with {self.forwards} forwards: a step moves a weight by about {self.step:.2g}, "
-            f"and the loss of other examples, {self.loss:.3g}, by about {-gain:.2g}"
+            f"and the loss of the next examples, {self.loss:.3g}, by about {-gain:.2g}"
         )
 
     def record(self) -> dict[str, Any]:
@@ -95,6 +95,8 @@ def choose_credit_rate(
         measured, g = zm.peek()
         if not bool(torch.isfinite(measured).all() & torch.isfinite(g).all()):
             raise not_finite(measured)
+        if not float(g):
+            raise ZOError(Option("lr", "auto"), " found nothing to go by: the loss of a batch has no gradient")
         moving = sum(tensor.numel() for tensor in _moving(zm))
         slope_of_gradient = float(g) * moving  # what the slope would be if G were the gradient
         t = TRIED * float(measured.mean()) / slope_of_gradient
@@ -127,8 +129,12 @@ def choose_credit_rate(
 
 
 def _loss(zm: ZOModel, batches: list[Any]) -> float:
-    """The mean loss of the micro-batches of a step."""
-    return sum(float(zm.loss(**batch)) for batch in batches) / len(batches)
+    """The mean loss of the micro-batches of a step, each with its weight."""
+    total = weight = 0.0
+    for batch in batches:
+        sums, weights = zm.engine.losses(zm.prepare(batch), None, torch.zeros(1, device=zm.job.device))
+        total, weight = total + float(sums.double().sum()), weight + float(weights.double().sum())
+    return total / weight if weight else 0.0
 
 
 def _moving(zm: ZOModel) -> list[Tensor]:

@@ -7,6 +7,7 @@ nothing of the original modules.
 
 from __future__ import annotations
 
+import collections
 import functools
 import time
 import warnings
@@ -31,7 +32,7 @@ from zowrap.ops.loops import alike
 from zowrap.ops.update import update_lowrank_
 from zowrap.passes.build import build, build_credit
 from zowrap.passes.epilogue import build_epilogue, coefficient_shapes
-from zowrap.passes.residual import collect_pieces, take_part
+from zowrap.passes.residual import collect_pieces, sketch_inputs, take_part
 from zowrap.passes.select_tunable import UnusedBlock
 from zowrap.step import lowrank
 from zowrap.step.arithmetic import Conclusion
@@ -70,6 +71,7 @@ class CompiledEngine:
         self.compile_count = 0
         self.executables: dict[tuple, Executable] = {}
         self._kinds: dict[str, Kind] = {}
+        self._credited: dict[int, set[int]] = {}  # by captured program: what gets residual credit
         self.fallen_back: str | None = None
         self._warmed: set[tuple] = set()
         self._kept: dict[int, dict[int, Any]] | None = None  # inside one_batch: by executable, what its calls share
@@ -233,19 +235,28 @@ class CompiledEngine:
         if self.fallen_back is not None:
             return self.eager.credit(batch, signs, keep_inputs)
         try:
-            executable = self._credit_executable(batch, "all" if keep_inputs else "without inputs")
+            return self._credit(batch, signs, keep_inputs)
         except ZOCaptureError as error:
             result = self.eager.credit(batch, signs, keep_inputs)
             self._fall_back(error)
             return result
-        values = self._run_credit(executable, batch, signs)
-        sums, weights, *rest = values
-        return sums.unsqueeze(0), weights, collect_pieces(executable.program.credit, rest, keep_inputs)
 
-    def _run_credit(self, executable: Executable, batch: Batch, signs: Signs, **hooks: Any) -> list[Any]:
-        program = executable.program
-        width = next(v.shape[0] for g, v in zip(program.inputs, program.fakes(), strict=True) if g.target == "sketch")
-        return executable.compiled(*self.captures.arguments(program, batch, lambda target: signs(width)), **hooks)
+    def _credit(self, batch: Batch, signs: Signs, keep_inputs: bool) -> tuple[Tensor, Tensor, list[Piece]]:
+        while True:
+            if not keep_inputs:
+                self._credit_executable(batch, "inputs")  # so that nothing can fail between the forwards of a step
+            executable = self._credit_executable(batch, "all" if keep_inputs else "without inputs")
+            program = executable.program
+            sketch = signs(sketch_inputs(program))
+            inputs = self.captures.arguments(program, batch, {"sketch": sketch}.__getitem__)
+            try:
+                sums, weights, *rest = executable.compiled(*inputs)
+            except AssertionError as error:  # Inductor checks the sizes that it relies on
+                if not self.captures.restrict(batch, self.captured(batch)):
+                    first = first_line(error)[:200]
+                    raise ZOCaptureError(f"the compiled program does not fit this batch ({first})") from error
+                continue
+            return sums.unsqueeze(0), weights, collect_pieces(program.credit, rest, keep_inputs)
 
     def _credit_executable(self, batch: Batch, part: str) -> Executable:
         """The program that yields credit for this kind of batch, or a part of it."""
@@ -266,12 +277,14 @@ class CompiledEngine:
         Raises:
             ZOError: the model has no residual stream, or nothing that moves writes to it.
         """
-        with _as_capture_error():
-            return take_part(build_credit(captured.clone(), self.job), part)
+        return take_part(build_credit(captured.clone(), self.job), part)
 
     def credited(self, batch: Batch) -> set[int]:
         """Indices of the parameters that get residual credit from this kind of batch."""
-        return {use.parameter for use in self.credit_program(self.captured(batch), "all").credit}
+        captured = self.captured(batch)
+        if id(captured) not in self._credited:
+            self._credited[id(captured)] = {use.parameter for use in self.credit_program(captured, "all").credit}
+        return self._credited[id(captured)]
 
     def _build_credit(self, captured: Program, part: str) -> Executable:
         with self.telling.during("capturing the step", finished=True):
@@ -300,6 +313,8 @@ class CompiledEngine:
 
     @torch.no_grad()
     def complete(self, credit: Credit) -> None:
+        if self.fallen_back is not None:
+            return self.eager.complete(credit)
         for batch, pieces in credit.pending:
             self._run_inputs(batch, pieces)
         credit.pending = []
@@ -318,9 +333,9 @@ class CompiledEngine:
         matrices = [piece for piece in pieces if piece.use.matrix]
         compiled, program = executable.compiled, executable.program
         ready = _last_needed(executable, self.job, matrices)
-        left = {slot.number: 0 for slot in compiled.outputs}
-        for slot in compiled.outputs:
-            left[slot.number] += 1
+        # How many pieces have yet to take a value, and the last call that reads it.
+        left = collections.Counter(slot.number for slot in compiled.outputs)
+        read = {slot: n for n, call in enumerate(compiled.calls) for slot in left if call.reads(slot)}
         due: dict[int, list[int]] = {}
         for parameter in sorted({piece.use.parameter for piece in pieces}):
             due.setdefault(ready.get(parameter, -1), []).append(parameter)
@@ -332,7 +347,7 @@ class CompiledEngine:
                     if piece.use.parameter == parameter:
                         piece.x = values[slot.number]
                         left[slot.number] -= 1
-                        if not left[slot.number]:
+                        if not left[slot.number] and read.get(slot.number, -1) <= number:
                             values[slot.number] = None
                 write(parameter, own)
                 for piece in own:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zowrap import machine
-from zowrap.errors import Option, ZOError
+from zowrap.errors import Option, ZOCaptureError, ZOError
 from zowrap.loss.evaluation_mode import evaluation_mode, forbid_writes, keep_buffers
 from zowrap.loss.module import Batch, count_rows, select_example
 from zowrap.numerics import codes, noise
@@ -23,7 +23,7 @@ from zowrap.numerics.dtypes import at_least_float32, is_16_bit
 from zowrap.rules.base import Scalars
 from zowrap.step import lowrank
 from zowrap.step.arithmetic import Conclusion, evaluated_direction, perturb_weight, update_leaf
-from zowrap.step.credit import Credit, Piece, gradient
+from zowrap.step.credit import SKETCHES, Credit, Piece, gradient
 from zowrap.step.directions import integer_squares, squared_norm
 from zowrap.step.job import DirectionNoise, Job, Signs
 from zowrap.step.parameters import Parameter
@@ -216,15 +216,19 @@ class EagerEngine:
     @torch.no_grad()
     def credit(self, batch: Batch, signs: Signs, keep_inputs: bool) -> tuple[Tensor, Tensor, list[Piece]]:
         """Run the captured program, node by node: it is the flow of data through it that gives credit."""
-        from zowrap.passes.residual import collect_pieces  # capture is imported only where it is used
+        from zowrap.passes.residual import collect_pieces, sketch_inputs  # capture is imported only where it is used
 
         captures, program = self._captured_programs(), self._credit_program(batch)
-        width = next(v.shape[0] for g, v in zip(program.inputs, program.fakes(), strict=True) if g.target == "sketch")
-        sums, weights, *rest = program(captures.arguments(program, batch, lambda target: signs(width)))
+        sketch = signs(sketch_inputs(program))
+        sums, weights, *rest = program(captures.arguments(program, batch, lambda target: sketch))
         return sums.unsqueeze(0), weights, collect_pieces(program.credit, rest, with_inputs=True)
 
     def complete(self, credit: Credit) -> None:
-        pass  # nothing lacks its inputs
+        for batch, pieces in credit.pending:  # of an engine that has fallen back in the middle of a step
+            _, _, whole = self.credit(batch, lambda inputs: torch.zeros(inputs, SKETCHES, device=self.job.device), True)
+            for piece, other in zip(pieces, whole, strict=True):
+                piece.x = other.x
+        credit.pending = []
 
     def credited(self, batch: Batch) -> set[int]:
         """Indices of the parameters that get residual credit from this kind of batch."""
@@ -233,7 +237,14 @@ class EagerEngine:
     def _credit_program(self, batch: Batch) -> Program:
         from zowrap.passes.build import build_credit
 
-        captured = self._captured_programs().find(batch)
+        try:
+            captured = self._captured_programs().find(batch)
+        except ZOCaptureError as error:
+            raise ZOError(
+                "residual credit follows the flow of data through a captured program, and this model cannot be "
+                f"captured: {error}; what runs any model is ",
+                Option("estimator", "central"),
+            ) from error
         if id(captured) not in self._programs:
             self._programs[id(captured)] = build_credit(captured.clone(), self.job)
         return self._programs[id(captured)]
@@ -247,6 +258,7 @@ class EagerEngine:
 
     @torch.no_grad()
     def update_with(self, credit: Credit, rounding_keys: Tensor, factor: Tensor, conclusion: Conclusion) -> None:
+        self.complete(credit)
         one = {**conclusion.coefficients, "g": torch.ones_like(conclusion.coefficients["g"])}
         for i in credit.parameters:
             g = gradient(credit.of(i), factor, self.job.parameters[i].tensor.shape)

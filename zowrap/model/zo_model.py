@@ -291,7 +291,7 @@ class ZOModel:
 
     def _assign_credit(self, batch: dict[str, Any]) -> Measurement:
         """One micro-batch at θ, with the residual credit that it gives."""
-        signs = functools.partial(draw_sketch, seed=self.seed, step=self.step_count, device=self.job.device)
+        signs = functools.partial(draw_sketch, seed=self.seed, step=self._step_number, device=self.job.device)
         with self.engine.one_batch():
             rows, weights, pieces = self.engine.credit(batch, signs, not self.schedule.sequential)
         return Measurement(rows.double().sum(-1), weights.double().sum(), pieces=pieces)

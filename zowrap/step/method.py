@@ -112,7 +112,7 @@ def _check_credit(rule: Rule, queries: int, options: StepOptions) -> None:
     asked = Option("estimator", "residual")
     if rule.needs_directions:
         raise ZOError(f"{rule.name} needs the directions of its steps, and ", asked, " draws none: ", _FOLLOW)
-    drawn = None if options.direction in (None, directions.CREDIT.name) else Option("direction", options.direction)
+    drawn = Option("direction", options.direction) if options.direction is not None else None
     several = Option("queries", queries) if queries > 1 else None
     blocks = Option("blocks") if options.blocks is not None else None
     along = Option("along", options.along) if options.along != "drawn" else None
