@@ -57,6 +57,8 @@ OURS = (
     Row("rademacher", {"rule": "zo_sgd", "direction": "rademacher"}),
     Row("lowrank(1)", {"rule": "zo_sgd", "direction": "lowrank(1)"}),
     Row("population, lowrank(1)", {"rule": "zo_sgd", "estimator": "population"}),
+    Row("residual credit", {"rule": "meazo", "estimator": "residual"}),
+    Row("residual credit, sequential", {"rule": "meazo", "estimator": "residual", "memory": "sequential"}),
     Row(LAYER, {"rule": "zo_sgd", "blocks": "layer"}),
     Row("LoRA r8", {"rule": "zo_sgd"}, lora=True),
     Row("meazo", {"rule": "meazo"}),

@@ -218,8 +218,8 @@ def build_graph_cache(zm: Wrapped) -> GraphCache | None:
 def can_be_captured(zm: Wrapped) -> bool:
     """Whether a step is the same work every time, and never waits for the device.
 
-    That is: compiled, no state that is renewed on some steps alone, no residual credit, whose tokens are sorted by expert
-    on the host, and no 8-bit layer with a threshold, which reads from the device whether there are columns to multiply
+    That is: compiled, no state that is renewed on some steps alone, no residual credit, which sorts tokens by expert on
+    the host, and no 8-bit layer with a threshold, which reads from the device whether there are columns to multiply
     apart. Whether the model branches on values of its batch is known after its first step.
     """
     waits = any(isinstance(module, Int8Linear) and module.threshold > 0 for module in zm.model.modules())
