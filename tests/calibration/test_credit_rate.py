@@ -67,8 +67,15 @@ def test_where_the_loss_hardly_curves_a_step_is_bounded(monkeypatch: pytest.Monk
     assert "moves a weight by about" in str(choice) and CreditRate(**choice.record()) == choice
 
 
-@pytest.mark.parametrize("engine", ["eager", "compiled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [
+        pytest.param("eager", torch.float32, marks=pytest.mark.slow),
+        ("eager", torch.bfloat16),
+        ("compiled", torch.float32),
+        pytest.param("compiled", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_weights_and_state_are_unmoved(engine: str, dtype: torch.dtype) -> None:
     model = make("gpt2", dtype)
     memory = "sequential" if engine == "compiled" else "auto"

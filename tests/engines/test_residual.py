@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import zowrap
 from tests.support import quantized_models
 from tests.support.families import batch, make
+from tests.support.slow import slow_except
 from zowrap.errors import ZOError
 from zowrap.step import credit
 
@@ -40,7 +41,7 @@ def same(first: zowrap.ZOModel, second: zowrap.ZOModel) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", slow_except(("meazo", "zo_adam"), RULES))
 def test_the_engines_agree(rule: str) -> None:
     eager, fast = wrap(engine="eager", rule=rule), wrap(rule=rule)
     before = weights(fast)
@@ -69,7 +70,7 @@ def test_micro_batches_make_the_step_of_their_union(memory: str) -> None:
     assert farthest(whole, parts) < 1e-6
 
 
-@pytest.mark.parametrize("rule", ["meazo", "zo_adam"])
+@pytest.mark.parametrize("rule", slow_except(("zo_adam",), ("meazo", "zo_adam")))
 def test_a_state_goes_on_bitwise(rule: str) -> None:
     whole, first, second = wrap(rule=rule), wrap(rule=rule), wrap(rule=rule)
     tune(whole, steps=5)
@@ -88,7 +89,7 @@ def test_the_loss_falls_at_once() -> None:
     assert float(zm.loss(**given)) < before - 0.15  # at random weights; MeZO moves it by 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", slow_except((torch.bfloat16,), (torch.bfloat16, torch.float16)))
 def test_sixteen_bit_weights_follow_those_of_float32(dtype: torch.dtype) -> None:
     given, losses = batch("opt", 3, 9), []
     for kind in (torch.float32, dtype):
@@ -225,8 +226,10 @@ def quantized(scheme: str, engine: str, adapters: bool = False) -> zowrap.ZOMode
     ("scheme", "adapters", "moved"),
     [
         ("int8", False, ("o_proj.log_scale", "down_proj.log_scale")),
-        ("int8 with outliers", False, ("o_proj.log_scale", "down_proj.log_scale")),
-        ("int8", True, ("o_proj.lora_B", "down_proj.lora_B")),
+        pytest.param(
+            *("int8 with outliers", False, ("o_proj.log_scale", "down_proj.log_scale")), marks=pytest.mark.slow
+        ),
+        pytest.param("int8", True, ("o_proj.lora_B", "down_proj.lora_B"), marks=pytest.mark.slow),
         ("nf4", True, ("o_proj.lora_B", "down_proj.lora_B")),
     ],
 )
