@@ -189,7 +189,7 @@ def to_config(options: TuneOptions) -> Any:
     """The trainer's arguments; building them checks the rest."""
     from zowrap.training.config import ZOConfig
 
-    schedule = options.lr_schedule
+    schedule = options.lr_schedule  # None: ZOConfig chooses
     if schedule == "constant" and options.warmup_steps:
         schedule = "constant_with_warmup"
     due = {"eval_steps": options.eval_every if options.eval_data else None, "save_steps": options.save_every}

@@ -195,7 +195,11 @@ class TuneOptions(SharedOptions):
     # 600 steps of 16: the smallest run that moved a pretrained encoder by ten points in our measurements.
     steps: Annotated[int, option("--steps", "Number of steps.", "Training")] = 600
     grad_accum: Annotated[int, option("--grad-accum", "Micro-batches per step, under one direction.", "Training")] = 1
-    lr_schedule: Annotated[str, option("--lr-schedule", "constant, linear, cosine.", "Training")] = "constant"
+    # None: constant; linear with residual credit, whose first steps are too large for the last ones.
+    lr_schedule: Annotated[
+        str | None,
+        option("--lr-schedule", "constant, linear or cosine; by default constant, linear with residual.", "Training"),
+    ] = None
     warmup_steps: Annotated[int, option("--warmup-steps", "Steps over which the rate rises from 0.", "Training")] = 0
     eval_every: Annotated[
         int | None, option("--eval-every", "Steps between evaluations; by default a tenth of the run.", "Training")

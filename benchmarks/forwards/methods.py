@@ -76,10 +76,11 @@ class Stepper:
 
 
 class ForwardOnly(Stepper):
-    """Steps of ``zo_wrap``."""
+    """Steps of ``zo_wrap``; an η that is chosen falls to 0 within the planned steps, as it does in ``zowrap tune``."""
 
     def __init__(self, zm: ZOModel, lr: float | None, batches: Iterator[dict[str, Tensor]], steps: int) -> None:
         self.zm, self.lr, self.forwards = zm, lr, 0.0
+        self._planned = steps if lr is None else None
         self._cost: float | None = None
         if lr is None:
             ahead = [next(batches) for _ in range(5)]
@@ -88,6 +89,8 @@ class ForwardOnly(Stepper):
             self.lr, self.forwards = choice.lr, float(choice.forwards)
 
     def step(self, batch: dict[str, Tensor]) -> None:
+        if self._planned is not None and self.lr is not None:
+            self.zm.lr = self.lr * max(1 - self.zm.step_count / self._planned, 0.0)
         self.zm.step(**batch)
         if self._cost is None:
             self._cost = self._cost_of_a_step()

@@ -134,7 +134,8 @@ _HEAD = f"""# Forward passes, measured
 weights' task from the same start, on the same rows: {DEV_ROWS} dev rows held out of the training file choose η (a grid
 of half decades on seed 0, which grows where its best value is at an end; MeZO's batch of 4 or 16 examples as well) by
 the loss at the end of the budget, and up to {TEST_ROWS} test rows report. Means and half ranges are over three seeds.
-η is constant in every run. MiniLM compares texts with label names; the story model learns the sentences themselves.
+η is constant, except that `--lr auto`'s falls to 0. MiniLM compares texts with label names; the story model learns the
+sentences themselves.
 
 A forward is one of 16 examples. A step of MeZO costs two, of residual credit what `inspect` counts in operations, and a
 backward pass is counted as two forwards (of the last block alone, as its share of them). `residual, auto` has no grid:

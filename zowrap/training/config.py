@@ -33,7 +33,8 @@ class ZOConfig(StepOptions, TrainingArguments):
     argument                     the Trainer's default               here
     ===========================  ==================================  ========================================
     learning_rate                5e-5                                the rule's own; ``"auto"`` chooses it
-    lr_scheduler_type            linear                              constant, after ``warmup_steps`` if given
+    lr_scheduler_type            linear                              constant, after ``warmup_steps`` if given;
+                                                                     linear with residual credit
     max_grad_norm                1.0                                 0: there is no gradient to clip
     eval_strategy, eval_steps    never                               before the first step and ten times,
                                                                      if there is an eval_dataset
@@ -83,7 +84,7 @@ class ZOConfig(StepOptions, TrainingArguments):
         default=None, metadata={"help": "Learning rate; by default the rule's."}
     )
     lr_scheduler_type: str | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Schedule of the learning rate; by default constant."}
+        default=None, metadata={"help": "Schedule of the learning rate; by default constant, or linear with residual."}
     )
     max_grad_norm: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Ignored: there is no gradient to clip."}
@@ -238,6 +239,9 @@ _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau")
 def _settle_schedule(config: ZOConfig) -> None:
     """Choose the schedule that was left open: constant, after a warm-up if one is asked for.
 
+    With residual credit it falls to 0: its first steps can be large, and at a constant rate the loss rises again. Of a
+    story model on SST-2's sentences it was 3.35 after 24 steps and 3.54 after 48; falling within 24 steps, 3.25.
+
     Raises:
         ZOError: the schedule that was asked for has none.
     """
@@ -247,7 +251,9 @@ def _settle_schedule(config: ZOConfig) -> None:
             f"warmup_steps does nothing with lr_scheduler_type={asked!r}: leave one of them out, or take "
             "'constant_with_warmup'"
         )
-    if config.warmup_steps and asked is None:
+    if asked is None and config.estimator == "residual":
+        config.lr_scheduler_type = "linear"
+    elif config.warmup_steps and asked is None:
         config.lr_scheduler_type = "constant_with_warmup"
 
 
