@@ -26,7 +26,7 @@ def test_the_table_of_a_step_is_of_every_row(monkeypatch: pytest.MonkeyPatch, tm
     __main__.main()
     (options,) = asked
     assert options[-2:] == ("--rounds", "3") and "--row" not in options  # without --row: all
-    assert contenders.list_names([]) == list(contenders.NAMES) and len(contenders.NAMES) == 16
+    assert contenders.list_names([]) == list(contenders.NAMES) and len(contenders.NAMES) == 18
     assert (tmp_path / "step.json").exists()
 
 

@@ -72,7 +72,7 @@ def test_where_the_loss_hardly_curves_a_step_is_bounded(monkeypatch: pytest.Monk
     [
         pytest.param("eager", torch.float32, marks=pytest.mark.slow),
         ("eager", torch.bfloat16),
-        ("compiled", torch.float32),
+        pytest.param("compiled", torch.float32, marks=pytest.mark.slow),
         pytest.param("compiled", torch.bfloat16, marks=pytest.mark.slow),
     ],
 )

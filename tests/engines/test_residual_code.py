@@ -145,6 +145,7 @@ def test_an_input_that_is_read_again_stays() -> None:
     assert farthest(*zms) < 1e-6
 
 
+@pytest.mark.slow
 def test_an_engine_that_falls_back_in_the_middle_of_a_step_finishes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from zowrap.engines import compiled
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.properties.test_resume import assert_same_run, die_at, finish, in_child, metrics, train
+from tests.support.slow import slow_except
 from tests.support.tiny_run import tiny_llama, trainer_in
 from zowrap.errors import ZOError
 from zowrap.training.replay import replay_run
@@ -24,7 +25,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Before the first checkpoint, between two writes of one, and well after it: operations on files, as die_at counts them.
-@pytest.mark.parametrize("operation", [9, 31, 47])
+@pytest.mark.parametrize("operation", slow_except((31,), (9, 31, 47)))
 def test_killed_and_resumed_it_is_the_uninterrupted_run(whole: Path, tmp_path: Path, operation: int) -> None:
     def work() -> None:
         die_at(operation)
