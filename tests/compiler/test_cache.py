@@ -63,6 +63,7 @@ def test_a_library_that_cannot_be_loaded_is_compiled_again(tmp_path) -> None:
     assert all(path.read_bytes() != b"no library" for path in libraries)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux" or None in (shutil.which("gcc"), shutil.which("readelf")), reason="gcc links ELF files"
 )

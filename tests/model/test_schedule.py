@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 import zowrap
 from tests.support.costs import cost_model_of
 from tests.support.families import DataDependent, batch, make, snapshot, unchanged
+from tests.support.slow import slow_except
 from tests.support.tiny_run import same_weights, trainer_in
 from zowrap import machine
 from zowrap.analysis.costs import CostModel, Costs
@@ -80,7 +81,7 @@ def test_both_schedules_give_the_same_bits(options: dict[str, Any]) -> None:
 # --- the choice ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["paired", "sequential"])
+@pytest.mark.parametrize("name", slow_except(("sequential",), ("paired", "sequential")))
 def test_the_first_step_chooses_and_equals_that_schedule_bitwise(free: Any, name: str) -> None:
     """Memory is free for just that schedule, beside weights that are loaded and so are no longer free."""
     asked = free(free_beside_the_model(costs_of(LARGE).schedules[name]))
