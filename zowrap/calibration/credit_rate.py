@@ -33,8 +33,8 @@ from zowrap.step.arithmetic import Conclusion
 
 PAIRS = 4  # of batches: one that gives the credit, one that is evaluated
 TRIED = 0.1
-# Where the loss curves down along G, or hardly up at t. The story model did well from 15 % on, at a rate that falls, and
-# badly at a constant one of 30 %. MiniLM on TREC would bear twice what it gets (docs/fewer-forwards.md).
+# Where the loss curves down along G, or hardly up at t. The story model did well with 15 % at a rate that falls, and
+# badly with 30 % at a constant one; MiniLM on TREC would bear twice what it gets (docs/fewer-forwards.md).
 LARGEST = 0.15
 
 
