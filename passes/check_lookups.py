@@ -25,6 +25,7 @@ from zowrap.compiler.inductor import symbolic_sizes
 from zowrap.compiler.program import Program
 from zowrap.errors import ZOInternalError
 from zowrap.loss.module import IGNORED
+from zowrap.passes.graph import reached
 from zowrap.passes.manager import Pass
 
 aten = torch.ops.aten
@@ -64,7 +65,7 @@ class _Checks:
     def __init__(self, program: Program) -> None:
         self.graph, self.fake_mode = program.graph, program.fake_mode
         self.made: dict[tuple[Any, ...], fx.Node] = {}
-        self.read = _readers_of_values(program.graph)
+        self.read = reached(program.graph, set(program.graph.find_nodes(op="placeholder")))
 
     def put(self, node: fx.Node) -> None:
         args: list[Any] = list(node.args)
@@ -109,12 +110,3 @@ class _Checks:
 
 def _is_integer(node: fx.Node) -> bool:
     return node.meta["val"].dtype in (torch.int64, torch.int32)
-
-
-def _readers_of_values(graph: fx.Graph) -> set[fx.Node]:
-    """Return the inputs and every node computed from their values, not only from their sizes."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or (node.target is not aten.sym_size.int and found & set(node.all_input_nodes)):
-            found.add(node)
-    return found

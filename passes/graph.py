@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,15 @@ def product_with(use: fx.Node, weight: fx.Node) -> Product | None:
     if use.target in (aten.mm.default, aten.matmul.default) and args[1] is weight and args[0] is not weight:
         return Product(args[0], None, transposed=True)
     return None
+
+
+def reached(graph: fx.Graph, sources: Collection[fx.Node]) -> set[fx.Node]:
+    """Return ``sources`` and every node computed from their values, not only from their sizes."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node in sources or (node.target is not aten.sym_size.int and found & set(node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def once(values: Sequence[Any]) -> list[Any]:

@@ -33,7 +33,7 @@ from zowrap.compiler.program import Program
 from zowrap.errors import Option, ZOError, ZOInternalError
 from zowrap.passes.adjoint import Adjoint
 from zowrap.passes.fuse_head import LEAST_CLASSES
-from zowrap.passes.graph import product_with
+from zowrap.passes.graph import product_with, reached
 from zowrap.passes.manager import Pass
 from zowrap.step.credit import SKETCHES, Piece, Use
 from zowrap.step.job import Job
@@ -194,7 +194,8 @@ def _find_products(program: Program, job: Job) -> dict[fx.Node, Writer]:
         if given.kind in ("parameter", "buffer", "constant"):
             index[node] = moving.get(given.target) if given.kind == "parameter" else None
     found: dict[fx.Node, Writer] = {}
-    of_batch = _from_batch(program)
+    batch = {given.node for given in program.inputs if given.kind == "batch"}
+    of_batch = reached(program.graph, {n for n in program.graph.find_nodes(op="placeholder") if n.name in batch})
     for weight, number in index.items():
         value = weight.meta["val"]
         if not isinstance(value, torch.Tensor) or value.ndim < 2:
@@ -240,16 +241,6 @@ def _find_scales(program: Program, job: Job) -> dict[fx.Node, int]:
     }
     nodes = zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=True)
     return {node: moving[given.target] for given, node in nodes if given.kind == "parameter" and given.target in moving}
-
-
-def _from_batch(program: Program) -> set[fx.Node]:
-    """Find the nodes that values of the batch reach."""
-    batch = {given.node for given in program.inputs if given.kind == "batch"}
-    found: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        if node.name in batch or (node.target is not aten.sym_size.int and found & set(node.all_input_nodes)):
-            found.add(node)
-    return found
 
 
 def _is_vocabulary(weight: fx.Node) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.forwards.methods import METHODS
 from benchmarks.forwards.runs import TASKS, Bench
-from benchmarks.forwards.search import File, OutOfTime, Search
+from benchmarks.forwards.search import OutOfTime, Search, finished
 from zowrap.errors import ZOError
 
 RUNS = Path(__file__).parents[1] / "results" / "forwards" / "runs.jsonl"
@@ -33,7 +33,7 @@ def main() -> int:
         if options.command == "docs":
             from benchmarks.forwards.report import write
 
-            write(File(options.runs))
+            write(finished(options.runs))
             return 0
         until = time.monotonic() + options.seconds
         for task in options.tasks:
@@ -41,7 +41,7 @@ def main() -> int:
                 raise ZOError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
             make = lambda name=task: Bench(name, options.data_dir, options.models_dir, options.engine)  # noqa: E731
             say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-            Search(task, File(options.runs), make, until, say).make(options.methods)
+            Search(task, finished(options.runs), make, until, say).make(options.methods)
     except OutOfTime:
         print("out of time: run it again to go on", file=sys.stderr)
     except ZOError as error:

@@ -11,7 +11,8 @@ from typing import Any
 
 from benchmarks.forwards.methods import METHODS
 from benchmarks.forwards.runs import DEV_ROWS, TASKS, TEST_ROWS, Run
-from benchmarks.forwards.search import SEEDS, File, Line, Search, final_loss
+from benchmarks.forwards.search import SEEDS, Line, Search, final_loss
+from benchmarks.papers.grid import CellFile
 
 DOCS = Path(__file__).parents[2] / "docs"
 BASE = "MeZO"
@@ -22,7 +23,7 @@ class Missing(Exception):
     """A run that a table needs is not in the file."""
 
 
-def write(file: File) -> None:
+def write(file: CellFile) -> None:
     """Write the page and a figure for each task that has finished runs."""
     parts = [_HEAD]
     for task in TASKS:
@@ -39,7 +40,7 @@ def write(file: File) -> None:
     (DOCS / "forwards.md").write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
 
 
-def _lines(file: File, task: str, name: str) -> list[Line]:
+def _lines(file: CellFile, task: str, name: str) -> list[Line]:
     """The runs of a method at its best setting, one for each seed; none if any is missing."""
 
     def line_of(run: Run) -> Line:

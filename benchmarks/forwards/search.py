@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -12,29 +11,16 @@ from typing import Any
 
 from benchmarks.forwards.methods import METHODS, Method, find
 from benchmarks.forwards.runs import TASKS, Bench, Run
-from benchmarks.papers.grid import half_decade, index_of
+from benchmarks.papers.grid import CellFile, half_decade, index_of
 
 Line = dict[str, Any]
 SEEDS = (0, 1, 2)
 EXTENSIONS = 2  # half decades that a grid may grow by, where its best value is at an end
 
 
-class File:
-    """The finished runs."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: dict[str, Line] = {}
-        if path.is_file():
-            for text in path.read_text(encoding="utf-8").splitlines():
-                line = json.loads(text)
-                self.lines[Run(**{name: line[name] for name in Run.__dataclass_fields__}).key()] = line
-
-    def add(self, run: Run, line: Line) -> None:
-        self.lines[run.key()] = line
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+def finished(path: Path) -> CellFile:
+    """The file of finished runs."""
+    return CellFile(path, lambda line: Run(**{name: line[name] for name in Run.__dataclass_fields__}).key())
 
 
 class OutOfTime(Exception):
@@ -50,7 +36,12 @@ class Search:
     """
 
     def __init__(
-        self, task: str, file: File, make_bench: Callable[[], Bench], until: float, say: Callable[[str], None] = print
+        self,
+        task: str,
+        file: CellFile,
+        make_bench: Callable[[], Bench],
+        until: float,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.task, self.file, self.until, self.say = task, file, until, say
         self._make_bench = make_bench
@@ -103,7 +94,7 @@ class Search:
         self._bench = self._bench or self._make_bench()
         began = time.monotonic()
         found = self._bench.make(run)
-        self.file.add(run, found)
+        self.file.add(found)
         last = found["curve"][-1]
         self.say(
             f"{run.task} {run.method} lr {found['chosen_lr']:.2g} batch {run.batch_size} seed {run.seed}: "

@@ -35,21 +35,25 @@ def index_of(lr: float) -> int:
 
 
 class CellFile:
-    """Holds finished cells, one line of JSON each; without a path only in memory."""
+    """Holds finished cells, one line of JSON each; without a path only in memory.
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    Args:
+        key: the key of a line: equal for the same run and for no other.
+    """
+
+    def __init__(self, path: Path | None, key: Callable[[Line], str] = key_of) -> None:
+        self.path, self.key = path, key
         self.lines: dict[str, Line] = {}
         if path is not None and path.is_file():
             for text in path.read_text(encoding="utf-8").splitlines():
                 line = json.loads(text)
-                self.lines[key_of(line)] = line
+                self.lines[key(line)] = line
 
     def get(self, cell: Cell) -> Line | None:
         return self.lines.get(cell.key())
 
     def add(self, line: Line) -> None:
-        self.lines[key_of(line)] = line
+        self.lines[self.key(line)] = line
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:

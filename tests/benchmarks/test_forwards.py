@@ -15,7 +15,7 @@ from benchmarks.forwards import report, runs, search
 from benchmarks.forwards.methods import METHODS, Backpropagation, ForwardOnly
 from benchmarks.forwards.report import forwards_to, write
 from benchmarks.forwards.runs import Run
-from benchmarks.forwards.search import File, OutOfTime, Search, final_loss
+from benchmarks.forwards.search import OutOfTime, Search, final_loss, finished
 from tests.support.families import batch, make
 
 
@@ -41,12 +41,12 @@ class Table:
 
 
 def test_a_search_grows_its_grid_and_keeps_the_better_batch(tmp_path: Path) -> None:
-    file, bench = File(tmp_path / "runs.jsonl"), Table(best=1e-3)
+    file, bench = finished(tmp_path / "runs.jsonl"), Table(best=1e-3)
     made = Search("minilm-trec", file, lambda: bench, float("inf"), lambda line: None)  # type: ignore[arg-type, return-value]
     made.make(["MeZO"])
     best = made.best("MeZO", made.line)
     assert best.lr == 1e-3 and best.batch_size == 4
-    again = Search("minilm-trec", File(file.path), lambda: pytest.fail("nothing is missing"), 0.0)
+    again = Search("minilm-trec", finished(file.path), lambda: pytest.fail("nothing is missing"), 0.0)
     assert again.best("MeZO", again.line) == best
     assert {line["seed"] for line in file.lines.values() if line["lr"] == best.lr and line["batch_size"] == 4} == {
         0,
@@ -56,7 +56,7 @@ def test_a_search_grows_its_grid_and_keeps_the_better_batch(tmp_path: Path) -> N
 
 
 def test_a_search_stops_when_its_time_is_over(tmp_path: Path) -> None:
-    made = Search("minilm-trec", File(tmp_path / "runs.jsonl"), lambda: pytest.fail("too late"), until=0.0)
+    made = Search("minilm-trec", finished(tmp_path / "runs.jsonl"), lambda: pytest.fail("too late"), until=0.0)
     with pytest.raises(OutOfTime):
         made.make(["MEAZO"])
 
@@ -71,7 +71,7 @@ def test_a_run_that_diverged_is_never_the_best() -> None:
 
 def test_the_page_tells_what_was_run_and_what_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "DOCS", tmp_path)
-    file = File(tmp_path / "runs.jsonl")
+    file = finished(tmp_path / "runs.jsonl")
     Search("stories-rte", file, lambda: Table(1e-4), float("inf"), lambda line: None).make(["MeZO", "residual"])  # type: ignore[arg-type, return-value]
     write(file)
     page = (tmp_path / "forwards.md").read_text()

@@ -364,7 +364,7 @@ class CompiledEngine:
         job, parameter = self.job, self.job.parameters[index]
         tensor, slots = parameter.tensor.detach(), list(job.slots_of(index).values())
         parts = [(tensor, slots, pieces)]
-        if has_experts(tensor, pieces):
+        if has_experts(pieces):
             count = tensor.shape[0]
             parts = [(tensor[e], [slot[e] for slot in slots], own) for e, own in enumerate(each_expert(pieces, count))]
         for number, (part, part_slots, own) in enumerate(parts):

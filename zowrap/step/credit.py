@@ -143,14 +143,14 @@ def each_expert(pieces: Sequence[Piece], count: int) -> Iterator[list[Piece]]:
         yield [replace(piece, use=replace(piece.use, expert=expert)) for piece in pieces]
 
 
-def has_experts(tensor: Tensor, pieces: Sequence[Piece]) -> bool:
-    """Whether a parameter holds the matrices of all experts."""
-    return tensor.ndim == 3 and pieces[0].experts is not None and pieces[0].use.expert is None
+def has_experts(pieces: Sequence[Piece]) -> bool:
+    """Whether the parameter of these pieces holds the matrices of all experts."""
+    return pieces[0].experts is not None and pieces[0].use.expert is None
 
 
 def gradient(pieces: Sequence[Piece], factor: Tensor, shape: Sequence[int]) -> Tensor:
     """``factor`` · G of one parameter, whole: float32 of its shape. For the reference; the product never forms it."""
-    if len(shape) == 3 and pieces[0].experts is not None:
+    if has_experts(pieces):
         return torch.stack([gradient(own, factor, shape[1:]) for own in each_expert(pieces, shape[0])])
     left, right = factors(pieces, factor)
     return (left if right is None else left @ right.t()).reshape(shape)
