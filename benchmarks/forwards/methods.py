@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def find(name: str) -> Method:
     return METHODS[name]
 
 
-class Stepper:
+class Stepper(Protocol):
     """Makes steps of a method on a model.
 
     Attributes:
@@ -72,7 +72,7 @@ class Stepper:
     lr: float | None
 
     def step(self, batch: dict[str, Tensor]) -> None:
-        raise NotImplementedError
+        """Make one step on a batch."""
 
 
 class ForwardOnly(Stepper):
