@@ -14,13 +14,21 @@ from zowrap.errors import ZOError, nearest
 
 ENGINES = ("compiled", "eager")
 MEMORY = ("auto", "paired", "sequential")
-ESTIMATORS = ("central", "forward", "population", "residual", "forward_gradient")
+ESTIMATORS = ("central", "forward", "population", "grzo", "residual", "forward_gradient")
 BLOCK_ORDERS = ("ascending", "descending", "flip_flop", "random_permutation", "random")
 ALONG = ("drawn", "evaluated")
 QUANT_MODES = ("scales", "codes", "adapters")
 DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("same", "bf16", "fp32", "adapters", "merged")
 TASKS = ("classification", "lm")
+# Named selections of ``trainable``, and what each stands for.
+SELECTIONS = {
+    "values": "the value projections of attention, with queries and keys where one matrix makes them all",
+    "late-values": "the value projections in the upper half of the layers",
+    "norms": "the gains and biases of the norms",
+    "biases": "every bias",
+    "last:N": "the last N layers and what follows them, but no embeddings",
+}
 FORMS = ("sequence", "words", "sentence", "vectors")
 
 

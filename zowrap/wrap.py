@@ -26,6 +26,7 @@ from zowrap.numerics.dtypes import is_16_bit
 from zowrap.quant import adapters, modes
 from zowrap.rules.base import Rule
 from zowrap.step import blocks as block_lib
+from zowrap.step import selections
 from zowrap.step.blocks import Block
 from zowrap.step.job import Job, QuantMode
 from zowrap.step.method import Method, choose_method
@@ -56,13 +57,16 @@ def zo_wrap(
         queries: directions per step, averaged (n-SPSA); by default the rule's own, mostly 1: most steps per forward.
         estimator: ``"central"`` (two forwards per direction), ``"forward"`` (one, and one shared), ``"population"``
             (two, every example along its own low-rank direction; each tensor of the batch has a row for each example,
-            or one row that all share), ``"residual"`` (one and a half, without directions: the matrices that write to
-            the model's residual stream get an estimate of their gradients, :mod:`zowrap.step.credit`) or
-            ``"forward_gradient"`` (exact, a reference); by default the rule's own, mostly central. See
-            :mod:`zowrap.rules.estimators`.
+            or one row that all share), ``"grzo"`` (the same, projected gradients over their spread in the batch),
+            ``"residual"`` (one and a half, without directions: the matrices that write to the model's residual stream
+            get an estimate of their gradients, :mod:`zowrap.step.credit`) or ``"forward_gradient"`` (exact, a
+            reference); by default the rule's own, mostly central. See :mod:`zowrap.rules.estimators`.
+        check_every: with ``"residual"``, steps between checks that a step descends, by default 16, 0 for none: they
+            lower a rate that goes too far (:mod:`zowrap.model.descent`).
         blocks: ``None``, ``"layer"`` or name patterns: one block is perturbed and updated per step.
         block_order: see :data:`zowrap.names.BLOCK_ORDERS`.
-        trainable: name patterns or a predicate; by default what has ``requires_grad``.
+        trainable: name patterns, named selections (``"norms"``, ``"last:2"`` …, :mod:`zowrap.step.selections`) or a
+            predicate; by default what has ``requires_grad``.
         engine: ``"compiled"``, ``"eager"``, or None: compiled where possible, else eager with one warning.
         weight_decay: decoupled, on matrices only. 0: zeroth-order runs are short and start from trained weights.
         quantized: how quantised weights move: ``"scales"``, ``"codes"`` or ``"adapters"``
@@ -132,7 +136,7 @@ def _select(model: nn.Module, options: StepOptions, method: Method, mode: QuantM
     elif has_adapters(model):
         parameters = adapters.select_parameters(model, options.trainable)
     else:
-        parameters = select(model, options.trainable)
+        parameters = select(model, selections.expand(model, options.trainable))
     blocks = block_lib.partition(parameters, options.blocks)
     held = sorted(i for block in blocks for i in block.indices)
     if len(held) < len(parameters):  # what no block holds stays as it is

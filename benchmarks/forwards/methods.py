@@ -86,15 +86,17 @@ class ForwardOnly(Stepper):
             ahead = [next(batches) for _ in range(5)]
             choice = zowrap.tune_lr(zm, ahead, steps)
             assert isinstance(choice, CreditRate)
-            self.lr, self.forwards = choice.lr, float(choice.forwards)
+            self.lr = choice.lr
+            self.forwards = choice.forwards * self._cost_of_a_step()  # by the program that gives credit
 
     def step(self, batch: dict[str, Tensor]) -> None:
         if self._planned is not None and self.lr is not None:
             self.zm.lr = self.lr * max(1 - self.zm.step_count / self._planned, 0.0)
+        before = self.zm.descent.evaluations
         self.zm.step(**batch)
         if self._cost is None:
             self._cost = self._cost_of_a_step()
-        self.forwards += self._cost * _share(batch)
+        self.forwards += self._cost * (1 + self.zm.descent.evaluations - before) * _share(batch)
 
     def _cost_of_a_step(self) -> float:
         """Plain forwards of the same batch, by operations where they are not a whole number."""

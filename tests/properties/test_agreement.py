@@ -73,6 +73,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "low rank": {"direction": "lowrank(2)"},
     "one block": {"blocks": ["layers.0", "layers.1", "*"], "block_order": "random"},
     "population": {"estimator": "population"},
+    "grzo": {"estimator": "grzo"},
     "population, matrices alone": {"estimator": "population", "trainable": lambda name, tensor: tensor.ndim == 2},
     "population, vectors alone": {"estimator": "population", "trainable": lambda name, tensor: tensor.ndim == 1},
     "zo_adam": {"rule": "zo_adam"},

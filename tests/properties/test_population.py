@@ -139,7 +139,9 @@ def test_meazos_first_step_is_bounded(seed) -> None:
     assert 0 < moved <= examples**0.5 * longest * 1.0001
 
 
-@pytest.mark.parametrize("options", [{"rule": "meazo"}, {"rule": "zo_adam", "blocks": "layer"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"rule": "meazo"}, {"rule": "zo_adam", "blocks": "layer"}, {"estimator": "grzo"}], ids=str
+)
 def test_replayed_and_resumed_are_bitwise(options, tmp_path) -> None:
     """Through the journal's file: batches of other sizes, an example without labels, a step that was skipped."""
     whole = tiny(**options)
@@ -165,6 +167,37 @@ def test_replayed_and_resumed_are_bitwise(options, tmp_path) -> None:
     end = whole.state_dict()
     for zm in (replayed, resumed):
         assert all(torch.equal(v, end[k]) for k, v in zm.state_dict().items() if isinstance(v, Tensor))
+
+
+def test_grzo_divides_by_the_spread_over_the_batch() -> None:
+    """2606.02857 without its factor 1/2ε: δ_i / std_j(δ_j), torch's own standard deviation, the mean not taken off."""
+    plain, relative = small(), small(estimator="grzo")
+    g = plain.step(**words(5)).projected_grad
+    result = relative.step(**words(5))
+    assert torch.allclose(result.projected_grad, g / g.std(), rtol=1e-4)
+    assert float(result.projected_grad.std()) == pytest.approx(1, rel=1e-5)
+
+
+def test_grzo_does_not_count_examples_without_labels() -> None:
+    inputs = batch("llama", 4, 8)
+    inputs["labels"][1] = -100
+    g, relative = (tiny(estimator=name).step(**inputs).projected_grad for name in ("population", "grzo"))
+    kept = torch.tensor([0, 2, 3])
+    assert torch.allclose(relative[kept], g[kept] / g[kept].std(), rtol=1e-4) and relative[1] == 0
+
+
+def test_of_one_example_grzo_keeps_the_sign() -> None:
+    result = small(estimator="grzo").step(**words(1))
+    assert abs(float(result.projected_grad)) == pytest.approx(1, rel=1e-6) and not result.skipped
+
+
+def test_grzo_is_of_the_whole_batch_of_a_step() -> None:
+    inputs = batch("llama", 5, 8)
+    whole, split = tiny(estimator="grzo"), tiny(estimator="grzo")
+    one = whole.step(**inputs)
+    for rows in (slice(0, 2), slice(2, 5)):
+        split.accumulate(**{name: value[rows] for name, value in inputs.items()})
+    assert torch.equal(one.projected_grad, split.update().projected_grad)
 
 
 def test_what_does_not_fit_a_population_is_named() -> None:

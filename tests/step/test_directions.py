@@ -124,6 +124,7 @@ def test_values_are_checked_whatever_was_asked_for_before() -> None:
         ("lozo", {"direction": "lowrank(2)"}, "lozo draws its own low-rank directions"),
         ("lozo_m", {"direction": "cone"}, "lozo_m draws its own low-rank directions"),
         ("lozo", {"estimator": "population"}, "cannot run a population"),
+        ("lozo", {"estimator": "grzo"}, "cannot run a population"),
         ("zo_sgd", {"estimator": "population", "direction": "gaussian"}, "in place of 'gaussian'"),
         ("zo_sgd", {"estimator": "population", "queries": 2}, "queries must be 1, got 2"),
         ("fzoo", {"estimator": "population"}, "fzoo compares directions on the same examples"),

@@ -9,27 +9,21 @@ is measured at the size of a step, because for larger steps a loss may grow fast
 such that the loss would fall by the share :data:`TRIED` if G were its gradient. A run begins with t*, but with
 no step along which the slope alone would take more than the share :data:`LARGEST` of the loss.
 
-The weights are moved for the evaluations, and put back bit for bit.
+The weights are moved for the evaluations, and put back bit for bit (:mod:`zowrap.model.along`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from zowrap import rules
-from zowrap.engines.eager import EagerEngine
 from zowrap.errors import Option, ZOError, not_finite
+from zowrap.model.along import count_moving, losses_along, takes_scale_free_steps
 from zowrap.model.zo_model import ZOModel
-from zowrap.names import RULES
-from zowrap.numerics import noise
-from zowrap.step.arithmetic import Conclusion
 
 PAIRS = 4  # of batches: one that gives the credit, one that is evaluated
 TRIED = 0.1
@@ -48,7 +42,7 @@ class CreditRate:
         loss: the mean loss at θ over the batches evaluated.
         slope, curvature: s and c, means over the pairs.
         step: the root mean square of a step at this rate.
-        forwards: the number of forward passes made.
+        forwards: the number of forward passes made, each of the program that gives credit.
     """
 
     lr: float
@@ -79,7 +73,7 @@ def choose_credit_rate(
     Raises:
         ZOError: there is no batch, a loss is not finite, or no step along the credit lowers the loss.
     """
-    groups = [
+    groups: list[list[Any]] = [
         [batch] if isinstance(batch, Mapping) else list(batch)
         for batch, _ in zip(batches, range(PAIRS + 1), strict=False)
     ]
@@ -98,11 +92,10 @@ def choose_credit_rate(
             raise not_finite(measured)
         if not float(g):
             raise ZOError(Option("lr", "auto"), " found nothing to go by: the loss of a batch has no gradient")
-        moving = sum(tensor.numel() for tensor in _moving(zm))
-        slope_of_gradient = float(g) * moving  # what the slope would be if G were the gradient
+        slope_of_gradient = float(g) * count_moving(zm)  # what the slope would be if G were the gradient
         t = TRIED * float(measured.mean()) / slope_of_gradient
         held = groups[(pair + 1) % len(groups)]
-        before, after, behind = _losses_along(zm, held, (0.0, t, -t))
+        before, after, behind = losses_along(zm, held, (0.0, t, -t))
         zm.discard()
         losses.append(before)
         sizes.append(float(g))
@@ -123,53 +116,5 @@ def choose_credit_rate(
     step = min(best, LARGEST * loss / slope)
     size = math.sqrt(sum(g * g for g in sizes) / count)
     # A rule that does not depend on the loss's scale makes a first step of size η; another one of size η g.
-    scale_free = zm.rule.name in RULES and RULES[zm.rule.name].scale_free
-    lr = float(f"{step if scale_free else step / size:.3g}")
+    lr = float(f"{step if takes_scale_free_steps(zm) else step / size:.3g}")
     return CreditRate(lr, steps, loss, slope, curvature, step, round(forwards))
-
-
-def _loss(zm: ZOModel, batches: list[Any]) -> float:
-    """The mean loss of the micro-batches of a step, each with its weight."""
-    total = weight = 0.0
-    for batch in batches:
-        sums, weights = zm.engine.losses(zm.prepare(batch), None, torch.zeros(1, device=zm.job.device))
-        total, weight = total + float(sums.double().sum()), weight + float(weights.double().sum())
-    return total / weight if weight else 0.0
-
-
-def _moving(zm: ZOModel) -> list[Tensor]:
-    return [zm.parameters[i].tensor for i in zm.accumulator.credit.parameters]
-
-
-def _losses_along(zm: ZOModel, batches: list[Any], distances: Sequence[float]) -> list[float]:
-    """The losses at θ − distance · G/rms(G), with weights rounded as their updates are."""
-    zm.engine.complete(zm.accumulator.credit)
-    kept = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in _moving(zm)]
-    losses = []
-    try:
-        for distance in distances:
-            if distance:
-                _move(zm, distance)
-            losses.append(_loss(zm, batches))
-            for tensor, value in kept:
-                tensor.data.copy_(value)
-    finally:
-        for tensor, value in kept:
-            tensor.data.copy_(value)
-    return losses
-
-
-def _move(zm: ZOModel, distance: float) -> None:
-    """Move the weights by −distance · G/rms(G)."""
-    job, accumulator = zm.job, zm.accumulator
-    one = torch.ones(1, device=job.device)
-    plain = dataclasses.replace(
-        job, rule=rules.get("zo_sgd"), slots={}, states=[{}], hyper={**job.hyper, "lr": one[0]}, decays=False
-    )
-    _, g = zm.peek()
-    assert accumulator.weight is not None
-    factor = (distance / (g[0] * accumulator.weight)).float()
-    rounding = noise.derive_keys(zm.seed, zm.step_count, 0, job.ids, noise.TAG_ROUNDING)
-    EagerEngine(plain).update_with(
-        accumulator.credit, rounding, factor, Conclusion({}, {"g": one}, one[0] > 0, one, one[0])
-    )

@@ -301,23 +301,24 @@ class CompiledEngine:
     def update_with(self, credit: Credit, rounding_keys: Tensor, factor: Tensor, conclusion: Conclusion) -> None:
         if not self._ready(0):
             return self.eager.update_with(credit, rounding_keys, factor, conclusion)
-        write = functools.partial(self._write_credit, rounding_keys=rounding_keys, factor=factor, conclusion=conclusion)
-        if len(credit.pending) == 1 and len(credit.pending[0][1]) == len(credit.pieces):
-            self._update_on_the_way(*credit.pending[0], write)
-        else:
-            self.complete(credit)
-            for i in credit.parameters:
-                write(i, credit.of(i))
+        self.visit_credit(
+            credit,
+            functools.partial(self._write_credit, rounding_keys=rounding_keys, factor=factor, conclusion=conclusion),
+        )
         for name, value in conclusion.state.items():
             self.job.states[0][name].copy_(value)
 
     @torch.no_grad()
-    def complete(self, credit: Credit) -> None:
+    def visit_credit(self, credit: Credit, visit: Callable[[int, list[Piece]], None]) -> None:
         if self.fallen_back is not None:
-            return self.eager.complete(credit)
+            return self.eager.visit_credit(credit, visit)
+        if len(credit.pending) == 1 and len(credit.pending[0][1]) == len(credit.pieces):
+            return self._visit_on_the_way(*credit.pending[0], visit)
         for batch, pieces in credit.pending:
             self._run_inputs(batch, pieces)
         credit.pending = []
+        for i in credit.parameters:
+            visit(i, credit.of(i))
 
     def _run_inputs(self, batch: Batch, pieces: list[Piece]) -> None:
         """The second forward: give each matrix's piece its inputs."""
@@ -327,8 +328,8 @@ class CompiledEngine:
         for piece, x in zip(matrices, found, strict=True):
             piece.x = x
 
-    def _update_on_the_way(self, batch: Batch, pieces: list[Piece], write: Callable[[int, list[Piece]], None]) -> None:
-        """The second forward, in which each parameter is written after its last use, and its inputs are let go."""
+    def _visit_on_the_way(self, batch: Batch, pieces: list[Piece], visit: Callable[[int, list[Piece]], None]) -> None:
+        """The second forward, in which each parameter is visited after its last use, and its inputs are let go."""
         executable = self._credit_executable(batch, "inputs")
         matrices = [piece for piece in pieces if piece.use.matrix]
         compiled, program = executable.compiled, executable.program
@@ -349,13 +350,13 @@ class CompiledEngine:
                         left[slot.number] -= 1
                         if not left[slot.number] and read.get(slot.number, -1) <= number:
                             values[slot.number] = None
-                write(parameter, own)
+                visit(parameter, own)
                 for piece in own:
                     piece.x = None
 
         compiled(*self.captures.arguments(program, batch, _no_sketch), after=after)
         for parameter in due.pop(-1, []):
-            write(parameter, [piece for piece in pieces if piece.use.parameter == parameter])
+            visit(parameter, [piece for piece in pieces if piece.use.parameter == parameter])
 
     def _write_credit(
         self, index: int, pieces: list[Piece], rounding_keys: Tensor, factor: Tensor, conclusion: Conclusion

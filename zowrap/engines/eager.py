@@ -6,7 +6,7 @@ written by :meth:`EagerEngine.update`), so it needs one more copy of what moves 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -223,12 +223,14 @@ class EagerEngine:
         sums, weights, *rest = program(captures.arguments(program, batch, lambda target: sketch))
         return sums.unsqueeze(0), weights, collect_pieces(program.credit, rest, with_inputs=True)
 
-    def complete(self, credit: Credit) -> None:
+    def visit_credit(self, credit: Credit, visit: Callable[[int, list[Piece]], None]) -> None:
         for batch, pieces in credit.pending:  # of an engine that has fallen back in the middle of a step
             _, _, whole = self.credit(batch, lambda inputs: torch.zeros(inputs, SKETCHES, device=self.job.device), True)
             for piece, other in zip(pieces, whole, strict=True):
                 piece.x = other.x
         credit.pending = []
+        for i in credit.parameters:
+            visit(i, credit.of(i))
 
     def credited(self, batch: Batch) -> set[int]:
         """Indices of the parameters that get residual credit from this kind of batch."""
@@ -258,13 +260,18 @@ class EagerEngine:
 
     @torch.no_grad()
     def update_with(self, credit: Credit, rounding_keys: Tensor, factor: Tensor, conclusion: Conclusion) -> None:
-        self.complete(credit)
-        one = {**conclusion.coefficients, "g": torch.ones_like(conclusion.coefficients["g"])}
-        for i in credit.parameters:
-            g = gradient(credit.of(i), factor, self.job.parameters[i].tensor.shape)
-            self._write(i, [g], one, rounding_keys, conclusion)
+        self.visit_credit(credit, lambda i, pieces: self.write_credit(i, pieces, factor, rounding_keys, conclusion))
         for name, value in conclusion.state.items():
             self.job.states[0][name].copy_(value)
+
+    @torch.no_grad()
+    def write_credit(
+        self, index: int, pieces: list[Piece], factor: Tensor, rounding_keys: Tensor, conclusion: Conclusion
+    ) -> None:
+        """Write the update of one parameter along ``factor`` times its credit."""
+        g = gradient(pieces, factor, self.job.parameters[index].tensor.shape)
+        one = {**conclusion.coefficients, "g": torch.ones_like(conclusion.coefficients["g"])}
+        self._write(index, [g], one, rounding_keys, conclusion)
 
     def describe(self) -> dict[str, Any]:
         return {"engine": self.name, "program_hash": None, "compile_count": 0}

@@ -39,6 +39,7 @@ class Report:
         schedule_why: why that one, in words.
         blocks: ``(name, number of elements)``; one block per step is perturbed and updated.
         moves: ``(canonical name, shape, dtype, how it is rounded)`` of every parameter that moves.
+        selected: what the named selections that chose them stand for.
         frozen: number of elements that stay as they are.
         state_bytes: memory of the rule's state.
         forwards: evaluations per step.
@@ -71,6 +72,7 @@ class Report:
     paper: str | None = None
     quantized: str | None = None
     credit: str | None = None
+    selected: list[str] = field(default_factory=list)
     count_full: Callable[[], tuple[int, int] | None] = field(default=lambda: None, repr=False)
     programs: dict[str, list[tuple[str, str]]] = field(default_factory=dict, repr=False)
     notes: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
@@ -126,6 +128,7 @@ class Report:
             "credit": self.credit,
             "full_rows": self.full_rows and self.full_rows[0],
             "elements": self.elements,
+            "selected": self.selected,
             "frozen": self.frozen,
             "state_bytes": self.state_bytes,
             "blocks": [{"name": name, "elements": count} for name, count in self.blocks],
@@ -160,6 +163,7 @@ class Report:
             lines.insert(2, f"credit     {self.credit}")
         if len(self.blocks) > 8:
             lines[-1] += f", … {self.blocks[-1][0]} ({self.blocks[-1][1]:,})"
+        lines += [f"selected   {each}" for each in self.selected]
         for name, shape, dtype, rounding in self.moves[:12]:
             lines.append(f"  {name}  {list(shape)}  {dtype}{'  ' + rounding if rounding != 'exact' else ''}")
         if len(self.moves) > 12:
@@ -199,6 +203,7 @@ def report(
     values: Mapping[str, float],
     shapes: dict[str, Any] | None,
     estimate: Callable[[], Costs] | None = None,
+    check_every: int = 0,
 ) -> Report:
     """Collect the facts of a wrapped model; runs nothing.
 
@@ -206,6 +211,7 @@ def report(
         values: the running ``lr``, ``eps`` and ``weight_decay``.
         shapes: the last batch, on the meta device.
         estimate: works out the costs; by default those of a step on a batch like the last one.
+        check_every: with residual credit, steps between checks that a step descends.
     """
     if estimate is None and shapes is not None:
         estimate = functools.partial(_costs, job, engine, schedule, shapes)
@@ -243,8 +249,9 @@ def report(
         cached=facts.get("cached", 0),
         trace_seconds=facts.get("trace_seconds", 0.0),
         quantized=None if job.quant_mode is None else modes.explain(job.quant_mode, job.parameters),
-        credit=None if not job.estimator.credit else _CREDIT if credited is not None else f"{_CREDIT}; {_AT_FIRST}",
+        credit=_describe_credit(check_every, credited is not None) if job.estimator.credit else None,
         count_full=functools.partial(modes.count_full_rows, job.parameters),
+        selected=list(job.selected),
         paper=REGISTRY[job.rule.name].paper if job.rule.name in REGISTRY else None,
         estimate=estimate,
     )
@@ -259,6 +266,13 @@ _CREDIT = (
     "lower blocks, the more the lower"
 )
 _AT_FIRST = "of the weights below, those that write to the stream move, which the first batch shows"
+
+
+def _describe_credit(check_every: int, seen: bool) -> str:
+    checks = (
+        f"{_CREDIT}; every {check_every} steps, two forwards check that a step descends" if check_every else _CREDIT
+    )
+    return checks if seen else f"{checks}; {_AT_FIRST}"
 
 
 def _credited(job: Job, engine: Engine, shapes: dict[str, Any] | None) -> list[int] | None:

@@ -17,7 +17,7 @@ from zowrap.step.parameters import hash_shapes
 # A state brings its own seed, and goes on from there.
 _SAME = tuple(name for name in IDENTITY if name != "seed")
 _PLAIN = (str, int, list, type(None))
-_NEVER_NEGATIVE = ("step", "lr", "weight_decay", "largest_batch")
+_NEVER_NEGATIVE = ("step", "lr", "weight_decay", "largest_batch", "descent/factor", "descent/failed")
 
 
 def collect_state(zm: Wrapped) -> dict[str, Any]:
@@ -37,6 +37,8 @@ def collect_state(zm: Wrapped) -> dict[str, Any]:
     }
     for block, scalars in zip(job.blocks, job.states, strict=True):
         state.update({f"scalars/{block.name}/{name}": value.clone() for name, value in scalars.items()})
+    if job.estimator.credit:
+        state.update({"descent/factor": zm.descent.factor, "descent/failed": zm.descent.failed})
     for slot, parameter, tensor in job.kept():
         state[f"slots/{slot}/{parameter.name}"] = tensor.clone()
     return state
@@ -53,6 +55,8 @@ def apply_state(zm: Wrapped, state: Mapping[str, Any]) -> None:
             value.copy_(state[f"scalars/{block.name}/{name}"])
     for slot, parameter, tensor in job.kept():
         tensor.copy_(state[f"slots/{slot}/{parameter.name}"])
+    if job.estimator.credit:
+        zm.descent.factor, zm.descent.failed = float(state["descent/factor"]), state["descent/failed"]
     zm.step_count, zm.seed = state["step"], state["seed"]
 
 

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from zowrap.model.accumulator import Accumulator, Measurement
+from zowrap.model.descent import Descent
 from zowrap.model.result import StepResult
 from zowrap.model.schedule import Schedule
 from zowrap.step.job import Engine, Job
@@ -21,6 +23,8 @@ class Wrapped(Protocol):
     engine: Engine
     options: StepOptions
     schedule: Schedule
+    accumulator: Accumulator
+    descent: Descent
     seed: int
     step_count: int
     device_step: Tensor | None
@@ -38,6 +42,10 @@ class Wrapped(Protocol):
     def set_hyper(self, **values: float) -> None: ...
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]: ...
+
+    def assign_credit(self, batch: dict[str, Any]) -> Measurement: ...
+
+    def peek(self) -> tuple[Tensor, Tensor]: ...
 
     def accumulate(self, *batches: Any, **batch: Any) -> Tensor: ...
 

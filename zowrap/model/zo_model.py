@@ -23,7 +23,9 @@ from zowrap.engines.eager import EagerEngine
 from zowrap.errors import Option, ZOError
 from zowrap.loss.module import LossModule, count_rows, per_example_names
 from zowrap.model.accumulator import Accumulator, Measurement
+from zowrap.model.along import losses_along, measure_step
 from zowrap.model.cuda_graphs import build_graph_cache
+from zowrap.model.descent import Descent
 from zowrap.model.inputs import check_losses, check_weights, move_batch, name_batch
 from zowrap.model.result import StepResult
 from zowrap.model.schedule import Schedule
@@ -54,7 +56,7 @@ class ZOModel:
         options: the options of the run, every default filled in.
         planned: the steps to come, where they are known: they decide at the first batch whether compiling pays, unless
             an engine was asked for (:mod:`zowrap.model.choice`).
-        job, engine, schedule, accumulator, graphs: the parts of a step; internal, and only to be read.
+        job, engine, schedule, accumulator, descent, graphs: the parts of a step; internal, and only to be read.
     """
 
     def __init__(self, job: Job, engine: Engine, options: StepOptions, schedule: Schedule) -> None:
@@ -67,6 +69,7 @@ class ZOModel:
         self.step_count = 0
         self.planned: Planned | None = None
         self.accumulator = Accumulator()
+        self.descent = Descent(options.check_every if job.estimator.credit else 0)
         self.device_step: Tensor | None = None  # the step's number, 0-d int64, while a CUDA graph captures the step
         self.update_interrupted = False  # an update was broken off, or is under way
         self._hyper = hyper_of(options)  # what job.hyper holds, without reading it from the device
@@ -104,7 +107,8 @@ class ZOModel:
         inputs = self.prepare(name_batch(batches, batch))
         measured = self._evaluate(inputs)
         self.accumulator.credit.add(inputs, measured.pieces)
-        return self.accumulator.add(measured, inputs if self.job.rule.candidates else None)
+        evaluated_again = self.job.rule.candidates or self.descent.is_due(self.step_count)
+        return self.accumulator.add(measured, inputs if evaluated_again else None)
 
     def update(
         self, losses: Tensor | None = None, projected_grad: Tensor | None = None, weights: Tensor | None = None
@@ -128,6 +132,8 @@ class ZOModel:
                 " is not chosen yet: zowrap.tune_lr(zm, batches, steps=...) chooses it, before step 1",
             )
         credit = self.accumulator.credit
+        if credit.pieces and self.descent.is_due(self.step_count):
+            self._check_descent()
         if job.estimator.credit and (losses is not None or projected_grad is not None):
             raise ZOError(NO_REPLAY)
         if losses is None and self.accumulator.sums is not None:
@@ -145,32 +151,52 @@ class ZOModel:
         done = torch.full((), float(self.step_count), device=job.device)
         if self.device_step is not None:
             done = self.device_step.float()
-        conclusion = conclude(
-            job.rule,
-            job.project,
-            job.states[self.block],
-            losses[:points],
-            job.hyper,
-            done,
-            projected_grad,
-            weights,
-            losses[points:] if job.rule.candidates else None,
-        )
-        rounding = noise.derive_keys(self.seed, self._step_number, 0, job.ids, noise.TAG_ROUNDING)
-        facts = self.describe_step()
-        with self.writing():
-            if job.estimator.credit:
-                factor = self._credit_factor(conclusion)
-                self.engine.update_with(credit, rounding, factor, conclusion)
-            else:
-                self.engine.update(queries, rounding, conclusion)
-                self.directions.keep(conclusion.apply)
-            self.step_count += 1
+        with self._at_checked_rate():
+            conclusion = conclude(
+                job.rule,
+                job.project,
+                job.states[self.block],
+                losses[:points],
+                job.hyper,
+                done,
+                projected_grad,
+                weights,
+                losses[points:] if job.rule.candidates else None,
+            )
+            rounding = noise.derive_keys(self.seed, self._step_number, 0, job.ids, noise.TAG_ROUNDING)
+            facts = self.describe_step()
+            with self.writing():
+                if job.estimator.credit:
+                    factor = self._credit_factor(conclusion)
+                    self.engine.update_with(credit, rounding, factor, conclusion)
+                else:
+                    self.engine.update(queries, rounding, conclusion)
+                    self.directions.keep(conclusion.apply)
+                self.step_count += 1
         g = conclusion.projected_grad
         single = job.queries == 1 and not per_example
         result = StepResult(conclusion.loss, g[0] if single else g, ~conclusion.apply, losses, weights, facts)
         self.discard()
         return result
+
+    def _check_descent(self) -> None:
+        """Let the checks see the losses along the step that is about to be made."""
+        loss, batches = float(self.accumulator.losses().mean()), self.accumulator.batches
+        evaluate = functools.partial(losses_along, self, batches)
+        self.descent.check(self.step_count, loss, measure_step(self), evaluate)
+
+    @contextmanager
+    def _at_checked_rate(self) -> Iterator[None]:
+        """Inside, the learning rate of the engines is the one that the checks have left of it."""
+        if self.descent.factor == 1.0:
+            yield
+            return
+        rate = self.job.hyper["lr"]
+        rate.fill_(self.lr * self.descent.factor)
+        try:
+            yield
+        finally:
+            rate.fill_(self.lr)
 
     def _slopes(self) -> Tensor | None:
         """float32 ``[queries]``: projected gradients that do not come from losses, where the estimator has such."""
@@ -267,7 +293,7 @@ class ZOModel:
             per_example_names(batch)  # before anything is captured: raises where the batch does not fit
         self.schedule.settle(self.job, self.engine, batch, self._choose_engine)
         if self.job.estimator.credit:
-            return self._assign_credit(batch)
+            return self.assign_credit(batch)
         if per_example:
             first = self.accumulator.examples
             queries = [self.directions.population(range(first, first + count_rows(batch)))]
@@ -289,8 +315,8 @@ class ZOModel:
                 sums.append(rows.double() if per_example else rows.double().sum(-1))
         return Measurement(torch.cat(sums), weights.double() if per_example else weights.double().sum())
 
-    def _assign_credit(self, batch: dict[str, Any]) -> Measurement:
-        """One micro-batch at θ, with the residual credit that it gives."""
+    def assign_credit(self, batch: dict[str, Any]) -> Measurement:
+        """One prepared micro-batch at θ, with the residual credit that it gives; internal."""
         signs = functools.partial(draw_sketch, seed=self.seed, step=self._step_number, device=self.job.device)
         with self.engine.one_batch():
             rows, weights, pieces = self.engine.credit(batch, signs, not self.schedule.sequential)
@@ -360,6 +386,8 @@ class ZOModel:
     def describe_step(self) -> dict[str, Any]:
         """The facts of the current step that its journal record holds beside the losses."""
         facts: dict[str, Any] = {"step": self.step_count, "seed": self.seed, **self._hyper}
+        if self.descent.factor != 1.0:
+            facts["lr"] *= self.descent.factor
         return facts if self.schedule.name == "auto" else {**facts, **self.schedule.record()}
 
     @property
@@ -489,4 +517,4 @@ class ZOModel:
         """Report the parameters that move, how they move and the costs: :class:`zowrap.model.inspect.Report`."""
         from zowrap.model.inspect import report
 
-        return report(self.job, self.engine, self.schedule, self._hyper, self._shapes)
+        return report(self.job, self.engine, self.schedule, self._hyper, self._shapes, check_every=self.descent.every)

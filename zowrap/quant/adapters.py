@@ -16,6 +16,7 @@ from zowrap.quant.lowering import fresh_weights, lowered_layers, original_layers
 from zowrap.quant.schemes import other_scheme_of
 from zowrap.step.parameters import Parameter, TrainableSpec, canonical_name, check_patterns, is_asked_for, select
 from zowrap.step.pretrained import is_peft_model, saved_part
+from zowrap.step.selections import expand
 
 RANK, ALPHA = 8, 16  # peft's own defaults are 8 and 8; twice the rank is what TRL's scripts give
 
@@ -125,6 +126,7 @@ def select_parameters(model: nn.Module, trainable: TrainableSpec) -> list[Parame
     Raises:
         ZOError: nothing is left to tune, or a parameter cannot be saved with the adapters.
     """
+    trainable = expand(model, trainable, adapters=True)
     fresh = fresh_weights(model)
     fixed = {canonical_name(f"{name}.weight") for name in lowered_layers(model)}
     names = {canonical_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -29,6 +29,7 @@ from zowrap.quant.schemes import find_other_scheme
 from zowrap.step.job import QuantMode
 from zowrap.step.parameters import Parameter, TrainableSpec, canonical_name, check_patterns, matches, select
 from zowrap.step.pretrained import has_adapters
+from zowrap.step.selections import expand
 
 if TYPE_CHECKING:
     from zowrap.rules.base import Rule
@@ -214,6 +215,7 @@ def _selector(model: nn.Module, layers: dict[str, Lowered], trainable: Trainable
     quantized = {canonical_name(f"{name}.{kind}") for name in layers for kind in ("weight", "log_scale")}
     tensors = {canonical_name(name): tensor for name, tensor in model.named_parameters(remove_duplicate=False)}
     fresh = fresh_weights(model)
+    trainable = expand(model, trainable)
     check_patterns(trainable, list(tensors))
 
     def chosen(name: str) -> bool:

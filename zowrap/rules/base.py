@@ -33,7 +33,7 @@ from torch import Tensor
 from zowrap.checks import check_count, check_flag, check_fraction, check_positive  # noqa: F401 (for rules of one's own)
 from zowrap.errors import Option, ZOError
 from zowrap.numerics.dtypes import SIXTEEN_BIT
-from zowrap.rules.estimators import Point
+from zowrap.rules.estimators import ESTIMATORS, Point
 
 Scalars = dict[str, Tensor]
 MASTER = "master"  # the slot that holds the float32 originals of 16-bit weights, see :func:`with_masters`
@@ -84,6 +84,11 @@ class Choice(NamedTuple):
     estimator: str = "central"
     queries: int = 1
     blocks: int = 1
+
+    @property
+    def population(self) -> bool:
+        """Whether every example has its own direction."""
+        return ESTIMATORS[self.estimator].per_example
 
 
 def _accept(choice: Choice) -> None:

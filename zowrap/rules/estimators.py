@@ -8,12 +8,14 @@ name              points                      projected gradient                
 central           θ + εz_i, θ − εz_i          [f(θ+εz_i) − f(θ−εz_i)] / 2ε        2q
 forward           θ, θ + εz_i                 [f(θ+εz_i) − f(θ)] / ε              q + 1
 population        θ ± εz_b for example b      [f_b(θ+εz_b) − f_b(θ−εz_b)] / 2ε    2, batched
+grzo              as in a population          the same, over its spread           2, batched
 residual          θ                           rms(G), G from the program's flow   1.4, or 2.4
 forward_gradient  θ                           ∇f(θ)·z_i, exactly                  q with jvp
 ================  ==========================  ==================================  ===========
 
 and ĝ = mean over i of g_i z_i (n-SPSA; Spall 1992, Malladi et al. 2305.17333). In a population every example of the
-batch has its own direction and its own loss f_b, weighted by its share of the label tokens. ``residual`` draws no
+batch has its own direction and its own loss f_b, weighted by its share of the label tokens; ``grzo`` divides their
+projected gradients by their standard deviation over the batch (Tan et al. 2606.02857). ``residual`` draws no
 directions: it is forward-only without being zeroth-order, see :mod:`zowrap.step.credit`. ``forward_gradient``
 (Baydin et al. 2202.08587) is a reference without the error of ε: it runs on the eager engine, by forward-mode
 differentiation.
@@ -80,6 +82,22 @@ def _population_project(losses: Tensor, eps: Tensor) -> Tensor:
     return (losses[0] - losses[1]) / (2 * eps)
 
 
+def _group_relative_project(losses: Tensor, eps: Tensor) -> Tensor:
+    """Projected gradients of a population over their standard deviation, the mean not taken off (2606.02857).
+
+    The paper's estimate also has the factor 1/2ε, which is part of η here. An example without labels has the projected
+    gradient 0 and is not counted; of a single one, the size is taken in place of the deviation. Where all are equal,
+    none says more than the others, and the step is skipped as not finite.
+    """
+    g = _population_project(losses, eps)
+    counted = g != 0
+    count = counted.sum()
+    mean = g.sum() / count.clamp(min=1)
+    off = torch.where(counted, g - torch.where(count > 1, mean, 0.0), 0.0)
+    deviation = (off.square().sum() / (count - 1).clamp(min=1)).sqrt()
+    return torch.where(counted, g / deviation, 0.0)
+
+
 def _at_theta(queries: int) -> list[Point]:
     return [Point(0, 0.0)]
 
@@ -98,6 +116,7 @@ ESTIMATORS: dict[str, Estimator] = {
         Estimator("central", _central_points, _central_project),
         Estimator("forward", _forward_points, _forward_project),
         Estimator("population", _central_points, _population_project, per_example=True),
+        Estimator("grzo", _central_points, _group_relative_project, per_example=True),
         Estimator("residual", _at_theta, _supplied, credit=True),
         Estimator("forward_gradient", _exact_points, _supplied, exact=True),
     )

@@ -32,7 +32,7 @@ def fzoo(*, lr: float = 3e-7) -> Rule:
     check_positive("fzoo", lr=lr)
 
     def check(choice: Choice) -> None:
-        if choice.estimator == "population":
+        if choice.population:
             raise ZOError(
                 "fzoo compares directions on the same examples, but a population gives each example its own: use "
                 "another estimator or rule"

@@ -89,7 +89,7 @@ def _with_lowrank_directions(rule: Rule, name: str, rank: int, nu: int, scale: s
     own = f"lozo({rank}, {nu}, {scale})"
 
     def check(choice: Choice) -> None:
-        if choice.estimator == "population":
+        if choice.population:
             raise ZOError(
                 f"{name} keeps the factors of a single direction, so it cannot run a population: use another "
                 "rule, for example zo_sgd with ",

@@ -46,7 +46,7 @@ def zo_sgd(*, lr: float = 1e-6, momentum: float = 0.0, sign: str | None = None, 
         raise ZOError("zo_sgd: conservative=True works with neither momentum nor sign='elementwise'")
 
     def check(choice: Choice) -> None:
-        if conservative and (choice.queries > 1 or choice.estimator == "population"):
+        if conservative and (choice.queries > 1 or choice.population):
             raise ZOError(
                 "zo_sgd: conservative=True compares losses along one direction: use queries=1 and no population"
             )

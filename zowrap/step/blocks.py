@@ -55,6 +55,12 @@ def partition(parameters: Sequence[Parameter], blocks: str | Sequence[str] | Non
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<number>\d+)(?:\.|$)")
 
 
+def layer_number(name: str) -> tuple[str, int] | None:
+    """The outermost numbered container that a parameter lies in, and its number there; None where there is none."""
+    match = _LAYER.match(name)
+    return None if match is None else (match["stack"], int(match["number"]))
+
+
 def layer_names(names: Iterable[str]) -> set[str]:
     """The numbered containers that these modules or parameters lie in, the outermost of each."""
     return {match[0].rstrip(".") for match in map(_LAYER.match, names) if match}

@@ -16,6 +16,7 @@ from zowrap.loss.module import Batch, LossModule
 from zowrap.numerics.dtypes import is_16_bit
 from zowrap.rules.base import MASTER, Rule, Scalars
 from zowrap.rules.estimators import Estimator, Point
+from zowrap.step import selections
 from zowrap.step.arithmetic import Conclusion
 from zowrap.step.blocks import Block
 from zowrap.step.credit import Credit, Piece
@@ -60,6 +61,7 @@ class Job:
         decays: whether a weight decay was asked for at all.
         quant_mode: how quantised weights move; None where the model has none.
         second_point: what 16-bit weights' updates go along, see :func:`zowrap.step.arithmetic.evaluated_direction`.
+        selected: descriptions of the named selections that chose what moves.
     """
 
     loss: LossModule
@@ -77,6 +79,7 @@ class Job:
     device: torch.device
     quant_mode: QuantMode | None = None
     second_point: float | None = None
+    selected: Sequence[str] = ()
 
     @staticmethod
     def of(
@@ -109,6 +112,7 @@ class Job:
             device=device,
             quant_mode=quant_mode,
             second_point=method.second_point,
+            selected=selections.describe(options.trainable),
         )
 
     def slots_of(self, index: int) -> Scalars:
@@ -265,8 +269,12 @@ class Engine(Protocol):
         """
         ...
 
-    def complete(self, credit: Credit) -> None:
-        """Make the inputs that pieces of credit lack, by a second forward; needed only to look at them."""
+    def visit_credit(self, credit: Credit, visit: Callable[[int, list[Piece]], None]) -> None:
+        """Call ``visit(parameter, pieces)`` for every parameter that got credit, its pieces with their inputs.
+
+        Inputs that the pieces lack come from a second forward, and the pieces may lack them again afterwards. A
+        parameter may be written while it is visited: what the others are visited with does not change.
+        """
         ...
 
     def update_with(self, credit: Credit, rounding_keys: Tensor, factor: Tensor, conclusion: Conclusion) -> None:

@@ -85,6 +85,13 @@ def choose_method(options: StepOptions) -> Method:
 
 def _check_together(method: Method, options: StepOptions) -> None:
     rule, direction, estimator = method.rule, method.direction, method.estimator
+    if options.check_every is not None and not estimator.credit:
+        raise ZOError(
+            Option("check_every", options.check_every),
+            " is for ",
+            Option("estimator", "residual"),
+            f": what {estimator.name!r} estimates is not checked",
+        )
     if options.blocks is None and options.block_order != DEFAULTS["block_order"]:
         raise ZOError(Option("block_order", options.block_order), " does nothing without ", Option("blocks"))
     if direction.lowrank is not None and not estimator.credit and rule.shapes_directions:

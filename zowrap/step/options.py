@@ -84,6 +84,11 @@ def _whole(name: str, value: Any) -> None:
         raise ZOError(Option(name), f" must be a whole number, got {value!r}")
 
 
+def _whole_from_zero(name: str, value: Any) -> None:
+    if not is_whole(value) or value < 0:
+        raise ZOError(Option(name), f" must be a whole number from 0, got {value!r}")
+
+
 def _from_zero(name: str, value: Any) -> None:
     if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise ZOError(Option(name), f" must be a finite number from 0, got {value!r}")
@@ -146,9 +151,17 @@ class StepOptions:
     )
     estimator: str | None = option(
         None,
-        "central, forward, population or residual; by default the rule's own.",
+        "central, forward, population, grzo or residual; by default the rule's own.",
         identity=True,
         check=_one_of(names.ESTIMATORS),
+    )
+    # None: 16 with residual credit, which alone is checked, and whose steps may go too far (zowrap.model.descent).
+    check_every: int | None = option(
+        None,
+        "Steps between checks that residual credit descends (default 16); 0 makes none.",
+        identity=True,
+        costs=False,
+        check=_whole_from_zero,
     )
     # None: all at once, which every rule but MeZO-BCD means.
     blocks: list[str] | None = option(
@@ -160,7 +173,9 @@ class StepOptions:
     # Every layer once per sweep, in the order of a forward pass.
     block_order: str = option("ascending", "Order of the blocks.", identity=True, check=_one_of(names.BLOCK_ORDERS))
     # None: what has requires_grad. Not part of the identity: the names of what moves are, and say it exactly.
-    trainable: list[str] | None = option(None, "Name pattern of weights that move. Repeatable.")
+    trainable: list[str] | None = option(
+        None, f"Weights that move: a name pattern, or {', '.join(names.SELECTIONS)}. Repeatable."
+    )
     # 0: zeroth-order runs are short and start from trained weights.
     weight_decay: float = option(0.0, "Decoupled, on matrices only.", check=_from_zero)
     # None: compiled, which is several times faster, and eager where a model cannot be compiled or a run is short.
@@ -205,6 +220,7 @@ class StepKeywords(TypedDict, total=False):
     direction: str | Direction | None
     queries: int | None
     estimator: str | None
+    check_every: int | None
     blocks: str | Sequence[str] | None
     block_order: str
     trainable: TrainableSpec

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zowrap.errors import Option, ZOError
+from zowrap.names import SELECTIONS
 from zowrap.numerics.noise import parameter_id
 
 TrainableSpec = Sequence[str] | str | Callable[[str, Tensor], bool] | None
@@ -109,7 +110,8 @@ def check_patterns(trainable: TrainableSpec, known: Sequence[str]) -> None:
                 "nothing is left to tune by ",
                 Option("trainable", pattern),
                 f": it matches none of the model's {len(known)} "
-                f"parameters (for example {known[0] if known else 'none at all'})",
+                f"parameters (for example {known[0] if known else 'none at all'}) and is none of the named selections "
+                f"({', '.join(SELECTIONS)})",
             )
 
 

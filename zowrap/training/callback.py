@@ -10,6 +10,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from zowrap.loss.evaluation import Evaluation
 from zowrap.training.loop import acts_at_epoch_end, count_steps_per_epoch
+from zowrap.training.messages import say
 from zowrap.training.signals import Interrupted, StopSignal
 from zowrap.training.writer import RunWriter
 
@@ -51,6 +52,11 @@ class WriterCallback(TrainerCallback):
             # At the end of an epoch the evaluation and checkpoint of the epoch come first.
             if not (acts_at_epoch_end(args) and self._is_epoch_end(state)):
                 control.should_save = True
+        descent = self.writer.zm.descent
+        if descent.stalled and state.global_step < state.max_steps:
+            say(f"the run ends after step {state.global_step}, because its steps no longer descend")
+            descent.failed = 0  # who asks for more steps gets them
+            control.should_training_stop = control.should_save = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.signal.stopped and self._steps_per_epoch and not self._is_epoch_end(state):
