@@ -1,4 +1,4 @@
-"""``lr="auto"`` of residual credit: the best step on other examples, with the weights bitwise unmoved."""
+"""``lr="auto"`` of residual credit: steps to the lowest point of their batch, with the weights bitwise unmoved."""
 
 from __future__ import annotations
 
@@ -54,13 +54,14 @@ def test_a_step_of_that_rate_is_the_best_one(rule: str, monkeypatch: pytest.Monk
     zm.step(**one[0])
     losses.append(float(zm.loss(**one[0])))
     best = choice.slope**2 / (2 * choice.curvature)
-    assert losses[0] - losses[1] == pytest.approx(best, rel=0.03)
+    assert losses[0] - losses[1] == pytest.approx(best, rel=0.03) and choice.forwards == 3
 
 
 def test_where_the_loss_hardly_curves_a_step_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     bounded, free = wrap(), wrap()
     monkeypatch.setattr(credit_rate, "LARGEST", 0.001)
     choice = zowrap.tune_lr(bounded, batches(), 10)
+    assert choice.step == pytest.approx(0.001 * float(bounded.model.block.weight.norm()) / 4**0.5 / 4, rel=0.01)
     monkeypatch.setattr(credit_rate, "LARGEST", 100.0)
     assert choice.step < 0.5 * zowrap.tune_lr(free, batches(), 10).step
     assert "moves a weight by about" in str(choice) and CreditRate(**choice.record()) == choice
@@ -96,14 +97,47 @@ def test_rates_of_both_engines_agree() -> None:
     assert rates[0] == pytest.approx(rates[1], rel=0.02)
 
 
+class Turned(Sum):
+    """A later block turns the stream round, which credit leaves out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        return h + self.later(h)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.later = nn.Linear(4, 4, bias=False)
+        with torch.no_grad():
+            self.later.weight.copy_(-3 * torch.eye(4))
+
+
 def test_credit_that_does_not_lower_the_loss_is_told() -> None:
-    zm = wrap()
-    given = batches(2)
-    given[1]["y"] = 2 * given[1]["x"] - given[1]["y"]  # what lowers the loss of one raises that of the other
-    given[0]["y"], given[1]["x"] = given[0]["x"] + 1.0, given[0]["x"]
-    given[1]["y"] = given[0]["x"] - 3.0
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"engine": "eager", "loss_fn": squares, "trainable": "block.weight"}
+    zm = zowrap.zo_wrap(Turned(), "zo_sgd", estimator="residual", lr="auto", **options)
     with pytest.raises(ZOError, match="found no step along the residual credit"):
-        zowrap.tune_lr(zm, given, 10)
+        zowrap.tune_lr(zm, batches(2), 10)
+
+
+def test_vectors_alone_have_no_gain_to_go_by() -> None:
+    """Their loss curves, which bounds the step."""
+
+    class Shift(Sum):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Linear(4, 4)
+
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"engine": "eager", "loss_fn": squares, "trainable": "block.bias"}
+    zm = zowrap.zo_wrap(Shift(), "zo_sgd", estimator="residual", lr="auto", **options)
+    choice = zowrap.tune_lr(zm, batches(1), 10)
+    assert isinstance(choice, CreditRate) and choice.step == pytest.approx(choice.slope / choice.curvature)
+
+
+@pytest.mark.parametrize(("steps", "measured"), [(10, 1), (64, 2), (1000, 4)])
+def test_longer_runs_measure_more_batches(steps: int, measured: int) -> None:
+    choice = zowrap.tune_lr(wrap(), batches(), steps)
+    assert choice.forwards == 3 * measured
 
 
 def test_a_loss_that_is_not_finite_is_told() -> None:

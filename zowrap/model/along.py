@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,18 @@ def losses_along(zm: Wrapped, batches: Sequence[dict[str, Any]], distances: Sequ
 def count_moving(zm: Wrapped) -> int:
     """Return the number of elements that the credit accumulated so far moves."""
     return sum(tensor.numel() for tensor in _moving(zm))
+
+
+def measure_gain(zm: Wrapped) -> float:
+    """Return the mean gain of the matrices that the accumulated credit moves: the root mean square over their elements
+    of ‖W‖/√(number of singular values), by ‖W‖ over √(rows · columns); infinite where only vectors move, and of
+    matrices that are zero, as new adapters are.
+    """
+    matrices = [tensor.detach().float() for tensor in _moving(zm) if tensor.ndim >= 2 and bool(tensor.any())]
+    if not matrices:
+        return math.inf
+    gains = sum(float(matrix.square().sum()) / min(matrix.shape[-2:]) for matrix in matrices)
+    return math.sqrt(gains / sum(matrix.numel() for matrix in matrices))
 
 
 def _moving(zm: Wrapped) -> list[Tensor]:
