@@ -27,7 +27,7 @@ class Method:
         batches: numbers of examples in a step that are tried.
         moves: of backpropagation, what moves: ``"all"`` that the task tunes, the matrices that ``"write"`` to the
             residual stream, or those of the ``"last"`` block.
-        forwards: the budget of a run, in forwards; None: that of the benchmark.
+        falls: η falls to 0 within the budget, as it does by default in runs with residual credit; else it is constant.
     """
 
     rule: str | None
@@ -35,14 +35,17 @@ class Method:
     wrap: dict[str, Any] = field(default_factory=dict)
     batches: tuple[int, ...] = (BATCH,)
     moves: str = "all"
+    falls: bool = False
 
 
 METHODS = {
     "MeZO": Method("zo_sgd", (1e-5, 3e-5, 1e-4), batches=(4, BATCH)),
     "MEAZO": Method("meazo", (3e-4, 1e-3, 3e-3)),
+    "MeZO, late values": Method("zo_sgd", (3e-4, 1e-3, 3e-3), {"trainable": "late-values"}, batches=(4, BATCH)),
     "population": Method("zo_sgd", (3e-5, 1e-4, 3e-4), {"estimator": "population"}),
-    "residual": Method("meazo", (3e-5, 1e-4, 3e-4), {"estimator": "residual"}),
-    "residual, auto": Method("meazo", (), {"estimator": "residual"}),
+    "GRZO": Method("zo_sgd", (3e-5, 1e-4, 3e-4), {"estimator": "grzo"}),
+    "residual": Method("meazo", (1e-4, 3e-4, 1e-3), {"estimator": "residual"}, falls=True),
+    "residual, auto": Method("meazo", (), {"estimator": "residual"}, falls=True),
     "backpropagation": Method(None, (1e-2, 3e-2, 1e-1)),
     "backpropagation, writers": Method(None, (1e-2, 3e-2, 1e-1), moves="writers"),
     "backpropagation, last block": Method(None, (1e-2, 3e-2, 1e-1), moves="last"),
@@ -76,22 +79,31 @@ class Stepper(Protocol):
 
 
 class ForwardOnly(Stepper):
-    """Steps of ``zo_wrap``; an η that is chosen falls to 0 within the planned steps, as it does in ``zowrap tune``."""
+    """Steps of ``zo_wrap``.
 
-    def __init__(self, zm: ZOModel, lr: float | None, batches: Iterator[dict[str, Tensor]], steps: int) -> None:
-        self.zm, self.lr, self.forwards = zm, lr, 0.0
-        self._planned = steps if lr is None else None
+    Args:
+        lr: η; None chooses it as ``--lr auto`` does.
+        budget: forwards of the run, within which η falls to 0; None leaves it constant.
+    """
+
+    def __init__(
+        self, zm: ZOModel, lr: float | None, batches: Iterator[dict[str, Tensor]], budget: float | None
+    ) -> None:
+        self.zm, self.forwards, self.budget = zm, 0.0, budget
         self._cost: float | None = None
         if lr is None:
-            ahead = [next(batches) for _ in range(5)]
-            choice = zowrap.tune_lr(zm, ahead, steps)
+            assert budget is not None
+            ahead = [next(batches) for _ in range(4)]
+            choice = zowrap.tune_lr(zm, ahead, steps=round(budget / 1.4))
             assert isinstance(choice, CreditRate)
-            self.lr = choice.lr
+            lr = choice.lr
             self.forwards = choice.forwards * self._cost_of_a_step()  # by the program that gives credit
+        self.lr = lr
 
     def step(self, batch: dict[str, Tensor]) -> None:
-        if self._planned is not None and self.lr is not None:
-            self.zm.lr = self.lr * max(1 - self.zm.step_count / self._planned, 0.0)
+        assert self.lr is not None
+        if self.budget is not None:
+            self.zm.lr = self.lr * max(1 - self.forwards / self.budget, 0.0)
         before = self.zm.descent.evaluations
         self.zm.step(**batch)
         if self._cost is None:

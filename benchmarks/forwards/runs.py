@@ -151,14 +151,13 @@ class Bench:
         zm, state = self._wrap(method.rule, method.wrap)
         # The state is of a wrapped model whose η is open; what is given here is set first.
         zm.load_state_dict({**state, "seed": run.seed, "lr": 1.0 if run.lr is None else run.lr})
-        return ForwardOnly(zm, run.lr, batches, steps=round(run.forwards / 1.4))
+        return ForwardOnly(zm, run.lr, batches, run.forwards if method.falls else None)
 
     def _wrap(self, rule: str, options: dict[str, Any]) -> tuple[zowrap.ZOModel, dict[str, Any]]:
         key = json.dumps([rule, options])
         if key not in self._wrapped:
-            zm = zowrap.zo_wrap(
-                self.model, rule, trainable=self.trainable, loss_fn=self.task.loss_fn, engine=self.engine, **options
-            )
+            given = {"trainable": self.trainable, "loss_fn": self.task.loss_fn, "engine": self.engine, **options}
+            zm = zowrap.zo_wrap(self.model, rule, **given)
             self._wrapped[key] = zm, zm.state_dict()
         return self._wrapped[key]
 
