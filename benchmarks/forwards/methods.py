@@ -127,7 +127,7 @@ class Backpropagation(Stepper):
         depth: share of the layers that the backward pass goes through.
     """
 
-    def __init__(self, zm: ZOModel, parameters: list[nn.Parameter], lr: float, depth: float) -> None:
+    def __init__(self, zm: ZOModel, parameters: list[nn.Parameter], *, lr: float, depth: float) -> None:
         self.loss, self.parameters, self.lr, self.depth = zm.loss_module, parameters, lr, depth
         self.forwards = 0.0
 

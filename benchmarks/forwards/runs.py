@@ -18,8 +18,8 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +37,64 @@ from zowrap.tasks.loading import open_source
 from zowrap.tasks.resolve import resolve
 from zowrap.tasks.rows import Row, sample
 
-DEV_ROWS, TEST_ROWS, MAX_LENGTH, EVAL_BATCH = 256, 500, 48, 64
+EVAL_BATCH = 64
 # Forwards at which the dev rows are evaluated.
 MARKS = (3, 6, 12, 24, 48, 96, 192, 400)
-_TEXTS = {"rte": "{premise} {hypothesis}"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model and data: classification by label names, or language modelling of the texts."""
+    """A model and data: classification by label names or words after a prompt, or language modelling of the texts.
+
+    Attributes:
+        model: ``"minilm"``, or a folder in the folder of models.
+        kind: of ``zowrap tune --task``.
+        data: a folder of the data.
+        forwards: the budget of a run.
+        text: makes a row's text of its columns.
+        template: the prompt, of a language model that classifies; ``words`` are what stands for the labels in it.
+        dev_rows, test_rows, max_length: numbers of rows to choose by and to report on, and of tokens.
+    """
 
     model: str
     kind: str
     data: str
     forwards: int = 400
+    text: str = "{text}"
+    template: str | None = None
+    words: Mapping[str, str] = field(default_factory=dict)
+    dev_rows: int = 256
+    test_rows: int = 500
+    max_length: int = 48
 
 
+_GEMMA: dict[str, Any] = {"forwards": 192, "dev_rows": 128, "test_rows": 256}
+_ASKED = "{premise}\nQuestion: {hypothesis} True or false?"
 TASKS = {
     "minilm-trec": Task("minilm", "classification", "trec"),
     "minilm-banking77": Task("minilm", "classification", "banking77", forwards=192),
     "minilm-sst2": Task("minilm", "classification", "sst2"),
-    "minilm-rte": Task("minilm", "classification", "rte"),
+    "minilm-rte": Task("minilm", "classification", "rte", text="{premise} {hypothesis}"),
     "stories-sst2": Task("stories260k", "lm", "sst2"),
-    "stories-rte": Task("stories260k", "lm", "rte"),
+    "stories-rte": Task("stories260k", "lm", "rte", text="{premise} {hypothesis}"),
+    "gemma-sst2": Task(
+        "gemma-3-270m",
+        "classification",
+        "sst2",
+        template="{text} It was {label}",
+        words={"positive": "great", "negative": "terrible"},
+        **_GEMMA,
+    ),
+    "gemma-trec": Task("gemma-3-270m", "classification", "trec", template="{text}\nThis asks about: {label}", **_GEMMA),
+    "gemma-rte": Task(
+        "gemma-3-270m",
+        "classification",
+        "rte",
+        text=_ASKED,
+        template="{text}\nAnswer: {label}",
+        words={"entailment": "true", "not_entailment": "false"},
+        **{**_GEMMA, "max_length": 128},
+    ),
 }
 
 
@@ -92,7 +127,7 @@ class Bench:
         task, self.engine = TASKS[name], engine
         train, dev, test = _read(task, data_dir)
         self.source = open_source(minilm() if task.model == "minilm" else str(models_dir / task.model))
-        self.task, _ = resolve(task.kind, train, self.source, max_length=MAX_LENGTH)
+        self.task, _ = resolve(task.kind, train, self.source, max_length=task.max_length, template=task.template)
         self.train = self.task.examples(train, self.source)
         self.collator = self.task.collator(self.source)
         self.dev, self.test = self._batches(dev), self._batches(test)
@@ -147,7 +182,8 @@ class Bench:
         if method.rule is None:
             zm, _ = self._wrap("zo_sgd", {})
             assert run.lr is not None
-            return Backpropagation(zm, *self._moving(method, zm), run.lr)
+            moving, depth = self._moving(method, zm)
+            return Backpropagation(zm, moving, lr=run.lr, depth=depth)
         zm, state = self._wrap(method.rule, method.wrap)
         # The state is of a wrapped model whose η is open; what is given here is set first.
         zm.load_state_dict({**state, "seed": run.seed, "lr": 1.0 if run.lr is None else run.lr})
@@ -185,17 +221,16 @@ def _read(task: Task, data_dir: Path) -> tuple[list[Row], list[Row], list[Row]]:
     last = data_dir / task.data / "test.jsonl"
     test = _texts(task, rows_of(data_dir, f"{task.data}/{'test' if last.is_file() else 'dev'}.jsonl"))
     shuffled = random.Random(0).sample(train, len(train))
-    return shuffled[DEV_ROWS:], shuffled[:DEV_ROWS], sample(test, TEST_ROWS)
+    return shuffled[task.dev_rows :], shuffled[: task.dev_rows], sample(test, task.test_rows)
 
 
 def _texts(task: Task, rows: Sequence[Row]) -> list[Row]:
-    """Rows with a column ``text``; those of a language model have nothing else."""
-    template = _TEXTS.get(task.data)
+    """Rows with a column ``text``, and where there are classes one for the ``label``."""
     found = []
     for row in rows:
-        values = dict(row.values)
-        if template is not None:
-            values["text"] = template.format(**values)
-        kept = ("text",) if task.kind == "lm" else ("text", "label")
-        found.append(replace(row, values={name: values[name] for name in kept}))
+        values = {"text": task.text.format(**row.values)}
+        if task.kind != "lm":
+            label = str(row.values["label"])
+            values["label"] = task.words.get(label, label)
+        found.append(replace(row, values=values))
     return found

@@ -13,7 +13,7 @@ import torch
 import zowrap
 from benchmarks.forwards import report, runs, search
 from benchmarks.forwards.methods import METHODS, Backpropagation, ForwardOnly
-from benchmarks.forwards.report import forwards_to, write
+from benchmarks.forwards.report import point_at, write
 from benchmarks.forwards.runs import Run
 from benchmarks.forwards.search import OutOfTime, Search, final_loss, finished
 from tests.support.families import batch, make
@@ -66,7 +66,8 @@ def test_a_run_that_diverged_is_never_the_best() -> None:
     whole, broken = line_of(run), line_of(run, (0.1, None))
     short = {**line_of(run), "curve": line_of(replace(run, forwards=100))["curve"]}
     assert final_loss(whole) == 1.0 and final_loss(broken) == final_loss(short) == float("inf")
-    assert forwards_to(whole, 2.0) == 200 and forwards_to(whole, 0.5) is None
+    reached = point_at(whole, 2.0)
+    assert reached is not None and reached["forwards"] == 200 and point_at(whole, 0.5) is None
 
 
 def test_the_page_tells_what_was_run_and_what_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,13 +81,38 @@ def test_the_page_tells_what_was_run_and_what_was_not(tmp_path: Path, monkeypatc
     assert (tmp_path / "forwards" / "stories-rte.png").stat().st_size > 1000
 
 
+def test_the_page_says_how_many_times_fewer_forwards_a_method_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = {
+        "MeZO": [line_of(Run("stories-rte", "MeZO", 1e-4, 4, seed, 400), (2.0, 1.5)) for seed in (0, 1)],
+        "residual": [line_of(Run("stories-rte", "residual", 1e-4, 16, seed, 400), (1.5, 1.0)) for seed in (0, 1)],
+        "GRZO": [line_of(Run("stories-rte", "GRZO", 1e-4, 16, seed, 400), (3.0, 2.5)) for seed in (0, 1)],
+    }
+    table = "\n".join(report._table(lines))
+    assert "Forwards of MeZO for each of these methods' to its last dev loss: residual 2 to 2." in table
+    assert "| never |" in table and "forwards to MeZO's last loss, 1.500" in table
+
+
+def test_the_rate_of_residual_credit_falls_within_the_budget_and_checks_cost() -> None:
+    given = batch("opt", 16, 9)
+    zm = zowrap.zo_wrap(make("opt"), "meazo", estimator="residual", engine="eager", lr=1e-6)
+    stepper, rates = ForwardOnly(zm, 1e-4, iter([]), 12), []
+    while stepper.forwards < 12:
+        stepper.step(given)
+        rates.append(zm.lr)
+    cost = stepper._cost
+    assert cost is not None and stepper.forwards == pytest.approx(cost * (len(rates) + zm.descent.evaluations))
+    assert rates[0] == 1e-4 and rates == sorted(rates, reverse=True) and 0 <= rates[-1] < 4e-5
+
+
 def test_what_a_step_costs() -> None:
     given = batch("opt", 4, 9)
     zm = zowrap.zo_wrap(make("opt"), "zo_sgd", engine="eager", lr=1e-6)
-    stepper = ForwardOnly(zm, 1e-6, iter([]), 1)
+    stepper = ForwardOnly(zm, 1e-6, iter([]), None)
     stepper.step(given)
     assert stepper.forwards == pytest.approx(2 * 4 / 16)
-    backward = Backpropagation(zm, [p.tensor for p in zm.parameters if p.tensor.ndim > 1], 0.5, 1.0)  # type: ignore[misc]
+    backward = Backpropagation(zm, [p.tensor for p in zm.parameters if p.tensor.ndim > 1], lr=0.5, depth=1.0)  # type: ignore[misc]
     before = float(zm.loss(**given))
     for _ in range(3):
         backward.step(given)
@@ -105,8 +131,8 @@ def test_a_run_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shared = Path(__file__).parents[2].parent / "shared"
     if not (shared / "models" / "stories260k").is_dir():
         pytest.skip("needs ../shared, with the story model and sentences")
-    monkeypatch.setattr(runs, "DEV_ROWS", 16)
-    monkeypatch.setattr(runs, "TEST_ROWS", 16)
+    few = replace(runs.TASKS["stories-sst2"], dev_rows=16, test_rows=16)
+    monkeypatch.setitem(runs.TASKS, "stories-sst2", few)
     monkeypatch.setattr(search, "SEEDS", (0,))
     bench = runs.Bench("stories-sst2", shared / "data", shared / "models", "eager")
     for name in METHODS:
@@ -114,4 +140,4 @@ def test_a_run_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         line = bench.make(Run("stories-sst2", name, lr, 16, 0, 12))
         json.dumps(line, allow_nan=False)
         assert line["curve"][0]["loss"] == bench.untuned["loss"] and line["curve"][-1]["forwards"] >= 12
-        assert line["chosen_lr"] > 0
+        assert line["chosen_lr"] == lr or (lr is None and line["chosen_lr"] > 0)
