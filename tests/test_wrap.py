@@ -58,13 +58,19 @@ def _each(engine, parts):
         yield zm
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+MOMENTUM = {"rule": rules.zo_sgd(momentum=0.9), "queries": 2, "direction": "sphere"}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"rule": rules.zo_sgd(momentum=0.9), "queries": 2, "direction": "sphere"}],
-    ids=["meazo", "momentum"],
+    ("options", "engine"),
+    [
+        pytest.param({}, "eager", id="meazo-eager"),
+        pytest.param({}, "compiled", id="meazo-compiled"),
+        pytest.param(MOMENTUM, "eager", id="momentum-eager"),
+        pytest.param(MOMENTUM, "compiled", id="momentum-compiled", marks=pytest.mark.slow),
+    ],
 )
-def test_resumed_equals_uninterrupted_bitwise(engine, options) -> None:
+def test_resumed_equals_uninterrupted_bitwise(options, engine) -> None:
     """State through JSON and tensors, weights through a state dict: the rest of the run is the same bits."""
     whole = wrap(engine, **options)
     for step in range(6):
@@ -387,7 +393,7 @@ def test_means_over_label_tokens_accumulate_exactly(engine) -> None:
     assert torch.allclose(whole.peek()[0], split.peek()[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", slow_except(["eager"], ENGINES))
 def test_one_side_at_a_time_gives_the_same_losses(engine) -> None:
     inputs = batch("llama", 4, 9)
     both, one = wrap(engine), wrap(engine, memory="sequential")

@@ -157,7 +157,7 @@ def test_one_block_costs_less_than_all_and_blocks_are_averaged() -> None:
 
 
 # Full-rank without and with state that directions read, whole-tensor thresholds, candidates, low-rank state.
-@pytest.mark.parametrize("rule", ["conmezo", "sparse_mezo", "fzoo", "lozo"])
+@pytest.mark.parametrize("rule", slow_except(["sparse_mezo", "lozo"], ["conmezo", "sparse_mezo", "fzoo", "lozo"]))
 def test_rules_can_be_asked_about_without_weights(rule: str) -> None:
     told = cost_model_of(zowrap.zo_wrap(empty("opt"), rule), _shapes("opt")).costs()
     assert told.memory.peak > told.memory.weights > 0 and told.step.flops > 0
@@ -170,7 +170,7 @@ def test_every_rule_can_be_wrapped_without_weights() -> None:
         assert sum(max(points, 1) for points in evaluations) == zm.inspect().forwards, rule
 
 
-@pytest.mark.parametrize("family", slow_except(["bert", "gpt2"], ["llama", "gpt2", "bert", "t5"]))
+@pytest.mark.parametrize("family", slow_except(["bert"], ["llama", "gpt2", "bert", "t5"]))
 def test_families_cost_the_same_with_and_without_weights(family: str) -> None:
     live = zowrap.zo_wrap(make(family), "zo_sgd", engine="compiled")
     live.job.loss.settled = True  # a model without values has nothing to compare losses on

@@ -89,6 +89,7 @@ def test_weights_and_state_are_unmoved(engine: str, dtype: torch.dtype) -> None:
     assert zm.step_count == 1
 
 
+@pytest.mark.slow
 def test_rates_of_both_engines_agree() -> None:
     rates = []
     for engine in ("eager", "compiled"):

@@ -72,7 +72,7 @@ def test_the_choice_is_where_the_formula_puts_it():
     assert chosen("zo_sgd") == pytest.approx(sigma / math.sqrt(400) / choice.projected_grad, rel=0.3)
 
 
-@pytest.mark.parametrize("name", rules.REGISTRY)
+@pytest.mark.parametrize("name", slow_except(["meazo"], rules.REGISTRY))
 def test_the_noise_of_a_run_at_the_chosen_rate_costs_what_was_allowed(name):
     zm = bowl(name)
     choice = tune_lr(zm, slopes(), 200)
@@ -84,7 +84,7 @@ def test_the_noise_of_a_run_at_the_chosen_rate_costs_what_was_allowed(name):
     assert 0.3 * choice.change < rise < 3 * choice.change, (name, rise, choice)
 
 
-@pytest.mark.parametrize("name", slow_except(["zo_sgd", "meazo"], rules.REGISTRY))
+@pytest.mark.parametrize("name", slow_except(["zo_sgd"], rules.REGISTRY))
 def test_the_scale_of_the_loss_does_not_matter(name):
     if name == "radazo":
         pytest.skip("its ζ stands inside the root: it is scale-free for projected gradients above 1e-4 alone")
@@ -151,7 +151,7 @@ def bits(zm: zowrap.ZOModel) -> list[Any]:
     return [tensor.detach().clone().numpy().tobytes() for tensor in tensors] + rest
 
 
-@pytest.mark.parametrize("name", rules.REGISTRY)
+@pytest.mark.parametrize("name", slow_except(["zo_sgd", "fzoo"], rules.REGISTRY))
 def test_nothing_moves_and_every_forward_is_counted(name):
     calls = []
 

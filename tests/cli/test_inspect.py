@@ -56,19 +56,19 @@ def test_a_model_far_too_large_is_inspected(zowrap_cli: Cli, tmp_path: Path) -> 
     assert "does not fit: needs" in told.out and "what would help: --dtype bfloat16" in told.out
 
 
-def test_sizes_and_schedule_are_options(zowrap_cli: Cli, bare: dict[str, Path]) -> None:
-    def costs(*options: str) -> dict:
-        told = zowrap_cli("inspect", bare["causal"], "--json", *options)
-        assert told.code == 0, told.err
-        return told.json
-
-    small, large = costs("--batch-size", "2"), costs("--batch-size", "4")
+@pytest.mark.slow
+def test_sizes_are_options(zowrap_cli: Cli, bare: dict[str, Path]) -> None:
+    small, large = (told(zowrap_cli, bare["causal"], "--batch-size", rows) for rows in ("2", "4"))
     assert large["costs"]["step"]["flops"] == 2 * small["costs"]["step"]["flops"]
-    assert small["schedule"] == "paired" and small["schedule_why"]
-    alone = costs("--batch-size", "4", "--memory", "sequential")
-    assert alone["schedule"] == "sequential" and alone["needed_bytes"] < large["needed_bytes"]
-    half = costs("--dtype", "bfloat16")
+    half = told(zowrap_cli, bare["causal"], "--dtype", "bfloat16")
     assert half["dtype"] == "bfloat16" and all(m["rounding"] == "stochastic rounding" for m in half["moves"])
+
+
+def test_the_schedule_is_an_option(zowrap_cli: Cli, bare: dict[str, Path]) -> None:
+    small = (zowrap_cli, bare["causal"], "--batch-size", "4")
+    both, alone = told(*small), told(*small, "--memory", "sequential")
+    assert both["schedule"] == "paired" and both["schedule_why"]
+    assert alone["schedule"] == "sequential" and alone["needed_bytes"] < both["needed_bytes"]
 
 
 @pytest.mark.slow
@@ -88,12 +88,12 @@ def test_auto_takes_the_schedule_that_fits(
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("causal", ("--task", "lm")),
+        pytest.param("causal", ("--task", "lm"), marks=pytest.mark.slow),
         ("causal", ("--task", "classification", "--labels", "good,bad")),
         ("encoder", ("--task", "classification", "--labels", "good,bad")),
         ("sequence", ("--task", "classification")),
         pytest.param("sequence", ("--estimator", "population"), marks=pytest.mark.slow),
-        ("causal", ("--blocks", "layer", "--rule", "zo_adam")),
+        pytest.param("causal", ("--blocks", "layer", "--rule", "zo_adam"), marks=pytest.mark.slow),
     ],
 )
 def test_tasks_are_built_as_tune_builds_them(
@@ -128,10 +128,10 @@ def test_a_picture_tells_points_apart(zowrap_cli: Cli, bare: dict[str, Path], tm
     "options",
     [
         (),
-        ("--direction", "lowrank(1)"),
+        pytest.param(("--direction", "lowrank(1)"), marks=pytest.mark.slow),
         pytest.param(("--estimator", "population"), marks=pytest.mark.slow),
-        ("--load-in-8bit",),
-        ("--load-in-8bit", "--quantized", "codes"),
+        pytest.param(("--load-in-8bit",), marks=pytest.mark.slow),
+        pytest.param(("--load-in-8bit", "--quantized", "codes"), marks=pytest.mark.slow),
     ],
 )
 def test_every_picture_of_two_points_has_both(

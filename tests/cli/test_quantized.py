@@ -16,6 +16,7 @@ import transformers
 from safetensors import safe_open
 
 from tests.conftest import make_tokenizer
+from tests.support.slow import slow_except
 from zowrap import quant
 from zowrap.quant import modes
 from zowrap.storage.formats import DTYPES
@@ -69,7 +70,7 @@ def test_a_run_of_adapters_is_evaluated_and_merged(models, data, tmp_path, zowra
     assert merged.code == 0, merged.err
 
 
-@pytest.mark.parametrize("quantized", ["scales", "codes", "adapters"])
+@pytest.mark.parametrize("quantized", slow_except(["codes"], ["scales", "codes", "adapters"]))
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(
     quantized, models, data, tmp_path, zowrap_cli, monkeypatch
 ) -> None:

@@ -23,7 +23,7 @@ def loss_at_the_weights(zm, inputs) -> tuple[torch.Tensor, torch.Tensor]:
         return zm.loss_module(inputs)
 
 
-@pytest.mark.parametrize("name", slow_except(set(FAMILIES) - {"t5", "mixtral"}, FAMILIES))
+@pytest.mark.parametrize("name", slow_except(["llama", "gpt2", "bert"], FAMILIES))
 def test_captured_and_split_losses_equal_the_oracle(name, monkeypatch) -> None:
     """Uncompiled: the program after all passes, node by node, against perturbed copies of the model."""
     compile_nothing(monkeypatch)

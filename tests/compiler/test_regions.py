@@ -8,7 +8,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import zowrap
 import zowrap.model.zo_model
-from tests.support.slow import slow_except
 from zowrap.telling import Telling
 
 LAYERS = 5
@@ -129,10 +128,9 @@ def regions_run(zm: zowrap.model.zo_model.ZOModel, monkeypatch: pytest.MonkeyPat
     return counts
 
 
-@pytest.mark.parametrize(
-    "moving", slow_except([["*layers.4*", "*norm*"]], [["*layers.4.mlp.down_proj*"], ["*layers.4*", "*norm*"]])
-)
-@pytest.mark.parametrize("memory", slow_except(["sequential"], ["paired", "sequential"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("moving", [["*layers.4.mlp.down_proj*"], ["*layers.4*", "*norm*"]])
+@pytest.mark.parametrize("memory", ["paired", "sequential"])
 def test_what_no_direction_reaches_is_computed_once_and_changes_nothing(
     moving: list[str], memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +192,7 @@ def next_token_loss(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> t
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), given["ids"][:, 1:].flatten())
 
 
+@pytest.mark.slow
 def test_a_length_that_is_computed_crosses_the_border_of_a_region() -> None:
     """No region but the first has an input of length n, of which n − 1 is computed."""
     options = {"loss_fn": next_token_loss, "blocks": "layer", "block_order": "descending", "eps": 1e-2}

@@ -81,6 +81,7 @@ def test_fed_the_same_projected_gradients_the_weights_agree(pair) -> None:
         zm.lr = 1e-3
 
 
+@pytest.mark.slow
 def test_a_batch_may_be_views_of_larger_tensors() -> None:
     zm = zowrap.zo_wrap(make("bert"), "zo_sgd", engine="compiled")
     plain = batch("bert", 4, 9)
@@ -207,12 +208,13 @@ def test_perturbation_noise_is_update_noise_is_replay_noise(direction, dtype) ->
         assert all(torch.equal(p.tensor, m) for p, m in zip(zm.parameters, moved, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"direction": "sphere", "queries": 3}, marks=pytest.mark.slow),
-        pytest.param({"direction": "rademacher", "estimator": "forward", "queries": 2}, marks=pytest.mark.slow),
-        pytest.param({"weight_decay": 0.1, "rule": zowrap.rules.zo_sgd(momentum=0.9)}, marks=pytest.mark.slow),
+        {"direction": "sphere", "queries": 3},
+        {"direction": "rademacher", "estimator": "forward", "queries": 2},
+        {"weight_decay": 0.1, "rule": zowrap.rules.zo_sgd(momentum=0.9)},
         {"rule": "meazo", "queries": 2, "blocks": ["embed*", "*"]},
     ],
     ids=["sphere q3", "forward q2", "momentum decay", "blocks"],
@@ -405,7 +407,8 @@ print([str(w.message) for w in caught if "eagerly" in str(w.message)], zm.step_c
 """
 
 
-@pytest.mark.parametrize("engine", slow_except([None], [None, "compiled"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [None, "compiled"])
 def test_without_a_compiler(engine, tmp_path) -> None:
     """CXX points nowhere and nothing is cached: eager with one warning, or an error if compiled was asked for."""
     import os

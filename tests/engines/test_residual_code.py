@@ -133,6 +133,7 @@ class Kept(nn.Module):
         return sum(each.tanh() for each in every)  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 def test_an_input_that_is_read_again_stays() -> None:
     zms = []
     for memory in ("paired", "sequential"):

@@ -147,6 +147,7 @@ def fixed_part(cost_model: CostModel) -> int:
         return cost_model.bound()
 
 
+@pytest.mark.slow
 def test_a_larger_batch_asks_again_and_nothing_turns_back(free: Any) -> None:
     asked = free(free_beside_the_model(costs_of(SMALL).schedules["paired"]))
     zm, seen = wrap(), []

@@ -41,7 +41,7 @@ def train(name: str, queries: int) -> tuple[list[Tensor], Any]:
     return [p.tensor.detach().clone() for p in zm.parameters] + slots, zm.engine.kernels
 
 
-@pytest.mark.parametrize("name", slow_except(["momentum, decay, sphere"], OPTIONS))
+@pytest.mark.parametrize("name", slow_except(["plain"], OPTIONS))
 def test_groups_have_the_bits_of_one_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, kernels = train(name, queries=5)
     assert not kernels.update.in_groups(5)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import zowrap
 from tests.support.families import batch, make, snapshot, unchanged
+from tests.support.slow import slow_except
 from tests.support.uncompiled import compile_nothing
 from zowrap.engines import captures
 from zowrap.errors import ZOCaptureError, ZOError
@@ -90,6 +91,18 @@ CASES = [
     *(("turned", options, torch.bfloat16) for options in OPTIONS),
     *(("turned", options, torch.float64) for options in ("gaussian", "low rank", "population")),
 ]
+# Mapping a program over the examples takes longer than all else here: each model and choice of tensors once.
+POPULATIONS = [
+    ("plain", "population", torch.float32),
+    ("turned", "population, matrices alone", torch.float32),
+    ("turned", "population, vectors alone", torch.bfloat16),
+]
+
+
+def is_slow(case: tuple[str, str, torch.dtype]) -> bool:
+    return case[1].startswith("population") and case not in POPULATIONS
+
+
 # Of a loss near 4: 16-bit activations are rounded in another order, and float64 must be float64 in its products.
 LOSS = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float64: 1e-6}
 
@@ -107,7 +120,11 @@ def wrap(name: str, engine: str, dtype: torch.dtype = torch.float32, **options: 
     return zowrap.zo_wrap(MODELS[name]().to(dtype).eval(), **given)
 
 
-@pytest.mark.parametrize(("name", "options", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options", "dtype"),
+    [pytest.param(*case, marks=pytest.mark.slow if is_slow(case) else ()) for case in CASES],
+    ids=str,
+)
 def test_the_fast_path_equals_the_oracle_and_writes_in_the_update_alone(
     name: str, options: str, dtype: torch.dtype
 ) -> None:
@@ -158,7 +175,7 @@ def pooled(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return model.bert(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state.square().mean((1, 2))
 
 
-@pytest.mark.parametrize("estimator", ["central", "population"])
+@pytest.mark.parametrize("estimator", slow_except(["central"], ["central", "population"]))
 def test_an_unused_block_has_equal_losses_and_the_others_stay_compiled(estimator) -> None:
     options = {"lr": 1e-2, "loss_fn": pooled, "blocks": "layer", "estimator": estimator}
     oracle, fast = (zowrap.zo_wrap(make("bert"), "zo_sgd", engine=engine, **options) for engine in ("eager", None))

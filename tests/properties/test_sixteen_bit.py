@@ -5,6 +5,8 @@ And so do float32 masters; and what the direction really evaluated is.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -112,11 +114,30 @@ def test_a_master_moves_as_a_float32_weight_and_the_weight_is_its_nearest(rule, 
     assert not torch.equal(half.model.w.float(), full.model.w)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+OPTIONS = {
+    "masters": {"masters": True},
+    "evaluated": {"along": "evaluated"},
+    "both": {"masters": True, "along": "evaluated"},
+}
+# Each rule, each of the options and each dtype: every combination has kernels of its own to compile.
+BY_DEFAULT = [
+    ("zo_sgd", "masters", torch.bfloat16),
+    ("zo_sgd", "evaluated", torch.float16),
+    ("zo_adam", "both", torch.bfloat16),
+]
+
+
 @pytest.mark.parametrize(
-    "options", [{"masters": True}, {"along": "evaluated"}, {"masters": True, "along": "evaluated"}]
+    ("rule", "options", "dtype"),
+    [
+        pytest.param(
+            *(rule, OPTIONS[options], dtype),
+            id=f"{rule.name}-{options}-{dtype}",
+            marks=() if (rule.name, options, dtype) in BY_DEFAULT else pytest.mark.slow,
+        )
+        for rule, options, dtype in itertools.product(RULES, OPTIONS, [torch.bfloat16, torch.float16])
+    ],
 )
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_both_engines_agree_bitwise(rule, options, dtype) -> None:
     eager, compiled = (moved(wrap(rule, dtype, engine, **options)) for engine in ("eager", "compiled"))
     assert torch.equal(eager.model.w, compiled.model.w)

@@ -271,7 +271,7 @@ def test_a_model_without_quantised_weights_is_refused() -> None:
         zowrap.zo_wrap(nn.Linear(2, 2), quantized="scales", loss_fn=lambda m, b: b["x"].sum())
 
 
-@pytest.mark.parametrize("way", ["scales", "adapters"])
+@pytest.mark.parametrize("way", slow_except(["scales"], ["scales", "adapters"]))
 def test_a_population_on_quantised_weights_runs_eagerly_and_says_so(way: str) -> None:
     zm, inputs = wrap(way, engine=None, estimator="population"), batch("opt", 3, 6)
     before = [p.tensor.clone() for p in zm.parameters]

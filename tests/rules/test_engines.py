@@ -13,7 +13,11 @@ from zowrap import rules
 from zowrap.testing import draw_losses, wrap
 
 
-@pytest.mark.parametrize("rule", [rules.conmezo(theta=1.2), rules.hizoo(a=1e-4)], ids=["conmezo", "hizoo"])
+@pytest.mark.parametrize(
+    "rule",
+    [rules.conmezo(theta=1.2), pytest.param(rules.hizoo(a=1e-4), marks=pytest.mark.slow)],
+    ids=["conmezo", "hizoo"],
+)
 def test_compiled_probes_see_the_state(rule) -> None:
     """Directions that depend on state: embedding rows, products, vectors and convolutions of both engines agree."""
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_except(["rank 2, lozo_m"], OPTIONS))
+@pytest.mark.parametrize("name", slow_except(["rank 1, momentum, decay"], OPTIONS))
 def test_engines_agree_along_low_rank_directions(name) -> None:
     """Losses and trajectories, for a tied pair, a convolution, a transposed product and vectors."""
     runs = []

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.support.slow import slow_except
 from tests.support.tiny_run import tiny_llama, trainer_in
 from zowrap.storage.save import save_model
 
@@ -27,7 +28,7 @@ def by_parameter(model: Any) -> None:
     model.model.norm.weight = model.model.layers[0].input_layernorm.weight
 
 
-@pytest.mark.parametrize("share", [by_head, by_module, by_parameter])
+@pytest.mark.parametrize("share", slow_except([by_parameter], [by_head, by_module, by_parameter]))
 def test_weights_that_a_script_shared_load_with_the_same_logits(tmp_path: Path, share: Any) -> None:
     model = tiny_llama(tie_word_embeddings=False).eval()
     share(model)

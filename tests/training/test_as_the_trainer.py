@@ -78,8 +78,8 @@ def test_a_weight_decay_set_by_a_callback_is_the_steps_and_recorded(tmp_path: Pa
     ("callback", "decay", "told"),
     [
         (SetsGroups("lr", 1e-2, 0), 0.0, "learning rates 0.001 and 0.01"),
-        (SetsGroups("weight_decay", 0.5, 0), 0.0, "give weight_decay="),
-        (SetsGroups("weight_decay", 0.5, 0, 1), 0.5, "never vectors"),
+        pytest.param(SetsGroups("weight_decay", 0.5, 0), 0.0, "give weight_decay=", marks=pytest.mark.slow),
+        pytest.param(SetsGroups("weight_decay", 0.5, 0, 1), 0.5, "never vectors", marks=pytest.mark.slow),
     ],
 )
 def test_groups_that_no_rule_can_follow_are_refused(

@@ -117,7 +117,7 @@ def test_a_checkpoint_alone_keeps_the_choice(tmp_path, request):
     assert journal(tmp_path / "whole")[-1] == journal(tmp_path / "other")[-1]
 
 
-@pytest.mark.parametrize("evaluation", [0, 3])
+@pytest.mark.parametrize("evaluation", slow_except([3], [0, 3]))
 def test_a_kill_while_choosing_loses_nothing(tmp_path, evaluation):
     trainer_in(tmp_path / "whole", **AUTO).train()
     killed(tmp_path / "cut", StopWhileChoosing(evaluation), **AUTO)

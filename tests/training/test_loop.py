@@ -40,7 +40,7 @@ def test_batches_are_made_only_where_the_length_of_the_run_depends_on_them() -> 
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_steps": 24, "eval_steps": 5},
+        pytest.param({"max_steps": 24, "eval_steps": 5}, marks=pytest.mark.slow),
         {"max_steps": -1, "num_train_epochs": 1.5, "gradient_accumulation_steps": 3},
         {"max_steps": 24, "save_steps": 0.5, "logging_steps": 0.3},
     ],
