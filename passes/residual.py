@@ -88,6 +88,14 @@ class Writer:
         return self.weight is not None or self.bias is not None or any(i is not None for i in self.weights)
 
 
+@dataclass
+class BlockEnd:
+    """A product that ends a block: the sum that it is first a term of, and whether it writes to the stream at all."""
+
+    sum: fx.Node
+    writes: bool
+
+
 class AssignCredit(Pass):
     """Add the outputs; see the module docstring."""
 
@@ -102,7 +110,7 @@ class AssignCredit(Pass):
         products = _find_products(program, self.job)
         graph = program.graph
         ends = _find_block_ends(graph, products)
-        for product in [node for node, writes in ends.items() if not writes]:
+        for product in [node for node, end in ends.items() if not end.writes]:
             products[product] = replace(products[product], weight=None, bias=None, weights=())
         if not ends:
             raise ZOError(_NO_STREAM, Option("estimator", "central"), " or ", Option("estimator", "population"))
@@ -111,11 +119,12 @@ class AssignCredit(Pass):
         if not found:
             raise ZOError(_NOTHING_MOVES if sweep.reached else _NO_DERIVATIVE, Option("estimator", "population"))
         outputs = _Outputs(program, self.job, sweep.adjoint, [products[node] for node, _ in found if node in products])
+        share = _Shares(ends, products)
         for node, cotangent in found:
             if node in products:
-                outputs.add(products[node], cotangent)
+                outputs.add(products[node], cotangent, share.of(node))
             else:
-                outputs.add_vector(sweep.scales[node], cotangent)
+                outputs.add_vector(sweep.scales[node], cotangent, share.of_scale(node))
         outputs.finish()
         stream = sum(node in ends for node, _ in found)
         return f"{stream} products write to the stream, {len(found) - stream} follow it"
@@ -284,11 +293,10 @@ def _multiplies(use: fx.Node, weight: fx.Node) -> bool:
     return bool(others) and any(part in name for part in known)
 
 
-def _find_block_ends(graph: fx.Graph, products: dict[fx.Node, Writer]) -> dict[fx.Node, bool]:
+def _find_block_ends(graph: fx.Graph, products: dict[fx.Node, Writer]) -> dict[fx.Node, BlockEnd]:
     """Find the products that end a block: a term of a sum comes from them, and their inputs from another term of it.
 
-    Returns:
-        for each, whether it writes to the stream; a router of experts, whose results only weigh others, does not.
+    A router of experts is one that does not write to the stream: its results only weigh others.
     """
     bit = {node: 1 << i for i, node in enumerate(graph.nodes)}
     ancestors: dict[fx.Node, int] = {}
@@ -296,7 +304,7 @@ def _find_block_ends(graph: fx.Graph, products: dict[fx.Node, Writer]) -> dict[f
         ancestors[node] = bit[node]
         for given in node.all_input_nodes:
             ancestors[node] |= ancestors[given]
-    ends: dict[fx.Node, bool] = {}
+    ends: dict[fx.Node, BlockEnd] = {}
     for node in graph.nodes:
         if node.target is not aten.add.Tensor or not _is_stream_like(node):
             continue
@@ -305,8 +313,33 @@ def _find_block_ends(graph: fx.Graph, products: dict[fx.Node, Writer]) -> dict[f
             for product in _products_before(term, products):
                 comes_from = ancestors[products[product].x]
                 if any(other is not term and comes_from & bit[other] for other in terms):
-                    ends[product] = ends.get(product, False) or _fits(product, node)
+                    end = ends.setdefault(product, BlockEnd(node, False))
+                    end.writes = end.writes or _fits(product, node)
     return ends
+
+
+class _Shares:
+    """The shares of their credit that parameters take, see :attr:`zowrap.step.credit.Use.share`."""
+
+    def __init__(self, ends: dict[fx.Node, BlockEnd], products: dict[fx.Node, Writer]) -> None:
+        self.ends, self.products = ends, products
+        self._sums = list(dict.fromkeys(end.sum for end in ends.values()))  # in the order of the stream
+
+    def of(self, product: fx.Node) -> float:
+        if product not in self.ends:
+            return 1.0
+        return (self._sums.index(self.ends[product].sum) + 1) / len(self._sums)
+
+    def of_scale(self, scale: fx.Node) -> float:
+        """Of the scales of a quantised weight: that of the first product that reads them."""
+        left, seen = [scale], {scale}
+        while left:
+            node = left.pop(0)
+            if node in self.products:
+                return self.of(node)
+            left += [user for user in node.users if user not in seen]
+            seen.update(node.users)
+        return 1.0
 
 
 def _fits(product: fx.Node, stream: fx.Node) -> bool:
@@ -366,12 +399,12 @@ class _Outputs:
         most = max(map(self._count_experts, writers), default=0)
         self.sketch = program.add_input("sketch", torch.zeros(self._widest + most, SKETCHES, device=job.device))
 
-    def add(self, writer: Writer, d: fx.Node) -> None:
+    def add(self, writer: Writer, d: fx.Node, share: float) -> None:
         """Add what a writer needs; ``d`` is the cotangent of its result."""
         call = self.adjoint.call
         rows = call(aten.reshape.default, d, [-1, d.meta["val"].shape[-1]])
         if writer.bias is not None:
-            self._add(writer.bias, [call(aten.sum.dim_IntList, rows, [0], dtype=torch.float32)])
+            self._add(writer.bias, [call(aten.sum.dim_IntList, rows, [0], dtype=torch.float32)], share)
         weights = [(writer.weight, None)] if writer.weight is not None else []
         weights += [(i, number) for number, i in enumerate(writer.weights) if i is not None]  # type: ignore[misc]
         if not weights:
@@ -383,20 +416,22 @@ class _Outputs:
         sketch = self._sketch(writer, rows, experts)
         for index, expert in weights:
             nodes = [writer.x, d, sketch] + ([] if experts is None else [experts])
-            self._add(cast("int", index), nodes, writer.transposed, expert)
+            self._add(cast("int", index), nodes, share, writer.transposed, expert)
             sketch = call(aten.zeros_like.default, sketch) if experts is not None else sketch
 
-    def add_vector(self, index: int, gradient: fx.Node) -> None:
+    def add_vector(self, index: int, gradient: fx.Node, share: float) -> None:
         """Add the gradient of a parameter that is no matrix."""
-        self._add(index, [self.adjoint.to(gradient, torch.float32)])
+        self._add(index, [self.adjoint.to(gradient, torch.float32)], share)
 
     def finish(self) -> None:
         self.program.graph.output_node().args = (tuple(self.nodes),)
 
-    def _add(self, index: int, nodes: list[fx.Node], transposed: bool = False, expert: int | None = None) -> None:
+    def _add(
+        self, index: int, nodes: list[fx.Node], share: float, transposed: bool = False, expert: int | None = None
+    ) -> None:
         places = tuple(range(len(self.nodes), len(self.nodes) + len(nodes)))
         self.nodes += nodes
-        self.program.credit.append(Use(index, places, transposed, expert))
+        self.program.credit.append(Use(index, places, transposed, expert, share))
 
     def _sketch(self, writer: Writer, rows: fx.Node, experts: fx.Node | None) -> fx.Node:
         """dᵀ (x r), float32 ``[outputs, SKETCHES]``."""

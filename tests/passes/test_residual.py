@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import zowrap
 from tests.support.families import batch, make
 from tests.support.programs import after, captured, operators
+from tests.support.quantized_models import quantized
 from tests.support.slow import slow_except
 from zowrap.compiler.program import Program
 from zowrap.errors import ZOError
@@ -19,7 +21,7 @@ from zowrap.passes.fuse_head import FuseHead
 from zowrap.passes.residual import AssignCredit, collect_pieces, take_part
 from zowrap.passes.strip_training import StripTraining
 from zowrap.step.credit import Credit, draw_sketch, factors
-from zowrap.step.credit import gradient as whole
+from zowrap.step.credit import gradient as taken
 
 # By family: what ends the names of the matrices that write to the stream, and of those that follow it.
 WRITERS = {
@@ -63,7 +65,9 @@ def credit_of(zm: zowrap.ZOModel, given: dict[str, Any]) -> tuple[Program, list[
 
 
 def gradient(zm: zowrap.ZOModel, credit: Credit, index: int) -> Tensor:
-    return whole(credit.of(index), torch.ones(()), zm.parameters[index].tensor.shape)
+    """The whole credit of a parameter, before its uses take their shares."""
+    pieces = [replace(piece, use=replace(piece.use, share=1.0)) for piece in credit.of(index)]
+    return taken(pieces, torch.ones(()), zm.parameters[index].tensor.shape)
 
 
 def differentiate(zm: zowrap.ZOModel, given: dict[str, Any], names: tuple[str, ...], all_of: bool) -> list[Tensor]:
@@ -124,6 +128,38 @@ def test_it_is_exact_for_what_writes_last_and_what_follows(name: str) -> None:
     assert min(cosines) > 0.2  # two layers at random weights; a direction drawn would have 0 ± 0.03
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "llama",
+            {"0.self_attn.o_proj": 1 / 4, "0.mlp.down_proj": 2 / 4, "1.self_attn.o_proj": 3 / 4, "1.mlp.down": 1},
+        ),
+        ("bert", {"0.attention.output": 1 / 4, "1.output.dense": 1, "pooler": 1, "classifier": 1}),
+        ("mixtral", {"0.self_attn.o_proj": 1 / 4, "0.mlp.experts": 2 / 4, "1.mlp.experts": 1}),
+    ],
+)
+def test_lower_blocks_take_a_smaller_share(name: str, expected: dict[str, float]) -> None:
+    zm = wrap(make(name))
+    credit = credit_of(zm, batch(name, 3, 9))[2]
+    for part, share in expected.items():
+        found = [i for i in credit.parameters if part in zm.parameters[i].name]
+        assert found
+        for i in found:
+            assert {piece.use.share for piece in credit.of(i)} == {share}, zm.parameters[i].name
+            update = taken(credit.of(i), torch.ones(()), zm.parameters[i].tensor.shape)
+            assert torch.allclose(update, share * gradient(zm, credit, i), rtol=1e-5, atol=1e-6)
+
+
+def test_a_quantised_weight_has_the_share_of_its_product() -> None:
+    zm = wrap(quantized("llama"), quantized="scales")
+    credit = credit_of(zm, batch("llama", 3, 9))[2]
+    shares = {zm.parameters[i].name: {piece.use.share for piece in credit.of(i)} for i in credit.parameters}
+    down = [share for name, share in shares.items() if "down_proj" in name]
+    attention = [share for name, share in shares.items() if "o_proj" in name]
+    assert down == [{2 / 4}, {1.0}] and attention == [{1 / 4}, {3 / 4}]
+
+
 def test_the_size_is_estimated_from_the_sketches() -> None:
     zm, given = wrap(make("opt")), batch("opt", 3, 9)
     program = credit_of(zm, given)[0]
@@ -134,7 +170,8 @@ def test_the_size_is_estimated_from_the_sketches() -> None:
         values[place] = draw_sketch(values[place].shape[0], 0, step, torch.device("cpu"))
         credit = Credit(collect_pieces(program.credit, program(values)[2:], with_inputs=True))
         estimates.append(float(credit.squared_norm()))
-        sizes.append(float(sum(gradient(zm, credit, i).square().sum() for i in credit.parameters)))
+        whole = [taken(credit.of(i), torch.ones(()), zm.parameters[i].tensor.shape) for i in credit.parameters]
+        sizes.append(float(sum(each.square().sum() for each in whole)))
     ratios = torch.tensor(estimates) / torch.tensor(sizes)
     assert abs(float(ratios.mean()) - 1) < 0.05 and float(ratios.std()) < 0.3 and float(ratios.std()) > 0
 
