@@ -34,7 +34,7 @@ class BenchOptions:
         option(
             "--row",
             "Only this row, beside the plain forwards: one of the table's, or "
-            "'RULE[, DIRECTION][, one layer per step]'. Repeatable.",
+            "'RULE[, DIRECTION][, ESTIMATOR][, N queries][, one layer per step]'. Repeatable.",
         ),
     ] = dataclasses.field(default_factory=list)
     # 7: quartiles mean something, and a run over all rows at OPT-125M stays near ten minutes on two cores.

@@ -59,6 +59,19 @@ def test_a_row_is_any_rule_direction_and_blocks(row, rule, direction, blocks) ->
     assert zm.inspect().schedule == "paired"
 
 
+def test_a_row_may_name_an_estimator_and_queries() -> None:
+    row = contenders._find_row("mezo, forward, rademacher, 15 queries, one layer per step")
+    assert row.options == {
+        "rule": "mezo",
+        "estimator": "forward",
+        "direction": "rademacher",
+        "queries": 15,
+        "blocks": "layer",
+    }
+    with pytest.raises(ZOError, match="unknown direction 'many queries'"):
+        contenders._find_row("mezo, many queries")
+
+
 def test_a_row_longer_than_the_window_is_refused() -> None:
     with pytest.raises(ZOError, match="window of 64"):
         architectures.make_batch(architectures.build_model("opt-tiny"), 2, 65)

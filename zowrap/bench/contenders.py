@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import zowrap
-from zowrap import rules
+from zowrap import names, rules
 from zowrap.compiler import cache
 from zowrap.errors import ZOError, nearest
 from zowrap.loss.evaluation_mode import evaluation_mode
@@ -104,8 +104,8 @@ def make_contender(name: str, model: torch.nn.Module, batch: Batch) -> Contender
 
 
 def _find_row(name: str) -> Row:
-    """Find a row of :data:`OURS`, or make one from a rule's name followed by an optional direction and ``one layer per
-    step``, separated by commas.
+    """Find a row of :data:`OURS`, or make one from a rule's name and, in any order and separated by commas, a
+    direction, an estimator, a number of queries (``15 queries``) and ``one layer per step``.
 
     Raises:
         ZOError: the name is neither.
@@ -118,9 +118,16 @@ def _find_row(name: str) -> Row:
         raise ZOError(f"unknown row {name!r}{nearest(name, dict.fromkeys([*NAMES, *rules.REGISTRY]))}")
     options: dict[str, Any] = {"rule": rule}
     for part in rest:
-        if part != LAYER:
+        count, _, unit = part.partition(" ")
+        if part == LAYER:
+            options["blocks"] = "layer"
+        elif part in names.ESTIMATORS:
+            options["estimator"] = part
+        elif unit == "queries" and count.isdecimal():
+            options["queries"] = int(count)
+        else:
             directions.get(part)
-        options.update({"blocks": "layer"} if part == LAYER else {"direction": part})
+            options["direction"] = part
     return Row(name, options)
 
 
