@@ -28,6 +28,7 @@ class Method:
         moves: of backpropagation, what moves: ``"all"`` that the task tunes, the matrices that ``"write"`` to the
             residual stream, or those of the ``"last"`` block.
         falls: η falls to 0 within the budget, as it does by default in runs with residual credit; else it is constant.
+        budget: forwards of a run, as a share of the task's.
     """
 
     rule: str | None
@@ -36,6 +37,7 @@ class Method:
     batches: tuple[int, ...] = (BATCH,)
     moves: str = "all"
     falls: bool = False
+    budget: float = 1.0
 
 
 METHODS = {
@@ -46,6 +48,7 @@ METHODS = {
     "GRZO": Method("zo_sgd", (3e-5, 1e-4, 3e-4), {"estimator": "grzo"}),
     "residual": Method("meazo", (1e-4, 3e-4, 1e-3), {"estimator": "residual"}, falls=True),
     "residual, auto": Method("meazo", (), {"estimator": "residual"}, falls=True),
+    "residual, auto, a tenth": Method("meazo", (), {"estimator": "residual"}, falls=True, budget=0.1),
     "backpropagation": Method(None, (1e-2, 3e-2, 1e-1)),
     "backpropagation, writers": Method(None, (1e-2, 3e-2, 1e-1), moves="writers"),
     "backpropagation, last block": Method(None, (1e-2, 3e-2, 1e-1), moves="last"),

@@ -159,7 +159,8 @@ the labels after a prompt.
 
 A forward is one of 16 examples. A step of MeZO costs two, of residual credit what `inspect` counts in operations, its
 checks included, and a backward pass is counted as two forwards (of the last block alone, as its share of them).
-`residual, auto` has no grid: its η is `--lr auto`'s, and the forwards for that are counted. Backpropagation has the
-memory of all activations, and stands here as what the forwards would have bought with it. Dev rows are evaluated at 3,
-6, 12, 24, 48, 96, 192 and 400 forwards, so "forwards to" are upper bounds.
+`residual, auto` has no grid: its η is `--lr auto`'s, and the forwards for that are counted; `a tenth` is a run that was
+planned for a tenth of the forwards. Backpropagation has the memory of all activations, and stands here as what the
+forwards would have bought with it. Dev rows are evaluated at 3, 6, 12, 24, 48, 96, 192 and 400 forwards, so "forwards
+to" are upper bounds.
 """

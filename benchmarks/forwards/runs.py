@@ -163,7 +163,7 @@ class Bench:
         batches = self.stream(run.batch_size, run.seed)
         stepper = self._stepper(run, method, batches)
         curve = [{"forwards": 0.0, "seconds": 0.0, **self.untuned}]
-        marks = [mark for mark in MARKS if mark <= run.forwards]
+        marks = sorted({*(mark for mark in MARKS if mark < run.forwards), run.forwards})
         seconds, first = 0.0, True
         while marks:
             began = time.perf_counter()

@@ -67,7 +67,7 @@ class Search:
         return min(runs, key=lambda run: final_loss(line_of(run)))
 
     def _grid(self, name: str, method: Method, batch_size: int, line_of: Callable[[Run], Line]) -> list[Run]:
-        first = Run(self.task, name, None, batch_size, 0, TASKS[self.task].forwards)
+        first = Run(self.task, name, None, batch_size, 0, round(method.budget * TASKS[self.task].forwards))
         if not method.lrs:
             return [first]
         runs = [replace(first, lr=lr) for lr in method.lrs]

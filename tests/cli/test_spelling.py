@@ -50,6 +50,8 @@ TOGETHER = [
     ({"direction": "block(1)"}, "are chosen by --blocks layer or name patterns", ""),
     ({"direction": "lozo(2)"}, "lozo is a rule: --rule lozo", "--direction lowrank(r, nu=ν)"),
     ({"direction": "lowrank(0)"}, "direction 'lowrank': rank must be a whole number from 1, got 0", ""),
+    ({"check_every": 4}, "--check-every 4 is for --estimator residual", "'central' estimates is not checked"),
+    ({"estimator": "grzo", "queries": 2}, "--queries must be 1, got 2", ""),
     ({"direction": "sphere(2)"}, "unknown --direction 'sphere(2)'", ""),
 ]
 
