@@ -66,7 +66,7 @@ def inspect_model(context: typer.Context, options: InspectOptions) -> None:
         raise ZOError(f"there is no program to {'print' if options.programs else 'draw'}: {problem}")
     plan = _plan(options, zm, cost_model, problem)
     programs = [] if cost_model is None else cost_model.programs()
-    facts = report(zm.job, zm.engine, zm.schedule, zm.hyper, shapes.batch, plan.costs)
+    facts = report(zm.job, zm.engine, zm.schedule, zm.hyper, shapes.batch, plan.costs, check_every=zm.descent.every)
     facts.notes = {name: laid.program.notes for name, laid in programs}
     record: dict[str, Any] = {"model": options.model, "dtype": _name(dtype), **plan.record(), **facts.as_dict()}
     record["eps_why"], record["noise_floor"] = _why_eps(options, zm), None

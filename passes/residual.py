@@ -119,7 +119,7 @@ class AssignCredit(Pass):
         if not found:
             raise ZOError(_NOTHING_MOVES if sweep.reached else _NO_DERIVATIVE, Option("estimator", "population"))
         outputs = _Outputs(program, self.job, sweep.adjoint, [products[node] for node, _ in found if node in products])
-        share = _Shares(ends, products)
+        share = _Shares({node: end for node, end in ends.items() if node in sweep.reached}, products)
         for node, cotangent in found:
             if node in products:
                 outputs.add(products[node], cotangent, share.of(node))
@@ -465,7 +465,7 @@ class _Sweep:
     """Carries cotangents from the loss towards the inputs.
 
     Attributes:
-        reached: whether any cotangent came to the end of a block.
+        reached: the ends of blocks that a cotangent came to: those of an encoder's stream get none in a decoder's.
     """
 
     def __init__(
@@ -477,7 +477,7 @@ class _Sweep:
     ) -> None:
         self.graph, self.products, self.ends, self.scales = program.graph, products, ends, scales
         self.adjoint = Adjoint(program)
-        self.reached = False
+        self.reached: set[fx.Node] = set()
         self._needs: set[fx.Node] = set()
         for node in self.graph.nodes:
             moves = node in scales or (node in products and products[node].moves)
@@ -502,7 +502,7 @@ class _Sweep:
             if node in self.scales:
                 found.append((node, cotangent))
             if node in self.ends:
-                self.reached = True
+                self.reached.add(node)
             # A block's end passes nothing on to its inputs, but to the scales of its own rows.
             wanted = [given for given in node.all_input_nodes if given in self._needs]
             if node in self.ends:

@@ -61,7 +61,7 @@ def zo_wrap(
             ``"residual"`` (one and a half, without directions: the matrices that write to the model's residual stream
             get an estimate of their gradients, :mod:`zowrap.step.credit`) or ``"forward_gradient"`` (exact, a
             reference); by default the rule's own, mostly central. See :mod:`zowrap.rules.estimators`.
-        check_every: with ``"residual"``, steps between checks that a step descends, by default 16, 0 for none: they
+        check_every: with ``"residual"``, steps between checks that a step descends, by default 32, 0 for none: they
             lower a rate that goes too far (:mod:`zowrap.model.descent`).
         blocks: ``None``, ``"layer"`` or name patterns: one block is perturbed and updated per step.
         block_order: see :data:`zowrap.names.BLOCK_ORDERS`.

@@ -136,6 +136,8 @@ def test_it_is_exact_for_what_writes_last_and_what_follows(name: str) -> None:
             {"0.self_attn.o_proj": 1 / 4, "0.mlp.down_proj": 2 / 4, "1.self_attn.o_proj": 3 / 4, "1.mlp.down": 1},
         ),
         ("bert", {"0.attention.output": 1 / 4, "1.output.dense": 1, "pooler": 1, "classifier": 1}),
+        # The encoder's stream gets none.
+        ("t5", {"block.0.layer.0.SelfA": 1 / 6, "block.0.layer.1.Enc": 2 / 6, "block.1.layer.2": 1}),
         ("mixtral", {"0.self_attn.o_proj": 1 / 4, "0.mlp.experts": 2 / 4, "1.mlp.experts": 1}),
     ],
 )

@@ -13,6 +13,7 @@ import zowrap
 from tests.support.families import FAMILIES, batch, make, snapshot, unchanged
 from zowrap.compiler import inductor
 from zowrap.errors import ZOError
+from zowrap.rules.estimators import get_estimator
 from zowrap.storage.atomic import to_jsonable
 from zowrap.training import journal
 
@@ -178,12 +179,22 @@ def test_grzo_divides_by_the_spread_over_the_batch() -> None:
     assert float(result.projected_grad.std()) == pytest.approx(1, rel=1e-5)
 
 
-def test_grzo_does_not_count_examples_without_labels() -> None:
+def test_grzo_takes_an_example_without_labels_for_a_zero() -> None:
     inputs = batch("llama", 4, 8)
     inputs["labels"][1] = -100
     g, relative = (tiny(estimator=name).step(**inputs).projected_grad for name in ("population", "grzo"))
-    kept = torch.tensor([0, 2, 3])
-    assert torch.allclose(relative[kept], g[kept] / g[kept].std(), rtol=1e-4) and relative[1] == 0
+    assert torch.allclose(relative, g / g.std(), rtol=1e-4) and relative[1] == 0
+
+
+def test_grzo_keeps_steps_whose_examples_agree() -> None:
+    """As those of an error rate do: its differences have few values."""
+    project, eps = get_estimator("grzo").project, torch.tensor(0.5)
+    for losses, expected in (
+        ([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], [3**0.5, 3**0.5, 0.0]),
+        ([[1.0, 1.0], [0.0, 0.0]], [1.0, 1.0]),
+        ([[1.0, 1.0], [1.0, 1.0]], [0.0, 0.0]),
+    ):
+        assert torch.allclose(project(torch.tensor(losses), eps), torch.tensor(expected))
 
 
 def test_of_one_example_grzo_keeps_the_sign() -> None:

@@ -122,8 +122,9 @@ def test_of_a_quantised_model_the_form_that_moves_does(mode: str) -> None:
     zm = zowrap.zo_wrap(model, trainable=["last:1"], quantized=mode, engine="eager")
     parts = {"scales": "log_scale", "codes": "weight", "adapters": "lora_"}[mode]
     found = [p.name for p in zm.parameters]
-    assert all("layers.1." in name or mode != "adapters" for name in found) and any(parts in name for name in found)
+    assert any(parts in name for name in found) and any("layers.1." in name for name in found)
     assert not any("layers.0." in name or "embed" in name for name in found)
+    assert mode != "adapters" or all("layers.1." in name for name in found)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +173,32 @@ def test_only_the_selected_weights_train() -> None:
     zm.step(**batch("llama", 3, 8))
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {"model.layers.1.self_attn.v_proj.weight"}
+
+
+def test_where_no_adapter_lies_nothing_else_moves_instead() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ZOError, match=r"trainable='values'.*no adapter lies there"):
+        names_of(peft.get_peft_model(make("llama"), config), "values")
+
+
+def test_of_an_encoder_and_a_smaller_decoder_the_decoders_layers_are_the_last() -> None:
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 50}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = T.BartConfig(**sizes, **heads, encoder_layers=6, decoder_layers=2)
+    model = T.BartForConditionalGeneration(config)
+    assert all(name.startswith("model.decoder.layers.1.") for name in names_of(model, "last:1"))
+    assert all("decoder.layers.1." in name and "v_proj" in name for name in names_of(model, "late-values"))
+
+
+def test_a_head_of_several_layers_follows_the_stack() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+            self.head = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
+
+    found = names_of(Own(), "last:1")
+    assert found == [f"{name}.{kind}" for name in ("layers.2", "head.0", "head.2") for kind in ("weight", "bias")]
 
 
 def test_of_a_model_for_pictures_and_words_the_language_layers_are_the_last() -> None:

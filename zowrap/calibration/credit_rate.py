@@ -7,7 +7,8 @@ Let G be the credit of a batch and f the loss of it. Along the line θ − t·G/
 and s and c follow from f at −t, 0 and t, for a t at which the loss would fall by the share :data:`TRIED` if G were its
 gradient. A run begins with steps of t* = Σ s / Σ c over a few batches. Other examples would have shorter steps, but
 these are what is best for the next step alone: where examples disagree, a rate that falls makes more of longer ones
-(docs/fewer-forwards.md has the measurements). No step changes a matrix by more than :data:`LARGEST` of its own gain.
+(docs/fewer-forwards.md has the measurements). On the mean no
+step changes a matrix by more than :data:`LARGEST` of its gain.
 
 The weights are moved for the evaluations, and put back bit for bit (:mod:`zowrap.model.along`).
 """
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from zowrap.errors import Option, ZOError, not_finite
-from zowrap.model.along import count_moving, losses_along, measure_gain, takes_scale_free_steps
+from zowrap.model.along import count_moving, losses_along, measure_first_step, measure_gain
 from zowrap.model.zo_model import ZOModel
 
 TRIED = 0.1
@@ -33,6 +34,7 @@ STEPS_A_BATCH, MOST_BATCHES = 32, 4
 # may be this share of that. The story model, whose examples agree, is best with 0.25 and bad with 0.5, although the
 # lowest points of its batches are farther away; MiniLM's are nearer than 0.25.
 LARGEST = 0.25
+FARTHEST = 20.0  # in lengths of what was tried: how far a parabola is believed; MiniLM's lowest points are at 5 to 15
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def choose_credit_rate(
         ZOError: there is no batch, a loss is not finite, or no step along the credit lowers the loss.
     """
     wanted = max(1, min(MOST_BATCHES, steps // STEPS_A_BATCH))
-    losses, slopes, curvatures, sizes, forwards = [], [], [], [], 0.0
+    losses, slopes, curvatures, tried, lengths, gain, forwards = [], [], [], [], [], math.inf, 0
     for batch, number in zip(batches, range(wanted), strict=False):
         if watch is not None:
             watch(3 * number, 3 * wanted)
@@ -91,13 +93,15 @@ def choose_credit_rate(
             raise not_finite(measured)
         if not float(g):
             raise ZOError(Option("lr", "auto"), " found nothing to go by: the loss of a batch has no gradient")
-        t = TRIED * loss / (float(g) * count_moving(zm))  # where the loss would be by so much lower if G were exact
+        # Where the loss would be lower by that share if G were exact.
+        t = TRIED * (abs(loss) or 1.0) / (float(g) * count_moving(zm))
         after, behind = losses_along(zm, group, (t, -t))
         losses.append(loss)
-        sizes.append(float(g))
+        tried.append(t)
+        lengths.append(measure_first_step(zm))
         slopes.append((behind - after) / (2 * t))
         curvatures.append((after + behind - 2 * loss) / t**2)
-        largest = measure_gain(zm)
+        gain = measure_gain(zm)
         # A step along weights that are moved on the way makes a second forward for each.
         forwards += 3 * len(group) * (2 if zm.schedule.sequential else 1)
     zm.discard()
@@ -112,14 +116,7 @@ def choose_credit_rate(
             " found no step along the residual credit that lowers the loss of its own batch: use ",
             Option("estimator", "central"),
         )
-    best = slope / curvature if curvature > 0 else math.inf
-    step = min(best, LARGEST * largest)
-    if not math.isfinite(step):
-        raise ZOError(
-            Option("lr", "auto"),
-            " found nothing that bounds a step: the loss does not curve along it; give lr a number",
-        )
-    size = math.sqrt(sum(g * g for g in sizes) / len(sizes))
-    # A rule that does not depend on the loss's scale makes a first step of size η; another one of size η g.
-    lr = float(f"{step if takes_scale_free_steps(zm) else step / size:.3g}")
-    return CreditRate(lr, steps, loss, slope, curvature, step, round(forwards))
+    lowest = slope / curvature if curvature > 0 else math.inf
+    step = min(lowest, LARGEST * gain, FARTHEST * sum(tried) / len(tried))
+    lr = float(f"{step / (sum(lengths) / len(lengths)):.3g}")
+    return CreditRate(lr, steps, loss, slope, curvature, step, forwards)

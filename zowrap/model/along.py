@@ -13,20 +13,24 @@ from torch import Tensor
 from zowrap import rules
 from zowrap.engines.eager import EagerEngine
 from zowrap.model.wrapped import Wrapped
-from zowrap.names import RULES
 from zowrap.numerics import noise
-from zowrap.step.arithmetic import Conclusion
+from zowrap.step.arithmetic import Conclusion, conclude, update_leaf
 
 
-def measure_step(zm: Wrapped) -> float:
-    """Return how far the step on the accumulated credit goes along z = G/rms(G); 0 or NaN where it goes nowhere."""
-    _, g = zm.peek()
-    return zm.lr * (float(g.sign()) if takes_scale_free_steps(zm) else float(g))
-
-
-def takes_scale_free_steps(zm: Wrapped) -> bool:
-    """Whether a first step moves weights by η whatever the loss's scale, and not by η g."""
-    return zm.job.rule.name in RULES and RULES[zm.job.rule.name].scale_free
+def measure_first_step(zm: Wrapped) -> float:
+    """Return the root mean square of the first step on the accumulated credit, for η = 1, as the rule makes it of
+    gaussian elements.
+    """
+    job, (losses, g) = zm.job, zm.peek()
+    one = torch.ones((), device=job.device)
+    hyper = {**job.hyper, "lr": one}
+    conclusion = conclude(job.rule, job.project, job.states[0], losses, hyper, torch.zeros_like(one), g)
+    z = torch.randn(4096, generator=torch.Generator().manual_seed(0)).to(job.device)
+    slots = {name: torch.zeros_like(z) for name in job.rule.element_slots(torch.float32)}
+    moved, _ = update_leaf(
+        job.rule, torch.zeros_like(z), [z], slots, conclusion.coefficients, hyper, one > 0, None, decay=False
+    )
+    return float(moved.square().mean().sqrt())
 
 
 def losses_along(zm: Wrapped, batches: Sequence[dict[str, Any]], distances: Sequence[float]) -> list[float]:

@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 from zowrap.errors import ZOWarning
 
-# Steps between checks: two forwards in 16 steps of 1.4 to 1.9 are 7 to 9 % more.
-EVERY = 16
+# Steps between checks: two evaluations in 32 steps, each with a move of the weights, are about a tenth more.
+EVERY = 32
 PATIENCE = 3  # checks in a row: one alone may be of a batch that has nothing left to learn
 TRIES, SHORTER = 5, 0.1  # times that a step is tried, and how much shorter where no parabola says it
 FARTHEST = 4.0  # in steps: how far a parabola is believed

@@ -203,7 +203,8 @@ def report(
     values: Mapping[str, float],
     shapes: dict[str, Any] | None,
     estimate: Callable[[], Costs] | None = None,
-    check_every: int = 0,
+    *,
+    check_every: int,
 ) -> Report:
     """Collect the facts of a wrapped model; runs nothing.
 

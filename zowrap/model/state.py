@@ -16,6 +16,7 @@ from zowrap.step.parameters import hash_shapes
 
 # A state brings its own seed, and goes on from there.
 _SAME = tuple(name for name in IDENTITY if name != "seed")
+_ADDED = {"check_every": None}  # options that states of earlier versions lack: they had no such thing
 _PLAIN = (str, int, list, type(None))
 _NEVER_NEGATIVE = ("step", "lr", "weight_decay", "largest_batch", "descent/factor", "descent/failed")
 
@@ -69,6 +70,7 @@ def check_state(state: Any, mine: Mapping[str, Any]) -> None:
     """
     if not isinstance(state, Mapping):
         raise ZOError(f"a state is the dictionary that state_dict() returned, not {type(state).__name__}")
+    state = {**_ADDED, **state}
     missing = [name for name, value in mine.items() if name not in state and not isinstance(value, Tensor)]
     if missing:
         raise ZOError(f"this is not the state of such a model: {missing[0]} is missing")

@@ -23,7 +23,7 @@ from zowrap.engines.eager import EagerEngine
 from zowrap.errors import Option, ZOError
 from zowrap.loss.module import LossModule, count_rows, per_example_names
 from zowrap.model.accumulator import Accumulator, Measurement
-from zowrap.model.along import losses_along, measure_step
+from zowrap.model.along import losses_along
 from zowrap.model.cuda_graphs import build_graph_cache
 from zowrap.model.descent import Descent
 from zowrap.model.inputs import check_losses, check_weights, move_batch, name_batch
@@ -69,7 +69,7 @@ class ZOModel:
         self.step_count = 0
         self.planned: Planned | None = None
         self.accumulator = Accumulator()
-        self.descent = Descent(options.check_every if job.estimator.credit else 0)
+        self.descent = Descent(options.check_every if job.estimator.credit and job.rule.follows_estimate else 0)
         self.device_step: Tensor | None = None  # the step's number, 0-d int64, while a CUDA graph captures the step
         self.update_interrupted = False  # an update was broken off, or is under way
         self._hyper = hyper_of(options)  # what job.hyper holds, without reading it from the device
@@ -132,8 +132,6 @@ class ZOModel:
                 " is not chosen yet: zowrap.tune_lr(zm, batches, steps=...) chooses it, before step 1",
             )
         credit = self.accumulator.credit
-        if credit.pieces and self.descent.is_due(self.step_count):
-            self._check_descent()
         if job.estimator.credit and (losses is not None or projected_grad is not None):
             raise ZOError(NO_REPLAY)
         if losses is None and self.accumulator.sums is not None:
@@ -151,39 +149,36 @@ class ZOModel:
         done = torch.full((), float(self.step_count), device=job.device)
         if self.device_step is not None:
             done = self.device_step.float()
-        with self._at_checked_rate():
-            conclusion = conclude(
-                job.rule,
-                job.project,
-                job.states[self.block],
-                losses[:points],
-                job.hyper,
-                done,
-                projected_grad,
-                weights,
-                losses[points:] if job.rule.candidates else None,
-            )
-            rounding = noise.derive_keys(self.seed, self._step_number, 0, job.ids, noise.TAG_ROUNDING)
-            facts = self.describe_step()
-            with self.writing():
-                if job.estimator.credit:
-                    factor = self._credit_factor(conclusion)
-                    self.engine.update_with(credit, rounding, factor, conclusion)
-                else:
-                    self.engine.update(queries, rounding, conclusion)
-                    self.directions.keep(conclusion.apply)
-                self.step_count += 1
+        conclusion = conclude(
+            job.rule,
+            job.project,
+            job.states[self.block],
+            losses[:points],
+            job.hyper,
+            done,
+            projected_grad,
+            weights,
+            losses[points:] if job.rule.candidates else None,
+        )
+        if credit.pieces and self.descent.is_due(self.step_count):
+            evaluate = functools.partial(losses_along, self, self.accumulator.batches)
+            length = self.lr * float(conclusion.coefficients["g"][0])
+            self.descent.check(self.step_count, float(losses[0]), length, evaluate)
+        rounding = noise.derive_keys(self.seed, self._step_number, 0, job.ids, noise.TAG_ROUNDING)
+        facts = self.describe_step()
+        with self._at_checked_rate(), self.writing():
+            if job.estimator.credit:
+                factor = self._credit_factor(conclusion)
+                self.engine.update_with(credit, rounding, factor, conclusion)
+            else:
+                self.engine.update(queries, rounding, conclusion)
+                self.directions.keep(conclusion.apply)
+            self.step_count += 1
         g = conclusion.projected_grad
         single = job.queries == 1 and not per_example
         result = StepResult(conclusion.loss, g[0] if single else g, ~conclusion.apply, losses, weights, facts)
         self.discard()
         return result
-
-    def _check_descent(self) -> None:
-        """Let the checks see the losses along the step that is about to be made."""
-        loss, batches = float(self.accumulator.losses().mean()), self.accumulator.batches
-        evaluate = functools.partial(losses_along, self, batches)
-        self.descent.check(self.step_count, loss, measure_step(self), evaluate)
 
     @contextmanager
     def _at_checked_rate(self) -> Iterator[None]:

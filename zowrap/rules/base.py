@@ -173,6 +173,18 @@ class Rule:
         usual = self.defaults == Choice()
         return self.shapes_directions or not usual or any(each is not None for each in own)
 
+    @property
+    def follows_estimate(self) -> bool:
+        """Whether a step is −η ĝ with the coefficients ``g``: its direction and length are known before it is made."""
+        if set(self.slots) - {MASTER} or self.needs_directions:
+            return False
+        one, g = torch.ones(()), torch.tensor([1.0, -2.0])
+        try:
+            moved, _ = self.leaf(torch.zeros(2), g, {}, {"g": one.reshape(1)}, {"lr": one / 2, "eps": one})
+        except KeyError:  # it needs numbers of its own
+            return False
+        return torch.equal(moved, -g / 2)
+
     def describe(self) -> str:
         """The rule as a constructor call: ``meazo(beta=0.99, zeta=1e-08)``."""
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.hyper.items())})"

@@ -85,17 +85,14 @@ def _population_project(losses: Tensor, eps: Tensor) -> Tensor:
 def _group_relative_project(losses: Tensor, eps: Tensor) -> Tensor:
     """Projected gradients of a population over their standard deviation, the mean not taken off (2606.02857).
 
-    The paper's estimate also has the factor 1/2ε, which is part of η here. An example without labels has the projected
-    gradient 0 and is not counted; of a single one, the size is taken in place of the deviation. Where all are equal,
-    none says more than the others, and the step is skipped as not finite.
+    The paper's estimate also has the factor 1/2ε, which is part of η here. Of a single example, and where all are
+    equal, the size is taken in place of the deviation. An example without labels has the projected gradient 0.
     """
     g = _population_project(losses, eps)
-    counted = g != 0
-    count = counted.sum()
-    mean = g.sum() / count.clamp(min=1)
-    off = torch.where(counted, g - torch.where(count > 1, mean, 0.0), 0.0)
-    deviation = (off.square().sum() / (count - 1).clamp(min=1)).sqrt()
-    return torch.where(counted, g / deviation, 0.0)
+    count = g.shape[0]
+    deviation = ((g - g.mean()).square().sum() / max(count - 1, 1)).sqrt()
+    size = g.square().mean().sqrt()
+    return torch.where(g != 0, g / torch.where(deviation > 1e-6 * size, deviation, size), 0.0)
 
 
 def _at_theta(queries: int) -> list[Point]:

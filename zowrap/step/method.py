@@ -92,6 +92,12 @@ def _check_together(method: Method, options: StepOptions) -> None:
             Option("estimator", "residual"),
             f": what {estimator.name!r} estimates is not checked",
         )
+    if options.check_every and not rule.follows_estimate:
+        raise ZOError(
+            Option("check_every", options.check_every),
+            f" is for rules whose steps go along the credit itself, as those of zo_sgd and meazo: {rule.describe()} "
+            "turns them",
+        )
     if options.blocks is None and options.block_order != DEFAULTS["block_order"]:
         raise ZOError(Option("block_order", options.block_order), " does nothing without ", Option("blocks"))
     if direction.lowrank is not None and not estimator.credit and rule.shapes_directions:

@@ -155,10 +155,10 @@ class StepOptions:
         identity=True,
         check=_one_of(names.ESTIMATORS),
     )
-    # None: 16 with residual credit, which alone is checked, and whose steps may go too far (zowrap.model.descent).
+    # None: 32 with residual credit, which alone is checked, and whose steps may go too far (zowrap.model.descent).
     check_every: int | None = option(
         None,
-        "Steps between checks that residual credit descends (default 16); 0 makes none.",
+        "Steps between checks that residual credit descends (default 32); 0 makes none.",
         identity=True,
         costs=False,
         check=_whole_from_zero,

@@ -108,7 +108,9 @@ class _Roles:
                 f"{', '.join(others) or 'none of the named selections, so give name patterns'}",
             )
         if self.adapters and word not in ("norms", "biases"):
-            found = [each for each in found if each.tensor.requires_grad] or found
+            found = [each for each in found if each.tensor.requires_grad]
+            if not found:
+                raise ZOError(Option("trainable", word), f" ({SELECTIONS.get(word, word)}): no adapter lies there")
         return list(dict.fromkeys(canonical_name(each.name) for each in found))
 
     # --- value projections ----------------------------------------------------------------------------------------
@@ -172,13 +174,17 @@ class _Roles:
                 stacks.setdefault((name.rpartition(".")[0], tuple(sorted(found))), []).append(name)
         if not stacks:
             return None
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            stacks = {key: names for key, names in stacks.items() if "decoder" in key[0]} or stacks
+        lists = {key: names for key, names in stacks.items() if isinstance(self.modules[names[0]], nn.ModuleList)}
+        stacks = lists or stacks  # a head may be an nn.Sequential
         (_, layers), names = max(reversed(stacks.items()), key=lambda stack: sum(sizes[name] for name in stack[1]))
         return _Stack(tuple(names), layers)
 
     def _after(self, stack: _Stack) -> Iterator[str]:
         """The modules that follow the layers: final norms, poolers and heads, in the modules that hold the stack.
 
-        They are registered after it; a final norm may also be before it.
+        They are registered after it; OPT's final norm is before it.
         """
         parts = stack.names[-1].split(".")
         for depth, inside in enumerate(parts):
@@ -189,8 +195,8 @@ class _Roles:
                     passed = True
                     continue
                 follows = passed and not _embeds(name, child)
-                numbered = any(layer_number(f"{full}.{each}") for each, _ in child.named_parameters())
-                if not numbered and (follows or (is_norm(child) and "emb" not in name)):
+                layers = any(isinstance(each, nn.ModuleList) and len(each) > 1 for each in child.modules())
+                if not layers and (follows or (is_norm(child) and "final" in name)):
                     yield full
 
 

@@ -53,9 +53,9 @@ class WriterCallback(TrainerCallback):
             if not (acts_at_epoch_end(args) and self._is_epoch_end(state)):
                 control.should_save = True
         descent = self.writer.zm.descent
-        if descent.stalled and state.global_step < state.max_steps:
+        found_now = descent.stalled and descent.is_due(state.global_step - 1)
+        if found_now and state.global_step < state.max_steps:
             say(f"the run ends after step {state.global_step}, because its steps no longer descend")
-            descent.failed = 0  # who asks for more steps gets them
             control.should_training_stop = control.should_save = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

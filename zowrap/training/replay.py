@@ -58,7 +58,7 @@ def replay_run(
         raise ZOError(f"{file} is of a run with estimator 'residual': {NO_REPLAY}")
     rules.find_recorded(head["rule"], file)
     moves = set(head["parameters"])
-    options = {name: head[name] for name in IDENTITY}
+    options: dict[str, Any] = {name: head.get(name) for name in IDENTITY}
     options |= {
         "rule": rules.get(head["rule"], **head["hyper"]),
         "trainable": lambda name, tensor: name in moves,
