@@ -179,7 +179,8 @@ def test_a_damaged_state_is_refused(case) -> None:
     rule = rules.get(name, **hyper)
     zm, state = moved(rule), moved(rule, lr=0.7).state_dict()
     for key, value in state.items():
-        refuses(zm, {k: v for k, v in state.items() if k != key}, key)
+        if key != "check_every":  # which states of earlier versions lack
+            refuses(zm, {k: v for k, v in state.items() if k != key}, key)
         for bad in (None, b"0.5", NAN, (1,), torch.zeros(3, 3, 3)):
             if bad is not None or value is not None:
                 refuses(zm, {**state, key: bad}, key)

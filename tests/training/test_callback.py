@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState
 
 from tests.support.tiny_run import trainer_in
 from zowrap.loss.evaluation import Evaluation
+from zowrap.model.descent import Descent
 from zowrap.training.callback import WriterCallback
 from zowrap.training.config import ZOConfig
 from zowrap.training.run_folder import Run
@@ -23,6 +24,7 @@ class Recorder:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.zm = SimpleNamespace(descent=Descent(0))
         self.evaluations: list[tuple[Any, ...]] = []
 
     def add_evaluation(self, *evaluation: Any) -> None:

@@ -64,7 +64,7 @@ def expand(model: nn.Module, spec: TrainableSpec, adapters: bool = False) -> Tra
 
 
 def _words(spec: TrainableSpec) -> list[str]:
-    if spec is None or callable(spec):
+    if not isinstance(spec, Sequence):
         return []
     return [word for word in ([spec] if isinstance(spec, str) else spec) if isinstance(word, str)]
 
